@@ -1,0 +1,35 @@
+"""Sensitivity-aware fine-tuning of pretrained language models in JAX.
+
+The public names are resolved on first use (PEP 562), so that ``import pats_jax`` costs next to nothing and never
+starts a JAX backend.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pats": "transforms",
+    "pats_noise": "transforms",
+    "sensitivity": "transforms",
+    "with_raw_gradient": "transforms",
+    "PatsNoiseState": "transforms",
+    "TrainState": "train_state",
+    "make_train_step": "train_state",
+    "InputError": "errors",
+}
+_ROOMS = ("data", "models", "random")
+
+__all__ = [*_HOMES, *_ROOMS]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pats_jax.{_HOMES[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"pats_jax.{name}")
+    raise AttributeError(f"module 'pats_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
