@@ -1,0 +1,160 @@
+"""The training state and the training, loss and prediction functions: pure, the same under jit, pmap and a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from pats_jax import random
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` with the key that the randomness of each step (dropout) is folded from.
+
+    Attributes:
+      key: typed key, the same during the whole run.
+    """
+
+    key: jax.Array
+
+    @classmethod
+    def create(cls, *, apply_fn: Callable, params: Any, tx: optax.GradientTransformation, key: int | jax.Array):
+        """The state before the first step.
+
+        Args:
+          apply_fn: the model's apply function.
+          params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
+          tx: any Optax optimizer; nothing extra is passed to its ``update``.
+          key: an int (a key of the fast kind) or a typed key.
+        """
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=random.as_key(key))
+        return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
+
+
+def make_train_step(
+    loss_fn: LossFn, *, axis_name: str | None = None, accumulation_steps: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure training step; wrap it in ``jax.jit`` or ``jax.pmap`` and donate the state.
+
+    Micro-batches and the shards of a named axis are combined by the sums of their ``batch["weights"]`` (or of their
+    rows, where there are none), so the result is the mean over the global batch however it is split.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch, key) -> (mean loss, metrics)``: loss () float32 and metrics, a dict of (), all
+        of them (weighted) means over the rows it is given; key for dropout.
+      axis_name: the name of the axis that `jax.pmap` maps over; None under jit, on one device or on a mesh.
+      accumulation_steps: micro-batches that one batch is split into; rows are dealt out in turn, so that under a mesh
+        every device keeps its own.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
+      ``loss`` and ``grad_norm`` (the global norm of the raw gradient).
+
+    Raises:
+      ValueError: if accumulation_steps < 1, or, from the step, if it does not divide the batch.
+    """
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def means(params, batch, key):
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return {"loss": loss, **metrics}, grads
+
+    def weighted_sums(params, batch, key):
+        weight = _total_weight(batch)
+        # filler alone has no mean: its sum is 0 even where the loss divides 0 by 0
+        return jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0), means(params, batch, key)), weight
+
+    def accumulated_sums(params, batch, key):
+        def add(total, numbered):
+            index, micro_batch = numbered
+            sums = weighted_sums(params, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, sums), None
+
+        micro_batches = jax.tree.map(lambda x: _deal(x, accumulation_steps), batch)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weighted_sums, params, first, key))
+        return jax.lax.scan(add, zero, (jnp.arange(accumulation_steps), micro_batches))[0]
+
+    def step(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        if axis_name is None and accumulation_steps == 1:
+            metrics, grads = means(state.params, batch, key)
+        else:
+            sums = weighted_sums if accumulation_steps == 1 else accumulated_sums
+            totals, weight = sums(state.params, batch, key)
+            if axis_name is not None:
+                totals, weight = jax.lax.psum((totals, weight), axis_name)
+            metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return state.apply_gradients(grads=grads), metrics
+
+    return step
+
+
+def make_loss_fn(apply_fn: Callable, *, regression: bool = False) -> LossFn:
+    """Weighted mean of cross-entropy, or of the squared error under regression, in training mode (dropout on).
+
+    Args:
+      apply_fn: a model's apply function that gives logits (batch, num_labels).
+      regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
+
+    Returns:
+      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`.
+    """
+
+    def loss_fn(params, batch, key):
+        logits = apply_fn({"params": params}, **_inputs(batch), deterministic=False, rngs={"dropout": key})
+        return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
+
+    return loss_fn
+
+
+def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
+    """``predict(params, batch) -> logits`` (batch, num_labels) float32, in evaluation mode (dropout off)."""
+
+    def predict(params, batch):
+        return apply_fn({"params": params}, **_inputs(batch), deterministic=True).astype(jnp.float32)
+
+    return predict
+
+
+def losses(logits: jax.Array, labels: jax.Array, regression: bool) -> jax.Array:
+    """Cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels)."""
+    logits = logits.astype(jnp.float32)
+    if regression:
+        return jnp.square(logits[:, 0] - labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """sum(weights * values) / sum(weights), () float32; plain mean without weights, 0 where all weights are 0."""
+    if weights is None:
+        return jnp.mean(values)
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1e-30)
+
+
+def _inputs(batch):
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def _total_weight(batch):
+    if "weights" in batch:
+        return jnp.sum(batch["weights"]).astype(jnp.float32)
+    return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
+
+
+def _deal(x, parts):
+    if x.shape[0] % parts:
+        raise ValueError(f"accumulation_steps={parts} does not divide the batch of {x.shape[0]} rows")
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

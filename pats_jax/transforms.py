@@ -1,0 +1,342 @@
+"""PATS: noise on the parameters according to their sensitivity, as Optax gradient transformations.
+
+`pats_noise` adds the noise to whatever update comes in, `with_raw_gradient` hands it the gradient that sensitivity is
+measured with, and `pats` does both around any optimizer. `sensitivity` reads the result out of an optimizer state.
+
+The idea is that of PATS, Perturbation According To Sensitivity (EMNLP 2022, https://arxiv.org/abs/2210.12403):
+parameters that matter less for the task get more noise. The paper's formulas were not available to this project, so the
+exact rule below is ours, and every number in it is an argument.
+"""
+
+import copy
+import math
+import numbers
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pats_jax import random
+
+Response = Callable[[jax.Array], jax.Array]
+Sampler = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+# relative sensitivity r >= 0 -> share of the full noise in [0, 1]; non-increasing, 1 at r = 0
+RESPONSES: dict[str, Response] = {
+    "linear": lambda r: jnp.maximum(0.0, 1.0 - r),
+    "reciprocal": lambda r: 1.0 / (1.0 + r),
+    "exponential": lambda r: jnp.exp(-r),
+}
+
+# float32 draws of zero mean and unit variance
+DISTRIBUTIONS: dict[str, Sampler] = {
+    "uniform": lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -math.sqrt(3), math.sqrt(3)),
+    "normal": lambda key, shape: jax.random.normal(key, shape, jnp.float32),
+}
+
+
+class PatsNoiseState(NamedTuple):
+    """State of `pats_noise`.
+
+    Attributes:
+      count: () int32, number of updates made, t.
+      key: typed key of the noise, the same at every step; the draws of a step are folded from it and `count`.
+      decay_power: () float32, decay**t, which `sensitivity` corrects the bias with.
+      sensitivity: a tree like params, S_t before bias correction; None where the mask leaves a leaf out.
+      initial_std: a tree like params, () float32 each, standard deviation of the leaf at init; None where masked.
+    """
+
+    count: jax.Array
+    key: jax.Array
+    decay_power: jax.Array
+    sensitivity: Any
+    initial_std: Any
+
+
+def pats_noise(
+    noise_scale: optax.ScalarOrSchedule,
+    *,
+    key: int | jax.Array,
+    decay: float | jax.Array = 0.9,
+    response: str | Response = "linear",
+    distribution: str = "uniform",
+    mask: Any | Callable[[Any], Any] = None,
+    sensitivity_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds noise to the update: much on parameters of low sensitivity, none on those of high sensitivity.
+
+    With parameters theta, raw gradient g and incoming update u, at step t = 1, 2, ...::
+
+        s_t  = |theta * g|                          change of the loss, to first order, if the parameter became 0
+        S_t  = decay * S_{t-1} + (1 - decay) * s_t  S_0 = 0
+        r_t  = S_t / mean(S_t over the tensor)      relative sensitivity (bias correction cancels); 0 if the mean is 0
+        w_t  = response(r_t)
+        sd_t = noise_scale * std(W_0) * w_t         W_0 the tensor at init, population standard deviation
+        update = u + sd_t * xi_t                    xi_t independent, zero mean, unit variance, new at every step
+
+    ``noise_scale`` thus reads: standard deviation of the noise on a parameter of zero sensitivity, in standard
+    deviations of its tensor. The noise stays in the parameters; over T steps it grows like sqrt(T). The idea is the
+    paper's; the formulas are ours. A tensor whose mean sensitivity is not finite at a step (its gradient is not)
+    keeps its sensitivity and takes no noise at that step (ours).
+
+    Goes last in a chain. The raw gradient comes in by Optax's extra argument ``grad``, which `with_raw_gradient`
+    supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update has.
+
+    Args:
+      noise_scale: a number >= 0, or a schedule of the number of updates made so far (t-1).
+      key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
+      decay: decay of the moving average of sensitivity, in [0, 1).
+      response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a non-increasing function of
+        r >= 0 (float32, any shape) with value 1 at 0 and values in [0, 1].
+      distribution: "uniform" on [-sqrt(3), sqrt(3)], or "normal".
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside take no noise and hold no
+        state. None is every leaf.
+      sensitivity_dtype: dtype in which sensitivity is stored, float32 if None; computed in float32 in any case.
+
+    Returns:
+      A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
+
+    Raises:
+      ValueError: on a negative scale, a decay outside [0, 1), an unknown response or distribution; from ``update``
+        without params or ``grad``. Traced numbers are not checked.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, pats_jax
+      >>> params = {"w": jnp.array([4.0, 3.0, 2.0, 1.0])}
+      >>> tx = pats_jax.with_raw_gradient(
+      ...     optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1), pats_jax.pats_noise(0.1, key=0)))
+      >>> state = tx.init(params)
+      >>> grads = {"w": jnp.array([0.0, 1.0, 1.0, 1.0])}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> print(pats_jax.sensitivity(state)["w"])
+      [0. 3. 2. 1.]
+      >>> bool(updates["w"][0] != 0), float(updates["w"][1])  # noise where nothing depends on it, none where much does
+      (True, -0.05773503705859184)
+
+    References:
+      Zhang et al., `PATS: Sensitivity-aware Noisy Learning for Pretrained Language Models
+      <https://arxiv.org/abs/2210.12403>`_, 2022
+    """
+    if not callable(noise_scale):
+        _check_number("noise_scale", noise_scale, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    _check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    respond = response if callable(response) else _choose("response", response, RESPONSES)
+    draw = _choose("distribution", distribution, DISTRIBUTIONS)
+    key = random.as_key(key)
+    sensitivity_dtype = jnp.dtype(jnp.float32 if sensitivity_dtype is None else sensitivity_dtype)
+
+    def init(params):
+        noisy = _cut_to(_resolve_mask(mask, params), params)
+        _warn_of_rounding(noisy)
+        return PatsNoiseState(
+            count=jnp.zeros([], jnp.int32),
+            key=key.copy(),  # a caller may donate the state and keep the key
+            decay_power=jnp.ones([], jnp.float32),
+            sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
+            initial_std=jax.tree.map(_std, noisy),
+        )
+
+    def update(updates, state, params=None, *, grad=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("pats_noise needs the parameters: call tx.update(grads, opt_state, params)")
+        if grad is None:
+            raise ValueError("pats_noise needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")
+        scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
+        step_key = jax.random.fold_in(state.key, state.count)
+
+        def update_leaf(path, u, p, g, old, std):
+            if old is None or _is_masked(u):
+                return u, old
+            new, mean = _moving_average(old, p, g, decay)
+            finite = jnp.isfinite(mean)
+            weight = respond(new / jnp.where(mean > 0, mean, 1.0))
+            # Named by its path, a leaf draws the same noise whatever else is in the tree, and never its neighbour's.
+            xi = draw(jax.random.fold_in(step_key, zlib.crc32(jax.tree_util.keystr(path).encode())), u.shape)
+            noise = jnp.where(finite, scale * std * weight * xi, 0.0)
+            return (u + noise).astype(u.dtype), jnp.where(finite, new, old).astype(sensitivity_dtype)
+
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
+        columns = [treedef.flatten_up_to(tree) for tree in (params, grad, state.sensitivity, state.initial_std)]
+        results = [update_leaf(path, u, *row) for (path, u), *row in zip(leaves, *columns, strict=True)]
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            decay_power=state.decay_power * decay,
+            sensitivity=treedef.unflatten(new for _, new in results),
+        )
+        return treedef.unflatten(u for u, _ in results), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
+    """Passes the incoming gradient to every transform inside, as Optax's extra argument ``grad``.
+
+    Clipping, Adam and weight decay replace the gradient on its way through a chain; a transform that measures
+    sensitivity, such as `pats_noise`, needs it as it came in. Whatever ``grad`` a caller passes is overwritten.
+
+    `optax.MultiSteps` belongs outside, where the gradient that comes in is the accumulated one; an `optax.MultiSteps`
+    object given as ``inner`` is turned inside out for that.
+
+    Args:
+      inner: any gradient transformation.
+
+    Returns:
+      The same transformation with ``grad`` supplied; its state is ``inner``'s.
+
+    Raises:
+      ValueError: from ``init``, if gradients are accumulated somewhere inside (by
+        ``optax.MultiSteps(...).gradient_transformation()``), so that the raw gradient is not known here.
+    """
+    if isinstance(inner, optax.MultiSteps):
+        return _inside_multi_steps(inner, with_raw_gradient)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        state = inner.init(params)
+        if _find_states(state, optax.MultiStepsState):
+            raise ValueError(
+                "with_raw_gradient: gradients are accumulated inside; put optax.MultiSteps around it instead"
+            )
+        return state
+
+    def update(updates, state, params=None, **extra_args):
+        return inner.update(updates, state, params, **{**extra_args, "grad": updates})
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def pats(
+    inner: optax.GradientTransformation | optax.MultiSteps, noise_scale: optax.ScalarOrSchedule = 1e-3, **noise_args: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer, with sensitivity-aware noise added to its updates.
+
+    ``pats(inner, ...)`` is ``with_raw_gradient(optax.chain(inner, pats_noise(...)))``.
+
+    Args:
+      inner: the optimizer, for instance ``optax.adamw(2e-5)``.
+      noise_scale: see `pats_noise`.
+      **noise_args: the other arguments of `pats_noise`, of which ``key`` is required.
+
+    Returns:
+      A gradient transformation whose ``update`` requires params.
+
+    Raises:
+      ValueError: see `pats_noise` and `with_raw_gradient`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, pats_jax
+      >>> tx = pats_jax.pats(optax.adam(0.05), noise_scale=1e-3, key=0)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(jax.grad(lambda x: jnp.sum(x**2))(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.max(jnp.abs(params)) < 0.1)
+      True
+    """
+    noise = pats_noise(noise_scale, **noise_args)
+    if isinstance(inner, optax.MultiSteps):
+        return _inside_multi_steps(inner, lambda optimizer: with_raw_gradient(optax.chain(optimizer, noise)))
+    return with_raw_gradient(optax.chain(inner, noise))
+
+
+def sensitivity(opt_state: Any) -> Any:
+    """Bias-corrected sensitivity S^_t = S_t / (1 - decay**t) that an optimizer state carries.
+
+    Args:
+      opt_state: the state of any optimizer that contains `pats_noise`.
+
+    Returns:
+      A tree like params, float32, None where a leaf is masked; zeros before the first step. Under `optax.partition`
+      the groups that have noise are put together.
+
+    Raises:
+      ValueError: if there is no `PatsNoiseState` in the state.
+    """
+    states = _find_states(opt_state, PatsNoiseState)
+    if not states:
+        raise ValueError("sensitivity: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer")
+
+    def corrected(state):
+        weight = jnp.where(state.decay_power < 1, 1 - state.decay_power, 1.0)
+        return jax.tree.map(
+            lambda s: None if _is_masked(s) else s.astype(jnp.float32) / weight, state.sensitivity, is_leaf=_is_masked
+        )
+
+    def first_present(*leaves):
+        return next((leaf for leaf in leaves if leaf is not None), None)
+
+    return jax.tree.map(first_present, *map(corrected, states), is_leaf=lambda x: x is None)
+
+
+def _moving_average(old, param, grad, decay):
+    """S_t of one leaf in float32, and its mean over the leaf (0 for an empty one)."""
+    saliency = jnp.abs(param.astype(jnp.float32) * grad.astype(jnp.float32))
+    new = decay * old.astype(jnp.float32) + (1 - decay) * saliency
+    return new, jnp.sum(new) / max(new.size, 1)
+
+
+def _std(leaf):
+    """Population standard deviation of a leaf, () float32; 0 for an empty one."""
+    return jnp.std(leaf.astype(jnp.float32)) if leaf.size else jnp.zeros([], jnp.float32)
+
+
+def _resolve_mask(mask, params):
+    """The mask as a tree of bools like params; optax.MaskedNode counts as a leaf."""
+    prefix = True if mask is None else mask(params) if callable(mask) else mask
+    return jax.tree.map(
+        lambda keep, part: jax.tree.map(lambda _: bool(keep), part, is_leaf=_is_masked),
+        prefix,
+        params,
+        is_leaf=_is_masked,
+    )
+
+
+def _cut_to(mask, params):
+    """params with None at the leaves that the mask leaves out; optax.MaskedNode stays."""
+    return jax.tree.map(lambda keep, p: p if keep or _is_masked(p) else None, mask, params)
+
+
+def _warn_of_rounding(params):
+    low = {str(p.dtype) for p in jax.tree.leaves(params) if jnp.finfo(p.dtype).bits < 32}
+    if low:
+        warnings.warn(
+            f"pats_noise on {', '.join(sorted(low))} parameters: noise below half a unit in the last place rounds away; "
+            "keep the parameters in float32 and compute in bfloat16",
+            stacklevel=3,
+        )
+
+
+def _inside_multi_steps(multi_steps, wrap):
+    """The same MultiSteps around wrap(its optimizer), so that wrap sees the accumulated gradient."""
+    outside = copy.copy(multi_steps)
+    outside._opt = wrap(multi_steps.inner_opt)
+    return outside.gradient_transformation()
+
+
+def _find_states(opt_state, kind):
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+def _choose(argument, name, table):
+    if name not in table:
+        raise ValueError(f"{argument}={name!r} is not one of {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def _check_number(argument, value, holds, expected):
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or not holds(float(value)):
+        raise ValueError(f"{argument}={value!r} must be {expected}")
