@@ -1,0 +1,258 @@
+"""From texts to batches: tokenise once, choose a few lengths, fill rectangular arrays.
+
+XLA compiles a program for every shape it meets. So batches are padded to one of a few *bucket* lengths, chosen from
+the data's own lengths such that as few padding tokens as possible are computed, and a batch that has too few rows is
+filled up with rows of weight 0.
+
+A batch is a dict of NumPy arrays: ``input_ids``, ``attention_mask`` and ``token_type_ids`` int32 (batch, length);
+``labels`` int32 classes or float32 scores (batch,), absent for unlabelled rows; ``weights`` float32 (batch,), 0 for
+filler rows and 1 for all others.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pats_jax.data.readers import Split
+from pats_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+Plan = list[tuple[np.ndarray, int]]
+
+# Rows that the tokenizer gets at once: its result is a list of Python ints, some 70 times the size of our arrays.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of many rows, one after the other.
+
+    Attributes:
+        input_ids: int32 (tokens,); row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
+        token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
+        offsets: int64 (rows + 1,).
+        pad_id: Id of the padding token.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    offsets: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, special tokens included, int64 (rows,)."""
+        return np.diff(self.offsets)
+
+
+def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
+    """Tokenises every row once, pairs truncated longest first.
+
+    Args:
+        split: The rows.
+        tokenizer: A fast tokenizer of Transformers, the checkpoint's own.
+        max_length: Longest row in tokens, special tokens included.
+
+    Raises:
+        InputError: ``max_length`` leaves no room for a token of each text.
+    """
+    pair = split.sentence2 is not None
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length < special + 1 + pair:
+        raise InputError(f"--max_seq_length {max_length}: too short, {special} of its tokens are special ones")
+    ids: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    lengths: list[int] = []
+    for start in range(0, len(split), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        encoded = tokenizer(
+            split.sentence1[rows],
+            split.sentence2[rows] if split.sentence2 is not None else None,
+            truncation="longest_first",
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=True,
+        )
+        lengths.extend(map(len, encoded["input_ids"]))
+        ids.append(np.concatenate(encoded["input_ids"], dtype=np.int32, casting="same_kind"))
+        types.append(np.concatenate(encoded["token_type_ids"], dtype=np.uint8, casting="unsafe"))
+    return Tokens(
+        input_ids=np.concatenate(ids),
+        token_type_ids=np.concatenate(types),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1) -> list[int]:
+    """The bucket lengths that leave the fewest padding tokens, by exact dynamic programming.
+
+    Every row is padded to the smallest boundary that holds it. With ``n_l`` rows of length ``l``, the boundaries
+    ``b_1 < ... < b_K`` minimise ``sum_l n_l b(l)``, where ``b(l)`` is the smallest of them that is at least ``l``; the
+    last one is the longest length. An optimal boundary is always one of the candidate lengths, of which there are at
+    most as many as the maximal length: ``K m^2`` additions for ``m`` candidates.
+
+    Args:
+        lengths: Tokens of each row, (rows,).
+        max_buckets: Most boundaries, thus most shapes.
+        multiple: Boundaries are multiples of this, but none is above the longest row.
+
+    Returns:
+        The boundaries, increasing.
+    """
+    if len(lengths) == 0 or max_buckets < 1 or multiple < 1:
+        raise ValueError("bucket_boundaries needs at least one length, one bucket and a multiple of at least 1")
+    rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, np.max(lengths))
+    candidates, counts = np.unique(rounded, return_counts=True)
+    rows_up_to = np.concatenate([[0], np.cumsum(counts)])
+    # step[i, j]: tokens of the rows of candidates i..j when all are padded to candidate j; no cost where i > j.
+    step = (rows_up_to[None, 1:] - rows_up_to[:-1, None]) * candidates[None, :].astype(float)
+    step[np.tril_indices_from(step, -1)] = np.inf
+    # total[j]: fewest tokens of the candidates below j, with as many buckets as there have been rounds.
+    total = np.concatenate([[0.0], np.full(len(candidates), np.inf)])
+    origins = []
+    for _ in range(min(max_buckets, len(candidates))):
+        reached = total[:-1, None] + step
+        origins.append(np.argmin(reached, axis=0))
+        total = np.concatenate([[np.inf], np.min(reached, axis=0)])
+    boundaries = []
+    end = len(candidates)
+    for origin in reversed(origins):
+        boundaries.append(int(candidates[end - 1]))
+        end = origin[end - 1]
+    return boundaries[::-1]
+
+
+def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], *, seed: int, epoch: int) -> Plan:
+    """Which rows form which batch of an epoch: a pure function of (seed, epoch).
+
+    The rows are shuffled, gathered by bucket and cut into ``ceil(rows / batch_size)`` batches, so that at most one
+    batch straddles each boundary; one batch, at a random place, takes the remainder. The batches are shuffled too.
+    Every row comes exactly once, and every epoch has the same number of steps.
+
+    Args:
+        lengths: Tokens of each row, (rows,).
+        batch_size: Rows of a full batch.
+        boundaries: Bucket lengths, from ``bucket_boundaries``.
+        seed: The run's seed.
+        epoch: Counted from 0.
+
+    Returns:
+        One ``(rows, length)`` a step: row numbers (at most ``batch_size`` of them) and the padded length.
+
+    Raises:
+        InputError: There are fewer rows than ``batch_size``.
+    """
+    if batch_size > len(lengths):
+        raise InputError(
+            f"--per_device_train_batch_size: a batch of {batch_size} rows is more than the {len(lengths)} training rows"
+        )
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    order = order[np.argsort(_bucket_of(lengths, boundaries)[order], kind="stable")]
+    steps = -(-len(lengths) // batch_size)
+    sizes = np.full(steps, batch_size)
+    sizes[generator.integers(steps)] -= steps * batch_size - len(lengths)
+    plan = _cut(order, sizes, lengths, boundaries)
+    return [plan[step] for step in generator.permutation(steps)]
+
+
+def train_batches(
+    tokens: Tokens,
+    labels: np.ndarray,
+    batch_size: int,
+    boundaries: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+) -> Iterator[Batch]:
+    """The batches of one epoch, in the order of ``epoch_plan``.
+
+    Args:
+        tokens: The tokenised rows.
+        labels: int32 classes or float32 scores, (rows,).
+        batch_size: Rows of a batch, over all devices.
+        boundaries: Bucket lengths, from ``bucket_boundaries``.
+        seed: The run's seed.
+        epoch: Counted from 0.
+        first_step: Steps of this epoch to skip, for a run that is resumed.
+    """
+    plan = epoch_plan(tokens.lengths, batch_size, boundaries, seed=seed, epoch=epoch)
+    for rows, length in plan[first_step:]:
+        yield fill_batch(tokens, labels, rows, batch_size, length)
+
+
+def eval_batches(
+    tokens: Tokens, labels: np.ndarray | None, batch_size: int, boundaries: Sequence[int]
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All rows once, sorted by length, with the row numbers that put predictions back into place.
+
+    Rows above the last boundary share one more bucket, the longest row's length.
+
+    Yields:
+        ``(rows, batch)``: entry ``i`` of the batch is row ``rows[i]``; entries from ``len(rows)`` on are filler. So
+        ``predictions[rows] = outputs[:len(rows)]``.
+    """
+    order = np.argsort(tokens.lengths, kind="stable")
+    steps = -(-len(order) // batch_size)
+    sizes = np.full(steps, batch_size)
+    sizes[-1] -= steps * batch_size - len(order)
+    for rows, length in _cut(order, sizes, tokens.lengths, boundaries):
+        yield rows, fill_batch(tokens, labels, rows, batch_size, length)
+
+
+def fill_batch(tokens: Tokens, labels: np.ndarray | None, rows: np.ndarray, batch_size: int, length: int) -> Batch:
+    """Builds the arrays of one batch.
+
+    Filler rows repeat the batch's first row with weight 0. Rows of padding alone would not do: attention over nothing
+    is 0/0 in some models, and nan stays nan at weight 0.
+
+    Args:
+        tokens: The tokenised rows.
+        labels: int32 classes or float32 scores, (rows,), or None.
+        rows: Row numbers, at least one and at most ``batch_size``.
+        batch_size: Rows of the batch.
+        length: Padded length, at least that of the longest of ``rows``.
+    """
+    weights = np.zeros(batch_size, np.float32)
+    weights[: len(rows)] = 1.0
+    filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+    begins, ends = tokens.offsets[filled, None], tokens.offsets[filled + 1, None]
+    positions = begins + np.arange(length)
+    inside = positions < ends
+    positions = np.where(inside, positions, begins)
+    batch = {
+        "input_ids": np.where(inside, tokens.input_ids[positions], np.int32(tokens.pad_id)),
+        "attention_mask": inside.astype(np.int32),
+        "token_type_ids": np.where(inside, tokens.token_type_ids[positions], 0).astype(np.int32),
+        "weights": weights,
+    }
+    if labels is not None:
+        batch["labels"] = labels[filled]
+    return batch
+
+
+def padding_share(batches: Iterable[Batch]) -> float:
+    """Share of the computed tokens that are padding or belong to filler rows, between 0 and 1."""
+    computed = real = 0
+    for batch in batches:
+        computed += batch["attention_mask"].size
+        real += int(batch["attention_mask"][batch["weights"] > 0].sum())
+    return 1.0 - real / computed
+
+
+def _bucket_of(lengths: np.ndarray, boundaries: Sequence[int]) -> np.ndarray:
+    """Index of the smallest boundary that holds each length; ``len(boundaries)`` where none does."""
+    return np.searchsorted(np.asarray(boundaries), lengths, side="left")
+
+
+def _cut(order: np.ndarray, sizes: np.ndarray, lengths: np.ndarray, boundaries: Sequence[int]) -> Plan:
+    """Cuts an order of rows into batches, each padded to the boundary of its longest row."""
+    padded = np.append(boundaries, max(np.max(lengths), boundaries[-1]))[_bucket_of(lengths, boundaries)]
+    return [(rows, int(padded[rows].max())) for rows in np.split(order, np.cumsum(sizes)[:-1])]

@@ -1,0 +1,188 @@
+"""The GLUE tasks, one row each: where their texts and labels stand, how they are scored, what the server wants back.
+
+Three sources agree on the tasks but not on their details, and the table holds all three:
+
+* the TSV folders of the GLUE distribution (Wang et al., ICLR 2019, gluebenchmark.com);
+* the hub's ``nyu-mll/glue``, whose order of labels is the order of the class indices here too;
+* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pats_jax.errors import InputError
+
+_FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("test.tsv",)}
+_NLI = ("entailment", "neutral", "contradiction")
+_TWO_WAY_NLI = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
+_COLA_COLUMNS = ("source", "label", "author_mark", "sentence")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
+        folder: Folder of the GLUE distribution.
+        tsv_texts: Columns of the one or two texts in the TSV files.
+        hub_texts: The same columns in ``nyu-mll/glue``.
+        tsv_label: Column of the label in the labelled TSV files.
+        labels: Names of the classes in the order of their indices; None for regression.
+        metrics: Names of functions in ``pats_jax.metrics``.
+        prediction_files: Test split -> file that the GLUE server reads.
+        files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
+        hub_splits: Split -> split of ``nyu-mll/glue``.
+        tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
+        headerless: TSV file without a header line -> its columns.
+        score_range: Lowest and highest score of a regression task.
+    """
+
+    name: str
+    folder: str
+    tsv_texts: tuple[str, ...]
+    hub_texts: tuple[str, ...]
+    tsv_label: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    prediction_files: Mapping[str, str]
+    files: Mapping[str, tuple[str, ...]]
+    hub_splits: Mapping[str, str]
+    tsv_label_is_name: bool = False
+    headerless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    score_range: tuple[float, float] | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the model's head: the number of classes, 1 for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+    @property
+    def is_regression(self) -> bool:
+        return self.labels is None
+
+    @property
+    def main_metric(self) -> str:
+        """The score that picks the best model: the only metric, or the mean of two as on the GLUE leaderboard."""
+        return self.metrics[0] if len(self.metrics) == 1 else "combined_score"
+
+    def format_prediction(self, prediction: float) -> str:
+        """Writes one prediction as the GLUE server reads it.
+
+        Args:
+            prediction: Class index, or a score, which is cut to the task's range and written with three decimals.
+        """
+        if self.labels is None:
+            low, high = self.score_range or (float("-inf"), float("inf"))
+            return f"{min(max(float(prediction), low), high):.3f}"
+        index = int(prediction)
+        return self.labels[index] if self.tsv_label_is_name else str(index)
+
+
+def _task(name: str, folder: str, tsv_texts: tuple[str, ...], *, labels: tuple[str, ...] | None, **other) -> Task:
+    """A row whose unnamed fields are those of an ordinary GLUE task."""
+    fields = {
+        "hub_texts": tsv_texts,
+        "tsv_label": "label",
+        "metrics": ("accuracy",),
+        "prediction_files": {"test": f"{folder}.tsv"},
+        "files": _FILES,
+        "hub_splits": {split: split for split in _FILES},
+    }
+    return Task(name=name, folder=folder, tsv_texts=tsv_texts, labels=labels, **(fields | other))
+
+
+_ROWS = (
+    _task(
+        "cola",
+        "CoLA",
+        ("sentence",),
+        labels=("unacceptable", "acceptable"),
+        metrics=("matthews_correlation",),
+        headerless={"train.tsv": _COLA_COLUMNS, "dev.tsv": _COLA_COLUMNS},
+    ),
+    _task("sst2", "SST-2", ("sentence",), labels=("negative", "positive")),
+    _task(
+        "mrpc",
+        "MRPC",
+        ("#1 String", "#2 String"),
+        hub_texts=_PAIR,
+        tsv_label="Quality",
+        labels=("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+        # GLUE's test.tsv is made from the corpus' own test file, which has the labels.
+        files={**_FILES, "test": ("test.tsv", "msr_paraphrase_test.txt")},
+    ),
+    _task(
+        "stsb",
+        "STS-B",
+        _PAIR,
+        tsv_label="score",
+        labels=None,
+        metrics=("pearson", "spearmanr"),
+        score_range=(0.0, 5.0),
+    ),
+    _task(
+        "qqp",
+        "QQP",
+        ("question1", "question2"),
+        tsv_label="is_duplicate",
+        labels=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+    ),
+    _task(
+        "mnli",
+        "MNLI",
+        _PAIR,
+        hub_texts=("premise", "hypothesis"),
+        tsv_label="gold_label",
+        tsv_label_is_name=True,
+        labels=_NLI,
+        files={
+            "train": ("train.tsv",),
+            "validation": ("dev_matched.tsv",),
+            "validation_mismatched": ("dev_mismatched.tsv",),
+            "test": ("test_matched.tsv",),
+            "test_mismatched": ("test_mismatched.tsv",),
+        },
+        hub_splits={
+            "train": "train",
+            "validation": "validation_matched",
+            "validation_mismatched": "validation_mismatched",
+            "test": "test_matched",
+            "test_mismatched": "test_mismatched",
+        },
+        prediction_files={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+    ),
+    _task("qnli", "QNLI", ("question", "sentence"), tsv_label_is_name=True, labels=_TWO_WAY_NLI),
+    _task("rte", "RTE", _PAIR, tsv_label_is_name=True, labels=_TWO_WAY_NLI),
+    _task("wnli", "WNLI", _PAIR, labels=("not_entailment", "entailment")),
+    # The diagnostic set has no training data and no public labels: a model trained on MNLI answers it.
+    _task(
+        "ax",
+        "diagnostic",
+        _PAIR,
+        hub_texts=("premise", "hypothesis"),
+        tsv_label_is_name=True,
+        labels=_NLI,
+        metrics=("matthews_correlation",),
+        files={"test": ("diagnostic.tsv", "AX.tsv")},
+        hub_splits={"test": "test"},
+        prediction_files={"test": "AX.tsv"},
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+
+
+def get_task(name: str) -> Task:
+    """Looks a task up by its name, in upper or lower case.
+
+    Raises:
+        InputError: No such task; the message names those that exist.
+    """
+    try:
+        return TASKS[name.lower()]
+    except KeyError:
+        raise InputError(f"--task_name {name}: no such task; choose one of {', '.join(TASKS)}") from None
