@@ -1,0 +1,26 @@
+"""BERT and RoBERTa classifiers in Flax Linen, and the way from Hugging Face checkpoints to their parameters and back.
+
+The names are resolved on first use (PEP 562), so that importing this package costs next to nothing.
+"""
+
+import importlib
+
+_HOMES = {
+    "EncoderConfig": "config",
+    "SequenceClassifier": "bert",
+    "from_pretrained": "pretrained",
+    "load_tokenizer": "tokenizer",
+    "save_pretrained": "pretrained",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pats_jax.models.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pats_jax.models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

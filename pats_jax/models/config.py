@@ -1,0 +1,190 @@
+"""What a Hugging Face ``config.json`` says about a BERT or RoBERTa encoder and its head."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pats_jax.errors import InputError
+
+# The model types that we read: the class prefix in "architectures", and what Transformers takes where config.json is
+# silent (it does not write a value that equals its class's default).
+_ROBERTA_DEFAULTS = {"pad_token_id": 1}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "roberta": ("Roberta", {"vocab_size": 50265, **_ROBERTA_DEFAULTS}),
+    "xlm-roberta": ("XLMRoberta", _ROBERTA_DEFAULTS),
+    "camembert": ("Camembert", _ROBERTA_DEFAULTS),
+}
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes, rates and labels of an encoder with a sequence classification or regression head.
+
+    The fields carry the names of ``config.json``. Everything in that file that we have no use for stays in ``extra``
+    and is written back by :meth:`to_dict`.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    problem_type: str | None = None
+    id2label: Mapping[int, str] = field(default_factory=lambda: default_labels(2), hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: index for index, label in self.id2label.items()}
+
+    @property
+    def is_roberta(self) -> bool:
+        """Whether positions, head and tensor prefix are RoBERTa's."""
+        return self.model_type != "bert"
+
+    @property
+    def base_prefix(self) -> str:
+        """The first part of every encoder tensor's name: ``bert`` or ``roberta``."""
+        return "roberta" if self.is_roberta else "bert"
+
+    @property
+    def head_dropout(self) -> float:
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence in tokens. RoBERTa counts positions from ``pad_token_id + 1``."""
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.is_roberta else 0)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "EncoderConfig":
+        """Reads the content of a ``config.json``.
+
+        Args:
+            values: The parsed JSON object.
+            source: What to call it in error messages.
+
+        Raises:
+            InputError: A model type, position embedding or activation that we do not have, or a value out of range.
+        """
+        rest = dict(values)
+        model_type = rest.pop("model_type", None)
+        if model_type not in _FAMILIES:
+            raise InputError(
+                f"{source}: model_type {model_type!r} is not supported; use a checkpoint of type bert or roberta "
+                "(or xlm-roberta or camembert, which are read as RoBERTa)"
+            )
+        _check_structure(rest, source)
+        id2label = _read_labels(rest, source)
+        own = {name.name for name in fields(cls)}
+        known = {name: rest.pop(name) for name in list(rest) if name in own}
+        config = cls(**{**_FAMILIES[model_type][1], **known}, model_type=model_type, id2label=id2label, extra=rest)
+        _check_values(config, source)
+        return config
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "EncoderConfig":
+        """Reads ``folder/config.json``; see :meth:`from_dict`."""
+        path = folder / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: not a JSON object")
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
+        own = {name.name: getattr(self, name.name) for name in fields(self) if name.name not in ("id2label", "extra")}
+        return {
+            **self.extra,
+            **own,
+            "architectures": [f"{_FAMILIES[self.model_type][0]}ForSequenceClassification"],
+            "id2label": {str(index): label for index, label in self.id2label.items()},
+            "label2id": self.label2id,
+            "dtype": "float32",
+        }
+
+
+def default_labels(num_labels: int) -> dict[int, str]:
+    """The names that Transformers gives to labels without names: ``LABEL_0``, ``LABEL_1``, ..."""
+    return {index: f"LABEL_{index}" for index in range(num_labels)}
+
+
+def _check_structure(values: Mapping[str, Any], source: str) -> None:
+    """Refuses the variants of BERT whose forward pass is another one."""
+    position_embedding = values.get("position_embedding_type", "absolute")
+    if position_embedding != "absolute":
+        raise InputError(f"{source}: position_embedding_type {position_embedding!r} is not supported, only 'absolute'")
+    for flag in ("is_decoder", "add_cross_attention"):
+        if values.get(flag):
+            raise InputError(f"{source}: {flag} is true; only encoders are supported")
+
+
+def _read_labels(rest: dict[str, Any], source: str) -> dict[int, str]:
+    """Takes the labels out of ``rest``: from ``id2label``, else as many as ``num_labels`` says, else two."""
+    count = rest.pop("num_labels", rest.pop("_num_labels", None))
+    rest.pop("label2id", None)
+    labels = rest.pop("id2label", None)
+    if labels is None:
+        return default_labels(2 if count is None else count)
+    try:
+        by_index = {int(index): str(label) for index, label in labels.items()}
+    except (AttributeError, ValueError):
+        raise InputError(f"{source}: id2label must map class indices to names, got {labels!r}") from None
+    if sorted(by_index) != list(range(len(by_index))):
+        raise InputError(f"{source}: id2label must number its classes 0, 1, ..., got {sorted(by_index)}")
+    return dict(sorted(by_index.items()))
+
+
+def _check_values(config: EncoderConfig, source: str) -> None:
+    for name in _SIZES:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{source}: {name} must be a whole number above 0, got {value!r}")
+    for name in _RATES:
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise InputError(f"{source}: {name} must be a rate in [0, 1), got {value!r}")
+    if not isinstance(config.pad_token_id, int):
+        raise InputError(f"{source}: pad_token_id must be a whole number, got {config.pad_token_id!r}")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"{source}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not supported; use {', '.join(ACTIVATIONS)}")

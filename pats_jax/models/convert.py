@@ -1,0 +1,140 @@
+"""Hugging Face tensor names and layouts to parameter paths and back, and which tensors are missing or surplus.
+
+The mapping is mechanical: ``a.b.dense.weight`` is ``("a", "b", "dense", "kernel")`` transposed (Flax keeps inputs
+first, torch outputs first), an embedding's ``weight`` is ``embedding``, LayerNorm's ``weight`` is ``scale``.
+Everything here works on names and NumPy arrays; files are read in ``weights.py``.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from pats_jax.errors import InputError
+from pats_jax.models.config import EncoderConfig
+
+ParameterPath = tuple[str, ...]
+
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+_ENCODER_PARTS = ("embeddings", "encoder", "pooler")
+# Tensors that other kinds of checkpoint hold and a classifier has no place for: index buffers and pretraining heads.
+_KNOWN_SURPLUS = re.compile(
+    r"(.*\.)?embeddings\.(position_ids|token_type_ids)|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
+)
+# Model classes without a pooler: a classifier made from their checkpoints starts a new one.
+_WITHOUT_POOLER = ("BertForMaskedLM", "BertLMHeadModel", "BertForTokenClassification", "BertForQuestionAnswering")
+
+
+class Matched(NamedTuple):
+    """Which checkpoint tensor fills which parameter.
+
+    Attributes:
+        sources: Parameter path -> the tensor's name as the checkpoint has it.
+        new: Paths to be initialised afresh: the head, and BERT's pooler where the checkpoint's model has none.
+        surplus: Names of tensors that fill nothing and are not known to be superfluous.
+    """
+
+    sources: dict[ParameterPath, str]
+    new: list[ParameterPath]
+    surplus: list[str]
+
+
+def tensor_name(path: ParameterPath) -> str:
+    """The Hugging Face name of a parameter, with the ``bert.`` or ``roberta.`` prefix."""
+    return ".".join((*path[:-1], _LEAVES[path[-1]]))
+
+
+def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray, *, source: str) -> np.ndarray:
+    """A tensor in the layout and dtype of its parameter: kernels transposed, float32.
+
+    Raises:
+        InputError: The tensor is not of floats, not finite or not of the parameter's shape.
+    """
+    name = tensor_name(path)
+    if tensor.dtype.name not in _FLOATS:
+        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(_FLOATS)}")
+    value = np.asarray(tensor, np.float32)
+    value = value.T if path[-1] == "kernel" else value
+    if value.shape != shape:
+        expected = shape[::-1] if path[-1] == "kernel" else shape
+        raise InputError(f"{source}: tensor {name} has shape {tensor.shape}; by config.json it should be {expected}")
+    if not np.isfinite(value).all():
+        raise InputError(
+            f"{source}: tensor {name} holds values that are not finite; the file is damaged, download it again"
+        )
+    return value
+
+
+def to_tensor(path: ParameterPath, parameter: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`to_parameter`, contiguous as safetensors wants it."""
+    value = np.asarray(parameter, np.float32)
+    return np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+
+
+def canonical_name(name: str, config: EncoderConfig) -> str:
+    """A checkpoint's own name for a tensor in today's form: prefixed, ``weight`` and ``bias`` for gamma and beta."""
+    head, _, leaf = name.rpartition(".")
+    if leaf in _OLD_LEAVES:
+        name = f"{head}.{_OLD_LEAVES[leaf]}"
+    return f"{config.base_prefix}.{name}" if name.startswith(tuple(f"{part}." for part in _ENCODER_PARTS)) else name
+
+
+def match(
+    names: Iterable[str], paths: Iterable[ParameterPath], config: EncoderConfig, *, new_head: bool, source: str
+) -> Matched:
+    """Assigns a checkpoint's tensors to the model's parameters.
+
+    Args:
+        names: The tensor names in the checkpoint.
+        paths: Every parameter path of the model.
+        config: The checkpoint's config.
+        new_head: Leave the checkpoint's own head aside and start a new one.
+        source: What to call the checkpoint in error messages.
+
+    Raises:
+        InputError: A tensor is missing that no rule starts afresh, or two fill one parameter.
+    """
+    unused: dict[str, str] = {}
+    for name in sorted(names):
+        other = unused.setdefault(canonical_name(name, config), name)
+        if other != name:
+            raise InputError(
+                f"{source}: tensors {other} and {name} fill the same parameter; keep one of them in the checkpoint"
+            )
+    by_path = {path: tensor_name(path) for path in paths}
+    sources = {path: unused.pop(name) for path, name in by_path.items() if name in unused}
+
+    head = [path for path in by_path if path[0] == "classifier"]
+    pooler = [path for path in by_path if path[1] == "pooler"]
+    new = head if new_head or not any(path in sources for path in head) else []
+    if not any(path in sources for path in pooler) and _has_no_pooler(names, config):
+        new = [*pooler, *new]
+    for path in new:
+        sources.pop(path, None)
+    missing = [name for path, name in by_path.items() if path not in sources and path not in new]
+    if missing:
+        raise InputError(
+            f"{source}: the checkpoint lacks {_listing(missing)}; it is incomplete or not a {config.model_type} model"
+        )
+    surplus = [name for canonical, name in unused.items() if not _is_known_surplus(canonical, config)]
+    return Matched(sources, new, surplus)
+
+
+def _has_no_pooler(names: Iterable[str], config: EncoderConfig) -> bool:
+    """Whether the checkpoint comes from a model that never had a pooler."""
+    is_language_model = any(name.startswith("cls.predictions.") for name in names)
+    return is_language_model or any(name in _WITHOUT_POOLER for name in config.extra.get("architectures") or ())
+
+
+def _is_known_surplus(name: str, config: EncoderConfig) -> bool:
+    is_unused_pooler = config.is_roberta and name.startswith("roberta.pooler.")
+    return is_unused_pooler or _KNOWN_SURPLUS.fullmatch(name) is not None
+
+
+def _listing(names: list[str]) -> str:
+    """At most five names, and how many more there are."""
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more tensors"

