@@ -1,24 +1,58 @@
 """From files, folders and the hub to texts and labels.
 
 ``read_glue`` reads the TSV folders of the GLUE distribution, each task with its own quirks; ``read_hub`` the same
-tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data.
+tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads people's own
+CSV, TSV and JSON lines, ``load_files`` those of one task together, ``read_texts`` texts to predict on.
+
+In people's own files the columns are found by name, the first of these that the file has:
+
+* a pair of texts: ``sentence1, sentence2``; ``premise, hypothesis``; ``question1, question2``; ``question, sentence``;
+  ``text1, text2``;
+* one text: ``sentence``; ``text``; ``sentence1``;
+* the label: ``label``; ``gold_label``; ``score``.
+
+CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
 """
 
 import dataclasses
 import logging
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pats_jax.data.tables import INDEX_COLUMNS, Table, listed, read_tsv
-from pats_jax.data.tasks import Task, get_task
+from pats_jax.data.tables import (
+    INDEX_COLUMNS,
+    Table,
+    finite_number,
+    listed,
+    read_csv,
+    read_json_lines,
+    read_text,
+    read_tsv,
+    split_lines,
+)
+from pats_jax.data.tasks import Task, get_task, own_task
 from pats_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# The first release of QQP has some twenty lines broken in two; as its own authors do, we leave the pieces out.
+_TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("sentence",),
+    ("text",),
+    ("sentence1",),
+)
+_LABEL_COLUMNS = ("label", "gold_label", "score")
+_WANTED = {*INDEX_COLUMNS, *_LABEL_COLUMNS, *(name for names in _TEXT_COLUMNS for name in names)}
+
+# The first release of QQP has some lines broken in two (nyu-mll/GLUE-baselines issue 5); the pieces are left out.
 _BROKEN_ROWS = {"qqp": 1e-3}
 
 
@@ -147,13 +181,7 @@ def _read_glue_file(task: Task, path: Path, *, labelled: bool) -> Split:
         raise InputError(
             f"{path}:1: no column {missing[0]!r}, which {task.name} needs; the header has {listed(table.header)}"
         )
-    return Split(
-        sentence1=table.columns[task.tsv_texts[0]],
-        sentence2=table.columns[task.tsv_texts[1]] if len(task.tsv_texts) == 2 else None,
-        labels=_glue_labels(task, table),
-        ids=table.ids(),
-        label_names=task.labels,
-    )
+    return _split(table, task.tsv_texts, _glue_labels(task, table), task.labels)
 
 
 def _glue_labels(task: Task, table: Table) -> np.ndarray | None:
@@ -176,13 +204,15 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
         InputError: The hub cannot be reached and the cache does not hold the task.
     """
     import datasets
+    import httpx
 
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
     try:
         rows = datasets.load_dataset("nyu-mll/glue", task.name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    # A cache that holds other tasks only is a ValueError; a connection that breaks off may be an error of httpx.
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"nyu-mll/glue could not be loaded from the hub ({reason}); to work offline, give --data_dir builtin, "
             "--data_dir with a folder of GLUE's TSV files, or HF_HUB_OFFLINE=1 with a filled cache"
@@ -197,7 +227,128 @@ def _hub_split(task: Task, columns: dict[str, list]) -> Split:
     return Split(
         sentence1=columns[task.hub_texts[0]],
         sentence2=columns[task.hub_texts[1]] if len(task.hub_texts) == 2 else None,
-        labels=None if np.all(labels == -1) else labels,
+        labels=None if np.all(labels < 0) else labels,
         ids=[str(index) for index in columns["idx"]],
         label_names=task.labels,
+    )
+
+
+def load_files(
+    files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool = False
+) -> tuple[Task, dict[str, Split]]:
+    """Reads people's own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
+
+    The labels of the training file are those of the task. Without a training file they are ``label_names`` or, with
+    ``regression``, scores; else those of the first file.
+
+    Args:
+        files: Split name -> file.
+        label_names: Names of the classes by index, for instance those of a saved model.
+        regression: Whether the labels are scores.
+
+    Returns:
+        The task, and split name -> rows. Only "test" may come without labels.
+
+    Raises:
+        InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
+    """
+    found: dict[str, Split] = {}
+    for name in sorted(files, key=lambda name: name != "train"):
+        split = read_file(files[name], label_names=label_names, regression=regression)
+        if split.labels is None and name != "test":
+            columns = " or ".join(_LABEL_COLUMNS)
+            raise InputError(f"{files[name]}: no labels for the {name} data; their column is called {columns}")
+        other = next(iter(found), name)
+        if (split.sentence2 is None) != (found.get(other, split).sentence2 is None):
+            raise InputError(f"{files[name]}: {_kind(split)} where {files[other]} has {_kind(found[other])}")
+        if split.labels is not None:
+            label_names, regression = split.label_names, split.label_names is None
+        found[name] = split
+    if label_names is None and not regression:
+        raise InputError(f"--test_file {files['test']}: it has no labels, and no --train_file says which there are")
+    return own_task(None if label_names is None else tuple(label_names)), {name: found[name] for name in files}
+
+
+def _kind(split: Split) -> str:
+    return "single texts" if split.sentence2 is None else "pairs of texts"
+
+
+def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, regression: bool = False) -> Split:
+    """Reads a CSV, TSV or JSON-lines file (``.csv``, ``.tsv``, ``.jsonl`` or ``.json``).
+
+    Args:
+        path: The file.
+        label_names: Names of the classes by index. Without them, and without ``regression``, the labels are found in
+            the file: all integers are classes in numerical order; all numbers, one of them not an integer, are scores;
+            all else is class names in alphabetical order.
+        regression: Whether the labels are scores.
+
+    Returns:
+        The rows; ``labels`` is None if there is no label column, or nothing in it.
+
+    Raises:
+        InputError: One line with the file, and the line where it applies.
+    """
+    table = _read_table(Path(path))
+    label = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
+    labels: np.ndarray | None = None
+    if label is not None and any(table.columns[label]):
+        if label_names is None and not regression:
+            label_names = _find_label_names(table, label)
+        labels = table.scores(label) if label_names is None else table.classes(label, label_names)
+    return _split(table, _text_columns(table), labels, label_names)
+
+
+def read_texts(path: str | Path) -> Split:
+    """Reads texts to predict on: a file as for ``read_file``, its labels ignored, or a ``.txt`` of one text a line."""
+    path = Path(path)
+    if path.suffix.lower() == ".txt":
+        lines = split_lines(read_text(path))
+        return Split(lines, None, None, [str(row) for row in range(len(lines))])
+    table = _read_table(path)
+    return _split(table, _text_columns(table), None, None)
+
+
+def _read_table(path: Path) -> Table:
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return read_csv(path, _WANTED)
+    if suffix == ".tsv":
+        return read_tsv(path, _WANTED)[0]
+    if suffix in (".jsonl", ".json"):
+        return read_json_lines(path, _WANTED)
+    raise InputError(f"{path}: unknown kind of file {suffix!r}; name it .csv, .tsv or .jsonl")
+
+
+def _text_columns(table: Table) -> tuple[str, ...]:
+    for names in _TEXT_COLUMNS:
+        if all(name in table.columns for name in names):
+            return names
+    raise InputError(
+        f"{table.path}:1: no text column among {listed(table.header)}; name it sentence, or two of them sentence1 and "
+        "sentence2"
+    )
+
+
+def _find_label_names(table: Table, column: str) -> tuple[str, ...] | None:
+    """Names of the classes in the order of their indices; None if the labels are scores."""
+    labels = set(table.columns[column])
+    if "" in labels:
+        raise InputError(f"{table.place(table.columns[column].index(''))}: the label is empty")
+    if len(labels) == 1:
+        raise InputError(f"{table.path}: every row has the label {labels.pop()!r}; there is nothing to learn")
+    if all(re.fullmatch(r"-?\d+", label) for label in labels):
+        return tuple(sorted(labels, key=int))
+    if all(finite_number(label) is not None for label in labels):
+        return None
+    return tuple(sorted(labels))
+
+
+def _split(table: Table, texts: Sequence[str], labels: np.ndarray | None, label_names: Sequence[str] | None) -> Split:
+    return Split(
+        sentence1=table.columns[texts[0]],
+        sentence2=table.columns[texts[1]] if len(texts) == 2 else None,
+        labels=labels,
+        ids=table.ids(),
+        label_names=None if label_names is None else tuple(label_names),
     )

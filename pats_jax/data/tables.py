@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,9 @@ import numpy as np
 from pats_jax.errors import InputError
 
 INDEX_COLUMNS = ("index", "idx", "id")
+
+# A line number and the cells of that line.
+Row = tuple[int, list[str]]
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,19 @@ def read_tsv(
     lines = split_lines(read_text(path))
     first_line = 1 if header else 2
     names = list(header) if header else lines.pop(0).split("\t")
-    rows: list[tuple[int, list[str]]] = []
     broken: list[int] = []
-    for number, line in enumerate(lines, first_line):
-        cells = line.split("\t")
-        if len(cells) != len(names):
+
+    def rows() -> Iterator[Row]:
+        for number, line in enumerate(lines, first_line):
+            cells = line.split("\t")
+            if len(cells) == len(names):
+                yield number, cells
+                continue
             broken.append(number)
             if len(cells) > len(names) or len(broken) > broken_rows * len(lines):
-                raise InputError(_wrong_count(path, number, len(cells), len(names), tabs=True))
-            continue
-        rows.append((number, cells))
-    return _table(path, names, rows, wanted), broken
+                raise InputError(_wrong_count(path, number, len(cells), len(names), between="tabs"))
+
+    return _collect(path, names, rows(), wanted), broken
 
 
 def read_csv(path: Path, wanted: Collection[str]) -> Table:
@@ -168,15 +173,17 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     # newline="\n" parts lines at line feeds only, as everywhere here.
     reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
     header = _next_record(path, reader) or []
-    rows = []
-    begin = reader.line_num + 1
-    while (cells := _next_record(path, reader)) is not None:
-        if cells and len(cells) != len(header):
-            raise InputError(_wrong_count(path, begin, len(cells), len(header)))
-        if cells:
-            rows.append((begin, cells))
+
+    def rows() -> Iterator[Row]:
         begin = reader.line_num + 1
-    return _table(path, header, rows, wanted)
+        while (cells := _next_record(path, reader)) is not None:
+            if cells and len(cells) != len(header):
+                raise InputError(_wrong_count(path, begin, len(cells), len(header), between="commas"))
+            if cells:
+                yield begin, cells
+            begin = reader.line_num + 1
+
+    return _collect(path, header, rows(), wanted)
 
 
 def _next_record(path: Path, reader) -> list[str] | None:
@@ -194,18 +201,25 @@ def read_json_lines(path: Path, wanted: Collection[str]) -> Table:
     Raises:
         InputError: As ``read_text``; a line that is no JSON object, lacks a key or has a list or object as a value.
     """
-    header: list[str] = []
-    rows = []
-    for number, line in enumerate(split_lines(read_text(path)), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not readable as JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: a JSON object is expected on every line")
-        header = header or list(record)
-        rows.append((number, [_json_cell(path, number, record, key) if key in wanted else "" for key in header]))
-    return _table(path, header, rows, wanted)
+    lines = split_lines(read_text(path))
+    header = list(_json_object(path, 1, lines[0]))
+
+    def rows() -> Iterator[Row]:
+        for number, line in enumerate(lines, 1):
+            record = _json_object(path, number, line)
+            yield number, [_json_cell(path, number, record, key) if key in wanted else "" for key in header]
+
+    return _collect(path, header, rows(), wanted)
+
+
+def _json_object(path: Path, number: int, line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not readable as JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path}:{number}: a JSON object is expected on every line")
+    return record
 
 
 def _json_cell(path: Path, number: int, record: dict, key: str) -> str:
@@ -221,14 +235,19 @@ def _json_cell(path: Path, number: int, record: dict, key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _wrong_count(path: Path, line: int, found: int, expected: int, tabs: bool = False) -> str:
-    between = "tabs" if tabs else "commas"
+def _wrong_count(path: Path, line: int, found: int, expected: int, between: str) -> str:
     return f"{path}:{line}: {found} columns where {expected} are expected (separated by {between})"
 
 
-def _table(path: Path, header: Sequence[str], rows: list[tuple[int, list[str]]], wanted: Collection[str]) -> Table:
-    if not rows:
+def _collect(path: Path, header: Sequence[str], rows: Iterable[Row], wanted: Collection[str]) -> Table:
+    """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
+    kept = {name: position for position, name in enumerate(header) if name in wanted}
+    columns: dict[str, list[str]] = {name: [] for name in kept}
+    lines = []
+    for number, cells in rows:
+        lines.append(number)
+        for name, position in kept.items():
+            columns[name].append(cells[position])
+    if not lines:
         raise InputError(f"{path}: no rows below the header")
-    kept = [position for position, name in enumerate(header) if name in wanted]
-    columns = {header[position]: [cells[position] for _, cells in rows] for position in kept}
-    return Table(path, header, columns, [number for number, _ in rows])
+    return Table(path, header, columns, lines)
