@@ -34,7 +34,7 @@ from pats_jax.data.tables import (
     read_tsv,
     split_lines,
 )
-from pats_jax.data.tasks import Task, get_task, own_task
+from pats_jax.data.tasks import Task, get_task
 from pats_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def _hub_split(task: Task, columns: dict[str, list]) -> Split:
 
 def load_files(
     files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool = False
-) -> tuple[Task, dict[str, Split]]:
+) -> dict[str, Split]:
     """Reads people's own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
 
     The labels of the training file are those of the task. Without a training file they are ``label_names`` or, with
@@ -247,7 +247,7 @@ def load_files(
         regression: Whether the labels are scores.
 
     Returns:
-        The task, and split name -> rows. Only "test" may come without labels.
+        Split name -> rows, all with the same ``label_names``. Only "test" may come without labels.
 
     Raises:
         InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
@@ -264,9 +264,7 @@ def load_files(
         if split.labels is not None:
             label_names, regression = split.label_names, split.label_names is None
         found[name] = split
-    if label_names is None and not regression:
-        raise InputError(f"--test_file {files['test']}: it has no labels, and no --train_file says which there are")
-    return own_task(None if label_names is None else tuple(label_names)), {name: found[name] for name in files}
+    return {name: found[name] for name in files}
 
 
 def _kind(split: Split) -> str:

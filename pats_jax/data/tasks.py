@@ -189,23 +189,13 @@ def get_task(name: str) -> Task:
 
 
 def own_task(labels: tuple[str, ...] | None) -> Task:
-    """The row of people's own data: scored by accuracy or, without class names, by the correlation of scores.
+    """The row of people's own data: scored by accuracy or, without class names, by the correlations of scores.
+
+    F1 is left out: which of two classes of unknown meaning is the positive one, nothing says.
 
     Args:
-        labels: Names of the classes by index, which predictions are written by; None for regression.
+        labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.
     """
     metrics = ("pearson", "spearmanr") if labels is None else ("accuracy",)
-    return _task("own", "own", _PAIR, labels=labels, tsv_label_is_name=True, metrics=metrics)
-
-
-def own_task(labels: tuple[str, ...] | None) -> Task:
-    """A row for people's own files: accuracy (and F1 for two classes), or Pearson and Spearman for scores.
-
-    Args:
-        labels: Names of the classes in the order of their indices; None for scores.
-    """
-    two = labels is not None and len(labels) == 2
-    metrics = ("pearson", "spearmanr") if labels is None else ("accuracy", "f1") if two else ("accuracy",)
-    return _task(
-        "own", "own", (), labels=labels, metrics=metrics, tsv_label_is_name=True, prediction_files={"test": "test.tsv"}
-    )
+    files = {"test": "test.tsv"}
+    return _task("own", "own", (), labels=labels, metrics=metrics, tsv_label_is_name=True, prediction_files=files)
