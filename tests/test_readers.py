@@ -1,0 +1,505 @@
+"""The readers on files laid out as each source lays them out, quirks included, and on everything that can be wrong."""
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from pats_jax.data.readers import Split, load_files, load_task, read_file, read_glue, read_hub, read_texts
+from pats_jax.data.tasks import TASKS
+from pats_jax.errors import InputError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "glue"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real GLUE files are not at {SHARED}")
+
+
+def write(path: Path, *lines: str, end: str = "\n", encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(line + end for line in lines).encode(encoding))
+    return path
+
+
+def row(*cells) -> str:
+    return "\t".join(map(str, cells))
+
+
+# --- the GLUE distribution --------------------------------------------------------------------------------------------
+
+# Header and one row of each file as GLUE publishes them, and what is to be read: texts, label (None: none), index.
+MNLI_TEXTS = ("promptID", "pairID", "genre", "binary1", "binary2", "parse1", "parse2")
+MNLI_HEADER = row("index", *MNLI_TEXTS, "sentence1", "sentence2")
+STSB_HEADER = row("index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2")
+NLI_HEADER = row("index", "sentence1", "sentence2")
+FILES = [
+    ("cola", "CoLA/train.tsv", None, row("gj04", 0, "*", "Them ran."), ("Them ran.",), 0, "0"),
+    ("cola", "CoLA/test.tsv", row("index", "sentence"), row(7, "They ran."), ("They ran.",), None, "7"),
+    ("sst2", "SST-2/dev.tsv", row("sentence", "label"), row("so good ", 1), ("so good ",), 1, "0"),
+    ("sst2", "SST-2/test.tsv", row("index", "sentence"), row(3, "bad"), ("bad",), None, "3"),
+    (
+        "mrpc",
+        "MRPC/train.tsv",
+        "\ufeff" + row("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+        row(1, 70, 71, 'He said " yes .', '" Yes , he said .'),
+        ('He said " yes .', '" Yes , he said .'),
+        1,
+        "0",
+    ),
+    (
+        "mrpc",
+        "MRPC/test.tsv",
+        row("index", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+        row(4, 70, 71, "One .", "Two ."),
+        ("One .", "Two ."),
+        None,
+        "4",
+    ),
+    (
+        "mrpc",
+        "MRPC/msr_paraphrase_test.txt",
+        "\ufeff" + row("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+        row(0, 70, 71, "One .", "Two ."),
+        ("One .", "Two ."),
+        0,
+        "0",
+    ),
+    (
+        "stsb",
+        "STS-B/dev.tsv",
+        row(STSB_HEADER, "score"),
+        row(9, "news", "MSRpar", 2012, "0001", "none", "none", "A.", "B.", "3.800"),
+        ("A.", "B."),
+        np.float32(3.8),
+        "9",
+    ),
+    (
+        "stsb",
+        "STS-B/test.tsv",
+        STSB_HEADER,
+        row(9, "news", "MSRpar", 2012, "0001", "none", "none", "A.", "B."),
+        ("A.", "B."),
+        None,
+        "9",
+    ),
+    (
+        "qqp",
+        "QQP/train.tsv",
+        row("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
+        row(133273, 213221, 213222, "How?", "Why?", 0),
+        ("How?", "Why?"),
+        0,
+        "133273",
+    ),
+    ("qqp", "QQP/test.tsv", row("id", "question1", "question2"), row(5, "How?", ""), ("How?", ""), None, "5"),
+    (
+        "mnli",
+        "MNLI/train.tsv",
+        row(MNLI_HEADER, "label1", "gold_label"),
+        row(2, *MNLI_TEXTS, "P", "H", "entailment", "neutral"),
+        ("P", "H"),
+        1,
+        "2",
+    ),
+    (
+        "mnli",
+        "MNLI/dev_matched.tsv",
+        row(MNLI_HEADER, "label1", "label2", "label3", "label4", "label5", "gold_label"),
+        row(2, *MNLI_TEXTS, "P", "H", *["neutral"] * 5, "contradiction"),
+        ("P", "H"),
+        2,
+        "2",
+    ),
+    ("mnli", "MNLI/test_matched.tsv", MNLI_HEADER, row(2, *MNLI_TEXTS, "P", "H"), ("P", "H"), None, "2"),
+    (
+        "qnli",
+        "QNLI/dev.tsv",
+        row("index", "question", "sentence", "label"),
+        row(8, "Who?", "She.", "entailment"),
+        ("Who?", "She."),
+        0,
+        "8",
+    ),
+    ("rte", "RTE/train.tsv", row(NLI_HEADER, "label"), row(0, "T", "H", "not_entailment"), ("T", "H"), 1, "0"),
+    ("rte", "RTE/test.tsv", NLI_HEADER, row(0, "T", "H"), ("T", "H"), None, "0"),
+    ("wnli", "WNLI/train.tsv", row(NLI_HEADER, "label"), row(0, "T", "H", "1"), ("T", "H"), 1, "0"),
+    ("ax", "diagnostic/diagnostic.tsv", NLI_HEADER, row(0, "T", "H"), ("T", "H"), None, "0"),
+]
+SPLITS = {"train": "train", "dev": "validation", "test": "test", "diagnostic": "test", "msr": "test"}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize(
+    ("task", "name", "header", "line", "texts", "label", "index"), FILES, ids=[name for _, name, *_ in FILES]
+)
+def test_each_official_file_is_read_with_its_quirks(tmp_path, end, task, name, header, line, texts, label, index):
+    path = write(tmp_path / name, *([header] if header else []), line, end=end)
+    split_name = SPLITS[path.stem.split("_")[0]]
+    for data_dir in (tmp_path, path.parent):
+        split = read_glue(task, data_dir, splits=[split_name])[split_name]
+        assert (split.sentence1, split.sentence2) == ([texts[0]], [texts[1]] if len(texts) == 2 else None)
+        assert split.ids == [index]
+        if label is None:
+            assert split.labels is None
+        else:
+            assert split.labels.tolist() == [label]
+            assert split.labels.dtype == (np.float32 if task == "stsb" else np.int32)
+
+
+def test_mnli_brings_its_mismatched_halves_along_where_they_exist(tmp_path):
+    for name in ("dev_matched", "dev_mismatched", "test_matched"):
+        labelled = name.startswith("dev")
+        header = row(NLI_HEADER, *(["gold_label"] if labelled else []))
+        write(tmp_path / f"MNLI/{name}.tsv", header, row(0, name, "H", *(["neutral"] if labelled else [])))
+    splits = read_glue("mnli", tmp_path, splits=["validation", "test"])
+    assert {name: split.sentence1 for name, split in splits.items()} == {
+        "validation": ["dev_matched"],
+        "validation_mismatched": ["dev_mismatched"],
+        "test": ["test_matched"],
+    }
+
+
+def test_quotes_and_exotic_line_separators_are_part_of_the_text(tmp_path):
+    texts = ['"Open', 'a "b" c"', "form\x0cfeed", "next\x85line", "line\u2028separator", "tail\x1c", "lone\rreturn"]
+    write(tmp_path / "train.tsv", row("sentence", "label"), *(row(text, 1) for text in texts))
+    assert read_glue("sst2", tmp_path, splits=["train"])["train"].sentence1 == texts
+
+
+def test_broken_rows_of_qqp_are_left_out_with_a_warning_if_they_are_few(tmp_path, caplog):
+    good = [row(i, 1, 2, "How?", "Why?", i % 2) for i in range(2000)]
+    header = row("id", "qid1", "qid2", "question1", "question2", "is_duplicate")
+    # One row, broken in two by a line feed within question1.
+    path = write(tmp_path / "train.tsv", header, *good[:50], row(50, 1, 2, '"Ho'), row('w?"', "Why?", 1), *good[51:])
+    split = read_glue("qqp", tmp_path, splits=["train"])["train"]
+    assert len(split) == 1999 and "50" not in split.ids
+    assert f"{path}: 2 broken rows left out, the first at line 52" in caplog.text
+    write(path, header, *good[:50], row(50, 1, 2, '"Ho'))
+    with pytest.raises(InputError, match=r"train.tsv:52: 4 columns where 6"):
+        read_glue("qqp", tmp_path, splits=["train"])
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("task", "train_rows", "validation_rows"),
+    [
+        ("cola", 8551, 1043),
+        ("sst2", 67349, 872),
+        ("mrpc", 3668, 408),
+        ("stsb", 5749, 1500),
+        ("rte", 2490, 277),
+        ("wnli", 635, 71),
+    ],
+)
+def test_real_files_have_the_official_numbers_of_rows_and_what_the_csv_module_reads(task, train_rows, validation_rows):
+    splits = read_glue(task, SHARED)
+    assert (len(splits["train"]), len(splits["validation"])) == (train_rows, validation_rows)
+    with open(SHARED / TASKS[task].folder / "dev.tsv", encoding="utf-8-sig", newline="\n") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    columns = list(zip(*(rows if task == "cola" else rows[1:]), strict=True))
+    texts = {"cola": [3], "sst2": [0], "mrpc": [3, 4], "stsb": [7, 8], "rte": [1, 2], "wnli": [1, 2]}[task]
+    assert tuple(splits["validation"].sentence1) == columns[texts[0]]
+    assert splits["validation"].sentence2 is None or tuple(splits["validation"].sentence2) == columns[texts[1]]
+    written = columns[{"cola": 1, "sst2": 1, "mrpc": 0}.get(task, -1)]
+    if task == "stsb":
+        assert np.array_equal(splits["validation"].labels, np.asarray(written, np.float32))
+    else:
+        names = ["entailment", "not_entailment"] if task == "rte" else ["0", "1"]
+        assert [names[label] for label in splits["validation"].labels] == list(written)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["sentence\ttarget", "fine\t1"], r"train.tsv:1: no column 'label', which sst2 needs; .* 'sentence', 'target'"),
+        (["sentence\tlabel", "fine\t1", "fine"], r"train.tsv:3: 1 columns where 2 are expected"),
+        (["sentence\tlabel", "fine\t1", "fi\tne\t1"], r"train.tsv:3: 3 columns where 2 are expected"),
+        (["sentence\tlabel", "fine\t1", "", "fine\t0"], r"train.tsv:3: 1 columns where 2 are expected"),
+        (["sentence\tlabel", "fine\t1", "fine\t2"], r"train.tsv:3: unknown label '2'; the labels are '0', '1'$"),
+        (["sentence\tlabel"], r"train.tsv: no rows below the header"),
+        ([], r"train.tsv: the file is empty"),
+        (["", ""], r"train.tsv: the file is empty"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, lines, message):
+    write(tmp_path / "SST-2/train.tsv", *lines)
+    with pytest.raises(InputError, match=message) as caught:
+        read_glue("sst2", tmp_path, splits=["train"])
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_are_placed(tmp_path):
+    path = tmp_path / "SST-2/train.tsv"
+    write(path, row("sentence", "label"), row("good", 1), row("caf\xe9", 1), encoding="latin-1")
+    with pytest.raises(InputError, match=r"train.tsv:3: not UTF-8 \(byte 0xe9\); save the file as UTF-8"):
+        read_glue("sst2", tmp_path, splits=["train"])
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"--data_dir .*nowhere: no such folder; .*builtin"):
+        read_glue("rte", tmp_path / "nowhere")
+    write(tmp_path / "RTE/train.tsv", row(NLI_HEADER, "label"), row(0, "T", "H", "entailment"))
+    with pytest.raises(InputError, match=r"RTE/dev.tsv: no such file; the validation split of rte"):
+        read_glue("rte", tmp_path)
+    with pytest.raises(
+        InputError, match=r"ax has no split 'train'; it has test \(a model trained on mnli answers ax\)"
+    ):
+        read_glue("ax", tmp_path)
+    with pytest.raises(InputError, match=r"no such task"):
+        read_glue("snli", tmp_path)
+    (tmp_path / "RTE/dev.tsv").mkdir()
+    with pytest.raises(InputError, match=r"RTE/dev.tsv: cannot be read \(Is a directory\)"):
+        read_glue("rte", tmp_path)
+
+
+def test_a_score_that_is_no_number_is_placed(tmp_path):
+    write(tmp_path / "dev.tsv", row("sentence1", "sentence2", "score"), row("A", "B", "2.5"), row("A", "B", "nan"))
+    with pytest.raises(InputError, match=r"dev.tsv:3: the score 'nan' is not a number"):
+        read_glue("stsb", tmp_path, splits=["validation"])
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_first_cuts_every_field_and_none_keeps_all():
+    split = Split(["a", "b", "c"], ["A", "B", "C"], np.arange(3), ["0", "1", "2"], ("x", "y", "z"))
+    cut = split.first(2)
+    assert (cut.sentence1, cut.sentence2, cut.labels.tolist(), cut.ids) == (["a", "b"], ["A", "B"], [0, 1], ["0", "1"])
+    assert len(split.first(None)) == len(split.first(10)) == 3
+    with pytest.raises(ValueError, match="positive"):
+        split.first(0)
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stands in for ``nyu-mll/glue``: real datasets of parquet files in local folders, one a configuration."""
+    load_dataset = datasets.load_dataset
+
+    def add(task, **splits):
+        for split, columns in splits.items():
+            names = TASKS[task].labels
+            label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
+            features = {name: datasets.Value("string") for name in TASKS[task].hub_texts}
+            features |= {"label": label, "idx": datasets.Value("int32")}
+            data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+            data.to_parquet(tmp_path / task / f"{split}-00000-of-00001.parquet")
+
+    def local(path, name):
+        assert path == "nyu-mll/glue"
+        files = {file.name.split("-")[0]: str(file) for file in (tmp_path / name).iterdir()}
+        return load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    return add
+
+
+def test_the_hub_gives_the_same_shape_and_hides_test_labels_as_minus_one(hub):
+    columns = {"question1": ["a", "b"], "question2": ["c", "d"], "label": [1, 0], "idx": [0, 1]}
+    hub("qqp", train=columns, validation=columns, test={**columns, "label": [-1, -1], "idx": [10, 11]})
+    splits = load_task("qqp", splits=["train", "test"])
+    assert splits.keys() == {"train", "test"}
+    assert (splits["train"].sentence1, splits["train"].sentence2) == (["a", "b"], ["c", "d"])
+    assert splits["train"].labels.tolist() == [1, 0] and splits["train"].labels.dtype == np.int32
+    assert splits["test"].labels is None and splits["test"].ids == ["10", "11"]
+
+
+def test_the_hub_calls_the_texts_and_splits_of_mnli_otherwise(hub):
+    columns = {"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]}
+    hub("mnli", train=columns, validation_matched=columns, validation_mismatched={**columns, "premise": ["mm"]})
+    splits = read_hub("mnli")
+    assert {name: split.sentence1 for name, split in splits.items()} == {
+        "train": ["p"],
+        "validation": ["p"],
+        "validation_mismatched": ["mm"],
+    }
+    assert splits["train"].sentence2 == ["h"] and splits["train"].labels.tolist() == [2]
+
+
+def test_scores_and_single_texts_from_the_hub(hub):
+    hub("stsb", train={"sentence1": ["a"], "sentence2": ["b"], "label": [2.5], "idx": [0]})
+    hub("sst2", train={"sentence": ["a"], "label": [1], "idx": [0]})
+    assert read_hub("stsb", splits=["train"])["train"].labels.tolist() == [2.5]
+    assert read_hub("sst2", splits=["train"])["train"].sentence2 is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub\nand more"),
+        ValueError("Couldn't find cache for nyu-mll/glue for config 'rte'"),
+        RuntimeError(),
+    ],
+)
+def test_without_a_network_the_ways_to_work_offline_are_named(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match=r"--data_dir builtin, .*TSV files, or HF_HUB_OFFLINE=1") as caught:
+        load_task("rte")
+    assert "\n" not in str(caught.value)
+
+
+# --- people's own files -----------------------------------------------------------------------------------------------
+
+ROWS = [{"sentence1": 'say "no", twice', "sentence2": "a\u2028b", "label": "spam"}]
+ROWS += [{"sentence1": "two", "sentence2": "", "label": "ham"}]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Writes rows by the standard library's own writers."""
+    if path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+    if path.suffix == ".tsv":
+        return write(path, row(*rows[0]), *(row(*r.values()) for r in rows))
+    return write(path, *(json.dumps(r) for r in rows))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+def test_the_same_rows_are_read_from_every_format(tmp_path, suffix):
+    split = read_file(write_rows(tmp_path / f"data.{suffix}", ROWS))
+    assert split.sentence1 == ['say "no", twice', "two"] and split.sentence2 == ["a\u2028b", ""]
+    assert split.label_names == ("ham", "spam") and split.labels.tolist() == [1, 0]
+    assert split.labels.dtype == np.int32 and split.ids == ["0", "1"]
+
+
+def test_csv_fields_may_hold_line_feeds_and_lines_are_still_counted(tmp_path):
+    text = 'sentence,label\n"two\nlines",a\n\nlast,b\n'
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    assert read_file(path).sentence1 == ["two\nlines", "last"]
+    path.write_text(text + "extra,a,b\n")
+    with pytest.raises(InputError, match=r"train.csv:6: 3 columns where 2 are expected \(separated by commas\)"):
+        read_file(path)
+    path.write_text('sentence,label\na,x\n"never closed,y\nb,z\n')
+    with pytest.raises(InputError, match=r"train.csv:4: not readable as CSV"):
+        read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        (["premise", "hypothesis"], ("premise", "hypothesis")),
+        (["hypothesis", "premise"], ("premise", "hypothesis")),
+        (["question", "sentence"], ("question", "sentence")),
+        (["sentence1", "sentence2"], ("sentence1", "sentence2")),
+        (["text"], ("text",)),
+        (["sentence"], ("sentence",)),
+        (["sentence1"], ("sentence1",)),
+    ],
+)
+def test_text_columns_are_found_by_their_usual_names(tmp_path, columns, texts):
+    split = read_file(write_rows(tmp_path / "data.csv", [{name: name for name in [*columns, "other"]}]))
+    assert split.sentence1 == [texts[0]]
+    assert split.sentence2 == ([texts[1]] if len(texts) == 2 else None)
+    assert split.labels is None and split.label_names is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "values"),
+    [
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        (["10", "9", "-1"], ("-1", "9", "10"), [2, 1, 0]),
+        ([10, 9, 9], ("9", "10"), [1, 0, 0]),
+        (["1", "x", "0.5"], ("0.5", "1", "x"), [1, 2, 0]),
+        ([True, False, True], ("false", "true"), [1, 0, 1]),
+        ([1.5, 2, 3], None, [1.5, 2.0, 3.0]),
+        (["1.0", "-2e1", "3"], None, [1.0, -20.0, 3.0]),
+        ([None, None, None], None, None),
+    ],
+)
+def test_labels_are_found_and_sorted(tmp_path, labels, names, values):
+    rows = [{"text": "t", "label": label} for label in labels]
+    split = read_file(write_rows(tmp_path / "data.jsonl", rows))
+    assert split.label_names == names
+    assert (None if split.labels is None else split.labels.tolist()) == values
+
+
+def test_files_of_one_task_share_the_labels_of_the_training_file(tmp_path):
+    write(tmp_path / "train.tsv", row("label", "text"), "b\tx", "a\ty", "c\tz")
+    write(tmp_path / "dev.tsv", row("id", "text", "label"), "d7\tx\tc")
+    write(tmp_path / "test.tsv", "text", "x")
+    names = {"validation": "dev.tsv", "train": "train.tsv", "test": "test.tsv"}
+    splits = load_files({name: tmp_path / file for name, file in names.items()})
+    assert list(splits) == list(names)
+    assert {split.label_names for split in splits.values()} == {("a", "b", "c")}
+    assert splits["validation"].labels.tolist() == [2] and splits["validation"].ids == ["d7"]
+    assert splits["test"].labels is None
+
+
+def test_scores_in_the_training_file_make_every_file_scores(tmp_path):
+    write(tmp_path / "train.tsv", row("text", "score"), "x\t0.5", "y\t1")
+    write(tmp_path / "dev.tsv", row("text", "score"), "x\t1", "y\t2")
+    splits = load_files({"train": tmp_path / "train.tsv", "validation": tmp_path / "dev.tsv"})
+    assert splits["validation"].labels.tolist() == [1.0, 2.0] and splits["validation"].labels.dtype == np.float32
+    write(tmp_path / "dev.tsv", row("text", "score"), "x\t1", "y\thigh")
+    with pytest.raises(InputError, match=r"dev.tsv:3: the score 'high' is not a number"):
+        load_files({"train": tmp_path / "train.tsv", "validation": tmp_path / "dev.tsv"})
+
+
+def test_labels_of_a_saved_model_are_kept_in_its_order(tmp_path):
+    path = write(tmp_path / "dev.tsv", row("text", "label"), "x\tgood", "y\tbad")
+    splits = load_files({"validation": path}, label_names=["good", "bad"])
+    assert splits["validation"].labels.tolist() == [0, 1] and splits["validation"].label_names == ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("d.csv", ["body,label", "x,1"], r"d.csv:1: no text column among 'body', 'label'; name it sentence"),
+        ("d.tsv", ["text\tlabel", "x\t1", "y\t1"], r"d.tsv: every row has the label '1'"),
+        ("d.tsv", ["text\tlabel", "x\t1", "y\t", "z\t2"], r"d.tsv:3: the label is empty"),
+        ("d.jsonl", ['{"text": "x"}', "{"], r"d.jsonl:2: not readable as JSON"),
+        ("d.jsonl", ['["x"]'], r"d.jsonl:1: a JSON object is expected"),
+        ("d.jsonl", ['{"text": "x"}', '{"label": 1}'], r"d.jsonl:2: no key 'text', which line 1 has"),
+        ("d.jsonl", ['{"text": ["x"]}'], r"d.jsonl:1: 'text' holds a list, not a text"),
+        ("d.xlsx", ["x"], r"d.xlsx: unknown kind of file '.xlsx'; name it .csv, .tsv or .jsonl"),
+        ("d.csv", ["text,label"], r"d.csv: no rows below the header"),
+        ("d.jsonl", [], r"d.jsonl: the file is empty"),
+    ],
+)
+def test_a_wrong_file_of_ones_own_is_one_line(tmp_path, name, lines, message):
+    path = write(tmp_path / name, *lines)
+    with pytest.raises(InputError, match=message) as caught:
+        read_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
+    train = write(tmp_path / "train.tsv", row("text", "label"), "x\tyes", "y\tno")
+    dev = write(tmp_path / "dev.tsv", row("text", "label"), "x\tyes", "y\tmaybe")
+    with pytest.raises(InputError, match=r"dev.tsv:3: unknown label 'maybe'; the labels are 'no', 'yes'"):
+        load_files({"train": train, "validation": dev})
+    pairs = write(tmp_path / "dev.tsv", row("sentence1", "sentence2", "label"), "x\ty\tno")
+    with pytest.raises(InputError, match=r"dev.tsv: pairs of texts where .*train.tsv has single texts"):
+        load_files({"train": train, "validation": pairs})
+    bare = write(tmp_path / "dev.tsv", "text", "x")
+    with pytest.raises(InputError, match=r"dev.tsv: no labels for the validation data; their column is called label"):
+        load_files({"train": train, "validation": bare})
+    with pytest.raises(InputError, match=r"nowhere.csv: no such file"):
+        read_file(tmp_path / "nowhere.csv")
+
+
+@needs_shared
+def test_the_mnli_sample_is_read_as_ones_own_csv():
+    splits = load_files({"train": SHARED / "MNLI/train_sample.csv", "validation": SHARED / "MNLI/dev_matched.csv"})
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3345, "validation": 9815}
+    assert splits["train"].label_names == ("contradiction", "entailment", "neutral")
+    # The published distribution of MNLI's matched development set.
+    assert np.bincount(splits["validation"].labels).tolist() == [3213, 3479, 3123]
+
+
+def test_texts_to_predict_on_need_no_labels_and_ignore_those_there_are(tmp_path):
+    texts = read_texts(write(tmp_path / "t.txt", "one", "", 'say "x"\tand y'))
+    assert texts.sentence1 == ["one", "", 'say "x"\tand y'] and texts.sentence2 is None and texts.labels is None
+    pairs = read_texts(write_rows(tmp_path / "t.csv", ROWS))
+    assert pairs.sentence2 == ["a\u2028b", ""] and pairs.labels is None
+    with pytest.raises(InputError, match="no text column"):
+        read_texts(write(tmp_path / "t.tsv", "no header here", "two"))
