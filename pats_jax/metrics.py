@@ -57,15 +57,15 @@ def compute_metrics(
     """Scores predictions by a task's metrics.
 
     Args:
-        metrics: A task, its name, or names of metrics.
-        predictions: Class indices or scores, (rows,).
-        labels: The true ones, (rows,).
+      metrics: A task, its name, or names of metrics.
+      predictions: Class indices or scores, (rows,).
+      labels: The true ones, (rows,).
 
     Returns:
-        Metric name -> value, and their mean as ``combined_score`` where there are several, as in ``run_glue``.
+      Metric name -> value, and their mean as ``combined_score`` where there are several, as in ``run_glue``.
 
     Raises:
-        ValueError: The arrays differ in shape, are empty or hold nan or infinity.
+      ValueError: The arrays differ in shape, are empty or hold nan or infinity.
     """
     task = get_task(metrics) if isinstance(metrics, str) else metrics
     names = task.metrics if isinstance(task, Task) else task

@@ -270,6 +270,24 @@ def test_first_cuts_every_field_and_none_keeps_all():
         split.first(0)
 
 
+# --- the built-in data -------------------------------------------------------------------------------------------------
+
+
+def test_built_in_data_is_written_aside_read_and_cleared_away(monkeypatch):
+    calls = []
+
+    def write_builtin(directory, seed=0, tasks=None):
+        calls.append((Path(directory), seed, tasks))
+        for name in ("train", "dev"):
+            write(Path(directory) / f"RTE/{name}.tsv", row(NLI_HEADER, "label"), row(0, name, "H", "entailment"))
+
+    monkeypatch.setattr("pats_jax.data.builtin.write_builtin", write_builtin, raising=False)
+    splits = load_task("rte", "builtin", seed=3)
+    assert {name: split.sentence1 for name, split in splits.items()} == {"train": ["train"], "validation": ["dev"]}
+    [(folder, seed, tasks)] = calls
+    assert (seed, tasks) == (3, ["rte"]) and not folder.exists()
+
+
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 

@@ -29,10 +29,10 @@ class Tokens:
     """The token ids of many rows, one after the other.
 
     Attributes:
-        input_ids: int32 (tokens,); row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
-        token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
-        offsets: int64 (rows + 1,).
-        pad_id: Id of the padding token.
+      input_ids: int32 (tokens,); row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
+      token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
+      offsets: int64 (rows + 1,).
+      pad_id: Id of the padding token.
     """
 
     input_ids: np.ndarray
@@ -53,12 +53,12 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
     """Tokenises every row once, pairs truncated longest first.
 
     Args:
-        split: The rows.
-        tokenizer: A fast tokenizer of Transformers, the checkpoint's own.
-        max_length: Longest row in tokens, special tokens included.
+      split: The rows.
+      tokenizer: A fast tokenizer of Transformers, the checkpoint's own.
+      max_length: Longest row in tokens, special tokens included.
 
     Raises:
-        InputError: ``max_length`` leaves no room for a token of each text.
+      InputError: ``max_length`` leaves no room for a token of each text.
     """
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
@@ -98,12 +98,12 @@ def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int =
     most as many as the maximal length: ``K m^2`` additions for ``m`` candidates.
 
     Args:
-        lengths: Tokens of each row, (rows,).
-        max_buckets: Most boundaries, thus most shapes.
-        multiple: Boundaries are multiples of this, but none is above the longest row.
+      lengths: Tokens of each row, (rows,).
+      max_buckets: Most boundaries, thus most shapes.
+      multiple: Boundaries are multiples of this, but none is above the longest row.
 
     Returns:
-        The boundaries, increasing.
+      The boundaries, increasing.
     """
     if len(lengths) == 0 or max_buckets < 1 or multiple < 1:
         raise ValueError("bucket_boundaries needs at least one length, one bucket and a multiple of at least 1")
@@ -136,17 +136,17 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
     Every row comes exactly once, and every epoch has the same number of steps.
 
     Args:
-        lengths: Tokens of each row, (rows,).
-        batch_size: Rows of a full batch.
-        boundaries: Bucket lengths, from ``bucket_boundaries``.
-        seed: The run's seed.
-        epoch: Counted from 0.
+      lengths: Tokens of each row, (rows,).
+      batch_size: Rows of a full batch.
+      boundaries: Bucket lengths, from ``bucket_boundaries``.
+      seed: The run's seed.
+      epoch: Counted from 0.
 
     Returns:
-        One ``(rows, length)`` a step: row numbers (at most ``batch_size`` of them) and the padded length.
+      One ``(rows, length)`` a step: row numbers (at most ``batch_size`` of them) and the padded length.
 
     Raises:
-        InputError: There are fewer rows than ``batch_size``.
+      InputError: There are fewer rows than ``batch_size``.
     """
     if batch_size > len(lengths):
         raise InputError(
@@ -175,13 +175,13 @@ def train_batches(
     """The batches of one epoch, in the order of ``epoch_plan``.
 
     Args:
-        tokens: The tokenised rows.
-        labels: int32 classes or float32 scores, (rows,).
-        batch_size: Rows of a batch, over all devices.
-        boundaries: Bucket lengths, from ``bucket_boundaries``.
-        seed: The run's seed.
-        epoch: Counted from 0.
-        first_step: Steps of this epoch to skip, for a run that is resumed.
+      tokens: The tokenised rows.
+      labels: int32 classes or float32 scores, (rows,).
+      batch_size: Rows of a batch, over all devices.
+      boundaries: Bucket lengths, from ``bucket_boundaries``.
+      seed: The run's seed.
+      epoch: Counted from 0.
+      first_step: Steps of this epoch to skip, for a run that is resumed.
     """
     plan = epoch_plan(tokens.lengths, batch_size, boundaries, seed=seed, epoch=epoch)
     for rows, length in plan[first_step:]:
@@ -196,8 +196,8 @@ def eval_batches(
     Rows above the last boundary share one more bucket, the longest row's length.
 
     Yields:
-        ``(rows, batch)``: entry ``i`` of the batch is row ``rows[i]``; entries from ``len(rows)`` on are filler. So
-        ``predictions[rows] = outputs[:len(rows)]``.
+      ``(rows, batch)``: entry ``i`` of the batch is row ``rows[i]``; entries from ``len(rows)`` on are filler. So
+      ``predictions[rows] = outputs[:len(rows)]``.
     """
     order = np.argsort(tokens.lengths, kind="stable")
     steps = -(-len(order) // batch_size)
@@ -214,11 +214,11 @@ def fill_batch(tokens: Tokens, labels: np.ndarray | None, rows: np.ndarray, batc
     is 0/0 in some models, and nan stays nan at weight 0.
 
     Args:
-        tokens: The tokenised rows.
-        labels: int32 classes or float32 scores, (rows,), or None.
-        rows: Row numbers, at least one and at most ``batch_size``.
-        batch_size: Rows of the batch.
-        length: Padded length, at least that of the longest of ``rows``.
+      tokens: The tokenised rows.
+      labels: int32 classes or float32 scores, (rows,), or None.
+      rows: Row numbers, at least one and at most ``batch_size``.
+      batch_size: Rows of the batch.
+      length: Padded length, at least that of the longest of ``rows``.
     """
     weights = np.zeros(batch_size, np.float32)
     weights[: len(rows)] = 1.0

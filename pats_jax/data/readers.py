@@ -61,11 +61,11 @@ class Split:
     """The rows of one split, in the order of their file.
 
     Attributes:
-        sentence1: First (or only) text of each row.
-        sentence2: Second text of each row; None for single texts.
-        labels: int32 class indices or float32 scores, (rows,); None without labels.
-        ids: The official index of each row, else row numbers from "0".
-        label_names: Names of the classes by index; None where labels are scores or not known.
+      sentence1: First (or only) text of each row.
+      sentence2: Second text of each row; None for single texts.
+      labels: int32 class indices or float32 scores, (rows,); None without labels.
+      ids: The official index of each row, else row numbers from "0".
+      label_names: Names of the classes by index; None where labels are scores or not known.
     """
 
     sentence1: list[str]
@@ -100,10 +100,10 @@ def load_task(
     """Reads a GLUE task from wherever ``--data_dir`` points.
 
     Args:
-        task: A row of the task table, or its name.
-        data_dir: ``"builtin"`` for the built-in data, a folder of GLUE's TSV files, or None for the hub.
-        splits: Splits to read, see ``read_glue``.
-        seed: Seed of the built-in data.
+      task: A row of the task table, or its name.
+      data_dir: ``"builtin"`` for the built-in data, a folder of GLUE's TSV files, or None for the hub.
+      splits: Splits to read, see ``read_glue``.
+      seed: Seed of the built-in data.
     """
     task = get_task(task) if isinstance(task, str) else task
     if data_dir is None:
@@ -123,16 +123,16 @@ def read_glue(
     """Reads a task from the TSV files of the GLUE distribution.
 
     Args:
-        task: A row of the task table, or its name.
-        data_dir: The folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
-        splits: Any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
-            bring "validation_mismatched" and "test_mismatched" along where those files exist.
+      task: A row of the task table, or its name.
+      data_dir: The folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
+      splits: Any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
+          bring "validation_mismatched" and "test_mismatched" along where those files exist.
 
     Returns:
-        Split name -> rows. A test split without a label column has ``labels=None``.
+      Split name -> rows. A test split without a label column has ``labels=None``.
 
     Raises:
-        InputError: One line with the file, and the line where it applies.
+      InputError: One line with the file, and the line where it applies.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -197,11 +197,11 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """Reads a task from ``nyu-mll/glue`` on the hub, or from the local cache that ``datasets`` keeps of it.
 
     Args:
-        task: A row of the task table, or its name.
-        splits: As for ``read_glue``.
+      task: A row of the task table, or its name.
+      splits: As for ``read_glue``.
 
     Raises:
-        InputError: The hub cannot be reached and the cache does not hold the task.
+      InputError: The hub cannot be reached and the cache does not hold the task.
     """
     import datasets
 
@@ -240,15 +240,15 @@ def load_files(
     ``regression``, scores; else those of the first file.
 
     Args:
-        files: Split name -> file.
-        label_names: Names of the classes by index, for instance those of a saved model.
-        regression: Whether the labels are scores.
+      files: Split name -> file.
+      label_names: Names of the classes by index, for instance those of a saved model.
+      regression: Whether the labels are scores.
 
     Returns:
-        Split name -> rows, all with the same ``label_names``. Only "test" may come without labels.
+      Split name -> rows, all with the same ``label_names``. Only "test" may come without labels.
 
     Raises:
-        InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
+      InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
     """
     found: dict[str, Split] = {}
     for name in sorted(files, key=lambda name: name != "train"):
@@ -273,17 +273,17 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
     """Reads a CSV, TSV or JSON-lines file (``.csv``, ``.tsv``, ``.jsonl`` or ``.json``).
 
     Args:
-        path: The file.
-        label_names: Names of the classes by index. Without them, and without ``regression``, the labels are found in
-            the file: all integers are classes in numerical order; all numbers, one of them not an integer, are scores;
-            all else is class names in alphabetical order.
-        regression: Whether the labels are scores.
+      path: The file.
+      label_names: Names of the classes by index. Without them, and without ``regression``, the labels are found in
+          the file: all integers are classes in numerical order; all numbers, one of them not an integer, are scores;
+          all else is class names in alphabetical order.
+      regression: Whether the labels are scores.
 
     Returns:
-        The rows; ``labels`` is None if there is no label column, or nothing in it.
+      The rows; ``labels`` is None if there is no label column, or nothing in it.
 
     Raises:
-        InputError: One line with the file, and the line where it applies.
+      InputError: One line with the file, and the line where it applies.
     """
     table = _read_table(Path(path))
     texts = _text_columns(table)

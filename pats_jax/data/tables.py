@@ -23,10 +23,10 @@ class Table:
     """The columns of a file that were asked for.
 
     Attributes:
-        path: The file, for messages.
-        header: Names of all columns of the file, also of those that were not kept.
-        columns: Column name -> one string a row.
-        lines: Line of the file, counted from 1, on which each row begins.
+      path: The file, for messages.
+      header: Names of all columns of the file, also of those that were not kept.
+      columns: Column name -> one string a row.
+      lines: Line of the file, counted from 1, on which each row begins.
     """
 
     path: Path
@@ -52,11 +52,11 @@ class Table:
         """Class indices int32 (rows,) of a label column.
 
         Args:
-            column: Name of the column.
-            written: How the file writes each class, in the order of the indices.
+          column: Name of the column.
+          written: How the file writes each class, in the order of the indices.
 
         Raises:
-            InputError: A label that is none of those, with file and line.
+          InputError: A label that is none of those, with file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -70,7 +70,7 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-            InputError: A score that is no finite number, with file and line.
+          InputError: A score that is no finite number, with file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
@@ -100,7 +100,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-        InputError: The file is missing, unreadable, empty or not UTF-8 (with the line of the first bad byte).
+      InputError: The file is missing, unreadable, empty or not UTF-8 (with the line of the first bad byte).
     """
     try:
         data = path.read_bytes()
@@ -135,16 +135,16 @@ def read_tsv(
     """Reads a tab-separated file in which quotes mean nothing.
 
     Args:
-        path: The file.
-        wanted: Columns to keep, as far as the file has them.
-        header: Column names of a file without a header line.
-        broken_rows: Largest share of rows with too few columns that is left out rather than refused.
+      path: The file.
+      wanted: Columns to keep, as far as the file has them.
+      header: Column names of a file without a header line.
+      broken_rows: Largest share of rows with too few columns that is left out rather than refused.
 
     Returns:
-        The table and the line numbers of the rows left out.
+      The table and the line numbers of the rows left out.
 
     Raises:
-        InputError: As ``read_text``, a row with the wrong number of columns, or no rows.
+      InputError: As ``read_text``, a row with the wrong number of columns, or no rows.
     """
     lines = split_lines(read_text(path))
     first_line = 1 if header else 2
@@ -168,7 +168,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     """Reads a comma-separated file with a header; quotes protect what they hold, blank lines do not count.
 
     Raises:
-        InputError: As ``read_tsv``, or quotes that do not match.
+      InputError: As ``read_tsv``, or quotes that do not match.
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
     reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
@@ -199,7 +199,7 @@ def read_json_lines(path: Path, wanted: Collection[str]) -> Table:
     Numbers and booleans become their JSON text, null becomes the empty string.
 
     Raises:
-        InputError: As ``read_text``; a line that is no JSON object, lacks a key or has a list or object as a value.
+      InputError: As ``read_text``; a line that is no JSON object, lacks a key or has a list or object as a value.
     """
     lines = split_lines(read_text(path))
     header = list(_json_object(path, 1, lines[0]))

@@ -24,19 +24,19 @@ class Task:
     """One row of the table.
 
     Attributes:
-        name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
-        folder: Folder of the GLUE distribution.
-        tsv_texts: Columns of the one or two texts in the TSV files.
-        hub_texts: The same columns in ``nyu-mll/glue``.
-        tsv_label: Column of the label in the labelled TSV files.
-        labels: Names of the classes in the order of their indices; None for regression.
-        metrics: Names of functions in ``pats_jax.metrics``.
-        prediction_files: Test split -> file that the GLUE server reads.
-        files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
-        hub_splits: Split -> split of ``nyu-mll/glue``.
-        tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
-        headerless: TSV file without a header line -> its columns.
-        score_range: Lowest and highest score of a regression task.
+      name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
+      folder: Folder of the GLUE distribution.
+      tsv_texts: Columns of the one or two texts in the TSV files.
+      hub_texts: The same columns in ``nyu-mll/glue``.
+      tsv_label: Column of the label in the labelled TSV files.
+      labels: Names of the classes in the order of their indices; None for regression.
+      metrics: Names of functions in ``pats_jax.metrics``.
+      prediction_files: Test split -> file that the GLUE server reads.
+      files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
+      hub_splits: Split -> split of ``nyu-mll/glue``.
+      tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
+      headerless: TSV file without a header line -> its columns.
+      score_range: Lowest and highest score of a regression task.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Task:
         """Writes one prediction as the GLUE server reads it.
 
         Args:
-            prediction: Class index, or a score, which is cut to the task's range and written with three decimals.
+          prediction: Class index, or a score, which is cut to the task's range and written with three decimals.
         """
         if self.labels is None:
             low, high = self.score_range or (float("-inf"), float("inf"))
@@ -180,7 +180,7 @@ def get_task(name: str) -> Task:
     """Looks a task up by its name, in upper or lower case.
 
     Raises:
-        InputError: No such task; the message names those that exist.
+      InputError: No such task; the message names those that exist.
     """
     try:
         return TASKS[name.lower()]
@@ -194,7 +194,7 @@ def own_task(labels: tuple[str, ...] | None) -> Task:
     F1 is left out: which of two classes of unknown meaning is the positive one, nothing says.
 
     Args:
-        labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.
+      labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.
     """
     metrics = ("pearson", "spearmanr") if labels is None else ("accuracy",)
     files = {"test": "test.tsv"}
