@@ -81,8 +81,7 @@ def pats_noise(
 
     ``noise_scale`` thus reads: standard deviation of the noise on a parameter of zero sensitivity, in standard
     deviations of its tensor. The noise stays in the parameters; over T steps it grows like sqrt(T). The idea is the
-    paper's; the formulas are ours. A tensor whose mean sensitivity is not finite at a step (its gradient is not)
-    keeps its sensitivity and takes no noise at that step (ours).
+    paper's; the formulas are ours. A parameter whose s_t is not finite keeps its S (ours).
 
     Goes last in a chain. The raw gradient comes in by Optax's extra argument ``grad``, which `with_raw_gradient`
     supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update has.
@@ -135,7 +134,7 @@ def pats_noise(
         _warn_of_rounding(noisy)
         return PatsNoiseState(
             count=jnp.zeros([], jnp.int32),
-            key=key.copy(),  # a caller may donate the state and keep the key
+            key=_copy_key(key),
             decay_power=jnp.ones([], jnp.float32),
             sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
             initial_std=jax.tree.map(_std, noisy),
@@ -148,22 +147,23 @@ def pats_noise(
         if grad is None:
             raise ValueError("pats_noise needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")
         scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
-        step_key = jax.random.fold_in(state.key, state.count)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
+        # Named by its path, a leaf draws the same noise whatever else is in the tree, and never its neighbour's. All
+        # keys are folded at once: leaf by leaf it takes XLA seconds to compile.
+        names = jnp.array([zlib.crc32(jax.tree_util.keystr(path).encode()) for path, _ in leaves], jnp.uint32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.count), names)
 
-        def update_leaf(path, u, p, g, old, std):
+        def update_leaf(u, leaf_key, p, g, old, std):
             if old is None or _is_masked(u):
                 return u, old
-            new, mean = _moving_average(old, p, g, decay)
-            finite = jnp.isfinite(mean)
+            new = _moving_average(old, p, g, decay)
+            mean = jnp.sum(new) / max(new.size, 1)
             weight = respond(new / jnp.where(mean > 0, mean, 1.0))
-            # Named by its path, a leaf draws the same noise whatever else is in the tree, and never its neighbour's.
-            xi = draw(jax.random.fold_in(step_key, zlib.crc32(jax.tree_util.keystr(path).encode())), u.shape)
-            noise = jnp.where(finite, scale * std * weight * xi, 0.0)
-            return (u + noise).astype(u.dtype), jnp.where(finite, new, old).astype(sensitivity_dtype)
+            noise = scale * std * weight * draw(leaf_key, u.shape)
+            return (u + noise).astype(u.dtype), new.astype(sensitivity_dtype)
 
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
         columns = [treedef.flatten_up_to(tree) for tree in (params, grad, state.sensitivity, state.initial_std)]
-        results = [update_leaf(path, u, *row) for (path, u), *row in zip(leaves, *columns, strict=True)]
+        results = [update_leaf(u, *row) for (_, u), *row in zip(leaves, keys, *columns, strict=True)]
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             decay_power=state.decay_power * decay,
@@ -275,11 +275,16 @@ def sensitivity(opt_state: Any) -> Any:
     return jax.tree.map(first_present, *map(corrected, states), is_leaf=lambda x: x is None)
 
 
+def _copy_key(key):
+    """The same key in a buffer of its own, so that donating the state does not take the caller's key away."""
+    return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+
+
 def _moving_average(old, param, grad, decay):
-    """S_t of one leaf in float32, and its mean over the leaf (0 for an empty one)."""
+    """S_t of one leaf, float32."""
     saliency = jnp.abs(param.astype(jnp.float32) * grad.astype(jnp.float32))
-    new = decay * old.astype(jnp.float32) + (1 - decay) * saliency
-    return new, jnp.sum(new) / max(new.size, 1)
+    old = old.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(saliency), decay * old + (1 - decay) * saliency, old)
 
 
 def _std(leaf):

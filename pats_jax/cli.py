@@ -1,0 +1,92 @@
+"""`pats-jax`: the command line, each subcommand a thin call into the room that does the work.
+
+Nothing heavy is imported before a subcommand needs it, so that ``--help`` and ``--version`` answer at once.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+
+import pats_jax
+from pats_jax.errors import InputError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs `pats-jax`; exits with code 2 and one line on stderr when the input is wrong."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] in (["-V"], ["--version"]):
+        print(f"pats-jax {pats_jax.__version__}")
+        return
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if args else 2)
+    name, rest = args[0], args[1:]
+    _show_warnings_in_a_line()
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
+        COMMANDS[name](rest)
+    except InputError as error:
+        print(f"pats-jax: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def glue(args: list[str]) -> None:
+    """Fine-tune on a GLUE task or on files of your own, evaluate, predict."""
+    from pats_jax import settings
+
+    parsed = settings.parse(args, "pats-jax glue")
+    import rich.console
+
+    from pats_jax import glue as program
+
+    program.run(parsed, rich.console.Console())
+
+
+def predict(args: list[str]) -> None:
+    """Labels and probabilities for new texts, by a run's model."""
+    import tyro
+
+    from pats_jax import predict as program
+
+    tyro.cli(program.predict_file, args=args, prog="pats-jax predict", use_underscores=True)
+
+
+def builtin(args: list[str]) -> None:
+    """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
+    import tyro
+
+    from pats_jax.data import write_builtin
+
+    tyro.cli(write_builtin, args=args, prog="pats-jax builtin", use_underscores=True)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"glue": glue, "predict": predict, "builtin": builtin}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pats-jax COMMAND [FLAGS]",
+            "",
+            "Sensitivity-aware fine-tuning of pretrained language models in JAX.",
+            "",
+            *lines,
+            "",
+            "`pats-jax COMMAND --help` lists a command's flags; `pats-jax --version` the version.",
+        ]
+    )
+
+
+def _show_warnings_in_a_line() -> None:
+    """Warnings and the library's log as single lines on stderr, without the source line that raised them."""
+    warnings.showwarning = lambda message, *_, **__: print(f"pats-jax: warning: {message}", file=sys.stderr)
+    logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
+    logging.getLogger("pats_jax").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""How sensitivity is spread over the parameters: measured by gradients, summed up in three figures.
+
+The PATS paper reports that well-performing models have concentrated distributions of sensitivity; how to measure
+concentration is ours.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pats_jax.methods import parameter_name
+from pats_jax.train_state import Batch, LossFn
+
+
+def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch], key: jax.Array) -> Any:
+    """Mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
+
+    The moving average in `PatsNoiseState` follows one training with one method; this compares any two models.
+
+    Args:
+      loss_fn: as for `make_train_step`.
+      params: a tree of parameters.
+      batches: at least one batch; one compilation for each shape among them.
+      key: typed key, handed to loss_fn.
+
+    Returns:
+      A tree like params, float32.
+    """
+
+    @jax.jit
+    def add(total, params, batch):
+        grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, key)
+        return jax.tree.map(lambda t, p, g: t + jnp.abs(p * g).astype(jnp.float32), total, params, grads)
+
+    total, count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), 0
+    for count, batch in enumerate(batches, start=1):
+        total = add(total, params, batch)
+    return jax.tree.map(lambda t: t / count, total)
+
+
+def concentration(values: np.ndarray) -> dict[str, float]:
+    """Three figures of how concentrated non-negative values are.
+
+    Args:
+      values: (n,) float, n >= 1.
+
+    Returns:
+      ``gini``: Gini coefficient, 0 where all are equal, (n-1)/n where one holds everything;
+      ``entropy``: -sum(p log p) / log(n) with p the shares, 1 where all are equal, 0 where one holds everything;
+      ``top_10_percent_share``: what the largest tenth (rounded up) holds of the sum.
+      Where all values are 0 they count as equal.
+    """
+    ordered = np.sort(np.asarray(values, np.float64).ravel())
+    count, total = ordered.size, ordered.sum()
+    if total == 0:
+        ordered, total = np.ones(count), float(count)
+    share = ordered / total
+    positive = share[share > 0]
+    return {
+        "gini": float(2 * np.arange(1, count + 1) @ share / count - (count + 1) / count),
+        "entropy": float(-(positive @ np.log(positive)) / np.log(count)) if count > 1 else 1.0,
+        "top_10_percent_share": float(share[-max(1, -(-count // 10)) :].sum()),
+    }
+
+
+def by_tensor(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """`concentration` of every tensor by its name, and of all their entries together as ``all``."""
+    figures = {name: concentration(values) for name, values in tensors.items()}
+    return {"all": concentration(np.concatenate(list(tensors.values()))), **figures}
+
+
+def selected(tree: Any, mask: Any) -> dict[str, np.ndarray]:
+    """The tensors that a mask (a tree of bools) keeps, flattened, by parameter name; empty ones are left out."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    keep = jax.tree.leaves(mask)
+    kept = ((path, x) for (path, x), keeps in zip(leaves, keep, strict=True) if keeps and x.size)
+    return {parameter_name(path): np.asarray(x).ravel() for path, x in kept}

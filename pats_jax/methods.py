@@ -1,0 +1,118 @@
+"""METHODS: a name -> what it adds to plain fine-tuning, and which layers it touches."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from pats_jax import transforms
+from pats_jax.errors import InputError
+from pats_jax.settings import Settings
+
+Wrap = Callable[[optax.GradientTransformation, optax.Schedule, Any, Settings], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+      summary: what it does, in a line.
+      source: where it comes from.
+      wrap: ``wrap(optimizer, learning-rate schedule, params, settings)``: the optimizer of plain fine-tuning with the
+        method added.
+    """
+
+    summary: str
+    source: str
+    wrap: Wrap
+
+
+def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
+    """Linear warmup from 0 over ``warmup_ratio`` of the steps, then linear decay to 0 at the end of training."""
+    warmup_steps = int(settings.warmup_ratio * total_steps)
+    peak = settings.learning_rate
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
+
+
+def make_optimizer(settings: Settings, total_steps: int, params: Any) -> optax.GradientTransformation:
+    """AdamW with clipping and the linear schedule, and what ``settings.method`` adds to it.
+
+    Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
+
+    Raises:
+      InputError: on an unknown method, or a ``noise_layers`` that matches no parameter.
+    """
+    if settings.method not in METHODS:
+        raise InputError(f"--method {settings.method}: not one of {', '.join(METHODS)}")
+    schedule = learning_rate_schedule(settings, total_steps)
+    adamw = optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optax.adamw(
+            schedule,
+            b1=settings.adam_beta1,
+            b2=settings.adam_beta2,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            mask=jax.tree.map(lambda p: p.ndim > 1, params),
+        ),
+    )
+    return METHODS[settings.method].wrap(adamw, schedule, params, settings)
+
+
+def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
+    """A tree of bools like params: whether the parameter's path, its names joined by dots, matches the regex.
+
+    Raises:
+      InputError: if the pattern is no regex, or matches no parameter.
+    """
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path), params)
+    mask = jax.tree.map(lambda name: matches(name) is not None, paths)
+    if not any(jax.tree.leaves(mask)):
+        raise InputError(f"{flag} {pattern!r}: matches no parameter; one is called {jax.tree.leaves(paths)[-1]}")
+    return mask
+
+
+def parameter_name(path: tuple) -> str:
+    """A parameter's path in the tree, as one name: ``bert.encoder.layer.0.output.dense.kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _finetune(optimizer, schedule, params, settings):
+    del schedule, params, settings
+    return optimizer
+
+
+def _pats(optimizer, schedule, params, settings):
+    def noise_scale(count):
+        return settings.noise_scale * schedule(count) / settings.learning_rate
+
+    return transforms.pats(
+        optimizer,
+        noise_scale,
+        key=settings.seed,
+        decay=settings.decay,
+        response=settings.response,
+        distribution=settings.distribution,
+        mask=layer_mask(params, settings.noise_layers),
+        sensitivity_dtype=settings.sensitivity_dtype,
+    )
+
+
+METHODS = {
+    "finetune": Method("plain fine-tuning: AdamW on every parameter", "https://arxiv.org/abs/1810.04805", _finetune),
+    "pats": Method(
+        "noise on the encoder's weight matrices, most where sensitivity is least",
+        "https://arxiv.org/abs/2210.12403",
+        _pats,
+    ),
+}

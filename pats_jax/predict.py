@@ -1,0 +1,73 @@
+"""Labels and probabilities for new texts: `pats-jax predict`."""
+
+import csv
+import io
+import pathlib
+import sys
+from typing import Annotated
+
+import jax
+import numpy as np
+import scipy.special
+import tyro
+
+from pats_jax import models
+from pats_jax.data import batches, read_texts
+from pats_jax.train_state import make_predict_step
+from pats_jax.trainer import predict_logits
+
+
+def predict_file(
+    model: Annotated[str, tyro.conf.Positional],
+    *,
+    file: str,
+    output_file: str | None = None,
+    max_seq_length: int = 128,
+    batch_size: int = 64,
+) -> None:
+    """Writes a TSV of labels and probabilities (or scores) for the texts of a file.
+
+    Args:
+      model: folder of a trained model, such as RUN/model
+      file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or .txt with one text a line
+      output_file: where to write; none: standard output
+      max_seq_length: tokens; longer texts are cut
+      batch_size: rows
+    """
+    table = to_tsv(*predict_texts(model, file, max_seq_length, batch_size))
+    if output_file is None:
+        sys.stdout.write(table)
+    else:
+        pathlib.Path(output_file).write_text(table, encoding="utf-8")
+
+
+def predict_texts(
+    model: str, file: str, max_seq_length: int, batch_size: int
+) -> tuple[list[str], np.ndarray, tuple[str, ...] | None]:
+    """The ids of a file's rows, the model's logits for them (rows, num_labels), and the labels' names.
+
+    The names are None where the model predicts a score.
+    """
+    split = read_texts(file)
+    tokenizer = models.load_tokenizer(model)
+    network, params, config = models.from_pretrained(model, num_labels=None)
+    tokens = batches.tokenize(split, tokenizer, min(max_seq_length, config.max_length))
+    boundaries = batches.bucket_boundaries(tokens.lengths, 4)
+    rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
+    logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
+    names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
+    return split.ids, logits, names
+
+
+def to_tsv(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
+    """A TSV with the header ``index, prediction`` and, for classes, the probability of each by its name."""
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    if names is None:
+        writer.writerow(["index", "prediction"])
+        writer.writerows([index, f"{score:.4f}"] for index, score in zip(ids, logits[:, 0], strict=True))
+    else:
+        writer.writerow(["index", "prediction", *names])
+        for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True):
+            writer.writerow([index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row)])
+    return out.getvalue()

@@ -1,0 +1,121 @@
+"""A run's folder: what it holds, when it may be written, and the model card that introduces it."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+from typing import Any
+
+from pats_jax.errors import InputError
+
+ENTRIES = ("config.json", "metrics.jsonl", "results.json", "README.md", "model", "checkpoints", "predictions", "plots")
+_PACKAGES = ("pats-jax", "jax", "flax", "optax", "transformers")
+
+
+def check_free(folder: pathlib.Path, overwrite: bool) -> None:
+    """Raises InputError if the folder holds something that must not be lost.
+
+    With ``overwrite`` a folder that holds an earlier run, and nothing else, counts as free.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: is a file")
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in present if name not in ENTRIES]
+    if foreign and overwrite:
+        raise InputError(f"--output_dir {folder}: --overwrite would lose {foreign[0]}, which no run wrote")
+    if present and not overwrite:
+        raise InputError(f"--output_dir {folder}: not empty; give another folder, or --overwrite to replace the run in it")
+
+
+def start(folder: pathlib.Path, config: str) -> None:
+    """Empties the folder, makes it if need be, and writes config.json; `check_free` comes first."""
+    for name in ENTRIES:
+        entry = folder / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+
+
+def append_metrics(folder: pathlib.Path, record: dict[str, Any]) -> None:
+    """Adds one line to metrics.jsonl; what depends on the clock stands in the record's ``timing``."""
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
+    """Writes results.json."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    installed = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v}}
+
+
+def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Writes README.md: what was trained on what, how well it does, how to use it and how to repeat the run."""
+    lines = [
+        f"# {results['model_name_or_path']} fine-tuned on {results['data']}",
+        "",
+        f"Trained by `pats-jax glue` with `--method {results['method']}`, seed {results['seed']}"
+        + (f", {results['steps']} steps." if "steps" in results else "."),
+        "",
+        *_score_table(results),
+        "",
+        "## Use",
+        "",
+        "```",
+        f"pats-jax predict {folder.name}/model --file texts.tsv",
+        "```",
+        "",
+        f"The folder `model/` also loads with `pats_jax.models.from_pretrained(..., num_labels={results['num_labels']})`",
+        "and with Transformers (torch).",
+        "",
+        "## Repeat",
+        "",
+        "```",
+        "pats-jax glue --config config.json --output_dir NEW",
+        "```",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None),
+        "",
+        "Made with " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+    ]
+    plots = sorted((folder / "plots").glob("*.png"))
+    if plots:
+        lines += ["", "## Plots", "", *(f"![{path.stem}](plots/{path.name})" for path in plots)]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _score_table(results):
+    if "final" not in results:
+        return ["Not evaluated."]
+    names = list(results["final"]["metrics"])
+    rows = [("best", results["best"]), ("final", results["final"]), ("majority class", results["majority_class"])]
+    return [
+        f"Scores on {results['eval_examples']} validation rows (the best by {results['main_metric']}):",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+        *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
+    ]
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
