@@ -231,6 +231,7 @@ def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, lines, message):
 def test_bytes_that_are_not_utf8_are_placed(tmp_path):
     path = tmp_path / "SST-2/train.tsv"
     write(path, row("sentence", "label"), row("good", 1), row("caf\xe9", 1), encoding="latin-1")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark moves the bytes, not the line
     with pytest.raises(InputError, match=r"train.tsv:3: not UTF-8 \(byte 0xe9\); save the file as UTF-8"):
         read_glue("sst2", tmp_path, splits=["train"])
 
@@ -270,7 +271,7 @@ def test_first_cuts_every_field_and_none_keeps_all():
         split.first(0)
 
 
-# --- the built-in data -------------------------------------------------------------------------------------------------
+# --- the built-in data ------------------------------------------------------------------------------------------------
 
 
 def test_built_in_data_is_written_aside_read_and_cleared_away(monkeypatch):

@@ -100,7 +100,8 @@ def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int =
     Args:
       lengths: Tokens of each row, (rows,).
       max_buckets: Most boundaries, thus most shapes.
-      multiple: Boundaries are multiples of this, but none is above the longest row.
+      multiple: Boundaries are multiples of this, but none is above the longest row. On XLA CPU a token costs no
+        less at 24 than at 25 or at 32 than at 31, so rounding up only adds padding there.
 
     Returns:
       The boundaries, increasing.
