@@ -15,16 +15,15 @@ from pats_jax.methods import parameter_name
 from pats_jax.train_state import Batch, LossFn
 
 
-def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch], key: jax.Array) -> Any:
+def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) -> Any:
     """Mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
 
     The moving average in `PatsNoiseState` follows one training with one method; this compares any two models.
 
     Args:
-      loss_fn: as for `make_train_step`.
+      loss_fn: as for `make_train_step`, without dropout: it gets no key.
       params: a tree of parameters.
       batches: at least one batch; one compilation for each shape among them.
-      key: typed key, handed to loss_fn.
 
     Returns:
       A tree like params, float32.
@@ -32,7 +31,7 @@ def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch], 
 
     @jax.jit
     def add(total, params, batch):
-        grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, key)
+        grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, None)
         return jax.tree.map(lambda t, p, g: t + jnp.abs(p * g).astype(jnp.float32), total, params, grads)
 
     total, count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), 0

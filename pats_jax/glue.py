@@ -7,6 +7,7 @@ before the folder is touched.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -29,6 +30,8 @@ from pats_jax.settings import Settings
 from pats_jax.trainer import Rhythm, fit, predict_logits
 
 logger = logging.getLogger(__name__)
+
+EVAL_BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
 
 
 def run(settings: Settings, console: rich.console.Console | None = None) -> dict[str, Any]:
@@ -179,8 +182,8 @@ class Training:
         self.mask = layer_mask(params, settings.noise_layers)
         tx = make_optimizer(settings, total, params)
         self.state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=settings.seed)
-        self.loss_fn = train_state.make_loss_fn(model.apply, regression=task.is_regression)
-        self.step = jax.jit(train_state.make_train_step(self.loss_fn), donate_argnums=0)
+        self.loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
+        self.step = jax.jit(train_state.make_train_step(self.loss_fn()), donate_argnums=0)
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Batches without end, epoch after epoch."""
@@ -193,7 +196,7 @@ class Training:
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
         chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
         sample = (batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, common) for rows in chosen)
-        measured = concentration.measure_sensitivity(self.loss_fn, params, sample, self.state.key)
+        measured = concentration.measure_sensitivity(self.loss_fn(deterministic=True), params, sample)
         return concentration.selected(measured, self.mask)
 
     def _plan(self, epoch):
@@ -206,7 +209,7 @@ def train(training: Training, predictor: "Predictor", folder: pathlib.Path, resu
     """Trains, logs to metrics.jsonl, fills in results and returns the trained parameters."""
     settings, rhythm = training.settings, training.rhythm
     results |= {"train_examples": len(training.tokens), "steps": rhythm.total_steps}
-    before = training.sensitivity(params) if settings.sensitivity_batches else None
+    before = training.sensitivity(training.state.params) if settings.sensitivity_batches else None
     started = time.perf_counter()
     with progress_bar(console) as progress:
         bar = progress.add_task("training", total=rhythm.total_steps, status="")
@@ -275,7 +278,7 @@ class Predictor:
     def logits(self, params: Any, name: str) -> np.ndarray:
         """Logits (rows, num_labels) of a split."""
         tokens = self.tokens[name]
-        boundaries = batches.bucket_boundaries(tokens.lengths, self.settings.length_buckets)
+        boundaries = batches.bucket_boundaries(tokens.lengths, EVAL_BUCKETS)
         batch_size = min(self.settings.per_device_eval_batch_size, len(tokens))
         return predict_logits(
             self.step, params, batches.eval_batches(tokens, None, batch_size, boundaries), len(tokens)

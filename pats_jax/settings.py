@@ -54,7 +54,7 @@ class Settings:
     noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex over parameter paths; attention and feed-forward
     sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: how sensitivity is stored
     sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
-    length_buckets: int = 4  # shapes that training batches come in, at most
+    length_buckets: int = 6  # shapes that training batches come in, at most
     logging_steps: int = 10  # steps between lines of metrics.jsonl
     eval_steps: int | None = None  # steps between evaluations; none: after each epoch
     config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # a saved run's config.json: its settings

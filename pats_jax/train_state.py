@@ -102,19 +102,21 @@ def make_train_step(
     return step
 
 
-def make_loss_fn(apply_fn: Callable, *, regression: bool = False) -> LossFn:
-    """Weighted mean of cross-entropy, or of the squared error under regression, in training mode (dropout on).
+def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic: bool = False) -> LossFn:
+    """Weighted mean of cross-entropy, or of the squared error under regression.
 
     Args:
       apply_fn: a model's apply function that gives logits (batch, num_labels).
       regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
+      deterministic: whether dropout is off; the key is not used then.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`.
     """
 
     def loss_fn(params, batch, key):
-        logits = apply_fn({"params": params}, **_inputs(batch), deterministic=False, rngs={"dropout": key})
+        rngs = None if deterministic else {"dropout": key}
+        logits = apply_fn({"params": params}, **_inputs(batch), deterministic=deterministic, rngs=rngs)
         return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
 
     return loss_fn

@@ -1,0 +1,265 @@
+"""Random numbers at the cost of memory traffic: the project's own kind of JAX key.
+
+PATS draws a number for every parameter at every step, so the generator must be cheap. This kind of key makes its
+numbers from a few 32-bit integer operations on (key, index of the element), which XLA fuses into the update that uses
+them. A draw depends on the key and on the element's index in the whole array and on nothing else: any sharding of the
+array over devices gives the same numbers. ``jax.random.uniform``, ``split``, ``fold_in`` and the rest of
+``jax.random``, and Flax's ``rngs``, take such a key as they take any other.
+
+NOT FOR SECRETS: the construction is fast and statistically tested (``docs/random.md``), not cryptographic.
+
+The generator, in full (all words are uint32, all arithmetic modulo 2**32, ``^`` is exclusive or, `^` of two pairs is
+taken word by word). The mixing function is published, its composition into keys and words is ours::
+
+    mix(x):                 x ^= x >> 16;  x *= 0x21f0aaad;  x ^= x >> 15;  x *= 0xd35a2d97;  x ^= x >> 15
+    feistel(l, r; c):       four rounds i = 1..4 of  (l, r) <- (r, l ^ mix(r + (c + i) * 0x9e3779b9))
+    derive(key, block):     feistel(feistel(key ^ block; 0) ^ key; 4)
+
+    seed s (64 bits)        key  = derive((0xa4093822, 0x299f31d0), (s >> 32, s mod 2**32))
+    split, child i          key_i = derive(key, (i, 0x13198a2e))
+    fold_in of d            key' = derive(key, (d, 0x03707344))
+    32 bits of element e    (a, b) = feistel(key ^ (e_block, 0x243f6a88); 0)
+                            u = mix(e_offset ^ a);   word = mix(u ^ b) + u
+    8 or 16 bits            the top bits of that word
+    64 bits                 that word, below a second one made with 0x85a308d3 in place of 0x243f6a88
+
+An array of at most 2**32 elements is one block: e_block is 0 and e_offset the element's row-major index. A larger
+array is cut along its leading dimensions: e_offset is the row-major index over the longest run of trailing dimensions
+whose product is at most 2**32, e_block that over the dimensions before it.
+
+Why it is so: for a given key, ``derive`` is one-to-one in the block, so no two children of a key by ``split`` or
+``fold_in`` are ever the same, and no two 64-bit seeds share a key. (a, b) is one-to-one in the key, so no two keys share
+a stream. The final ``+ u`` makes the words of a stream repeat as often as random words do; without it the first 2**32
+words would all be different. Everything that depends on the key alone stands outside the work for each element. The
+domain words are the first hexadecimal digits of the fraction of pi, and 0x9e3779b9 of the golden ratio.
+
+References:
+    The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
+    with the constants listed at https://github.com/skeeto/hash-prospector/issues/19 (found by the user TheIronBorn).
+    The network: M. Luby and C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions",
+    SIAM J. Comput. 17 (1988); the key added before and after: S. Even and Y. Mansour, J. Cryptology 10 (1997).
+    Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import define_prng_impl
+
+NAME = "pats_fast"
+
+_GOLDEN = 0x9E3779B9
+_SEED_KEY = (0xA4093822, 0x299F31D0)
+_BITS, _BITS_HIGH, _SPLIT, _FOLD_IN = 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344
+
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def fast_key(seed: Any) -> jax.Array:
+    """A key of the fast kind from an integer seed.
+
+    Args:
+      seed: Python, NumPy or JAX integer, traced or not, of at most 64 bits. Negative seeds are taken modulo 2**64, so
+        that every seed from -2**63 to 2**63 - 1 has a key of its own, without JAX's 64-bit mode.
+
+    Returns:
+      A typed key, an array of shape () (more under ``jax.vmap``).
+
+    Raises:
+      TypeError: the seed is not an integer.
+      ValueError: the seed is an array of seeds, or does not fit 64 bits.
+
+    Example:
+      >>> key = fast_key(0)
+      >>> jax.random.bits(key, (2,))
+      Array([965448177, 842631996], dtype=uint32)
+    """
+    if not _is_integer(seed):
+        raise TypeError(f"a seed must be an integer, got {_describe(seed)}")
+    if np.ndim(seed):
+        raise ValueError(f"a seed must be one integer, got {_describe(seed)}: use jax.vmap(fast_key) for many")
+    if isinstance(seed, jax.Array):
+        return jax.random.key(seed, impl=KIND)
+    # jax.random.key would cut a host integer to 32 bits where 64-bit mode is off.
+    value = operator.index(seed)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"a seed must fit 64 bits, got {value}")
+    high, low = divmod(value % 2**64, 2**32)
+    return jax.random.wrap_key_data(_key_of_seed(np.uint32(high), np.uint32(low)), impl=KIND)
+
+
+def as_key(key: Any) -> jax.Array:
+    """The typed key that an argument named ``key`` stands for.
+
+    Args:
+      key: an integer seed, which becomes a key of the fast kind, or a typed key of any kind, which is kept.
+
+    Returns:
+      A typed key of shape ().
+
+    Raises:
+      TypeError: neither an integer nor a key.
+      ValueError: a legacy uint32 key, or an array of several keys or seeds.
+    """
+    if _is_typed_key(key):
+        if key.ndim:
+            raise ValueError(f"key must be a single key, got {_describe(key)}: use jax.vmap for many")
+        return key
+    if not _is_integer(key):
+        raise TypeError(f"key must be an integer seed or a typed key of jax.random.key, got {_describe(key)}")
+    if np.ndim(key) and key.dtype == np.uint32:
+        raise ValueError(
+            f"key is a legacy uint32 key, {_describe(key)}: pass an integer seed or a typed key"
+            " (jax.random.key(seed), or jax.random.wrap_key_data(key))"
+        )
+    return fast_key(key)
+
+
+def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
+    """What to store of a typed key: its words and the name of its kind.
+
+    JAX knows kinds made by ``define_prng_impl`` by their object only, so a file cannot hold the key itself.
+
+    Args:
+      key: a typed key, or an array of them, of the fast kind or one of JAX's own ("threefry2x32", "rbg", ...).
+
+    Returns:
+      The words, uint32 of the key's shape and that of one key's data ((2,) for the fast kind), and the kind's name.
+
+    Raises:
+      TypeError: not a typed key.
+      ValueError: a kind with no name that could be found again.
+    """
+    if not _is_typed_key(key):
+        raise TypeError(f"only a typed key has a kind to store, got {_describe(key)}")
+    kind = jax.random.key_impl(key)
+    if kind == KIND:
+        kind = NAME
+    if not isinstance(kind, str):
+        raise ValueError(f"keys of the unregistered kind {kind} cannot be stored: nothing finds the kind again")
+    return jax.random.key_data(key), kind
+
+
+def key_from_data(data: Any, kind: str) -> jax.Array:
+    """The typed key whose words and kind ``key_to_data`` gave.
+
+    Args:
+      data: the words, uint32, a NumPy or JAX array.
+      kind: the kind's name.
+
+    Returns:
+      The key, or array of keys.
+
+    Raises:
+      ValueError: JAX has no kind of that name.
+    """
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=KIND if kind == NAME else kind)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The published mixing function of the module's docstring: one-to-one on 32-bit words."""
+    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
+
+
+def _feistel(left: jax.Array, right: jax.Array, start: int = 0) -> _Pair:
+    """Four rounds numbered from ``start + 1``: one-to-one on pairs of words."""
+    for number in range(start + 1, start + 5):
+        left, right = right, left ^ _mix(right + np.uint32(number * _GOLDEN % 2**32))
+    return left, right
+
+
+# The functions handed to define_prng_impl stay plain, for only so can keys be pickled; their work is jitted below them.
+@jax.jit(inline=True)
+def _derive(key: _Pair, block: _Pair) -> jax.Array:
+    """The words, shape (..., 2), of the key that belongs to a block under a key: one-to-one in the block."""
+    left, right = _feistel(key[0] ^ block[0], key[1] ^ block[1])
+    return jnp.stack(_feistel(left ^ key[0], right ^ key[1], start=4), axis=-1)
+
+
+def _key_of_seed(high: jax.Array, low: jax.Array) -> jax.Array:
+    return _derive((jnp.uint32(_SEED_KEY[0]), jnp.uint32(_SEED_KEY[1])), (high, low))
+
+
+def _seed(seed: jax.Array) -> jax.Array:
+    """The key's words, shape (2,), for an integer array of shape (); narrow types are extended by their sign."""
+    if not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(f"a seed must be an integer, got {seed.dtype}")
+    high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.where(seed < 0, np.uint32(0xFFFFFFFF), np.uint32(0))
+    return _key_of_seed(high.astype(jnp.uint32), seed.astype(jnp.uint32))
+
+
+def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if math.prod(shape) > 2**32:
+        raise ValueError(f"split makes at most 2**32 keys, got shape {shape}")
+    return _derive((key[0], key[1]), (_row_major_index(shape), jnp.uint32(_SPLIT)))
+
+
+def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+    return _derive((key[0], key[1]), (data.astype(jnp.uint32), jnp.uint32(_FOLD_IN)))
+
+
+def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+    words = _words(key, _BITS, shape)
+    if bit_width == 64:
+        return (_words(key, _BITS_HIGH, shape).astype(jnp.uint64) << 32) | words.astype(jnp.uint64)
+    return (words >> (32 - bit_width)).astype(f"uint{bit_width}")
+
+
+@jax.jit(inline=True, static_argnums=(1, 2))
+def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
+    """One random uint32 for every element of an array of ``shape``."""
+    # The block of an array within 2**32 elements is the scalar 0, so its (a, b) are scalars and out of XLA's loop.
+    leading = _leading_dimensions(shape)
+    block = _row_major_index(shape[:leading]).reshape(shape[:leading] + (1,) * (len(shape) - leading))
+    a, b = _feistel(key[0] ^ block, key[1] ^ np.uint32(domain))
+    u = _mix(_row_major_index(shape[leading:]) ^ a)
+    return _mix(u ^ b) + u
+
+
+def _leading_dimensions(shape: tuple[int, ...]) -> int:
+    """How many dimensions number the blocks: the fewest such that a block has at most 2**32 elements."""
+    leading = 0
+    while math.prod(shape[leading:]) > 2**32:
+        leading += 1
+    if math.prod(shape[:leading]) > 2**32:
+        raise ValueError(f"keys of the fast kind cannot fill shape {shape}: over 2**32 blocks of 2**32 elements")
+    return leading
+
+
+def _row_major_index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's index in C order, uint32, from one iota a dimension, which XLA can shard and fuse."""
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for dimension in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, dimension) * np.uint32(stride % 2**32)
+        stride *= shape[dimension]
+    return index
+
+
+def _is_typed_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _is_integer(x: Any) -> bool:
+    """Whether x is an integer or an array of integers; bools are not, nor are typed keys."""
+    if isinstance(x, int):
+        return not isinstance(x, bool)
+    return isinstance(x, np.integer | np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _describe(x: Any) -> str:
+    """A few words for an error message."""
+    if isinstance(x, np.ndarray | jax.Array):
+        return f"an array of {x.dtype} of shape {x.shape}"
+    return f"{x!r:.60} of type {type(x).__name__}"
+
+
+KIND = define_prng_impl(
+    key_shape=(2,), seed=_seed, split=_split, random_bits=_random_bits, fold_in=_fold_in, name=NAME, tag=NAME
+)
