@@ -8,8 +8,8 @@ array over devices gives the same numbers. ``jax.random.uniform``, ``split``, ``
 
 NOT FOR SECRETS: the construction is fast and statistically tested (``docs/random.md``), not cryptographic.
 
-The generator, in full (all words are uint32, all arithmetic modulo 2**32, ``^`` is exclusive or, `^` of two pairs is
-taken word by word). The mixing function is published, its composition into keys and words is ours::
+The generator, in full (all words are uint32, all arithmetic is modulo 2**32, ``^`` is exclusive or, of pairs word by
+word). The mixing function is published, its composition into keys and words is ours::
 
     mix(x):                 x ^= x >> 16;  x *= 0x21f0aaad;  x ^= x >> 15;  x *= 0xd35a2d97;  x ^= x >> 15
     feistel(l, r; c):       four rounds i = 1..4 of  (l, r) <- (r, l ^ mix(r + (c + i) * 0x9e3779b9))
@@ -28,10 +28,10 @@ array is cut along its leading dimensions: e_offset is the row-major index over 
 whose product is at most 2**32, e_block that over the dimensions before it.
 
 Why it is so: for a given key, ``derive`` is one-to-one in the block, so no two children of a key by ``split`` or
-``fold_in`` are ever the same, and no two 64-bit seeds share a key. (a, b) is one-to-one in the key, so no two keys share
-a stream. The final ``+ u`` makes the words of a stream repeat as often as random words do; without it the first 2**32
-words would all be different. Everything that depends on the key alone stands outside the work for each element. The
-domain words are the first hexadecimal digits of the fraction of pi, and 0x9e3779b9 of the golden ratio.
+``fold_in`` are ever the same, and no two seeds share a key. (a, b) is one-to-one in the key, so no two keys share their
+(a, b). The final ``+ u`` makes the words of a stream repeat as often as random words do; without it the first 2**32
+words would all be different. What depends on the key alone stands outside the work for each element. The domain words
+are the first hexadecimal digits of the fraction of pi, and 0x9e3779b9 those of the golden ratio.
 
 References:
     The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
@@ -89,7 +89,7 @@ def fast_key(seed: Any) -> jax.Array:
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"a seed must fit 64 bits, got {value}")
     high, low = divmod(value % 2**64, 2**32)
-    return jax.random.wrap_key_data(_key_of_seed(np.uint32(high), np.uint32(low)), impl=KIND)
+    return jax.random.wrap_key_data(_key_of_seed(jnp.uint32(high), jnp.uint32(low)), impl=KIND)
 
 
 def as_key(key: Any) -> jax.Array:
@@ -200,7 +200,7 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _derive((key[0], key[1]), (_row_major_index(shape), jnp.uint32(_SPLIT)))
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, data: Any) -> jax.Array:
     return _derive((key[0], key[1]), (data.astype(jnp.uint32), jnp.uint32(_FOLD_IN)))
 
 

@@ -1,0 +1,5 @@
+"""Every test sees eight virtual CPU devices; the flag counts only if it is set before JAX starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
