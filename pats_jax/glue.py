@@ -346,7 +346,7 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any]) -> Non
     plots.plot_loss(folder / "plots" / "loss.png", records)
     if "final" in results:
         majority = results["majority_class"]["metrics"][task.main_metric]
-        plots.plot_score(folder / "plots" / "score.png", records, task.main_metric, majority)
+        plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
 
 
 def summary(results: dict[str, Any], folder: pathlib.Path) -> str:

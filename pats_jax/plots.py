@@ -1,11 +1,13 @@
 """Pictures of a run: the loss, the score, and the distribution of sensitivity before and after training."""
 
+import itertools
 import pathlib
 from typing import Any
 
 import numpy as np
 
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
+_COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49")
 
 
 def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
@@ -19,14 +21,21 @@ def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
-def plot_score(path: pathlib.Path, records: list[dict[str, Any]], metric: str, majority: float | None) -> None:
-    """The main metric by step, from the lines of metrics.jsonl that have an ``eval``, with the majority class's."""
-    lines = [record for record in records if "eval" in record]
+def plot_scores(path: pathlib.Path, runs: dict[str, list[dict[str, Any]]], metric: str, majority: float) -> None:
+    """The main metric by step, one line a run, with the score of the majority class.
+
+    Args:
+      path: the PNG file to write.
+      runs: name of a run -> its lines of metrics.jsonl, of which those with an ``eval`` are drawn.
+      metric: name of the metric.
+      majority: its value when every row is given the most frequent class.
+    """
     figure, axes = _figure("Validation score", "step", metric)
-    axes.plot([r["step"] for r in lines], [r["eval"][metric] for r in lines], color=_AFTER, marker="o")
-    if majority is not None:
-        axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
-        axes.legend()
+    for (name, records), color in zip(runs.items(), itertools.cycle(_COLORS), strict=False):
+        lines = [record for record in records if "eval" in record]
+        axes.plot([r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=name)
+    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    axes.legend()
     _save(figure, path)
 
 
