@@ -15,6 +15,8 @@ _HOMES = {
     "with_raw_gradient": "transforms",
     "PatsNoiseState": "transforms",
     "TrainState": "train_state",
+    "make_loss_fn": "train_state",
+    "make_predict_step": "train_state",
     "make_train_step": "train_state",
     "InputError": "errors",
 }

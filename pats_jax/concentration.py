@@ -35,8 +35,8 @@ def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) 
         return jax.tree.map(lambda t, p, g: t + jnp.abs(p * g).astype(jnp.float32), total, params, grads)
 
     total, count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), 0
-    for count, batch in enumerate(batches, start=1):
-        total = add(total, params, batch)
+    for batch in batches:
+        total, count = add(total, params, batch), count + 1
     return jax.tree.map(lambda t: t / count, total)
 
 

@@ -107,7 +107,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     return results
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# data
 
 
 def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]:
@@ -133,7 +133,9 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
     paths = {name: getattr(settings, f"{name}_file") for name in names}
     for name, path in paths.items():
         if path is None:
-            raise InputError(f"--{name}_file is missing: {', '.join(sorted(settings.phases))} need {', '.join(names)} data")
+            raise InputError(
+                f"--{name}_file is missing: {', '.join(sorted(settings.phases))} need {', '.join(names)} data"
+            )
     if "train" in names:
         splits = readers.load_files(paths)
         return tasks.own_task(splits["train"].label_names), splits
@@ -164,7 +166,7 @@ def sequence_length(asked: int, config: models.EncoderConfig) -> int:
     return min(asked, config.max_length)
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# training
 
 
 class Training:
@@ -262,7 +264,7 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
     )
 
 
-# --- evaluation and prediction ----------------------------------------------------------------------------------------
+# evaluation and prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,11 +288,11 @@ class Predictor:
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
-        scores = {}
+        scores: dict[str, float] = {}
         for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
             if name in self.splits:
                 predictions = decide(self.logits(params, name), self.task)
-                split_scores = metrics.compute_metrics(self.task.metrics, predictions, self.splits[name].labels)
+                split_scores = metrics.compute_metrics(self.task.metrics, predictions, true_labels(self.splits[name]))
                 scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
         return scores
 
@@ -308,6 +310,13 @@ class Predictor:
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def true_labels(split: readers.Split) -> np.ndarray:
+    """The labels (rows,) of a split that must have them."""
+    if split.labels is None:
+        raise InputError("the validation data has no labels to compare with: give a file with a label column")
+    return split.labels
+
+
 def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
     """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
     return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
@@ -315,17 +324,19 @@ def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
 
 def majority_metrics(task: tasks.Task, train: readers.Split | None, validation: readers.Split) -> dict[str, float]:
     """Scores of answering every row with the most frequent class (or the mean score) of the training labels."""
-    labels = validation.labels if train is None else train.labels
+    labels = true_labels(train or validation)
     answer = labels.mean() if task.is_regression else np.bincount(labels).argmax()
-    return metrics.compute_metrics(task.metrics, np.full(len(validation), answer), validation.labels)
+    return metrics.compute_metrics(task.metrics, np.full(len(validation), answer), true_labels(validation))
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+# reports
 
 
 def default_folder(settings: Settings) -> str:
     """``runs/TASK-METHOD-seedSEED``."""
-    name = settings.task_name or pathlib.Path(settings.train_file or settings.validation_file or settings.test_file).stem
+    name = (
+        settings.task_name or pathlib.Path(settings.train_file or settings.validation_file or settings.test_file).stem
+    )
     return f"runs/{name}-{settings.method}-seed{settings.seed}"
 
 

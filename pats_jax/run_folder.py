@@ -25,7 +25,9 @@ def check_free(folder: pathlib.Path, overwrite: bool) -> None:
     if foreign and overwrite:
         raise InputError(f"--output_dir {folder}: --overwrite would lose {foreign[0]}, which no run wrote")
     if present and not overwrite:
-        raise InputError(f"--output_dir {folder}: not empty; give another folder, or --overwrite to replace the run in it")
+        raise InputError(
+            f"--output_dir {folder}: not empty; give another folder, or --overwrite to replace the run in it"
+        )
 
 
 def start(folder: pathlib.Path, config: str) -> None:
@@ -79,8 +81,8 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
         f"pats-jax predict {folder.name}/model --file texts.tsv",
         "```",
         "",
-        f"The folder `model/` also loads with `pats_jax.models.from_pretrained(..., num_labels={results['num_labels']})`",
-        "and with Transformers (torch).",
+        "The folder `model/` also loads with `pats_jax.models.from_pretrained("
+        f"..., num_labels={results['num_labels']})` and with Transformers (torch).",
         "",
         "## Repeat",
         "",

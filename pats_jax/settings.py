@@ -167,7 +167,9 @@ def read_config(path: str) -> Settings:
     for key, value in saved.items():
         if key not in expected:
             near = difflib.get_close_matches(key, expected, 1)
-            raise InputError(f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise InputError(
+                f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         if not _is_of(expected[key], value):
             raise InputError(f"--config {path}: {key} is {value!r}, expected {_spell(expected[key])}")
     return Settings(**saved)

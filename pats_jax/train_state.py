@@ -10,7 +10,7 @@ from flax.training import train_state
 
 from pats_jax import random
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
@@ -25,7 +25,9 @@ class TrainState(train_state.TrainState):
     key: jax.Array
 
     @classmethod
-    def create(cls, *, apply_fn: Callable, params: Any, tx: optax.GradientTransformation, key: int | jax.Array):
+    def create(  # type: ignore[override]  # key is required here
+        cls, *, apply_fn: Callable, params: Any, tx: optax.GradientTransformation, key: int | jax.Array
+    ):
         """The state before the first step.
 
         Args:

@@ -1,4 +1,4 @@
-"""The loop: steps, logging without stalling the device, evaluation at its rhythm, predictions in the order of the rows."""
+"""The loop: steps, logging that does not stall the device, evaluation, predictions in the order of the rows."""
 
 import dataclasses
 import time

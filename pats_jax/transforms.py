@@ -51,7 +51,7 @@ class PatsNoiseState(NamedTuple):
       initial_std: a tree like params, () float32 each, standard deviation of the leaf at init; None where masked.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
     key: jax.Array
     decay_power: jax.Array
     sensitivity: Any
@@ -145,8 +145,11 @@ def pats_noise(
         if params is None:
             raise ValueError("pats_noise needs the parameters: call tx.update(grads, opt_state, params)")
         if grad is None:
-            raise ValueError("pats_noise needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")
+            raise ValueError(
+                "pats_noise needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient"
+            )
         scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
+        treedef: Any  # its methods are not in JAX's type stubs
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
         # Named by its path, a leaf draws the same noise whatever else is in the tree, and never its neighbour's. All
         # keys are folded at once: leaf by leaf it takes XLA seconds to compile.
@@ -212,7 +215,9 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
 
 
 def pats(
-    inner: optax.GradientTransformation | optax.MultiSteps, noise_scale: optax.ScalarOrSchedule = 1e-3, **noise_args: Any
+    inner: optax.GradientTransformation | optax.MultiSteps,
+    noise_scale: optax.ScalarOrSchedule = 1e-3,
+    **noise_args: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optimizer, with sensitivity-aware noise added to its updates.
 
@@ -261,7 +266,9 @@ def sensitivity(opt_state: Any) -> Any:
     """
     states = _find_states(opt_state, PatsNoiseState)
     if not states:
-        raise ValueError("sensitivity: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer")
+        raise ValueError(
+            "sensitivity: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer"
+        )
 
     def corrected(state):
         weight = jnp.where(state.decay_power < 1, 1 - state.decay_power, 1.0)
@@ -312,8 +319,8 @@ def _warn_of_rounding(params):
     low = {str(p.dtype) for p in jax.tree.leaves(params) if jnp.finfo(p.dtype).bits < 32}
     if low:
         warnings.warn(
-            f"pats_noise on {', '.join(sorted(low))} parameters: noise below half a unit in the last place rounds away; "
-            "keep the parameters in float32 and compute in bfloat16",
+            f"pats_noise on {', '.join(sorted(low))} parameters: noise below half a unit in the last place rounds "
+            "away; keep the parameters in float32 and compute in bfloat16",
             stacklevel=3,
         )
 
