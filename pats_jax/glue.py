@@ -334,9 +334,8 @@ def majority_metrics(task: tasks.Task, train: readers.Split | None, validation: 
 
 def default_folder(settings: Settings) -> str:
     """``runs/TASK-METHOD-seedSEED``."""
-    name = (
-        settings.task_name or pathlib.Path(settings.train_file or settings.validation_file or settings.test_file).stem
-    )
+    file = settings.train_file or settings.validation_file or settings.test_file
+    name = settings.task_name or pathlib.Path(str(file)).stem
     return f"runs/{name}-{settings.method}-seed{settings.seed}"
 
 
