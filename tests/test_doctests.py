@@ -1,0 +1,12 @@
+"""The examples in the public docstrings give what they say."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["transforms", "random"])
+def test_docstring_examples(module):
+    result = doctest.testmod(importlib.import_module(f"pats_jax.{module}"))
+    assert result.attempted > 0 and result.failed == 0
