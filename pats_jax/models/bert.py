@@ -263,12 +263,17 @@ class SequenceClassifier(nn.Module):
             attention_mask: 1 for tokens and 0 for padding, (batch, length); all tokens if absent.
             token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); zeros if absent.
             deterministic: No dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
+
+        Raises:
+            ValueError: The sequences are longer than the model has positions.
         """
+        config = self.config
+        if input_ids.shape[1] > config.max_length:
+            raise ValueError(f"sequences of {input_ids.shape[1]} tokens, but the model ends at {config.max_length}")
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        config = self.config
         features = EncoderModel(config, self.dtype, name=config.base_prefix)(
             input_ids,
             attention_mask,

@@ -104,8 +104,8 @@ class EncoderConfig:
             )
         _check_structure(rest, source)
         id2label = _read_labels(rest, source)
-        own = {name.name for name in fields(cls)}
-        known = {name: rest.pop(name) for name in list(rest) if name in own}
+        own = {name: rest.pop(name) for name in [entry.name for entry in fields(cls)] if name in rest}
+        known = {name: value for name, value in own.items() if value is not None}  # null: the default
         config = cls(**{**_FAMILIES[model_type][1], **known}, model_type=model_type, id2label=id2label, extra=rest)
         _check_values(config, source)
         return config
@@ -128,7 +128,7 @@ class EncoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
-        own = {name.name: getattr(self, name.name) for name in fields(self) if name.name not in ("id2label", "extra")}
+        own = {name: getattr(self, name) for name in [entry.name for entry in fields(self)] if name != "extra"}
         return {
             **self.extra,
             **own,
@@ -179,8 +179,10 @@ def _check_values(config: EncoderConfig, source: str) -> None:
         value = getattr(config, name)
         if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
             raise InputError(f"{source}: {name} must be a rate in [0, 1), got {value!r}")
-    if not isinstance(config.pad_token_id, int):
-        raise InputError(f"{source}: pad_token_id must be a whole number, got {config.pad_token_id!r}")
+    if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
+        raise InputError(f"{source}: pad_token_id must be a whole number, 0 or more, got {config.pad_token_id!r}")
+    if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
+        raise InputError(f"{source}: layer_norm_eps must be a number above 0, got {config.layer_norm_eps!r}")
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{source}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "

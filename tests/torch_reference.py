@@ -1,0 +1,83 @@
+"""What Transformers with torch computes: the reference for the stored fixtures and for the live parity tests."""
+
+import numpy as np
+import torch
+import transformers
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+_TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+    "num_labels": 3,
+}
+# RoBERTa's real sizes in small: one token type, positions counted from pad_token_id + 1, eps 1e-5.
+_TINY_KINDS = {
+    "bert": ("Bert", {"type_vocab_size": 2, "pad_token_id": 0}),
+    "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
+    "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
+    "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
+}
+KINDS = tuple(_TINY_KINDS)
+
+
+def tiny_model(kind: str, seed: int = 0):
+    """A classifier with every parameter random (LayerNorm's too) and large enough for gradients to be felt."""
+    prefix, options = _TINY_KINDS[kind]
+    config = getattr(transformers, f"{prefix}Config")(**_TINY, **options)
+    model = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def minilm(folder: str, head: np.ndarray):
+    """MiniLM with a given head kernel, (labels, hidden), and a zero bias."""
+    model = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=len(head))
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.from_numpy(head))
+        model.classifier.bias.zero_()
+    return model.eval()
+
+
+def padded_batch(config, rows: int = 5, length: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens in rows of different lengths, pairs where the model knows two token types."""
+    random = np.random.default_rng(seed)
+    lengths = np.concatenate([[length], random.integers(3, length, rows - 1)])
+    mask = np.arange(length)[None] < lengths[:, None]
+    ids = random.integers(5, config.vocab_size, (rows, length))
+    is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (config.type_vocab_size > 1)
+    return {
+        "input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "token_type_ids": (mask & is_second).astype(np.int32),
+        "labels": random.integers(0, config.num_labels, rows).astype(np.int32),
+    }
+
+
+def tokenised(tokenizer, pairs: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Pairs of sentences as a padded batch, labelled 0, 1, ..."""
+    encoded = tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="np")
+    batch = {name: values.astype(np.int32) for name, values in encoded.items()}
+    return batch | {"labels": np.arange(len(pairs), dtype=np.int32)}
+
+
+def forward(model, batch: dict[str, np.ndarray]):
+    return model(**{name: torch.from_numpy(values).long() for name, values in batch.items()})
+
+
+def reference(model, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Logits, loss, every gradient, and every parameter after one AdamW step (which changes the model)."""
+    output = forward(model, batch)
+    output.loss.backward()
+    expected = {"logits": output.logits.detach().numpy().copy(), "loss": output.loss.detach().numpy().copy()}
+    expected |= {f"gradient/{name}": value.grad.numpy().copy() for name, value in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY).step()
+    expected |= {f"after/{name}": value.detach().numpy().copy() for name, value in model.named_parameters()}
+    return expected
