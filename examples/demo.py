@@ -15,7 +15,7 @@ import rich.table
 from pats_jax import glue, plots, run_folder
 from pats_jax.settings import Settings
 
-TASK = "qnli"
+TASK = "sst2"
 FOLDER = pathlib.Path("runs/demo")
 METHODS = {"AdamW": "finetune", "AdamW + PATS": "pats"}
 SETTINGS = Settings(
@@ -24,7 +24,7 @@ SETTINGS = Settings(
     data_dir="builtin",
     max_seq_length=64,
     num_train_epochs=3,
-    learning_rate=1e-4,
+    learning_rate=5e-5,
     length_buckets=2,
 )
 
