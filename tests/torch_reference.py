@@ -5,6 +5,11 @@ import torch
 import transformers
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+PAIRS = [
+    ("The film was a delight.", "It was dull."),
+    ("He sold the company to his brother last year, people say.", "His brother bought the company."),
+    ("Rain.", "No rain fell in the valley, and the harvest failed."),
+]
 _TINY = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -61,11 +66,11 @@ def padded_batch(config, rows: int = 5, length: int = 12, seed: int = 0) -> dict
     }
 
 
-def tokenised(tokenizer, pairs: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """Pairs of sentences as a padded batch, labelled 0, 1, ..."""
-    encoded = tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="np")
+def tokenised(tokenizer) -> dict[str, np.ndarray]:
+    """Three pairs of sentences of different lengths as a padded batch, labelled 0, 1, 2."""
+    encoded = tokenizer([a for a, _ in PAIRS], [b for _, b in PAIRS], padding=True, return_tensors="np")
     batch = {name: values.astype(np.int32) for name, values in encoded.items()}
-    return batch | {"labels": np.arange(len(pairs), dtype=np.int32)}
+    return batch | {"labels": np.arange(len(PAIRS), dtype=np.int32)}
 
 
 def forward(model, batch: dict[str, np.ndarray]):

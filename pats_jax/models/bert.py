@@ -13,7 +13,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 from pats_jax.models.config import EncoderConfig
 
@@ -22,12 +23,12 @@ from pats_jax.models.config import EncoderConfig
 _MASKED = -1e30
 
 
-def _gelu(x: jax.Array) -> jax.Array:
+def _gelu(x: Array) -> Array:
     """The exact GELU by erf, as Transformers computes it (JAX's own takes erfc, which is slower on CPU)."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -50,7 +51,7 @@ class Embeddings(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, input_ids, token_type_ids, *, deterministic: bool) -> jax.Array:
+    def __call__(self, input_ids: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
         """Embeds ``input_ids`` and ``token_type_ids``, both (batch, length), as (batch, length, hidden)."""
         config = self.config
 
@@ -64,7 +65,7 @@ class Embeddings(nn.Module):
         hidden = _layer_norm(config, self.dtype)(hidden)
         return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic=deterministic)
 
-    def _positions(self, input_ids: jax.Array) -> jax.Array:
+    def _positions(self, input_ids: Array) -> Array:
         """BERT: 0, 1, ... (1, length). RoBERTa: padding has ``pad_token_id``, the others count on from it."""
         if not self.config.is_roberta:
             return jnp.arange(input_ids.shape[1])[None]
@@ -79,7 +80,7 @@ class SelfAttention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, queries_from, hidden, bias, *, deterministic: bool) -> jax.Array:
+    def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
         """Attends from some tokens to all.
 
         Args:
@@ -95,7 +96,7 @@ class SelfAttention(nn.Module):
         heads = config.num_attention_heads
         width = config.hidden_size // heads
 
-        def project(tokens: jax.Array, name: str) -> jax.Array:
+        def project(tokens: Array, name: str) -> Array:
             projected = _dense(config, config.hidden_size, self.dtype, name)(tokens)
             return projected.reshape(*tokens.shape[:2], heads, width)
 
@@ -115,7 +116,7 @@ class ResidualOutput(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, residual, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
         x = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(x)
         x = nn.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
         return _layer_norm(self.config, self.dtype)(residual + x)
@@ -128,7 +129,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, queries_from, hidden, bias, *, deterministic: bool) -> jax.Array:
+    def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
         attended = SelfAttention(self.config, self.dtype, name="self")(
             queries_from, hidden, bias, deterministic=deterministic
         )
@@ -143,7 +144,7 @@ class Intermediate(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden) -> jax.Array:
+    def __call__(self, hidden: Array) -> Array:
         wide = _dense(self.config, self.config.intermediate_size, self.dtype, "dense")(hidden)
         return _ACTIVATIONS[self.config.hidden_act](wide)
 
@@ -155,7 +156,7 @@ class Layer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden, bias, *, deterministic: bool, first_token_only: bool = False) -> jax.Array:
+    def __call__(self, hidden: Array, bias: Array, *, deterministic: bool, first_token_only: bool = False) -> Array:
         """Maps (batch, length, hidden) to the same, or to (batch, 1, hidden) for the first token only."""
         queries_from = hidden[:, :1] if first_token_only else hidden
         attended = Attention(self.config, self.dtype, name="attention")(
@@ -172,7 +173,7 @@ class LayerStack(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden, bias, *, deterministic: bool, first_token_only: bool) -> jax.Array:
+    def __call__(self, hidden: Array, bias: Array, *, deterministic: bool, first_token_only: bool) -> Array:
         last = self.config.num_hidden_layers - 1
         for index in range(last + 1):
             layer = Layer(self.config, self.dtype, name=str(index))
@@ -188,7 +189,7 @@ class Encoder(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden, bias, **options) -> jax.Array:
+    def __call__(self, hidden: Array, bias: Array, **options: bool) -> Array:
         return LayerStack(self.config, self.dtype, name="layer")(hidden, bias, **options)
 
 
@@ -199,7 +200,7 @@ class Pooler(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, hidden) -> jax.Array:
+    def __call__(self, hidden: Array) -> Array:
         return jnp.tanh(_dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden[:, 0]))
 
 
@@ -211,8 +212,14 @@ class EncoderModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids, attention_mask, token_type_ids, *, deterministic: bool, first_token_only: bool
-    ) -> jax.Array:
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        token_type_ids: Array,
+        *,
+        deterministic: bool,
+        first_token_only: bool,
+    ) -> Array:
         """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden)."""
         bias = jnp.where(attention_mask[:, None, None, :] != 0, 0.0, _MASKED)
         hidden = Embeddings(self.config, self.dtype, name="embeddings")(
@@ -233,7 +240,7 @@ class RobertaHead(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, features, *, deterministic: bool) -> jax.Array:
+    def __call__(self, features: Array, *, deterministic: bool) -> Array:
         dropout = nn.Dropout(self.config.head_dropout, deterministic=deterministic)
         features = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(dropout(features))
         return _dense(self.config, self.config.num_labels, self.dtype, "out_proj")(dropout(jnp.tanh(features)))
@@ -255,7 +262,14 @@ class SequenceClassifier(nn.Module):
     first_token_only: bool = True
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, token_type_ids=None, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Array:
         """Computes float32 logits, (batch, num_labels).
 
         Args:
@@ -268,6 +282,7 @@ class SequenceClassifier(nn.Module):
             ValueError: The sequences are longer than the model has positions.
         """
         config = self.config
+        input_ids = jnp.asarray(input_ids)
         if input_ids.shape[1] > config.max_length:
             raise ValueError(f"sequences of {input_ids.shape[1]} tokens, but the model ends at {config.max_length}")
         if attention_mask is None:
@@ -276,8 +291,8 @@ class SequenceClassifier(nn.Module):
             token_type_ids = jnp.zeros_like(input_ids)
         features = EncoderModel(config, self.dtype, name=config.base_prefix)(
             input_ids,
-            attention_mask,
-            token_type_ids,
+            jnp.asarray(attention_mask),
+            jnp.asarray(token_type_ids),
             deterministic=deterministic,
             first_token_only=self.first_token_only,
         )

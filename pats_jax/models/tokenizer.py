@@ -35,7 +35,7 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
         )
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged files: the tokenizers library itself raises bare Exceptions
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:

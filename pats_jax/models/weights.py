@@ -60,7 +60,9 @@ def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
     """The error for a folder or repository without safetensors, given the names of the files that it has."""
     pickled = sorted(name for name in file_names if name.endswith(_PICKLED) and name != "training_args.bin")
     if not pickled:
-        return InputError(f"{where}: holds no weights; a checkpoint has {WEIGHTS_FILE} or {INDEX_FILE} with shards")
+        return InputError(
+            f"{where}: holds no safetensors weights; a checkpoint has {WEIGHTS_FILE} or {INDEX_FILE} with shards"
+        )
     return InputError(
         f"{where}: has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded; "
         "convert them to safetensors (in Transformers: save_pretrained) and give that folder"

