@@ -24,7 +24,7 @@ SETTINGS = Settings(
     data_dir="builtin",
     max_seq_length=64,
     num_train_epochs=3,
-    learning_rate=5e-5,
+    learning_rate=1e-4,
     length_buckets=2,
 )
 
