@@ -52,10 +52,14 @@ def minilm(folder: str, head: np.ndarray):
 
 
 def padded_batch(config, rows: int = 5, length: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens in rows of different lengths, pairs where the model knows two token types."""
+    """Random tokens in rows of different lengths, pairs where the model knows two token types.
+
+    The first row has padding in its middle: RoBERTa's positions skip it, BERT's count it.
+    """
     random = np.random.default_rng(seed)
     lengths = np.concatenate([[length], random.integers(3, length, rows - 1)])
     mask = np.arange(length)[None] < lengths[:, None]
+    mask[0, 4] = False
     ids = random.integers(5, config.vocab_size, (rows, length))
     is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (config.type_vocab_size > 1)
     return {

@@ -45,7 +45,10 @@ def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> nn.LayerNorm:
 
 
 class Embeddings(nn.Module):
-    """Sum of word, position and token type embeddings, normalised."""
+    """Sum of word, position and token type embeddings, normalised.
+
+    In torch the padding token's own embedding has no gradient by decree; here because a masked token reaches no head.
+    """
 
     config: EncoderConfig
     dtype: DTypeLike
