@@ -6,8 +6,9 @@ between them as a correlation within the stream. With dieharder (in Debian) and 
 
     python benchmarks/randomness.py fold_in | dieharder -a -g 200
 
-``--kind threefry2x32`` writes the same streams from one of JAX's own kinds of key, for comparison. The script stops
-when its reader closes the pipe, and says on standard error how many words it wrote. ``docs/random.md`` has the results.
+``--kind threefry2x32`` writes the same streams from one of JAX's own kinds of key, for comparison; ``long_array`` is
+for the fast kind only, as XLA would make the whole array of any other. The script stops when its reader closes the
+pipe, and says on standard error how many words it wrote. ``docs/random.md`` has the results.
 """
 
 import argparse
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--words_per_key", type=int, default=4, help="a power of two; no effect on long_array")
     parser.add_argument("--max_chunks", type=int, help="stop after so many chunks of 16 MiB")
     flags = parser.parse_args()
+    if flags.stream == "long_array" and flags.kind != random.NAME:
+        parser.error(f"long_array needs --kind {random.NAME}: of any other kind the whole array would be made")
 
     written = 0
     try:
