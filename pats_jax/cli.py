@@ -13,7 +13,7 @@ from pats_jax.errors import InputError
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs `pats-jax`; exits with code 2 and one line on stderr when the input is wrong."""
+    """Runs `pats-jax`; exits with code 2 and one line on stderr when the input is wrong, 130 on Ctrl-C."""
     args = sys.argv[1:] if args is None else args
     if args[:1] in (["-V"], ["--version"]):
         print(f"pats-jax {pats_jax.__version__}")
@@ -30,6 +30,9 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"pats-jax: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("pats-jax: interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells count
 
 
 def glue(args: list[str]) -> None:

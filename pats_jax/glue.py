@@ -25,7 +25,7 @@ import rich.progress
 from pats_jax import concentration, metrics, models, plots, run_folder, train_state
 from pats_jax.data import batches, readers, tasks
 from pats_jax.errors import InputError
-from pats_jax.methods import layer_mask, learning_rate_schedule, make_optimizer
+from pats_jax.methods import get_method, layer_mask, learning_rate_schedule, make_optimizer
 from pats_jax.settings import Settings
 from pats_jax.trainer import Rhythm, fit, predict_logits
 
@@ -45,11 +45,14 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
       What results.json holds.
 
     Raises:
-      InputError: on anything in settings, data or checkpoint that is wrong, before anything is written.
+      InputError: on anything in settings, data or checkpoint that is wrong, before anything is written; or when
+        training diverges.
     """
     settings.check()
+    get_method(settings.method)
     console = console or rich.console.Console(quiet=True)
     folder = pathlib.Path(settings.output_dir or default_folder(settings))
+    settings = dataclasses.replace(settings, output_dir=str(folder))
     run_folder.check_free(folder, settings.overwrite)
 
     # data and model
@@ -81,7 +84,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
 
     predictor = Predictor(jax.jit(train_state.make_predict_step(model.apply)), task, splits, tokens, settings)
     training = Training(settings, task, splits["train"], tokens["train"], model, params) if "train" in splits else None
-    run_folder.start(folder, settings.to_json())
+    run_folder.start(folder, settings.to_dict())
 
     # train, evaluating on the way
     if training:
@@ -102,8 +105,8 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         predictor.write_predictions(params, folder / "predictions")
     draw(folder, task, results)
     run_folder.write_results(folder, results)
-    run_folder.write_model_card(folder, dataclasses.asdict(settings), results)
-    console.print(summary(results, folder))
+    run_folder.write_model_card(folder, settings.to_dict(), results)
+    console.print(summary(results, folder), markup=False, highlight=False, soft_wrap=True)
     return results
 
 
@@ -278,13 +281,19 @@ class Predictor:
     settings: Settings
 
     def logits(self, params: Any, name: str) -> np.ndarray:
-        """Logits (rows, num_labels) of a split."""
+        """Logits (rows, num_labels) of a split.
+
+        Raises:
+          InputError: if the model has diverged, so that they are not finite.
+        """
         tokens = self.tokens[name]
         boundaries = batches.bucket_boundaries(tokens.lengths, EVAL_BUCKETS)
         batch_size = min(self.settings.per_device_eval_batch_size, len(tokens))
-        return predict_logits(
-            self.step, params, batches.eval_batches(tokens, None, batch_size, boundaries), len(tokens)
-        )
+        rows = batches.eval_batches(tokens, None, batch_size, boundaries)
+        logits = predict_logits(self.step, params, rows, len(tokens))
+        if not np.isfinite(logits).all():
+            raise InputError("the model's answers are not finite; lower --learning_rate")
+        return logits
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""

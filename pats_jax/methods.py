@@ -31,6 +31,17 @@ class Method:
     wrap: Wrap
 
 
+def get_method(name: str) -> Method:
+    """Looks a method up by its name.
+
+    Raises:
+      InputError: no such method; the message names those that exist.
+    """
+    if name not in METHODS:
+        raise InputError(f"--method {name}: no such method; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
     """Linear warmup from 0 over ``warmup_ratio`` of the steps, then linear decay to 0 at the end of training."""
     warmup_steps = int(settings.warmup_ratio * total_steps)
@@ -48,8 +59,7 @@ def make_optimizer(settings: Settings, total_steps: int, params: Any) -> optax.G
     Raises:
       InputError: on an unknown method, or a ``noise_layers`` that matches no parameter.
     """
-    if settings.method not in METHODS:
-        raise InputError(f"--method {settings.method}: not one of {', '.join(METHODS)}")
+    method = get_method(settings.method)
     schedule = learning_rate_schedule(settings, total_steps)
     adamw = optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
@@ -62,7 +72,7 @@ def make_optimizer(settings: Settings, total_steps: int, params: Any) -> optax.G
             mask=jax.tree.map(lambda p: p.ndim > 1, params),
         ),
     )
-    return METHODS[settings.method].wrap(adamw, schedule, params, settings)
+    return method.wrap(adamw, schedule, params, settings)
 
 
 def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:

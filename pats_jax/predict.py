@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pathlib
 import sys
 from typing import Annotated
@@ -13,6 +14,8 @@ import tyro
 
 from pats_jax import models
 from pats_jax.data import batches, read_texts
+from pats_jax.errors import InputError
+from pats_jax.glue import EVAL_BUCKETS, sequence_length
 from pats_jax.train_state import make_predict_step
 from pats_jax.trainer import predict_logits
 
@@ -34,11 +37,16 @@ def predict_file(
       max_seq_length: tokens; longer texts are cut
       batch_size: rows
     """
+    if batch_size < 1:
+        raise InputError(f"--batch_size {batch_size}: must be at least 1")
+    target = None if output_file is None else pathlib.Path(output_file)
+    if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
+        raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
     table = to_tsv(*predict_texts(model, file, max_seq_length, batch_size))
-    if output_file is None:
-        sys.stdout.write(table)
+    if target:
+        target.write_text(table, encoding="utf-8")
     else:
-        pathlib.Path(output_file).write_text(table, encoding="utf-8")
+        sys.stdout.write(table)
 
 
 def predict_texts(
@@ -51,8 +59,8 @@ def predict_texts(
     split = read_texts(file)
     tokenizer = models.load_tokenizer(model)
     network, params, config = models.from_pretrained(model, num_labels=None)
-    tokens = batches.tokenize(split, tokenizer, min(max_seq_length, config.max_length))
-    boundaries = batches.bucket_boundaries(tokens.lengths, 4)
+    tokens = batches.tokenize(split, tokenizer, sequence_length(max_seq_length, config))
+    boundaries = batches.bucket_boundaries(tokens.lengths, EVAL_BUCKETS)
     rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
     logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
     names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -14,12 +15,15 @@ _PACKAGES = ("pats-jax", "jax", "flax", "optax", "transformers")
 
 
 def check_free(folder: pathlib.Path, overwrite: bool) -> None:
-    """Raises InputError if the folder holds something that must not be lost.
+    """Raises InputError if the folder cannot be written, or holds something that must not be lost.
 
     With ``overwrite`` a folder that holds an earlier run, and nothing else, counts as free.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file")
+    home = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not home.is_dir():
+        raise InputError(f"--output_dir {folder}: {home} is a file; give another folder")
+    if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {folder}: no permission to write in {home}; give another folder")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in present if name not in ENTRIES]
     if foreign and overwrite:
@@ -30,16 +34,23 @@ def check_free(folder: pathlib.Path, overwrite: bool) -> None:
         )
 
 
-def start(folder: pathlib.Path, config: str) -> None:
-    """Empties the folder, makes it if need be, and writes config.json; `check_free` comes first."""
-    for name in ENTRIES:
-        entry = folder / name
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config, encoding="utf-8")
+def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Empties the folder, makes it if need be, and writes config.json; `check_free` comes first.
+
+    Raises:
+      InputError: if the system refuses, for instance on a read-only disk.
+    """
+    try:
+        for name in ENTRIES:
+            entry = folder / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", settings)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
 
 
 def append_metrics(folder: pathlib.Path, record: dict[str, Any]) -> None:
@@ -56,7 +67,7 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes results.json."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "results.json", results)
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +103,7 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None),
+        *(f"| {name} | {_cell(value)} |" for name, value in settings.items() if value is not None),
         "",
         "Made with " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
     ]
@@ -114,6 +125,15 @@ def _score_table(results):
         "| --- |" + " --- |" * len(names),
         *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
     ]
+
+
+def _cell(value):
+    """A value as code in a Markdown table, where a bar would end the cell (regexes have them)."""
+    return "`" + str(value).replace("|", "\\|") + "`"
+
+
+def _write_json(path, values):
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _version(package):

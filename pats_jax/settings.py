@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,7 +64,7 @@ class Settings:
         for names, holds, expected in _RULES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and holds(value)):
+                if value is not None and not holds(value):
                     raise InputError(f"--{name} {value}: must be {expected}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for --num_train_epochs")
@@ -79,9 +79,9 @@ class Settings:
         chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
         return chosen or {"train", "eval"}
 
-    def to_json(self) -> str:
-        """Every setting but the path it was read from, as JSON."""
-        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k != "config"}, indent=2) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting but the path that settings were read from."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "config"}
 
 
 _RULES = (
@@ -91,8 +91,9 @@ _RULES = (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("learning_rate num_train_epochs adam_epsilon max_grad_norm", lambda x: x > 0, "a number above 0"),
-    ("weight_decay noise_scale sensitivity_batches seed", lambda x: x >= 0, "0 or more"),
+    ("learning_rate num_train_epochs adam_epsilon max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
+    ("weight_decay noise_scale sensitivity_batches", lambda x: 0 <= x < math.inf, "a number from 0 on"),
+    ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
     ("decay adam_beta1 adam_beta2 hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
 )
@@ -109,19 +110,36 @@ FOREIGN_FLAGS = {
     "eval_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
     "evaluation_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
     "fp16": "computing is in float32",
+    "gradient_accumulation_steps": "the whole batch goes through in one step; set --per_device_train_batch_size",
+    "gradient_checkpointing": "activations are kept; lower --per_device_train_batch_size if memory is short",
+    "group_by_length": "batches are always gathered by length; see --length_buckets",
     "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
     "ignore_mismatched_sizes": "a head of another size is an error; train from a checkpoint without a head",
     "label_names": "labels are found in --train_file",
+    "label_smoothing_factor": "the loss is plain cross-entropy",
     "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
+    "load_best_model_at_end": "the model of the last step is saved; results.json has the best score and its step",
+    "logging_dir": "metrics.jsonl and plots/ stand in --output_dir",
+    "logging_strategy": "use --logging_steps",
     "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
     "max_length": "use --max_seq_length",
+    "max_train_steps": "use --max_steps",
+    "metric_for_best_model": "each task has its main metric",
     "model_revision": "download the revision and give its folder as --model_name_or_path",
     "no_cuda": "set the environment variable JAX_PLATFORMS=cpu",
+    "num_warmup_steps": "use --warmup_ratio",
+    "optim": "the optimizer is AdamW; use any other of Optax's from Python",
     "overwrite_cache": "tokens are not cached on disk",
     "overwrite_output_dir": "use --overwrite",
     "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
+    "preprocessing_num_workers": "the tokenizer takes all cores by itself",
     "push_to_hub": "nothing is uploaded",
+    "report_to": "metrics.jsonl and plots/ stand in --output_dir",
+    "run_name": "use --output_dir",
+    "save_steps": "the model of the last step is saved",
+    "save_strategy": "the model of the last step is saved",
+    "save_total_limit": "the model of the last step is saved",
     "token": "log in with huggingface_hub",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path",
     "trust_remote_code": "remote code is never run",
