@@ -1,4 +1,4 @@
-"""A Markdown table of finished runs: ``python benchmarks/glue_table.py RUN ...``, one row a task, one column a method."""
+"""A Markdown table of finished runs: ``python benchmarks/glue_table.py RUN ...``, a row a task, a column a method."""
 
 import json
 import pathlib
@@ -6,7 +6,7 @@ import sys
 
 
 def main(folders: list[str]) -> None:
-    """Prints final scores in percent, the best of an epoch in brackets, and seconds of training, compilation included."""
+    """Prints final scores in percent, and the best epoch's main score in brackets."""
     results = [json.loads((pathlib.Path(folder) / "results.json").read_text(encoding="utf-8")) for folder in folders]
     tasks = list(dict.fromkeys(result["task_name"] for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
@@ -21,9 +21,9 @@ def main(folders: list[str]) -> None:
 
 
 def cell(result: dict) -> str:
-    """Final scores, the best epoch's main score, and the time."""
+    """Final scores, and the best epoch's main score."""
     best = 100 * result["best"]["metrics"][result["main_metric"]]
-    return f"**{scores(result['final'])}** ({best:.1f}), {result['timing']['train_seconds']:.0f} s"
+    return f"**{scores(result['final'])}** ({best:.1f})"
 
 
 def scores(evaluation: dict) -> str:
