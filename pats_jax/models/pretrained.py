@@ -77,9 +77,9 @@ def from_pretrained(
     shapes = _parameter_shapes(model)
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
     if matched.surplus:
-        logger.warning("%s: not used: %s", folder, ", ".join(matched.surplus))
+        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
     if matched.new:
-        logger.warning("%s: newly initialised: %s", folder, ", ".join(map(convert.tensor_name, matched.new)))
+        logger.warning("%s: newly initialised: %s", name_or_dir, ", ".join(map(convert.tensor_name, matched.new)))
     tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
     loaded = {
         path: jnp.array(convert.to_parameter(path, shapes[path], tensors[name], source=str(folder)))
