@@ -8,6 +8,7 @@ import importlib
 _HOMES = {
     "EncoderConfig": "config",
     "SequenceClassifier": "bert",
+    "checkpoint_folder": "sources",
     "from_pretrained": "pretrained",
     "load_tokenizer": "tokenizer",
     "save_pretrained": "pretrained",
