@@ -91,7 +91,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         params = train(training, predictor, folder, results, console)
     if "eval" in settings.phases:
         results["eval_examples"] = len(splits["validation"])
-        results["majority_class"] = {"metrics": majority_metrics(task, splits.get("train"), splits["validation"])}
+        results["majority_class"] = {"metrics": predictor.evaluate_majority()}
         if not training:
             run_folder.append_metrics(folder, {"step": 0, "eval": predictor.evaluate(params)})
         evaluations = [r for r in run_folder.read_metrics(folder) if "eval" in r]
@@ -297,11 +297,19 @@ class Predictor:
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
+        return self._scores(lambda name: decide(self.logits(params, name), self.task))
+
+    def evaluate_majority(self) -> dict[str, float]:
+        """The same when every row is given the most frequent class (or the mean score) of the training labels."""
+        labels = true_labels(self.splits.get("train") or self.splits["validation"])
+        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
+        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
+
+    def _scores(self, answer: Callable[[str], np.ndarray]) -> dict[str, float]:
         scores: dict[str, float] = {}
         for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
             if name in self.splits:
-                predictions = decide(self.logits(params, name), self.task)
-                split_scores = metrics.compute_metrics(self.task.metrics, predictions, true_labels(self.splits[name]))
+                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
                 scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
         return scores
 
@@ -329,13 +337,6 @@ def true_labels(split: readers.Split) -> np.ndarray:
 def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
     """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
     return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
-
-
-def majority_metrics(task: tasks.Task, train: readers.Split | None, validation: readers.Split) -> dict[str, float]:
-    """Scores of answering every row with the most frequent class (or the mean score) of the training labels."""
-    labels = true_labels(train or validation)
-    answer = labels.mean() if task.is_regression else np.bincount(labels).argmax()
-    return metrics.compute_metrics(task.metrics, np.full(len(validation), answer), true_labels(validation))
 
 
 # reports
