@@ -36,7 +36,8 @@ class TrainState(train_state.TrainState):
           tx: any Optax optimizer; nothing extra is passed to its ``update``.
           key: an int (a key of the fast kind) or a typed key.
         """
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=random.as_key(key))
+        key = jnp.copy(random.as_key(key))  # a buffer of its own: steps donate the state, not the caller's key
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=key)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
 
 
@@ -98,7 +99,7 @@ def make_train_step(
             if axis_name is not None:
                 totals, weight = jax.lax.psum((totals, weight), axis_name)
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return state.apply_gradients(grads=grads), metrics
 
     return step

@@ -1,0 +1,157 @@
+"""The run folder: what may be overwritten, what stands in its files; the plots."""
+
+import json
+import os
+import pathlib
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from pats_jax import plots, run_folder
+from pats_jax.errors import InputError
+
+RESULTS = {
+    "model_name_or_path": "tiny",
+    "data": "rte from somewhere",
+    "method": "pats",
+    "seed": 3,
+    "steps": 20,
+    "num_labels": 2,
+    "eval_examples": 7,
+    "main_metric": "accuracy",
+    "majority_class": {"metrics": {"accuracy": 0.5}},
+    "final": {"step": 20, "metrics": {"accuracy": 0.75}},
+    "best": {"step": 10, "metrics": {"accuracy": 0.87654}},
+    "versions": {"python": "3.11"},
+}
+
+
+def refuses(folder, overwrite=False):
+    with pytest.raises(InputError) as caught:
+        run_folder.check_free(folder, overwrite)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--output_dir {folder}: ")
+    return str(caught.value)
+
+
+# what may be overwritten
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path):
+    run_folder.check_free(tmp_path, False)
+    run_folder.check_free(tmp_path / "a" / "b", False)
+    run_folder.check_free(pathlib.Path("relative/to/here"), False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_replaced_only_when_asked(tmp_path):
+    run_folder.start(tmp_path, {"seed": 1})
+    run_folder.append_metrics(tmp_path, {"step": 1})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert "not empty" in refuses(tmp_path) and "--overwrite" in refuses(tmp_path)
+    run_folder.check_free(tmp_path, True)
+    assert (tmp_path / "metrics.jsonl").exists()
+    run_folder.start(tmp_path, {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 2}
+
+
+def test_what_no_run_wrote_is_never_lost(tmp_path):
+    run_folder.start(tmp_path, {})
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in refuses(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_file_in_the_way(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "run", file / "a" / "b"):
+        assert f"{file} is a file" in refuses(folder, overwrite=True)
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != tmp_path)  # root may write anywhere
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        assert f"no permission to write in {tmp_path}" in refuses(folder)
+
+
+def test_a_disk_that_refuses(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"^--output_dir .*run: cannot be written \(Permission denied\)$"):
+        run_folder.start(tmp_path / "run", {})
+
+
+# its files
+
+
+def test_metrics_come_back_line_by_line(tmp_path):
+    records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "eval": {"accuracy": 1.0}}]
+    for record in records:
+        run_folder.append_metrics(tmp_path, record)
+    assert run_folder.read_metrics(tmp_path) == records
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_model_card(tmp_path):
+    settings = {"seed": 3, "noise_layers": r"query|key\.kernel$", "eval_steps": None}
+    plots.plot_loss(tmp_path / "plots" / "loss.png", [{"step": 1, "loss": 1.0, "learning_rate": 0.0}])
+    run_folder.write_model_card(tmp_path, settings, RESULTS)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# tiny fine-tuned on rte from somewhere\n")
+    assert "`--method pats`, seed 3, 20 steps." in card
+    for row in ("| | accuracy |", "| best | 0.8765 |", "| final | 0.7500 |", "| majority class | 0.5000 |"):
+        assert f"\n{row}\n" in card
+    assert "\n| noise_layers | `query\\|key\\.kernel$` |\n" in card and "eval_steps" not in card
+    assert f"pats-jax predict {tmp_path.name}/model --file" in card
+    assert "![loss](plots/loss.png)" in card
+
+
+def test_the_model_card_of_a_run_without_evaluation(tmp_path):
+    results = {name: RESULTS[name] for name in RESULTS if name not in ("final", "best", "majority_class", "steps")}
+    run_folder.write_model_card(tmp_path, {}, results)
+    card = (tmp_path / "README.md").read_text()
+    assert "Not evaluated." in card and "seed 3." in card and "Plots" not in card
+
+
+def test_versions_name_what_results_depend_on():
+    import jax
+
+    versions = run_folder.versions()
+    assert versions["jax"] == jax.__version__ and {"python", "flax", "optax", "transformers"} <= versions.keys()
+
+
+# plots
+
+
+def colours(path):
+    """How many pixels of a plot have a colour rather than a grey."""
+    image = matplotlib.image.imread(path)
+    assert image.shape[0] > 300 and image.shape[1] > 500
+    return int((np.ptp(image[..., :3], axis=-1) > 0.2).sum())
+
+
+def records(steps):
+    losses = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, steps + 1)]
+    return [*losses, {"step": steps, "eval": {"accuracy": 0.8}}]
+
+
+def test_plots_show_the_values(tmp_path):
+    plots.plot_loss(tmp_path / "loss.png", records(9))
+    plots.plot_scores(tmp_path / "deep" / "score.png", {"one": records(9), "two": records(5)}, "accuracy", 0.5)
+    values = np.random.default_rng(0).exponential(size=1000)
+    plots.plot_sensitivity(tmp_path / "sensitivity.png", values, np.append(values / 10, [0.0, 0.0]))
+    for name in ("loss.png", "deep/score.png", "sensitivity.png"):
+        assert colours(tmp_path / name) > 200, name
+
+
+@pytest.mark.parametrize(
+    "before, after", [(np.zeros(4), np.zeros(4)), (np.ones(4), np.ones(4)), (np.zeros(1), np.ones(1))]
+)
+def test_sensitivities_that_have_no_spread(before, after, tmp_path):
+    plots.plot_sensitivity(tmp_path / "sensitivity.png", before, after)
+    assert (colours(tmp_path / "sensitivity.png") > 100) == bool(after.any())

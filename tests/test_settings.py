@@ -1,0 +1,164 @@
+"""Settings: from flags, from a saved run, and every value that makes no sense."""
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+
+from pats_jax import settings
+from pats_jax.errors import InputError
+from pats_jax.settings import FOREIGN_FLAGS, Settings
+
+
+def parse(*args):
+    return settings.parse(["--task_name", "rte", *args], "pats-jax glue")
+
+
+@contextlib.contextmanager
+def refused(*parts):
+    """Expects an InputError of one line that holds all the parts."""
+    with pytest.raises(InputError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def save(folder, content):
+    path = folder / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+# flags
+
+
+def test_flags_as_people_know_them():
+    parsed = parse("--do_train", "--learning_rate", "2e-5", "--max_steps=7", "--per_device_train_batch_size", "4")
+    assert parsed == Settings(
+        task_name="rte", do_train=True, learning_rate=2e-5, max_steps=7, per_device_train_batch_size=4
+    )
+    assert parse("--method", "pats", "--response", "exponential", "--hidden-dropout", "0").hidden_dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    "flags, phases",
+    [((), {"train", "eval"}), (("--do_predict",), {"predict"}), (("--do_eval", "--do_train"), {"eval", "train"})],
+)
+def test_phases(flags, phases):
+    assert parse(*flags).phases == phases
+
+
+@pytest.mark.parametrize("flag", FOREIGN_FLAGS)
+def test_flags_of_run_glue_without_meaning_here_are_refused_by_name(flag):
+    for written in ([f"--{flag}", "1"], [f"--{flag}=1"], [f"--{flag.replace('_', '-')}"]):
+        with refused(f"--{flag} has no meaning here: "):
+            parse(*written)
+
+
+def test_what_we_name_instead_exists():
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert not fields & FOREIGN_FLAGS.keys()
+    for advice in FOREIGN_FLAGS.values():
+        ours = {word.strip(",;.").removeprefix("--") for word in advice.split() if word.startswith("--")}
+        assert ours <= fields, advice
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--learning_rate", "fast"], ["--response", "cubic"], ["--seed", "1.5"], ["--lerning_rate", "1"], ["--seed"]],
+)
+def test_the_parsers_own_complaints(args, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*args)
+    assert caught.value.code == 2
+    assert args[0].lstrip("-") in capsys.readouterr().err
+
+
+POSITIVE_INTEGERS = (
+    "max_seq_length max_train_samples max_eval_samples max_predict_samples per_device_train_batch_size "
+    "per_device_eval_batch_size logging_steps eval_steps length_buckets"
+).split()
+WRONG = [
+    *((name, value) for name in POSITIVE_INTEGERS for value in ("0", "-1")),
+    *((name, value) for name in ("learning_rate", "num_train_epochs", "adam_epsilon") for value in ("0", "-1", "inf")),
+    ("max_grad_norm", "0"),
+    *((name, value) for name in ("weight_decay", "noise_scale") for value in ("-0.1", "nan", "inf")),
+    ("sensitivity_batches", "-1"),
+    *(("seed", value) for value in ("-1", str(2**63), "1" + "0" * 400)),
+    *(("warmup_ratio", value) for value in ("-0.1", "1.1", "nan")),
+    *((name, "1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
+    *((name, "-0.1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
+    *(("max_steps", value) for value in ("0", "-2")),
+]
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_numbers_that_make_no_sense(name, value):
+    with refused(f"--{name} {value}"[:60], ": must be "):
+        parse(f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("weight_decay", "0"), ("noise_scale", "0"), ("warmup_ratio", "1"), ("warmup_ratio", "0"), ("decay", "0")]
+    + [("seed", "0"), ("seed", str(2**63 - 1)), ("sensitivity_batches", "0"), ("max_steps", "-1"), ("max_steps", "1")],
+)
+def test_numbers_at_the_edge_of_sense(name, value):
+    assert getattr(parse(f"--{name}={value}"), name) == pytest.approx(float(value))
+
+
+def test_where_the_data_come_from_must_be_clear():
+    with refused("nothing to read", "--task_name", "--train_file"):
+        settings.parse([], "pats-jax glue")
+    with refused("--task_name", "--train_file", "exclude each other"):
+        parse("--train_file", "a.csv")
+
+
+# a saved run
+
+
+def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
+    saved = Settings(task_name="cola", learning_rate=1, do_train=True, eval_steps=5, response="reciprocal")
+    path = save(tmp_path, saved.to_dict())
+    assert "config" not in saved.to_dict()
+    assert settings.parse(["--config", path], "x") == dataclasses.replace(saved, config=path)
+    again = settings.parse([f"--config={path}", "--seed", "7", "--no_do_train"], "x")
+    assert again == dataclasses.replace(saved, config=path, seed=7, do_train=False)
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ({"lerning_rate": 1.0}, ["unknown setting 'lerning_rate'; did you mean 'learning_rate'?"]),
+        ({"xyz": 1}, ["unknown setting 'xyz'"]),
+        ({"learning_rate": "fast"}, ["learning_rate is 'fast', expected float"]),
+        ({"learning_rate": True}, ["learning_rate is True, expected float"]),
+        ({"max_steps": 2.0}, ["max_steps is 2.0, expected int"]),
+        ({"max_steps": None}, ["max_steps is None, expected int"]),
+        ({"do_train": 1}, ["do_train is 1, expected bool"]),
+        ({"response": "cubic"}, ["response is 'cubic'", "linear"]),
+        ([1], ["not a JSON object"]),
+        ("{learning_rate", ["line 1"]),
+        ("", ["line 1"]),
+        ("\udcff", ["decode byte"]),
+    ],
+)
+def test_config_files_that_are_wrong(content, parts, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), errors="surrogateescape")
+    with refused(f"--config {path}: ", *parts):
+        parse("--config", str(path))
+
+
+def test_values_of_a_config_file_are_checked_like_flags(tmp_path):
+    with refused("--learning_rate nan: must be "):
+        parse("--config", save(tmp_path, '{"learning_rate": NaN}'))
+
+
+def test_config_files_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with refused(f"--config {path}: "):
+            parse("--config", str(path))

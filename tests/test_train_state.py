@@ -1,0 +1,254 @@
+"""One training step against NumPy, and the same step however the batch is split: filler, micro-batches, devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import pats_jax
+from pats_jax import make_loss_fn, make_predict_step, make_train_step, train_state
+
+DEVICES = 8
+ROWS, LENGTH, WORDS, HIDDEN, CLASSES = 16, 6, 20, 8, 3
+
+
+def attention(variables, input_ids, attention_mask, deterministic=True, rngs=None):
+    """One head of attention, its first token classified. No key bias: its gradient would be nothing but rounding."""
+    params = variables["params"]
+    hidden = jax.nn.one_hot(input_ids, WORDS) @ params["embedding"]
+    query, key, value = (hidden @ params[name] for name in ("query", "key", "value"))
+    scores = query[:, :1] @ key.swapaxes(1, 2) / HIDDEN**0.5 + jnp.where(attention_mask, 0.0, -1e30)[:, None]
+    pooled = (jax.nn.softmax(scores) @ value)[:, 0]
+    if not deterministic:
+        pooled *= jax.random.bernoulli(rngs["dropout"], 0.5, pooled.shape) / 0.5
+    return pooled @ params["head"] + params["bias"]
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (WORDS, HIDDEN), "head": (HIDDEN, CLASSES), "bias": (CLASSES,)}
+    shapes |= dict.fromkeys(("query", "key", "value"), (HIDDEN, HIDDEN))
+    return {name: jnp.float32(rng.normal(size=shape) / HIDDEN**0.5) for name, shape in shapes.items()}
+
+
+def make_batch(seed=0, rows=ROWS):
+    """A batch with padding, some filler rows and one device's share that is filler altogether."""
+    rng = np.random.default_rng(seed)
+    weights = (rng.random(rows) < 0.8).astype(np.float32)
+    weights[6:8] = 0.0
+    return {
+        "input_ids": rng.integers(WORDS, size=(rows, LENGTH), dtype=np.int32),
+        "attention_mask": (np.arange(LENGTH) < rng.integers(2, LENGTH + 1, (rows, 1))).astype(np.int32),
+        "labels": rng.integers(CLASSES, size=rows, dtype=np.int32),
+        "weights": weights,
+    }
+
+
+def make_state(tx, apply_fn=attention):
+    return pats_jax.TrainState.create(apply_fn=apply_fn, params=make_params(), tx=tx, key=0)
+
+
+SGD, ADAMW = optax.sgd(0.1), optax.adamw(1e-3)
+NOISY_SGD = pats_jax.pats(SGD, noise_scale=0.01, key=3, mask={name: name == "value" for name in make_params()})
+
+LOSS = make_loss_fn(attention, deterministic=True)
+plain_step = jax.jit(make_train_step(LOSS))
+dropout_step = jax.jit(make_train_step(make_loss_fn(attention)))
+
+
+def assert_close(params, expected, tolerance):
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+# the step itself
+
+
+def linear(variables, input_ids, deterministic, rngs):
+    return input_ids @ variables["params"]["kernel"]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_step_of_gradient_descent_by_hand(regression):
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(9, 5)), rng.random(9) * (rng.random(9) < 0.7)
+    kernel = rng.normal(size=(5, 1 if regression else CLASSES))
+    logits = x @ kernel
+    if regression:
+        y = rng.normal(size=9).astype(np.float32)
+        losses, error = (logits[:, 0] - y) ** 2, 2 * (logits - y[:, None])
+    else:
+        y = rng.integers(CLASSES, size=9).astype(np.int32)
+        probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        losses, error = -np.log(probabilities[np.arange(9), y]), probabilities - np.eye(CLASSES)[y]
+    gradient = x.T @ (w[:, None] * error) / w.sum()
+
+    params = {"kernel": jnp.float32(kernel)}
+    state = pats_jax.TrainState.create(apply_fn=linear, params=params, tx=optax.sgd(0.3), key=0)
+    batch = {"input_ids": np.float32(x), "labels": y, "weights": np.float32(w)}
+    state, metrics = jax.jit(make_train_step(make_loss_fn(linear, regression=regression)))(state, batch)
+    np.testing.assert_allclose(state.params["kernel"], kernel - 0.3 * gradient, rtol=1e-5, atol=1e-6)
+    assert float(metrics["loss"]) == pytest.approx((w @ losses) / w.sum(), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    assert metrics.keys() == {"loss", "grad_norm"} and int(state.step) == 1
+
+
+def test_filler_rows_change_nothing():
+    batch = make_batch()
+    kept = np.flatnonzero(batch["weights"])
+    with_filler, metrics = plain_step(make_state(SGD), batch)
+    without, expected = plain_step(make_state(SGD), {name: values[kept] for name, values in batch.items()})
+    assert 0 < len(kept) < ROWS
+    assert_close(with_filler.params, without.params, 1e-7)
+    assert_close(metrics, expected, 1e-6)
+
+
+def test_without_weights_all_rows_count():
+    batch = make_batch()
+    _, expected = plain_step(make_state(SGD), batch | {"weights": np.ones(ROWS, np.float32)})
+    del batch["weights"]
+    _, metrics = plain_step(make_state(SGD), batch)
+    assert_close(metrics, expected, 1e-6)
+
+
+def test_predictions_are_float32_and_without_dropout():
+    params, batch = make_params(), make_batch()
+
+    def low_precision(*args, **inputs):
+        return attention(*args, **inputs).astype(jnp.bfloat16)
+
+    logits = make_predict_step(low_precision)(params, batch)
+    assert logits.dtype == jnp.float32 and logits.shape == (ROWS, CLASSES)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    np.testing.assert_array_equal(logits, low_precision({"params": params}, **inputs))
+
+
+# the same, however the batch is split
+
+
+def test_accumulation_is_the_whole_batch():
+    batch = make_batch()
+    batch["weights"][1::4] = 0.0  # a micro-batch of filler only: row i goes into micro-batch i modulo 4
+    whole, expected = plain_step(make_state(SGD), batch)
+    dealt, metrics = jax.jit(make_train_step(LOSS, accumulation_steps=4))(make_state(SGD), batch)
+    assert_close(dealt.params, whole.params, 1e-6)
+    assert_close(metrics, expected, 1e-6)
+
+
+def test_a_batch_of_filler_only_gives_no_gradient():
+    batch = make_batch() | {"weights": np.zeros(ROWS, np.float32)}
+    for step in (plain_step, jax.jit(make_train_step(LOSS, accumulation_steps=4))):
+        state, metrics = step(make_state(SGD), batch)
+        assert_close(state.params, make_params(), 0)
+        assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0
+
+
+def train(tx, step, put=lambda batch: batch, steps=15):
+    state = make_state(tx)
+    for number in range(steps):
+        state, metrics = step(state, put(make_batch(number)))
+    return state, metrics
+
+
+@pytest.fixture(scope="module", params=[(NOISY_SGD, 1e-5), (ADAMW, 2e-4)], ids=["SGD with PATS", "AdamW"])
+def one_device(request):
+    """An optimizer, how far its parameters may differ after 15 steps, and what one device makes of them."""
+    tx, tolerance = request.param
+    state, metrics = train(tx, plain_step)
+    return tx, tolerance, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def test_pmap_is_one_device(one_device):
+    tx, tolerance, params, metrics = one_device
+    step = make_train_step(LOSS, axis_name="batch", accumulation_steps=2)
+    step = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(None, None), donate_argnums=0)
+
+    def shard(batch):
+        return {name: values.reshape(DEVICES, -1, *values.shape[1:]) for name, values in batch.items()}
+
+    assert not np.any(shard(make_batch())["weights"][3])
+    state, ours = train(tx, step, shard)
+    assert_close(state.params, params, tolerance)
+    assert_close(ours, metrics, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_mesh_is_one_device(one_device, kind):
+    tx, tolerance, params, metrics = one_device
+    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(kind,))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    step = jax.jit(make_train_step(LOSS), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(make_state(tx), everywhere)
+        for number in range(15):
+            state, ours = step(state, jax.device_put(make_batch(number), rows))
+    assert_close(state.params, params, tolerance)
+    assert_close(ours, metrics, 1e-4)
+
+
+# keys, compilation, buffers
+
+
+def draw(params, batch, key):
+    """A loss whose metric is a random number of its key; weighted means then tell the keys of rows apart."""
+    return jnp.sum(params["embedding"]) * 0, {"drawn": jax.random.uniform(key)}
+
+
+def test_dropout_keys_differ_by_step_device_and_micro_batch():
+    step = make_train_step(draw, axis_name="batch", accumulation_steps=2)
+    step = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(None, None))
+    state, drawn = make_state(SGD), []
+    for _ in range(2):
+        for row in range(ROWS):  # a device's two rows are its two micro-batches
+            weights = np.zeros(ROWS, np.float32)
+            weights[row] = 1.0
+            new_state, metrics = step(state, {"weights": weights.reshape(DEVICES, 2)})
+            drawn.append(float(metrics["drawn"]))
+        state = new_state
+    assert len(set(drawn)) == 2 * ROWS
+    _, metrics = step(make_state(SGD), {"weights": np.ones((DEVICES, 2), np.float32)})
+    assert float(metrics["drawn"]) == pytest.approx(np.mean(drawn[:ROWS]), rel=1e-5)
+
+
+def test_dropout_differs_from_step_to_step_and_follows_the_seed():
+    def loss(state):
+        return float(dropout_step(state, make_batch())[1]["loss"])
+
+    state = make_state(SGD)
+    assert loss(state) == loss(make_state(SGD))
+    assert loss(state) != loss(state.replace(step=state.step + 1))
+    assert loss(state) != loss(state.replace(key=pats_jax.random.fast_key(1)))
+
+
+def test_training_compiles_once():
+    step = jax.jit(make_train_step(make_loss_fn(attention)), donate_argnums=0)
+    state, _ = train(SGD, step, steps=4)
+    assert step._cache_size() == 1 and int(state.step) == 4
+
+
+def test_the_callers_key_survives_donation():
+    key = jax.random.key(5)
+    state = pats_jax.TrainState.create(apply_fn=attention, params=make_params(), tx=SGD, key=key)
+    jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)(state)
+    assert state.key.is_deleted() and not key.is_deleted()
+
+
+# mistakes
+
+
+def test_accumulation_that_does_not_fit():
+    with pytest.raises(ValueError, match="accumulation_steps=0 must be at least 1"):
+        make_train_step(LOSS, accumulation_steps=0)
+    with pytest.raises(ValueError, match="accumulation_steps=3 does not divide the batch of 16 rows"):
+        make_train_step(LOSS, accumulation_steps=3)(make_state(SGD), make_batch())
+
+
+def test_weighted_mean():
+    values = jnp.arange(4.0)
+    assert float(train_state.weighted_mean(values, None)) == 1.5
+    assert float(train_state.weighted_mean(values, jnp.array([0.0, 1.0, 0.0, 3.0]))) == 2.5
+    assert float(train_state.weighted_mean(values, jnp.zeros(4))) == 0.0
