@@ -1,117 +1,392 @@
-"""Bad input at the command line: exit code 2, one line that says what and where, nothing written."""
+"""The command line as its users meet it: wrong input is one line and exit code 2, and leaves nothing behind."""
 
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import huggingface_hub
 import pytest
 import tiny
 
-from pats_jax.cli import main
+import pats_jax
+from pats_jax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a tiny checkpoint, one with a head for three classes, data, and data that is wrong."""
-    folder = tmp_path_factory.mktemp("cli")
-    tiny.save_checkpoint(folder / "checkpoint")
-    tiny.save_checkpoint(folder / "three", num_labels=3)
-    tiny.write_sst2(folder / "data")
-    write = tiny.write_table
-    rows = [(text, label) for text, label in zip(*tiny.sentences(12, 0), strict=True)]
-    write(folder / "good.tsv", ("sentence", "label"), *rows)
-    write(folder / "header.tsv", ("alpha", "label"), *rows)
-    write(folder / "columns.tsv", ("sentence", "label"), rows[0], ("one cell",))
-    write(folder / "label.tsv", ("sentence", "label"), *rows, ("ann is warm .", "maybe"))
-    write(folder / "empty_split.tsv", ("sentence", "label"))
-    (folder / "empty.tsv").write_text("")
-    (folder / "bytes.tsv").write_bytes(b"sentence\tlabel\nann is warm .\t1\n\xff\xfe\t0\n")
-    (folder / "full").mkdir()
-    (folder / "full" / "notes.txt").write_text("mine")
-    (folder / "unknown.json").write_text('{"learning_rat": 1e-3}')
-    (folder / "type.json").write_text('{"seed": "many"}')
-    return folder
+def home(tmp_path_factory):
+    """A folder with GLUE's SST-2 and two checkpoints, one without a head and one with three labels."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.write_sst2(home / "glue")
+    tiny.save_checkpoint(home / "model")
+    tiny.save_checkpoint(home / "three", 3)
+    return home
 
 
-def glue(world, **changes):
-    """Command line of a run on the tiny data, with changes; {} in a value stands for the folder."""
-    flags = {
-        "model_name_or_path": "{}/checkpoint",
-        "task_name": "sst2",
-        "data_dir": "{}/data",
-        "output_dir": "{}/out",
-        "max_seq_length": "16",
-        "per_device_train_batch_size": "4",
-    }
-    merged = {name: value for name, value in {**flags, **changes}.items() if value is not None}
-    return ["glue", *(part for name, value in merged.items() for part in (f"--{name}", value.format(world)))]
+@pytest.fixture(autouse=True)
+def settings_of_the_process(monkeypatch):
+    """What `main` sets for its process is put back."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    level = logging.getLogger("pats_jax").level
+    yield
+    logging.getLogger("pats_jax").setLevel(level)
 
 
-def own(train, validation="{}/good.tsv"):
-    return {"task_name": None, "data_dir": None, "train_file": train, "validation_file": validation}
+@dataclasses.dataclass
+class Shell:
+    """Runs `main` on a folder of its own and holds it to the rules."""
+
+    home: pathlib.Path
+    folder: pathlib.Path
+    capsys: pytest.CaptureFixture
+
+    def flags(self, **changes):
+        """Flags of a run that is right but for the changes; None leaves a flag out, True is a bare one."""
+        given = {
+            "model_name_or_path": self.home / "model",
+            "task_name": "sst2",
+            "data_dir": self.home / "glue",
+            "output_dir": self.folder / "run",
+            "max_seq_length": 16,
+            "per_device_train_batch_size": 8,
+        }
+        flags = []
+        for name, value in (given | changes).items():
+            flags += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return flags
+
+    def refuses(self, *parts, args=None, **changes):
+        """`main` must end with code 2 and one line that holds the parts, and write nothing anywhere."""
+        before = self._everything()
+        with pytest.raises(SystemExit) as caught:
+            cli.main(args or ["glue", *self.flags(**changes)])
+        out, error = self.capsys.readouterr()
+        assert caught.value.code == 2 and out == ""
+        assert error.startswith("pats-jax: error: ") and error.endswith("\n") and error.count("\n") == 1, error
+        for part in parts:
+            assert str(part) in error
+        assert self._everything() == before
+
+    def copy(self, name):
+        """A copy of a checkpoint or of the data, to be damaged."""
+        return pathlib.Path(shutil.copytree(self.home / name, self.folder / name))
+
+    def write(self, name, content):
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def _everything(self):
+        return {path: path.stat().st_mtime_ns for folder in (self.home, self.folder) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def shell(home, tmp_path, capsys):
+    return Shell(home, tmp_path, capsys)
+
+
+# data
+
+
+DATA = "sentence\tlabel\nann is warm\t1\nbob is cold\t0\n"
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "content, message",
     [
-        (own("{}/missing.tsv"), ["missing.tsv"]),
-        (own("{}/empty.tsv"), ["empty.tsv", "empty"]),
-        (own("{}/empty_split.tsv"), ["empty_split.tsv"]),
-        (own("{}/header.tsv"), ["header.tsv:1", "alpha"]),
-        (own("{}/columns.tsv"), ["columns.tsv:3"]),
-        (own("{}/good.tsv", "{}/label.tsv"), ["label.tsv:14", "maybe"]),
-        (own("{}/bytes.tsv"), ["bytes.tsv:3"]),
-        ({"data_dir": "{}/nowhere"}, ["--data_dir", "nowhere"]),
-        ({"task_name": "glue"}, ["--task_name glue", "cola"]),
-        ({"method": "magic"}, ["--method magic", "pats"]),
-        ({"learning_rate": "-1"}, ["--learning_rate -1"]),
-        ({"num_train_epochs": "0"}, ["--num_train_epochs 0"]),
-        ({"max_seq_length": "0"}, ["--max_seq_length 0"]),
-        ({"per_device_train_batch_size": "64"}, ["--per_device_train_batch_size", "64"]),
-        ({"noise_layers": "nothing_like_this"}, ["--noise_layers", "nothing_like_this"]),
-        ({"noise_layers": "("}, ["--noise_layers", "regular expression"]),
-        ({"output_dir": "{}/full"}, ["--output_dir", "full", "not empty"]),
-        ({"output_dir": "{}/good.tsv"}, ["--output_dir", "good.tsv"]),
-        ({"model_name_or_path": "{}/three"}, ["three"]),
-        ({"model_name_or_path": "{}/nothing"}, ["nothing"]),
-        ({"fp16": ""}, ["--fp16"]),
-        ({"config": "{}/unknown.json"}, ["unknown.json", "learning_rate"]),
-        ({"config": "{}/type.json"}, ["type.json", "seed"]),
-        ({"train_file": "{}/good.tsv"}, ["--task_name", "--train_file"]),
+        ("", "train.tsv: the file is empty"),
+        ("text\tlabel\nann is warm\t1\n", "train.tsv:1: no column 'sentence', which sst2 needs"),
+        (DATA + "ann\tis\t1\n", "train.tsv:4: 3 columns where 2 are expected"),
+        (DATA + "ann is calm\t2\n", "train.tsv:4: unknown label '2'"),
+        ("sentence\tlabel\n", "train.tsv: no rows below the header"),
+        (DATA.encode() + b"caf\xe9\t1\n", "train.tsv:4: not UTF-8"),
     ],
-    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_leaves_nothing(world, capsys, changes, words):
-    before = sorted(path.relative_to(world) for path in world.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main(glue(world, **changes))
-    printed = capsys.readouterr()
-    error = [line for line in printed.err.splitlines() if line.startswith("pats-jax: error: ")]
-    assert stopped.value.code == 2 and len(error) == 1, printed.err
-    assert all(word in error[0] for word in words), error[0]
-    assert sorted(path.relative_to(world) for path in world.rglob("*")) == before
+def test_wrong_data(content, message, shell):
+    data = shell.copy("glue")
+    shell.write("glue/SST-2/train.tsv", content)
+    shell.refuses(message, data_dir=data)
 
 
-def test_a_hub_id_without_network_says_how_to_work_offline(world, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SystemExit) as stopped:
-        main(glue(world, model_name_or_path="nobody/no-such-model"))
-    assert stopped.value.code == 2 and "offline" in capsys.readouterr().err
-    assert not (world / "out").exists()
+def test_missing_and_unreadable_data(shell, monkeypatch):
+    shell.refuses("--data_dir", "none: no such folder", "builtin", data_dir=shell.folder / "none")
+    data = shell.copy("glue")
+    (data / "SST-2" / "dev.tsv").unlink()
+    shell.refuses("dev.tsv: no such file", data_dir=data)
+    (data / "SST-2" / "dev.tsv").mkdir()
+    shell.refuses("dev.tsv: cannot be read (Is a directory)", data_dir=data)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)  # root may read anything
+    shell.refuses("train.tsv: cannot be read (Permission denied)")
 
 
-def test_a_value_that_is_no_number_is_refused_by_the_parser(world, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(glue(world, learning_rate="fast"))
-    assert stopped.value.code == 2 and "learning_rate" in capsys.readouterr().err
+def test_wrong_data_of_ones_own(shell):
+    good = shell.write("good.csv", "sentence,label\nann is warm,yes\nbob is cold,no\n")
+    own = {"task_name": None, "data_dir": None, "train_file": good, "per_device_train_batch_size": 2}
+    shell.refuses("--validation_file is missing", **own)
+    for content, message in (
+        ("sentence,label\nann is warm,maybe\n", "v.csv:2: unknown label 'maybe'; the labels are 'no', 'yes'"),
+        ("sentence1,sentence2,label\na,b,yes\n", "v.csv: pairs of texts where"),
+        ("words,label\na,yes\n", "v.csv:1: no text column among 'words', 'label'"),
+        ("sentence\na\n", "v.csv: no labels for the validation data"),
+        ('sentence,label\n"ann,yes\n', "v.csv:2: not readable as CSV"),
+    ):
+        shell.refuses(message, **own, validation_file=shell.write("v.csv", content))
+    shell.refuses("v.doc: unknown kind of file '.doc'", **own, validation_file=shell.write("v.doc", "x"))
+    shell.refuses("none.csv: no such file", **own, validation_file=shell.folder / "none.csv")
+    same = shell.write("same.csv", "sentence,label\na,yes\nb,yes\n")
+    shell.refuses("every row has the label 'yes'", **(own | {"train_file": same}), validation_file=good)
 
 
-@pytest.mark.parametrize("flag", ["--help", "--version"])
-def test_help_and_version_answer_at_once(flag):
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "pats_jax.cli", flag], capture_output=True, text=True, check=True)
-    assert "pats-jax" in done.stdout and time.perf_counter() - started < 5
-    loaded = f"import sys, pats_jax.cli as c; sys.argv=['', '{flag}']\ntry: c.main()\nexcept SystemExit: pass"
-    code = f"{loaded}\nassert not {{'jax', 'flax', 'transformers'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+def test_no_data_from_the_hub_without_network(shell, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    shell.refuses("nyu-mll/glue could not be loaded from the hub", "--data_dir builtin", data_dir=None)
+
+
+# flags
+
+
+def test_unknown_names(shell):
+    shell.refuses("--task_name news: no such task; choose one of cola, sst2", task_name="news")
+    shell.refuses("--method sgd: no such method; choose one of finetune, pats", method="sgd")
+    shell.refuses("--method sgd: no such method", method="sgd", do_eval=True)
+    shell.refuses("ax has no split 'train'", task_name="ax")
+    shell.refuses("fit: no such command; there are glue, predict", args=["fit"])
+
+
+def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
+    shell.refuses("--fp16 has no meaning here", fp16=True)
+    shell.refuses("--overwrite_output_dir has no meaning here: use --overwrite", overwrite_output_dir=True)
+    shell.refuses("--task_name and --train_file", "exclude each other", train_file="a.csv")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("per_device_train_batch_size", 0, "must be at least 1"),
+        ("per_device_train_batch_size", 23, "a batch of 23 rows is more than the 22 training rows"),
+        ("per_device_eval_batch_size", -1, "must be at least 1"),
+        ("learning_rate", "nan", "must be a number above 0"),
+        ("num_train_epochs", -1, "must be a number above 0"),
+        ("max_steps", 0, "must be at least 1"),
+        ("max_train_samples", 0, "must be at least 1"),
+        ("max_seq_length", 2, "too short"),
+        ("noise_scale", -1, "must be a number from 0 on"),
+        ("seed", -1, "must be in"),
+    ],
+)
+def test_numbers_that_make_no_sense(name, value, message, shell):
+    shell.refuses(f"--{name}", message, **{name: value})
+
+
+def test_layers_that_do_not_exist(shell):
+    shell.refuses("--noise_layers 'decoder': matches no parameter", method="pats", noise_layers="decoder")
+    shell.refuses("--noise_layers '(': not a regular expression", method="pats", noise_layers="(")
+
+
+def test_wrong_config_files(shell):
+    for content, message in (
+        ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ('{"learning_rate": "high"}', "learning_rate is 'high', expected float"),
+        ("learning_rate: 1", "line 1"),
+    ):
+        path = shell.write("saved.json", content)
+        shell.refuses(f"--config {path}: ", message, args=["glue", "--config", str(path)])
+    shell.refuses("--config none.json: ", args=["glue", "--config", "none.json"])
+
+
+def test_the_output_folder(shell):
+    (shell.folder / "run").mkdir()
+    shell.write("run/notes.txt", "mine")
+    shell.refuses(f"--output_dir {shell.folder / 'run'}: not empty", "--overwrite")
+    shell.refuses("--overwrite would lose notes.txt", overwrite=True)
+    shell.refuses("notes.txt is a file", output_dir=shell.folder / "run" / "notes.txt" / "below")
+
+
+# checkpoints
+
+
+def test_a_model_that_is_not_there(shell, monkeypatch):
+    shell.refuses("none: no such folder", model_name_or_path=shell.folder / "none")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    shell.refuses("org/none: ", "the hub cannot be reached", "to work offline", model_name_or_path="org/none")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data[: len(data) // 2], "model.safetensors: truncated or not a safetensors file"),
+        (lambda data: b"", "model.safetensors: truncated or not a safetensors file"),
+        (lambda data: data + b"more", "model.safetensors: truncated or not a safetensors file"),
+        (
+            lambda data: data.replace(b"query.weight", b"quary.weight"),
+            "lacks bert.encoder.layer.0.attention.self.query",
+        ),
+        (lambda data: data[:-64] + b"\xff" * 64, "not finite; the file is damaged"),
+    ],
+    ids=["truncated", "empty", "longer", "renamed tensor", "altered values"],
+)
+def test_damaged_weights(change, message, shell):
+    folder = shell.copy("model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(change(weights.read_bytes()))
+    shell.refuses(message, model_name_or_path=folder)
+
+
+def test_weights_as_a_pickle(shell):
+    folder = shell.copy("model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    shell.refuses("only pickled weights (pytorch_model.bin)", "safetensors", model_name_or_path=folder)
+    (folder / "pytorch_model.bin").unlink()
+    shell.refuses("holds no safetensors weights", model_name_or_path=folder)
+
+
+def test_a_model_of_another_kind(shell):
+    shell.refuses("three: the checkpoint's head has 3 labels and 2 are needed", model_name_or_path=shell.home / "three")
+    folder = shell.copy("model")
+    config = json.loads((folder / "config.json").read_text())
+    shell.write("model/config.json", json.dumps(config | {"model_type": "distilbert"}))
+    kinds = ("bert", "roberta", "xlm-roberta", "camembert")
+    shell.refuses("model_type 'distilbert' is not supported", *kinds, model_name_or_path=folder)
+    shell.write("model/config.json", "{")
+    shell.refuses("config.json", "not valid JSON", model_name_or_path=folder)
+
+
+def test_a_damaged_tokenizer(shell):
+    folder = shell.copy("model")
+    shell.write("model/tokenizer.json", "{")
+    shell.refuses(f"{folder}: the tokenizer cannot be loaded", model_name_or_path=folder)
+    (folder / "tokenizer.json").unlink()
+    shell.refuses(f"{folder}: holds no tokenizer", model_name_or_path=folder)
+
+
+# predict
+
+
+def test_wrong_input_of_predict(shell):
+    texts = shell.write("texts.txt", "ann is warm\nbob is cold\n")
+
+    def refuses(*parts, model=shell.home / "three", file=texts, **more):
+        flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+        shell.refuses(*parts, args=["predict", str(model), "--file", str(file), *flags])
+
+    refuses("none: no such folder", model=shell.folder / "none")
+    refuses("has no classification head", model=shell.home / "model")
+    refuses("none.txt: no such file", file=shell.folder / "none.txt")
+    refuses("empty.txt: the file is empty", file=shell.write("empty.txt", ""))
+    refuses("bytes.txt:2: not UTF-8", file=shell.write("bytes.txt", b"ann\nb\xff\n"))
+    refuses("--batch_size 0: must be at least 1", batch_size=0)
+    refuses("--max_seq_length 1: too short", max_seq_length=1)
+    refuses(f"--output_file {shell.folder}: cannot be written", output_file=shell.folder)
+    refuses("--output_file", "cannot be written", output_file=shell.folder / "none" / "out.tsv")
+
+
+# the process
+
+
+def environment(**changes):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **changes}
+
+
+def python(*args, **changes):
+    """Runs Python in a process of its own; what it printed, and the processor time that it took."""
+    before = os.times()
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=300)
+    after = os.times()
+    return done, sum(after[2:4]) - sum(before[2:4])
+
+
+def test_a_hub_that_cannot_be_reached(shell):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(shell.folder / "cache")}
+    flags = shell.flags(model_name_or_path="org/none")
+    done, _ = python("-m", "pats_jax.cli", "glue", *flags, **nowhere)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("pats-jax: error: org/none: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "the hub cannot be reached" in done.stderr and "to work offline" in done.stderr
+    assert not (shell.folder / "run").exists()
+
+
+def test_glue_as_a_module_refuses_the_same_way(shell):
+    done, _ = python("-m", "pats_jax.glue", *shell.flags(task_name="news"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pats-jax: error: --task_name news: ") and done.stderr.count("\n") == 1
+    assert not (shell.folder / "run").exists()
+
+
+def test_interruption_leaves_no_traceback(shell):
+    """Ctrl-C while `predict` waits for its texts, which come through a pipe that nobody writes to."""
+    pipe = shell.folder / "texts.txt"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "pats_jax.cli", "predict", str(shell.home / "three"), "--file", str(pipe)]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        end = _open_when_read(pipe, process)
+        time.sleep(0.2)  # from opening the pipe to reading it
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        os.close(end)
+    assert process.returncode == 130 and error == "pats-jax: interrupted\n"
+
+
+def _open_when_read(pipe, process):
+    """Opens a pipe for writing once the process has it open for reading."""
+    while process.poll() is None:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError(f"ended before reading: {process.stderr.read()}")
+
+
+def test_help_and_version_answer_in_under_a_second():
+    """Beyond `import jax`, in processor time, which a busy machine stretches less than the clock's."""
+    _, base = python("-c", "import jax")
+    for args, words in (
+        (["-m", "pats_jax.cli", "--version"], [pats_jax.__version__]),
+        (["-m", "pats_jax.cli", "--help"], list(cli.COMMANDS)),
+        (["-m", "pats_jax.cli", "glue", "--help"], ["--method", "--noise_scale"]),
+        (["-m", "pats_jax.glue", "--help"], ["--model_name_or_path", "--task_name", "--output_dir"]),
+    ):
+        done, seconds = python(*args)
+        assert done.returncode == 0 and done.stderr == "" and all(word in done.stdout for word in words)
+        assert seconds < base + 1.0, args
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2 and "usage: pats-jax COMMAND" in capsys.readouterr().out
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import pats_jax, pats_jax.cli
+assert not {"jax", "flax", "numpy"} & sys.modules.keys(), "pats_jax.cli loads them"
+for module in pkgutil.walk_packages(pats_jax.__path__, "pats_jax."):
+    importlib.import_module(module.name)
+heavy = {"transformers", "datasets", "sklearn", "matplotlib", "torch", "pandas"} & sys.modules.keys()
+assert not heavy, heavy
+from jax._src import xla_bridge
+assert not xla_bridge._backends, xla_bridge._backends
+print(all(hasattr(pats_jax, name) for name in pats_jax.__all__))
+"""
+
+
+def test_importing_is_light_and_starts_no_backend():
+    done, _ = python("-c", IMPORT_ALL)
+    assert done.stdout == "True\n", done.stderr
