@@ -10,6 +10,7 @@ best of all as measured on the dev rows themselves, which flatters the baseline.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def overlap(split: Split) -> np.ndarray:
     rows = []
     for first, second in zip(split.sentence1, split.sentence2 or (), strict=True):
         one, other = first.lower().strip(".?").split(), second.lower().strip(".?").split()
-        neighbours, other_neighbours = set(zip(one, one[1:])), set(zip(other, other[1:]))  # noqa: B905
+        neighbours, other_neighbours = set(itertools.pairwise(one)), set(itertools.pairwise(other))
         shared, union = set(one) & set(other), set(one) | set(other)
         only_first, only_second = set(one) - set(other), set(other) - set(one)
         shared_pairs = neighbours & other_neighbours

@@ -4,6 +4,7 @@ The PATS paper reports that well-performing models have concentrated distributio
 concentration is ours.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,21 +24,21 @@ def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) 
     Args:
       loss_fn: as for `make_train_step`, without dropout: it gets no key.
       params: a tree of parameters.
-      batches: at least one batch; one compilation for each shape among them.
+      batches: at least one batch; compiled once for each loss_fn and shape.
 
     Returns:
       A tree like params, float32.
     """
-
-    @jax.jit
-    def add(total, params, batch):
-        grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, None)
-        return jax.tree.map(lambda t, p, g: t + jnp.abs(p * g).astype(jnp.float32), total, params, grads)
-
     total, count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), 0
     for batch in batches:
-        total, count = add(total, params, batch), count + 1
+        total, count = _add(loss_fn, total, params, batch), count + 1
     return jax.tree.map(lambda t: t / count, total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(loss_fn, total, params, batch):
+    grads, _ = jax.grad(loss_fn, has_aux=True)(params, batch, None)
+    return jax.tree.map(lambda t, p, g: t + jnp.abs(p * g).astype(jnp.float32), total, params, grads)
 
 
 def concentration(values: np.ndarray) -> dict[str, float]:

@@ -187,8 +187,9 @@ class Training:
         self.mask = layer_mask(params, settings.noise_layers)
         tx = make_optimizer(settings, total, params)
         self.state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=settings.seed)
-        self.loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
-        self.step = jax.jit(train_state.make_train_step(self.loss_fn()), donate_argnums=0)
+        make_loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
+        self.loss_without_dropout = make_loss_fn(deterministic=True)
+        self.step = jax.jit(train_state.make_train_step(make_loss_fn()), donate_argnums=0)
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Batches without end, epoch after epoch."""
@@ -201,7 +202,7 @@ class Training:
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
         chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
         sample = (batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, common) for rows in chosen)
-        measured = concentration.measure_sensitivity(self.loss_fn(deterministic=True), params, sample)
+        measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample)
         return concentration.selected(measured, self.mask)
 
     def _plan(self, epoch):

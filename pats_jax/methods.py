@@ -108,7 +108,7 @@ def _pats(optimizer, schedule, params, settings):
 
     return transforms.pats(
         optimizer,
-        noise_scale,
+        noise_scale if settings.noise_scale else 0.0,
         key=settings.seed,
         decay=settings.decay,
         response=settings.response,

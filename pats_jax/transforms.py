@@ -127,6 +127,7 @@ def pats_noise(
     _check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
     respond = response if callable(response) else _choose("response", response, RESPONSES)
     draw = _choose("distribution", distribution, DISTRIBUTIONS)
+    silent = not isinstance(noise_scale, jax.core.Tracer) and not callable(noise_scale) and float(noise_scale) == 0
     key = random.as_key(key)
     sensitivity_dtype = jnp.dtype(jnp.float32 if sensitivity_dtype is None else sensitivity_dtype)
 
@@ -161,6 +162,8 @@ def pats_noise(
             if old is None or _is_masked(u):
                 return u, old
             new = _moving_average(old, p, g, decay)
+            if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
+                return u, new.astype(sensitivity_dtype)
             mean = jnp.sum(new) / max(new.size, 1)
             weight = respond(new / jnp.where(mean > 0, mean, 1.0))
             noise = scale * std * weight * draw(leaf_key, u.shape)

@@ -30,7 +30,7 @@ DIGESTS = {
     "mnli": "bfffc879729f5f8bf3b53aa628692c1f0efa156ba3c8b2f7581fc02df81245e3",
     "qnli": "5cdc584696e347db229b17a5d1e7d5eb8517ad9fefc05db65a512ed83928df14",
     "rte": "94577ea30d4456923716c3cd9c5ab3b773ab2ca6e9ee5d69fc39dc21dd22b18c",
-    "wnli": "e83652fecbf7b9fc522b6536d86a11cb1cb3a376acff39de9a92afff6d06159e",
+    "wnli": "ecf805863f51a3e7ace2982d92c2b4e5ae72a92b045b6a9a5da1c18e8c5641f9",
     "ax": "10d74b9da6904108f6e72af2b3c62618df325a33955861e217cda9c684468216",
 }
 
@@ -167,7 +167,7 @@ def word_accuracy(difficulty, folder, name: str, kind: str) -> float:
 
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "qnli", "wnli"])
 def test_counting_words_does_not_solve_a_task(difficulty, folder, name):
-    """Fine-tuned models reach 75 to 95 on these; see benchmarks/builtin_difficulty.py."""
+    """A bound on word counting only; benchmarks/builtin_difficulty.py sets fine-tuned models beside it."""
     kinds = ["one text"] if len(TASKS[name].tsv_texts) == 1 else ["together", "separately with overlap"]
     assert max(word_accuracy(difficulty, folder, name, kind) for kind in kinds) < 0.7
 

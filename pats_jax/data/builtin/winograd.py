@@ -57,22 +57,22 @@ OF_PEOPLE = _schemes(
 )
 OF_THINGS = _schemes(
     (
-        "the {a} did not fit into the {b} because it",
+        "{a} did not fit into {b} because {it}",
         "was too big|was too large|was far too wide|was too bulky",
         "was too small|was too narrow|was full already|was far too tiny",
     ),
     (
-        "the {a} crushed the {b} because it",
+        "{a} crushed {b} because {it}",
         "was very heavy|was made of lead|weighed a ton|was massive",
         "was fragile|was made of paper|was so delicate|was very thin",
     ),
     (
-        "the {a} cost more than the {b} because it",
+        "{a} cost more than {b} because {it}",
         "was made of gold|was a rare antique|was brand new|was of better quality",
         "was broken|was a cheap copy|was second-hand|was of poor quality",
     ),
     (
-        "we put the {a} in front of the {b} because it",
+        "we put {a} in front of {b} because {it}",
         "looked pretty|was worth seeing|was the nicer one|was freshly painted",
         "looked ugly|had to be hidden|was the uglier one|was badly scratched",
     ),
@@ -83,20 +83,24 @@ THINGS = (
 ).split()
 
 
+def draw_nouns(draw: Draw, of_people: bool) -> list[tuple[str, str]]:
+    """Returns two nouns, each with its pronoun: a woman and a man, more rarely two of a sex, or two things."""
+    if not of_people:
+        return [(f"the {thing}", "it") for thing in draw.words(THINGS, 2)]
+    if draw.chance(0.85):
+        return draw.shuffled([(draw.word(WOMEN), "she"), (draw.word(MEN), "he")])
+    names, pronoun = draw.pick(((WOMEN, "she"), (MEN, "he")))
+    return [(name, pronoun) for name in draw.words(names, 2)]
+
+
 def example(draw: Draw, label: str) -> Example:
     """Returns a sentence with a pronoun and a reading of it, with the label "1" (right) or "0"."""
-    scheme = draw.pick(OF_PEOPLE + OF_THINGS)
-    if scheme in OF_THINGS:
-        first, second = draw.words(THINGS, 2)
-        it = "it"
-    else:
-        names, it = draw.pick(((WOMEN, "she"), (MEN, "he")))
-        first, second = draw.words(names, 2)
+    of_people = draw.chance(0.85)
+    scheme = draw.pick(OF_PEOPLE if of_people else OF_THINGS)
+    first, second = draw_nouns(draw, of_people)
     about_first = draw.chance(0.5)
     predicate = draw.word(scheme.of_first if about_first else scheme.of_second)
-    text = f"{scheme.sentence.format(a=first, b=second, it=it)} {predicate}"
-    named = first if about_first == (label == "1") else second
-    if scheme in OF_THINGS:
-        named = f"the {named}"
-    reading = f"{named} {predicate}"
+    right, wrong = (first, second) if about_first else (second, first)
+    text = f"{scheme.sentence.format(a=first[0], b=second[0], it=right[1])} {predicate}"
+    reading = f"{(right if label == '1' else wrong)[0]} {predicate}"
     return Example(sentence(text), sentence(reading), label)
