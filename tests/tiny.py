@@ -117,7 +117,7 @@ def quick_compilation(folder: Path) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: jax.config.values[name] for name in wanted}
     compilation_cache.reset_cache()
     for name, value in wanted.items():
         jax.config.update(name, value)
