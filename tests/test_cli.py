@@ -334,12 +334,17 @@ def test_interruption_leaves_no_traceback(shell):
     pipe = shell.folder / "texts.txt"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "pats_jax.cli", "predict", str(shell.home / "three"), "--file", str(pipe)]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    # a job in the background ignores SIGINT, and so would its children
+    attend = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, **attend) as process:
         end = _open_when_read(pipe, process)
         time.sleep(0.2)  # from opening the pipe to reading it
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-        os.close(end)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            os.close(end)
     assert process.returncode == 130 and error == "pats-jax: interrupted\n"
 
 
