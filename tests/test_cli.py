@@ -333,10 +333,11 @@ def test_interruption_leaves_no_traceback(shell):
     """Ctrl-C while `predict` waits for its texts, which come through a pipe that nobody writes to."""
     pipe = shell.folder / "texts.txt"
     os.mkfifo(pipe)
-    command = [sys.executable, "-m", "pats_jax.cli", "predict", str(shell.home / "three"), "--file", str(pipe)]
-    # a job in the background ignores SIGINT, and so would its children
-    attend = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, **attend) as process:
+    # a job in the background ignores SIGINT, and so would this child of it
+    attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{attentive}; from pats_jax.cli import main; main()"
+    command = [sys.executable, "-c", program, "predict", str(shell.home / "three"), "--file", str(pipe)]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         end = _open_when_read(pipe, process)
         time.sleep(0.2)  # from opening the pipe to reading it
         process.send_signal(signal.SIGINT)
