@@ -177,7 +177,7 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
         "losses": losses,
         "timing": {"median_step_seconds": {name: float(np.median(values)) for name, values in seconds.items()}},
         "settings": {name: value for name, value in vars(flags).items() if not isinstance(value, Path)},
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "load_average": os.getloadavg()},
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
         "versions": run_folder.versions() | {"torch": torch.__version__},
     }
 
@@ -209,10 +209,7 @@ def report(results: dict[str, Any], console: Console) -> None:
         scores.add_row(metric, f"{100 * results['scores']['pats_jax'][metric]:.2f}", f"{100 * theirs:.2f}")
     console.print(curves, scores)
     times, largest = results["timing"]["median_step_seconds"], results["largest_difference"]
-    load = f"{results['machine']['load_average'][-1]:.1f} on {results['machine']['cores']} cores"
-    console.print(
-        f"median step: {times['pats_jax']:.2f} s here, {times['torch']:.2f} s with torch (load average {load})"
-    )
+    console.print(f"median step: {times['pats_jax']:.2f} s here, {times['torch']:.2f} s with torch")
     console.print(f"dev predictions that differ: {results['unequal_predictions']}")
     console.print(f"largest difference of losses: {largest['loss']:.1e} at step {largest['step']} (bound {LOSS_BOUND})")
     console.print(f"largest difference of scores: {largest['points']:.2f} points (bound {SCORE_BOUND})")
