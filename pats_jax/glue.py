@@ -221,10 +221,11 @@ def train(training: Training, predictor: "Predictor", folder: pathlib.Path, resu
         bar = progress.add_task("training", total=rhythm.total_steps, status="")
 
         def on_log(step, means, timing):
+            for name, mean in means.items():
+                if not math.isfinite(mean):
+                    raise InputError(f"training stopped at step {step}: {name} is not finite; lower --learning_rate")
             record = {"step": step, "learning_rate": float(training.schedule(step - 1)), **means, "timing": timing}
             run_folder.append_metrics(folder, record)
-            if not math.isfinite(means["loss"]):
-                raise InputError(f"training stopped at step {step}: the loss is not finite; lower --learning_rate")
             rate = timing["examples_per_second"]
             progress.update(bar, status=f"loss {means['loss']:.4f}, {rate:.0f} examples/s")
 

@@ -1,18 +1,28 @@
 """The GLUE program end to end, on a random checkpoint and tables small enough for seconds."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+import rich.console
+import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import glue, run_folder
-from pats_jax.data import load_task
-from pats_jax.data.tasks import get_task
-from pats_jax.metrics import compute_metrics
+from pats_jax import cli, glue, run_folder
+from pats_jax.data import load_task, tasks
+from pats_jax.errors import InputError
 from pats_jax.settings import Settings
+
+TRAIN_ROWS, STEPS = 22, 12  # of SST-2: 4 epochs of 3 batches, the last one of 6 rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with tiny.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -26,98 +36,298 @@ def base(tmp_path_factory):
         max_seq_length=16,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         length_buckets=1,
-        sensitivity_batches=1,
-        num_train_epochs=2,
+        sensitivity_batches=0,
+        num_train_epochs=4,
     )
 
 
-def run(base, folder, **changes):
-    return glue.run(dataclasses.replace(base, output_dir=str(folder), **changes))
+def run(base, folder, console=None, **changes):
+    return glue.run(dataclasses.replace(base, output_dir=str(folder), **changes), console)
 
 
-def without_timing(folder):
+def flags(settings):
+    """Settings as a user would type them."""
+    given = {name: value for name, value in settings.to_dict().items() if value not in (None, False)}
+    return [
+        part for name, value in given.items() for part in ([f"--{name}"] if value is True else [f"--{name}={value}"])
+    ]
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in record.items() if k != "timing"} for record in run_folder.read_metrics(folder)]
 
 
-def test_a_run_leaves_its_folder_and_repeats_from_its_config(base, tmp_path):
-    results = run(base, tmp_path / "a", method="pats", do_train=True, do_eval=True, do_predict=True)
-    present = {path.name for path in (tmp_path / "a").iterdir()}
-    assert present == set(run_folder.ENTRIES) - {"checkpoints"}
-    plots = {path.name for path in (tmp_path / "a/plots").iterdir()}
-    assert plots == {"loss.png", "score.png", "sensitivity.png"}
-    assert json.loads((tmp_path / "a/results.json").read_text()) == results
-    assert results["steps"] == 6 and 0 <= results["concentration"]["after"]["all"]["gini"] < 1
-    saved = json.loads((tmp_path / "a/config.json").read_text())
-    glue.run(dataclasses.replace(Settings(**saved), output_dir=str(tmp_path / "b")))
-    assert without_timing(tmp_path / "a") == without_timing(tmp_path / "b")
-    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in "ab")
-    assert all((one[name] == other[name]).all() for name in one)
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
 
 
-def test_scores_and_predictions_are_those_of_the_saved_model(base, tmp_path):
-    results = run(base, tmp_path / "run", do_train=True, do_eval=True, do_predict=True)
-    splits = load_task("sst2", base.data_dir, splits=("validation", "test"))
-    logits = tiny.reference_logits(tmp_path / "run/model", splits["validation"].sentence1)
-    expected = compute_metrics("sst2", logits.argmax(1), splits["validation"].labels)
-    assert results["final"]["metrics"] == expected
-    lines = (tmp_path / "run/predictions/SST-2.tsv").read_text().splitlines()
-    answers = tiny.reference_logits(tmp_path / "run/model", splits["test"].sentence1).argmax(1)
-    assert lines == ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
+def reference_logits(folder, split):
+    return tiny.reference_logits(folder / "model", split.sentence1, split.sentence2, max_length=16)
 
 
-def test_no_noise_is_plain_fine_tuning(base, tmp_path):
-    run(base, tmp_path / "plain")
-    run(base, tmp_path / "still", method="pats", noise_scale=0.0)
-    run(base, tmp_path / "noisy", method="pats", noise_scale=0.1)
-    plain, still, noisy = (
-        load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "still", "noisy")
+def predictions(folder, file):
+    header, *lines = (folder / "predictions" / file).read_text().splitlines()
+    assert header == "index\tprediction"
+    return [tuple(line.split("\t")) for line in lines]
+
+
+# a run of PATS, as it is typed
+
+
+@pytest.fixture(scope="module")
+def noisy(base, tmp_path_factory):
+    """The folder of a run of everything: PATS, evaluations and predictions."""
+    folder = tmp_path_factory.mktemp("runs") / "a folder [of mine] with a name that is longer than a line of a terminal"
+    settings = dataclasses.replace(
+        base,
+        output_dir=str(folder),
+        method="pats",
+        noise_scale=0.1,
+        sensitivity_batches=2,
+        logging_steps=5,
+        eval_steps=4,
+        do_train=True,
+        do_eval=True,
+        do_predict=True,
     )
-    assert all((plain[name] == still[name]).all() for name in plain)
+    cli.main(["glue", *flags(settings)])
+    return folder
+
+
+def test_the_folder_holds_all_that_people_look_for(noisy):
+    assert {path.name for path in noisy.iterdir()} == set(run_folder.ENTRIES) - {"checkpoints"}
+    assert {path.name for path in (noisy / "plots").iterdir()} == {"loss.png", "score.png", "sensitivity.png"}
+    assert {path.name for path in (noisy / "predictions").iterdir()} == {"SST-2.tsv"}
+    saved = json.loads((noisy / "config.json").read_text())
+    assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - {"config"}
+    assert saved["output_dir"] == str(noisy)
+
+
+def test_metrics_are_logged_at_their_rhythm(noisy):
+    records = run_folder.read_metrics(noisy)
+    logged = {record["step"]: record for record in records if "loss" in record}
+    assert list(logged) == [5, 10, 12]
+    assert [record["step"] for record in records if "eval" in record] == [4, 8, 12]
+    for step, record in logged.items():
+        rate = step - 1  # updates made before: warmup takes int(0.1 * 12) = 1 step, decay the other 11
+        assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 1), rel=1e-5)
+        assert 0 < record["loss"] < 5 and record["grad_norm"] > 0
+        assert record["timing"].keys() == {"seconds", "examples_per_second"}
+
+
+def test_results(noisy):
+    results = json.loads((noisy / "results.json").read_text())
+    evaluations = [record for record in run_folder.read_metrics(noisy) if "eval" in record]
+    assert results["final"] == {"step": 12, "metrics": evaluations[-1]["eval"]}
+    assert results["best"]["metrics"]["accuracy"] == max(record["eval"]["accuracy"] for record in evaluations)
+    assert (results["steps"], results["train_examples"], results["eval_examples"]) == (STEPS, TRAIN_ROWS, 10)
+    assert results["majority_class"] == {"metrics": {"accuracy": 0.5}}  # both classes are equally frequent
+    assert results["num_parameters"] == sum(tensor.size for tensor in weights(noisy).values())
+    assert results["timing"]["train_seconds"] > 0
+    layers = {f"bert.encoder.layer.0.{part}.kernel" for part in ("intermediate.dense", "output.dense")}
+    layers |= {f"bert.encoder.layer.0.attention.{part}.kernel" for part in ("self.query", "self.key", "self.value")}
+    layers.add("bert.encoder.layer.0.attention.output.dense.kernel")
+    for when in ("before", "after"):
+        assert results["concentration"][when].keys() == {"all"} | layers
+        assert all(0 < figures["gini"] < 1 for figures in results["concentration"][when].values())
+    assert results["concentration"]["before"] != results["concentration"]["after"]
+
+
+def test_score_and_predictions_are_those_of_the_saved_model(base, noisy):
+    splits = load_task("sst2", base.data_dir, splits=("validation", "test"))
+    answers = reference_logits(noisy, splits["validation"]).argmax(1)
+    assert len(set(answers)) == 2, "a model that always says the same proves nothing"
+    results = json.loads((noisy / "results.json").read_text())
+    assert results["final"]["metrics"] == {"accuracy": pytest.approx(np.mean(answers == splits["validation"].labels))}
+    answers = reference_logits(noisy, splits["test"]).argmax(1)
+    assert predictions(noisy, "SST-2.tsv") == [(str(index), str(answer)) for index, answer in enumerate(answers)]
+
+
+def test_the_model_card_has_the_scores_and_the_plots(noisy):
+    card = (noisy / "README.md").read_text()
+    score = json.loads((noisy / "results.json").read_text())["final"]["metrics"]["accuracy"]
+    assert f"| final | {score:.4f} |" in card and "--method pats" in card and "(plots/sensitivity.png)" in card
+
+
+def test_a_saved_config_repeats_the_run_exactly(noisy, tmp_path, capsys):
+    again = tmp_path / "a folder with a name that is longer than a line of a terminal, which is not to be broken [1]"
+    cli.main(["glue", "--config", str(noisy / "config.json"), "--output_dir", str(again)])
+    assert metrics(again) == metrics(noisy)
+    expected, found = weights(noisy), weights(again)
+    assert expected.keys() == found.keys() and all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert predictions(again, "SST-2.tsv") == predictions(noisy, "SST-2.tsv")
+    title, place = capsys.readouterr().out.splitlines()  # nothing else where the console is no terminal
+    assert title.startswith("pats on sst2") and "accuracy" in title and place == f"results in {again}"
+
+
+# plain fine-tuning
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run(base, folder)
+    return folder
+
+
+def test_no_noise_is_plain_fine_tuning(base, plain, noisy, tmp_path):
+    run(base, tmp_path / "still", method="pats", noise_scale=0.0)
+    expected, still, with_noise = weights(plain), weights(tmp_path / "still"), weights(noisy)
+    assert all(np.array_equal(expected[name], still[name]) for name in expected)
     name = "bert.encoder.layer.0.intermediate.dense.weight"
-    assert not np.allclose(plain[name], noisy[name], atol=1e-3)
+    assert not np.allclose(expected[name], with_noise[name], atol=1e-3)
+
+
+def test_another_seed_is_another_run(base, plain, tmp_path):
+    run(base, tmp_path / "run", seed=7)
+    assert metrics(tmp_path / "run") != metrics(plain)
+
+
+def test_evaluation_alone_of_a_trained_model_into_a_run_that_is_replaced(base, plain, tmp_path):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True)
+    trained = {"model_name_or_path": str(plain / "model"), "do_eval": True}
+    run(base, tmp_path / "run", console, **trained, max_eval_samples=4)
+    with pytest.raises(InputError, match="not empty"):
+        run(base, tmp_path / "run", **trained)
+    results = run(base, tmp_path / "run", **trained, overwrite=True)
+    (record,) = run_folder.read_metrics(tmp_path / "run")
+    (*_, last) = run_folder.read_metrics(plain)
+    assert record == {"step": 0, "eval": last["eval"]} and results["final"]["metrics"] == last["eval"]
+    assert results["eval_examples"] == 10 and "steps" not in results
+    assert not (tmp_path / "run" / "plots").exists() and not (tmp_path / "run" / "predictions").exists()
+
+
+def test_progress_on_a_terminal(base, tmp_path):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    run(base, tmp_path / "run", console, do_train=True)
+    shown = console.file.getvalue()
+    assert "12/12" in shown and "loss" in shown and "examples/s" in shown
+    assert not any("eval" in record for record in metrics(tmp_path / "run"))
+    assert "Not evaluated." in (tmp_path / "run" / "README.md").read_text()
+
+
+# other tasks
+
+
+def write_pairs(path, rows, seed, label=None, values=()):
+    """Writes a table of pairs of sentences numbered from 100, with a column of labels in turn if it has a name."""
+    header = ["index", "sentence1", "sentence2"]
+    columns = [range(100, 100 + rows), tiny.sentences(rows, seed)[0], tiny.sentences(rows, seed + 50)[0]]
+    if label:
+        header, columns = [*header, label], [*columns, [values[row % len(values)] for row in range(rows)]]
+    tiny.write_table(path, header, *zip(*columns, strict=True))
 
 
 def test_mnli_has_both_halves_and_answers_the_diagnostic_set(base, tmp_path):
-    changes = {"task_name": "mnli", "data_dir": "builtin", "max_train_samples": 16, "max_eval_samples": 20}
-    phases = {"do_train": True, "do_eval": True, "do_predict": True, "num_train_epochs": 1}
-    results = run(base, tmp_path / "run", max_predict_samples=10, **changes, **phases)
-    assert set(results["final"]["metrics"]) == {"accuracy", "accuracy_mm"} == set(results["majority_class"]["metrics"])
-    names = set(get_task("mnli").labels)
-    for file in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
-        lines = (tmp_path / "run/predictions" / file).read_text().splitlines()
-        assert lines[0] == "index\tprediction" and len(lines) == 11
-        assert {line.split("\t")[1] for line in lines[1:]} <= names
+    data, names = tmp_path / "data", ("entailment", "neutral", "contradiction")
+    for seed, (file, rows) in enumerate({"train": 16, "dev_matched": 12, "dev_mismatched": 11}.items()):
+        write_pairs(data / "MNLI" / f"{file}.tsv", rows, seed, "gold_label", names)
+    for seed, (file, rows) in enumerate({"test_matched": 9, "test_mismatched": 10}.items(), start=3):
+        write_pairs(data / "MNLI" / f"{file}.tsv", rows, seed)
+    write_pairs(data / "diagnostic" / "diagnostic.tsv", 7, 5)
+    phases = {"do_train": True, "do_eval": True, "do_predict": True, "max_steps": 2}
+    model = str(tiny.save_checkpoint(tmp_path / "model", 3))
+    results = run(base, tmp_path / "run", model_name_or_path=model, task_name="MNLI", data_dir=str(data), **phases)
+    splits = load_task("mnli", data, splits=("validation", "test"))
+    splits["ax"] = load_task("ax", data, splits=("test",))["test"]
+    answers = {name: reference_logits(tmp_path / "run", split).argmax(1) for name, split in splits.items()}
+    assert len(set(np.concatenate(list(answers.values())))) > 1, "a model that always says the same proves nothing"
+    assert results["final"]["metrics"] == {
+        "accuracy": pytest.approx(np.mean(answers["validation"] == np.arange(12) % 3)),
+        "accuracy_mm": pytest.approx(np.mean(answers["validation_mismatched"] == np.arange(11) % 3)),
+    }
+    assert results["majority_class"]["metrics"].keys() == {"accuracy", "accuracy_mm"}
+    for name, file in (("test", "MNLI-m.tsv"), ("test_mismatched", "MNLI-mm.tsv"), ("ax", "AX.tsv")):
+        expected = [(str(100 + row), names[answer]) for row, answer in enumerate(answers[name])]
+        assert predictions(tmp_path / "run", file) == expected
 
 
-def test_own_data_keeps_its_labels_and_an_own_model_is_evaluated_again(base, tmp_path):
-    files = {}
-    for seed, (name, rows) in enumerate({"train": 24, "validation": 12}.items()):
-        texts, praises = tiny.sentences(rows, seed)
-        labels = np.where(praises, "good", "bad")
-        rows = zip(texts, labels, strict=True)
-        files[f"{name}_file"] = str(
-            tiny.write_table(tmp_path / f"{name}.csv", ("sentence1", "label"), *rows, separator=",")
-        )
-    first = run(base, tmp_path / "run", task_name=None, data_dir=None, **files)
-    saved = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert saved["id2label"] == {"0": "bad", "1": "good"}
-    again = run(
-        base,
-        tmp_path / "again",
-        model_name_or_path=str(tmp_path / "run/model"),
-        task_name=None,
-        data_dir=None,
-        do_eval=True,
-        validation_file=files["validation_file"],
-    )
-    assert again["final"]["metrics"] == first["final"]["metrics"] and "steps" not in again
-
-
-def test_regression_and_evaluation_every_few_steps(base, tmp_path):
-    changes = {"task_name": "stsb", "data_dir": "builtin", "max_train_samples": 32, "max_eval_samples": 20}
-    results = run(base, tmp_path / "run", max_steps=5, eval_steps=2, **changes)
+def test_regression(base, tmp_path):
+    data, scores = tmp_path / "data", (0.2, 4.8, 2.5, 1.0, 3.3)
+    write_pairs(data / "STS-B" / "train.tsv", 16, 0, "score", scores)
+    write_pairs(data / "STS-B" / "dev.tsv", 13, 1, "score", scores)
+    write_pairs(data / "STS-B" / "test.tsv", 9, 2)
+    phases = {"do_train": True, "do_eval": True, "do_predict": True, "max_steps": 2}
+    results = run(base, tmp_path / "run", task_name="stsb", data_dir=str(data), **phases)
+    splits = load_task("stsb", data, splits=("validation", "test"))
+    given, true = reference_logits(tmp_path / "run", splits["validation"])[:, 0], np.resize(scores, 13)
+    pearson = np.corrcoef(given, true)[0, 1]
+    spearman = np.corrcoef(*map(scipy.stats.rankdata, (given, true)))[0, 1]
+    expected = {"pearson": pearson, "spearmanr": spearman, "combined_score": (pearson + spearman) / 2}
+    assert results["final"]["metrics"] == pytest.approx(expected, abs=1e-4)
     assert results["main_metric"] == "combined_score" and results["num_labels"] == 1
-    evaluations = [r["step"] for r in run_folder.read_metrics(tmp_path / "run") if "eval" in r]
-    assert evaluations == [2, 4, 5]
+    assert results["majority_class"]["metrics"]["combined_score"] == 0
+    rows = predictions(tmp_path / "run", "STS-B.tsv")
+    assert [index for index, _ in rows] == [str(100 + row) for row in range(9)]
+    assert all(len(score.split(".")[1]) == 3 for _, score in rows)
+    expected = np.clip(reference_logits(tmp_path / "run", splits["test"])[:, 0], 0, 5)
+    np.testing.assert_allclose([float(score) for _, score in rows], expected, atol=1e-3)
+
+
+def test_built_in_data_are_called_so(base):
+    builtin = glue.describe_data(dataclasses.replace(base, data_dir="builtin"))
+    assert "built-in" in builtin and "not GLUE" in builtin
+    assert "not GLUE" not in glue.describe_data(base)
+
+
+def test_own_data_keeps_its_labels(base, tmp_path):
+    files = {}
+    for seed, (name, rows) in enumerate({"train": 22, "validation": 10, "test": 7}.items()):
+        texts, praises = tiny.sentences(rows, seed)
+        header, columns = ("sentence1", "label"), (texts, np.where(praises, "good", "bad"))
+        if name == "test":
+            header, columns = ("id", "sentence1"), ([f"t{n}" for n in range(rows)], texts)
+        table = tiny.write_table(tmp_path / f"{name}.csv", header, *zip(*columns, strict=True), separator=",")
+        files[f"{name}_file"] = str(table)
+    own = {"task_name": None, "data_dir": None}
+    first = run(base, tmp_path / "run", **own, **files, do_train=True, do_eval=True, do_predict=True)
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved["id2label"] == {"0": "bad", "1": "good"} and saved["label2id"] == {"bad": 0, "good": 1}
+    assert first["data"] == files["train_file"] and first["final"]["metrics"].keys() == {"accuracy"}
+
+    texts, _ = tiny.sentences(7, 2)
+    answers = tiny.reference_logits(tmp_path / "run" / "model", texts).argmax(1)
+    expected = [(f"t{n}", ("bad", "good")[answer]) for n, answer in enumerate(answers)]
+    assert predictions(tmp_path / "run", "test.tsv") == expected
+
+    trained = {"model_name_or_path": str(tmp_path / "run" / "model"), "do_eval": True}
+    again = run(base, tmp_path / "again", **own, **trained, validation_file=files["validation_file"])
+    assert again["final"]["metrics"] == first["final"]["metrics"]
+
+
+# what goes wrong on the way
+
+
+def test_a_length_above_the_models_is_lowered_with_a_warning(base, plain, tmp_path):
+    with pytest.warns(UserWarning, match="--max_seq_length 512 is above the model's 24 positions; using 24"):
+        run(base, tmp_path / "run", model_name_or_path=str(plain / "model"), do_eval=True, max_seq_length=512)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_training_that_diverges_stops_and_says_where(base, tmp_path, monkeypatch):
+    def diverge(loss_fn):
+        """A training step whose loss is infinite in the third step."""
+        return lambda state, batch: (state.replace(step=state.step + 1), {"loss": 1 / (2 - state.step)})
+
+    monkeypatch.setattr(glue.train_state, "make_train_step", diverge)
+    with pytest.raises(InputError, match="training stopped at step 4: loss is not finite; lower --learning_rate"):
+        run(base, tmp_path / "run", logging_steps=2)
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text(), "that would be no JSON"
+
+
+def test_answers_that_are_not_finite_are_no_scores(base):
+    split = load_task("sst2", base.data_dir, splits=("validation",))["validation"]
+    tokens = glue.batches.tokenize(split, tiny.tokenizer(), 16)
+    lost = glue.Predictor(
+        lambda params, batch: np.full((8, 2), np.nan), tasks.get_task("sst2"), {"x": split}, {"x": tokens}, base
+    )
+    with pytest.raises(InputError, match="not finite; lower --learning_rate"):
+        lost.logits(None, "x")
+
+
+def test_mnli_without_the_diagnostic_set(caplog, tmp_path):
+    assert glue.load_diagnostic(str(tmp_path)) == {}
+    assert "no predictions for AX" in caplog.text and "diagnostic.tsv: no such file" in caplog.text

@@ -50,13 +50,13 @@ def tokenizer():
 
 
 def random_params(config: EncoderConfig):
-    """Parameters of a classifier, drawn without compiling anything."""
+    """Parameters of a classifier, drawn without compiling anything, so large that its answers are not all the same."""
     ids = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(models.SequenceClassifier(config).init, jax.random.key(0), ids)["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        values = rng.normal(0.0, 0.3, leaf.shape) if leaf.ndim > 1 else np.full(leaf.shape, path[-1].key == "scale")
+        values = rng.normal(size=leaf.shape) if leaf.ndim > 1 else np.full(leaf.shape, path[-1].key == "scale")
         return values.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -101,10 +101,13 @@ def write_sst2(folder: Path) -> Path:
     return folder
 
 
-def reference_logits(model_folder: Path, first: list[str], second: list[str] | None = None) -> np.ndarray:
+def reference_logits(
+    model_folder: Path, first: list[str], second: list[str] | None = None, max_length: int = 24
+) -> np.ndarray:
     """Logits (rows, num_labels) of a saved model by one batch in the rows' order, padded by the tokenizer."""
     model, params, _ = models.from_pretrained(model_folder, num_labels=None)
-    encoded = models.load_tokenizer(model_folder)(first, second, padding=True, return_tensors="np")
+    tokenize = models.load_tokenizer(model_folder)
+    encoded = tokenize(first, second, padding=True, truncation=True, max_length=max_length, return_tensors="np")
     return np.asarray(jax.jit(lambda batch: model.apply({"params": params}, **batch))(dict(encoded)))
 
 
