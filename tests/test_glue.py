@@ -181,7 +181,11 @@ def test_no_noise_is_plain_fine_tuning(base, plain, noisy, tmp_path):
     assert not np.allclose(expected[name], with_noise[name], atol=1e-3)
 
 
-def test_another_seed_is_another_run(base, plain, tmp_path):
+def test_the_seed_decides_the_new_head_and_all_that_follows(base, plain, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(base, tmp_path / name, seed=seed, do_eval=True)
+    a, b, c = (weights(tmp_path / name)["classifier.weight"] for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
     run(base, tmp_path / "run", seed=7)
     assert metrics(tmp_path / "run") != metrics(plain)
 

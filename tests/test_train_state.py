@@ -133,8 +133,15 @@ def test_predictions_are_float32_and_without_dropout():
 def test_accumulation_is_the_whole_batch():
     batch = make_batch()
     batch["weights"][1::4] = 0.0  # a micro-batch of filler only: row i goes into micro-batch i modulo 4
+
+    def careless_loss(params, batch, key):
+        """A loss of one's own: 0/0 where there is nothing but filler."""
+        logits = attention({"params": params}, batch["input_ids"], batch["attention_mask"])
+        losses = train_state.losses(logits, batch["labels"], regression=False)
+        return jnp.sum(batch["weights"] * losses) / jnp.sum(batch["weights"]), {}
+
     whole, expected = plain_step(make_state(SGD), batch)
-    dealt, metrics = jax.jit(make_train_step(LOSS, accumulation_steps=4))(make_state(SGD), batch)
+    dealt, metrics = jax.jit(make_train_step(careless_loss, accumulation_steps=4))(make_state(SGD), batch)
     assert_close(dealt.params, whole.params, 1e-6)
     assert_close(metrics, expected, 1e-6)
 
@@ -188,6 +195,12 @@ def test_a_mesh_is_one_device(one_device, kind):
             state, ours = step(state, jax.device_put(make_batch(number), rows))
     assert_close(state.params, params, tolerance)
     assert_close(ours, metrics, 1e-4)
+
+
+def test_noise_of_scale_zero_changes_no_bit():
+    quiet, _ = train(pats_jax.pats(ADAMW, noise_scale=0.0, key=3), plain_step)
+    plain, _ = train(ADAMW, plain_step)
+    assert all(map(np.array_equal, jax.tree.leaves(quiet.params), jax.tree.leaves(plain.params)))
 
 
 # keys, compilation, buffers

@@ -6,10 +6,11 @@ import types
 import numpy as np
 import pytest
 
+from pats_jax import trainer
 from pats_jax.trainer import Rhythm, fit, predict_logits
 
 
-def run(rhythm):
+def run(rhythm, stepping=lambda: None, evaluating=lambda: None):
     """Runs a training whose state only counts steps and whose loss is that count squared; returns all that it did."""
     seen = types.SimpleNamespace(steps=[], logged=[], evaluated=[], batches=0)
 
@@ -18,6 +19,7 @@ def run(rhythm):
             yield {"weights": np.array([1.0, 1.0, 0.0])}
 
     def step(state, batch):
+        stepping()
         return types.SimpleNamespace(params=state.params + 1), {"loss": np.float32((state.params + 1) ** 2)}
 
     seen.final = fit(
@@ -27,7 +29,7 @@ def run(rhythm):
         rhythm,
         on_step=seen.steps.append,
         on_log=lambda *record: seen.logged.append(record),
-        on_evaluate=lambda *record: seen.evaluated.append(record),
+        on_evaluate=lambda *record: (evaluating(), seen.evaluated.append(record)),
     )
     return seen
 
@@ -50,10 +52,15 @@ def test_the_last_step_is_not_logged_twice():
     assert seen.evaluated == [(2, 2), (4, 4)]
 
 
-def test_filler_rows_do_not_count_as_examples():
-    for _, _, timing in run(Rhythm(total_steps=4, logging_steps=2, eval_steps=9)).logged:
-        assert timing["seconds"] > 0
-        assert timing["examples_per_second"] * timing["seconds"] == pytest.approx(2 * 2)
+def test_timing_counts_neither_filler_rows_nor_evaluation(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def pass_time(seconds):
+        clock.now += seconds
+
+    seen = run(Rhythm(total_steps=4, logging_steps=2, eval_steps=3), lambda: pass_time(1.0), lambda: pass_time(100.0))
+    assert [timing for *_, timing in seen.logged] == [{"seconds": 2.0, "examples_per_second": 2.0}] * 2
 
 
 def test_predictions_come_back_in_the_order_of_the_rows():
