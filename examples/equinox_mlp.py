@@ -1,6 +1,6 @@
 """PATS with Equinox: a small network tells malignant from benign tumours (the Wisconsin breast cancer data).
 
-Run it with ``python examples/equinox_mlp.py``; it takes a few seconds.
+Run it with ``python examples/equinox_mlp.py``; it takes about ten seconds.
 """
 
 import equinox as eqx

@@ -1,7 +1,8 @@
 """PATS with Flax Linen: a tiny BERT, from scratch, reads handwritten digits as sentences of eight words.
 
 A word is one row of an 8 by 8 image, each pixel black or white: 256 words in all. Run it with
-``python examples/linen_bert.py``; it takes a few seconds.
+``python examples/linen_bert.py``; it takes about twenty seconds, most of
+them compilation.
 """
 
 import jax

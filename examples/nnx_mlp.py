@@ -1,6 +1,6 @@
 """PATS with Flax NNX: a small network reads handwritten digits, trained through ``nnx.Optimizer``.
 
-Run it with ``python examples/nnx_mlp.py``; it takes a few seconds.
+Run it with ``python examples/nnx_mlp.py``; it takes about ten seconds.
 """
 
 import numpy as np
