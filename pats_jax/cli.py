@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand needs it, so that ``--help`` and `
 """
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,12 +28,16 @@ def main(args: list[str] | None = None) -> None:
         if name not in COMMANDS:
             raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
+        sys.stdout.flush()
     except InputError as error:
         print(f"pats-jax: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("pats-jax: interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells count
+    except BrokenPipeError:  # whoever reads our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
 
 
 def glue(args: list[str]) -> None:

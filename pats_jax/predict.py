@@ -37,6 +37,8 @@ def predict_file(
       max_seq_length: tokens; longer texts are cut
       batch_size: rows
     """
+    if (pathlib.Path(model) / "model" / "config.json").exists():
+        raise InputError(f"{model}: the folder of a run; its model is {pathlib.Path(model) / 'model'}")
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size}: must be at least 1")
     target = None if output_file is None else pathlib.Path(output_file)

@@ -286,6 +286,7 @@ def test_wrong_input_of_predict(shell):
         shell.refuses(*parts, args=["predict", str(model), "--file", str(file), *flags])
 
     refuses("none: no such folder", model=shell.folder / "none")
+    refuses(f"the folder of a run; its model is {shell.home / 'model'}", model=shell.home)
     refuses("has no classification head", model=shell.home / "model")
     refuses("none.txt: no such file", file=shell.folder / "none.txt")
     refuses("empty.txt: the file is empty", file=shell.write("empty.txt", ""))
@@ -347,6 +348,19 @@ def test_interruption_leaves_no_traceback(shell):
             process.kill()
             os.close(end)
     assert process.returncode == 130 and error == "pats-jax: interrupted\n"
+
+
+def test_a_reader_that_has_seen_enough(shell):
+    """`pats-jax predict ... | head`: the pipe is closed before all is written."""
+    texts = shell.write("texts.txt", "ann is warm\n" * 3)
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = ["-m", "pats_jax.cli", "predict", shell.home / "three", "--file", texts, "--max_seq_length", "16"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def _open_when_read(pipe, process):
