@@ -94,6 +94,7 @@ def _show_warnings_in_a_line() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"pats-jax: warning: {message}", file=sys.stderr)
     logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
 
 
 if __name__ == "__main__":

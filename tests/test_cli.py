@@ -36,6 +36,7 @@ def home(tmp_path_factory):
 def settings_of_the_process(monkeypatch):
     """What `main` sets for its process is put back."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
     level = logging.getLogger("pats_jax").level
     yield
     logging.getLogger("pats_jax").setLevel(level)
