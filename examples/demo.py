@@ -23,7 +23,7 @@ SETTINGS = Settings(
     task_name=TASK,
     data_dir="builtin",
     max_seq_length=64,
-    num_train_epochs=3,
+    num_train_epochs=4,
     learning_rate=1e-4,
     length_buckets=2,
 )
