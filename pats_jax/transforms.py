@@ -125,7 +125,7 @@ def pats_noise(
     if not callable(noise_scale):
         _check_number("noise_scale", noise_scale, lambda x: 0 <= x < math.inf, "a finite number >= 0")
     _check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
-    respond = response if callable(response) else _choose("response", response, RESPONSES)
+    respond = _response(response)
     draw = _choose("distribution", distribution, DISTRIBUTIONS)
     silent = not isinstance(noise_scale, jax.core.Tracer) and not callable(noise_scale) and float(noise_scale) == 0
     key = random.as_key(key)
@@ -164,9 +164,7 @@ def pats_noise(
             new = _moving_average(old, p, g, decay)
             if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
                 return u, new.astype(sensitivity_dtype)
-            mean = jnp.sum(new) / max(new.size, 1)
-            weight = respond(new / jnp.where(mean > 0, mean, 1.0))
-            noise = scale * std * weight * draw(leaf_key, u.shape)
+            noise = scale * std * respond(_relative(new)) * draw(leaf_key, u.shape)
             return (u + noise).astype(u.dtype), new.astype(sensitivity_dtype)
 
         columns = [treedef.flatten_up_to(tree) for tree in (params, grad, state.sensitivity, state.initial_std)]
@@ -267,12 +265,9 @@ def sensitivity(opt_state: Any) -> Any:
 
     Raises:
       ValueError: if there is no `PatsNoiseState` in the state.
+      TypeError: if its leaves are not arrays, as in Flax NNX before ``nnx.as_pure``.
     """
-    states = _find_states(opt_state, PatsNoiseState)
-    if not states:
-        raise ValueError(
-            "sensitivity: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer"
-        )
+    states = _noise_states(opt_state, "sensitivity")
 
     def corrected(state):
         weight = jnp.where(state.decay_power < 1, 1 - state.decay_power, 1.0)
@@ -284,6 +279,57 @@ def sensitivity(opt_state: Any) -> Any:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     return jax.tree.map(first_present, *map(corrected, states), is_leaf=lambda x: x is None)
+
+
+def noise_statistics(
+    opt_state: Any, noise_scale: optax.ScalarOrSchedule, response: str | Response = "linear"
+) -> dict[str, jax.Array]:
+    """How much noise the last update had, from the optimizer state alone: no draw is repeated.
+
+    Args:
+      opt_state: the state of an optimizer that contains `pats_noise`, after an update.
+      noise_scale: as given to `pats_noise`.
+      response: as given to `pats_noise`.
+
+    Returns:
+      ``noise_norm``: () float32, sqrt(sum of sd_t^2), the root of the expected squared norm of the noise;
+      ``noisy_parameters``: () float32, how many parameters had noise, sd_t > 0. Both 0 before the first update.
+
+    Raises:
+      ValueError: if there is no `PatsNoiseState` in the state.
+    """
+    respond = _response(response)
+    square, noisy = jnp.float32(0), jnp.float32(0)
+    for state in _noise_states(opt_state, "noise_statistics"):
+        scale = noise_scale(jnp.maximum(state.count - 1, 0)) if callable(noise_scale) else noise_scale
+        scale = jnp.where(state.count > 0, scale, 0.0)
+        for s, std in zip(jax.tree.leaves(state.sensitivity), jax.tree.leaves(state.initial_std), strict=True):
+            sd = scale * std * respond(_relative(s.astype(jnp.float32)))
+            square, noisy = square + jnp.sum(sd**2), noisy + jnp.sum(sd > 0)
+    return {"noise_norm": jnp.sqrt(square), "noisy_parameters": noisy}
+
+
+def _noise_states(opt_state, caller):
+    states = _find_states(opt_state, PatsNoiseState)
+    if not states:
+        raise ValueError(f"{caller}: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer")
+    wrapped = next((s for s in states if not isinstance(s.count, jax.Array | np.ndarray)), None)
+    if wrapped is not None:
+        raise TypeError(
+            f"{caller}: the optimizer state holds {type(wrapped.count).__name__} in place of arrays; with Flax NNX "
+            "pass nnx.as_pure(optimizer.opt_state)"
+        )
+    return states
+
+
+def _response(response):
+    return response if callable(response) else _choose("response", response, RESPONSES)
+
+
+def _relative(sensitivity):
+    """r = S / mean(S) of one leaf, float32; 0 where the mean is 0."""
+    mean = jnp.sum(sensitivity) / max(sensitivity.size, 1)
+    return sensitivity / jnp.where(mean > 0, mean, 1.0)
 
 
 def _copy_key(key):

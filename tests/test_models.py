@@ -57,6 +57,39 @@ def test_last_layer_for_the_first_token_only_changes_nothing_but_rounding():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_keeps_less_and_changes_nothing_but_rounding(kind):
+    model, params, _, batch, _ = load(kind)
+    kept, logits, gradients = model_parity.loss_and_gradients(model, params, batch)
+    spared, *_ = load(kind, gradient_checkpointing=True)
+    again = model_parity.loss_and_gradients(spared, params, batch)
+    np.testing.assert_allclose(again[0], kept, rtol=1e-6)
+    np.testing.assert_allclose(again[1], logits, rtol=0, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), again[2], gradients)
+
+    def residuals(network):
+        def loss(params):
+            return network.apply({"params": params}, **inputs(batch)).sum()
+
+        return sum(np.size(x) for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
+
+    assert residuals(spared) < 0.7 * residuals(model)
+
+
+def test_gradient_checkpointing_draws_the_same_dropout():
+    model, params, _, batch, _ = load("bert")
+    spared, *_ = load("bert", gradient_checkpointing=True)
+
+    def gradient(network):
+        def loss(params):
+            rngs = {"dropout": random.fast_key(1)}
+            return jnp.sum(network.apply({"params": params}, **inputs(batch), deterministic=False, rngs=rngs) ** 2)
+
+        return jax.grad(loss)(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient(spared), gradient(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_does_not_reach_the_logits(kind):
     model, params, config, batch, _ = load(kind)
     wider = {name: np.pad(values, ((0, 0), (0, 5))) for name, values in inputs(batch).items()}

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import pats_jax
+from pats_jax import transforms
 from pats_jax.transforms import PatsNoiseState
 
 PARAMS = {
@@ -428,3 +429,44 @@ def test_a_gradient_passed_by_hand_is_overwritten():
         warnings.simplefilter("error")
         updates, _ = tx.update(gradients(0), tx.init(PARAMS), PARAMS, grad=gradients(1))
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+# what the log says of it
+
+
+@pytest.mark.parametrize("response", ["linear", "exponential"])
+def test_noise_statistics_are_those_of_the_noise_that_was_added(response):
+    def scale(count):
+        return 0.5 / (1 + count)
+
+    mask = {"w": True, "v": True, "b": False}
+    tx = pats_jax.pats(optax.identity(), noise_scale=scale, key=0, response=response, mask=mask)
+    _, state = run(tx, steps=3)
+    squares, noisy = [], None
+    for seed in range(400):  # the noise of a fourth step by 400 keys
+        chained = (state[0], state[1]._replace(key=pats_jax.random.fast_key(seed)))
+        updates, new_state = jax.jit(tx.update)(gradients(3), chained, PARAMS)
+        noise = jax.tree.map(lambda u, g: np.asarray(u - g), updates, gradients(3))
+        squares.append(sum(np.sum(x**2) for x in noise.values()))
+        noisy = sum(np.sum(np.abs(x) > 1e-7) for x in noise.values())
+    found = transforms.noise_statistics(new_state, scale, response)
+    assert float(found["noise_norm"]) == pytest.approx(np.sqrt(np.mean(squares)), rel=0.02)
+    assert abs(float(found["noisy_parameters"]) - noisy) <= 2 and (noisy < 256) == (response == "linear")
+
+
+def test_noise_statistics_before_the_first_step_are_zero():
+    state = pats_jax.pats(optax.sgd(0.1), 0.5, key=0).init(PARAMS)
+    assert {name: float(x) for name, x in transforms.noise_statistics(state, 0.5).items()} == {
+        "noise_norm": 0.0,
+        "noisy_parameters": 0.0,
+    }
+
+
+def test_states_that_hold_no_arrays_are_an_error_that_says_what_to_do():
+    from flax import nnx
+
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, pats_jax.pats(optax.sgd(0.1), key=0), wrt=nnx.Param)
+    with pytest.raises(TypeError, match=r"with Flax NNX pass nnx.as_pure\(optimizer.opt_state\)"):
+        pats_jax.sensitivity(optimizer.opt_state)
+    assert jax.tree.leaves(pats_jax.sensitivity(nnx.as_pure(optimizer.opt_state)))

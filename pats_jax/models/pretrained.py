@@ -40,6 +40,7 @@ def from_pretrained(
     hidden_dropout: float | None = None,
     attention_dropout: float | None = None,
     classifier_dropout: float | None = None,
+    gradient_checkpointing: bool = False,
     revision: str | None = None,
 ) -> tuple[SequenceClassifier, Parameters, EncoderConfig]:
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
@@ -58,6 +59,7 @@ def from_pretrained(
         id2label: The classes' names by index; None keeps those of the checkpoint's head, else ``LABEL_0``, ...
         new_head: Leave the checkpoint's own head aside and start a new one.
         hidden_dropout, attention_dropout, classifier_dropout: Rates in place of the config's.
+        gradient_checkpointing: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
 
     Returns:
@@ -73,7 +75,7 @@ def from_pretrained(
     count = _label_count(own_labels, num_labels, folder)
     config = _with_labels(config, own_labels is not None, count, regression, id2label)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
-    model = SequenceClassifier(config, jnp.dtype(dtype))
+    model = SequenceClassifier(config, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing)
     shapes = _parameter_shapes(model)
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
     if matched.surplus:
