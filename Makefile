@@ -10,13 +10,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Folder of GLUE's TSV files for `make bench`; where there is none, its data comes from the hub.
 DATA_DIR ?= $(wildcard ../shared/data/glue)
 
-.PHONY: demo test parity lint bench clean
+.PHONY: demo test slow parity lint bench clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not parity"
+	$(BIN)/python -m pytest -m "not parity and not slow"
+
+slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
 
 parity: $(VENV)/.torch
 	$(BIN)/python -m pytest -m parity

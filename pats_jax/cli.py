@@ -3,18 +3,24 @@
 Nothing heavy is imported before a subcommand needs it, so that ``--help`` and ``--version`` answer at once.
 """
 
+import errno
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
 import pats_jax
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, Preempted
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs `pats-jax`; exits with code 2 and one line on stderr when the input is wrong, 130 on Ctrl-C."""
+    """Runs `pats-jax`.
+
+    Exits with code 2 and one line on stderr when the input is wrong or the disk is full, 130 on Ctrl-C, 143 on
+    SIGTERM.
+    """
     args = sys.argv[1:] if args is None else args
     if args[:1] in (["-V"], ["--version"]):
         print(f"pats-jax {pats_jax.__version__}")
@@ -32,12 +38,20 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"pats-jax: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Preempted as error:
+        print(f"pats-jax: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal_number)  # as shells count
     except KeyboardInterrupt:
         print("pats-jax: interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells count
     except BrokenPipeError:  # whoever reads our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"pats-jax: error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def glue(args: list[str]) -> None:
@@ -94,6 +108,9 @@ def _show_warnings_in_a_line() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"pats-jax: warning: {message}", file=sys.stderr)
     logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax talks of its inner life
+    # a save that fails in a thread is told by `Checkpoints`, in a line
+    threading.excepthook = lambda failed: logging.getLogger(__name__).debug("%s: %s", failed.thread, failed.exc_value)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
 
 

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pats_jax.methods import parameter_name
-from pats_jax.train_state import Batch, LossFn
+from pats_jax.train_state import Batch, LossFn, parameter_name
 
 
 def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) -> Any:

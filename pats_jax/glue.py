@@ -6,12 +6,16 @@ before the folder is touched.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import math
+import os
 import pathlib
+import shlex
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,16 +26,18 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from pats_jax import concentration, metrics, models, plots, run_folder, train_state
+from pats_jax import concentration, models, parallel, plots, preemption, run_folder, train_state
+from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, Preempted
+from pats_jax.evaluation import Predictor, write_files
+from pats_jax.journal import Journal, check_tensorboard
 from pats_jax.methods import get_method, layer_mask, learning_rate_schedule, make_optimizer
-from pats_jax.settings import Settings
-from pats_jax.trainer import Rhythm, fit, predict_logits
+from pats_jax.profiling import Profiler
+from pats_jax.settings import Settings, read_config
+from pats_jax.trainer import Hooks, Progress, Rhythm, fit
 
 logger = logging.getLogger(__name__)
-
-EVAL_BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
 
 
 def run(settings: Settings, console: rich.console.Console | None = None) -> dict[str, Any]:
@@ -46,14 +52,31 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
 
     Raises:
       InputError: on anything in settings, data or checkpoint that is wrong, before anything is written; or when
-        training diverges.
+        training diverges, or the disk is full.
+      Preempted: if the run was asked to end; it has been saved then.
     """
     settings.check()
     get_method(settings.method)
-    console = console or rich.console.Console(quiet=True)
+    keep_compiled_programs(settings.compilation_cache_dir)
+    parallel.initialize(
+        settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
+    )
+    runner = parallel.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
+    console = console if console and parallel.is_first() else rich.console.Console(quiet=True)
     folder = pathlib.Path(settings.output_dir or default_folder(settings))
     settings = dataclasses.replace(settings, output_dir=str(folder))
-    run_folder.check_free(folder, settings.overwrite)
+    resuming = settings.resume and (folder / "config.json").exists()
+    if resuming:
+        settings = settings.resuming(read_config(str(folder / "config.json")))
+        finished = run_folder.read_results(folder)
+        if finished:
+            say(console, f"finished already: {summary(finished, folder)}")
+            return finished
+    else:
+        run_folder.check_free(folder, settings.overwrite)
+    settings = settings.with_batch_size(runner.num_devices)
+    if settings.report_to == "tensorboard":
+        check_tensorboard()
 
     # data and model
     task, splits = load_data(settings)
@@ -61,11 +84,13 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     model, params, config = models.from_pretrained(
         settings.model_name_or_path,
         num_labels=task.num_labels,
+        dtype=settings.dtype,
         regression=task.is_regression,
         id2label=dict(enumerate(task.labels)) if task.labels else None,
         key=settings.seed,
         hidden_dropout=settings.hidden_dropout,
         attention_dropout=settings.attention_dropout,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
     max_length = sequence_length(settings.max_seq_length, config)
     tokens = {name: batches.tokenize(split, tokenizer, max_length) for name, split in splits.items()}
@@ -82,32 +107,72 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         "timing": {},
     }
 
-    predictor = Predictor(jax.jit(train_state.make_predict_step(model.apply)), task, splits, tokens, settings)
-    training = Training(settings, task, splits["train"], tokens["train"], model, params) if "train" in splits else None
-    run_folder.start(folder, settings.to_dict())
+    with preemption.watch() as asked:
+        predict = runner.compile_predict(train_state.make_predict_step(model.apply))
+        predictor = Predictor(predict, runner, task, splits, tokens, settings.per_device_eval_batch_size, asked.check)
+        training = None
+        if "train" in splits:
+            training = Training(settings, runner, task, splits["train"], tokens["train"], model, params)
+        checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
+        parallel.wait_for_all("every process has checked its input")
+        if parallel.is_first():
+            run_folder.remove_leftovers(folder) if resuming else run_folder.start(folder, settings.to_dict())
+        parallel.wait_for_all("the run's folder is there")
 
-    # train, evaluating on the way
-    if training:
-        params = train(training, predictor, folder, results, console)
+        # train, evaluating on the way; predict
+        files: dict[str, str] = {}
+        with checkpoints:
+            trained = Trained(runner.place(params) if training is None else params, [])
+            try:
+                if training:
+                    trained = train(training, predictor, checkpoints, folder, results, console, asked)
+                elif "eval" in settings.phases:
+                    trained.records.append({"step": 0, "eval": predictor.evaluate(trained.params)})
+                    if parallel.is_first():
+                        run_folder.write_metrics(folder, trained.records)
+                if "predict" in settings.phases:
+                    files = predictor.predictions(trained.params)
+            except Preempted as error:
+                trained.save()
+                checkpoints.wait()
+                raise Preempted(how_to_go_on(folder), error.signal_number) from None
+        params = runner.to_host(trained.params)
+
+    # the folder that people read
     if "eval" in settings.phases:
         results["eval_examples"] = len(splits["validation"])
         results["majority_class"] = {"metrics": predictor.evaluate_majority()}
-        if not training:
-            run_folder.append_metrics(folder, {"step": 0, "eval": predictor.evaluate(params)})
-        evaluations = [r for r in run_folder.read_metrics(folder) if "eval" in r]
-        scores = [{"step": r["step"], "metrics": r["eval"]} for r in evaluations]
+        scores = [{"step": r["step"], "metrics": r["eval"]} for r in trained.records if "eval" in r]
         results["final"] = scores[-1]
         results["best"] = max(scores, key=lambda score: score["metrics"][task.main_metric])
-
-    # the folder that people read
-    models.save_pretrained(folder / "model", params=params, config=config, tokenizer=tokenizer)
-    if "predict" in settings.phases:
-        predictor.write_predictions(params, folder / "predictions")
-    draw(folder, task, results)
-    run_folder.write_results(folder, results)
-    run_folder.write_model_card(folder, settings.to_dict(), results)
-    console.print(summary(results, folder), markup=False, highlight=False, soft_wrap=True)
+    if parallel.is_first():
+        models.save_pretrained(folder / "model", params=params, config=config, tokenizer=tokenizer)
+        if files:
+            write_files(folder / "predictions", files)
+        draw(folder, task, results, trained.records)
+        run_folder.write_model_card(folder, settings.to_dict(), results)
+        run_folder.write_results(folder, results)
+    say(console, summary(results, folder))
     return results
+
+
+def keep_compiled_programs(directory: str | None) -> None:
+    """Turns on JAX's cache on disk, in a folder that nobody else can write: what lies in it will be executed.
+
+    Raises:
+      InputError: if the folder cannot be made, or others can write in it.
+    """
+    if directory is None:
+        return
+    path = pathlib.Path(directory).absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--compilation_cache_dir {directory}: {error.strerror}") from None
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(f"--compilation_cache_dir {directory}: others can write in it; chmod 700, or another folder")
+    jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 # data
@@ -175,85 +240,210 @@ def sequence_length(asked: int, config: models.EncoderConfig) -> int:
 class Training:
     """Everything that one training needs, built and checked before anything is written."""
 
-    def __init__(self, settings: Settings, task, split: readers.Split, tokens: batches.Tokens, model, params):
-        self.settings, self.labels, self.tokens = settings, split.labels, tokens
+    def __init__(
+        self,
+        settings: Settings,
+        runner: parallel.MeshRunner,
+        task: tasks.Task,
+        split: readers.Split,
+        tokens: batches.Tokens,
+        model,
+        params,
+    ):
+        self.settings, self.runner, self.metric = settings, runner, task.main_metric
+        self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        self.batch_size *= runner.num_devices
+        self.labels, self.tokens = split.labels, tokens
         self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
-        self.batch_size = settings.per_device_train_batch_size
         self.plan = self._plan(epoch=0)
         steps = len(self.plan)
         total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * steps)
-        self.rhythm = Rhythm(total, settings.logging_steps, settings.eval_steps or steps)
+        self.rhythm = Rhythm(
+            total_steps=total,
+            logging_steps=settings.logging_steps,
+            eval_steps=settings.eval_steps or steps,
+            save_steps=settings.save_steps,
+            save_best=settings.load_best_model_at_end,
+            patience=settings.early_stopping_patience,
+            max_nonfinite_steps=settings.max_nonfinite_steps,
+        )
         self.schedule = learning_rate_schedule(settings, total)
         self.mask = layer_mask(params, settings.noise_layers)
+        self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
         tx = make_optimizer(settings, total, params)
-        self.state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=settings.seed)
+        create = functools.partial(train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed)
+        self.state = runner.create_state(create, params)
         make_loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
         self.loss_without_dropout = make_loss_fn(deterministic=True)
-        self.step = jax.jit(train_state.make_train_step(make_loss_fn()), donate_argnums=0)
+        self.step = runner.compile_step(
+            train_state.make_train_step(
+                make_loss_fn(),
+                axis_name=runner.axis_name,
+                accumulation_steps=settings.gradient_accumulation_steps,
+                skip_nonfinite=True,
+            ),
+            self.state,
+        )
+        statistics = get_method(settings.method).statistics
+        self.statistics = jax.jit(lambda opt_state: statistics(opt_state, self.schedule, settings))
 
-    def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Batches without end, epoch after epoch."""
-        for epoch in itertools.count():
-            for rows, length in self._plan(epoch):
-                yield batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length)
+    def batches(self, first_step: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float]]]:
+        """This process's rows of every batch from a step (counted from 0) on, and counts of the global batch."""
+        epoch, done = divmod(first_step, len(self.plan))
+        for number in itertools.count(epoch):
+            for rows, length in self._plan(number)[done:]:
+                counts = {
+                    "examples": float(len(rows)),
+                    "tokens": float(self.tokens.lengths[rows].sum()),
+                    "computed_tokens": float(self.batch_size * length),
+                }
+                yield self._fill(rows, length), counts
+            done = 0
 
     def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
         """Sensitivity of the layers that take noise, measured on some batches of the first epoch, all of one shape."""
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
         chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
-        sample = (batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, common) for rows in chosen)
+        sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
         measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample)
-        return concentration.selected(measured, self.mask)
+        return concentration.selected(self.runner.to_host(measured), self.mask)
 
     def _plan(self, epoch):
         return batches.epoch_plan(
-            self.tokens.lengths, self.batch_size, self.boundaries, seed=self.settings.seed, epoch=epoch
+            self.tokens.lengths,
+            self.batch_size,
+            self.boundaries,
+            seed=self.settings.seed,
+            epoch=epoch,
         )
 
+    def _fill(self, rows, length):
+        own = self.runner.own_rows(self.batch_size)
+        return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
 
-def train(training: Training, predictor: "Predictor", folder: pathlib.Path, results: dict[str, Any], console) -> Any:
-    """Trains, logs to metrics.jsonl, fills in results and returns the trained parameters."""
-    settings, rhythm = training.settings, training.rhythm
+
+@dataclasses.dataclass
+class Trained:
+    """What training leaves.
+
+    Attributes:
+      params: the parameters that the run keeps.
+      records: the logged lines.
+      save: saves a checkpoint of the end, where there is none yet.
+    """
+
+    params: Any
+    records: list[dict[str, Any]]
+    save: Callable[[], None] = lambda: None
+
+
+class TrainingHooks(Hooks):
+    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile."""
+
+    def __init__(
+        self,
+        training: Training,
+        predictor: Predictor,
+        checkpoints: Checkpoints,
+        show: Callable[..., None],
+        journal: Journal | None,
+        profiler: Profiler | None,
+    ):
+        self.metric = training.metric
+        self._training, self._predictor, self._checkpoints = training, predictor, checkpoints
+        self._show, self._journal, self._profiler = show, journal, profiler
+
+    def on_step(self, step, state):
+        self._show(completed=step)
+        if self._profiler:
+            self._profiler.after(step, state)
+
+    def describe(self, progress, state):
+        made = progress.step - progress.skipped_steps
+        figures = {"learning_rate": float(self._training.schedule(max(made - 1, 0)))}
+        figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        noisy = figures.pop("noisy_parameters", None)
+        return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
+
+    def on_record(self, record):
+        if self._journal:
+            self._journal.write(record)
+        if "loss" in record:
+            rate = record["timing"]["examples_per_second"]
+            self._show(status=f"loss {record['loss']:.4f}, {rate:.0f} examples/s")
+        self._checkpoints.check()
+
+    def evaluate(self, state):
+        if "eval" not in self._training.settings.phases:
+            return None
+        return self._predictor.evaluate(self._training.runner.view(state.params))
+
+    def save(self, state, progress):
+        best = progress.best(self.metric) if self._training.rhythm.save_best else None
+        view = self._training.runner.view(state)
+        self._checkpoints.save(progress.step, view, dataclasses.asdict(progress), best and best["step"])
+
+
+def train(
+    training: Training,
+    predictor: Predictor,
+    checkpoints: Checkpoints,
+    folder: pathlib.Path,
+    results: dict[str, Any],
+    console: rich.console.Console,
+    asked: preemption.Preemption,
+) -> Trained:
+    """Trains from the last checkpoint or the start, and fills in results."""
+    settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {"train_examples": len(training.tokens), "steps": rhythm.total_steps}
-    before = training.sensitivity(training.state.params) if settings.sensitivity_batches else None
-    started = time.perf_counter()
-    with progress_bar(console) as progress:
-        bar = progress.add_task("training", total=rhythm.total_steps, status="")
-
-        def on_log(step, means, timing):
-            for name, mean in means.items():
-                if not math.isfinite(mean):
-                    raise InputError(f"training stopped at step {step}: {name} is not finite; lower --learning_rate")
-            record = {"step": step, "learning_rate": float(training.schedule(step - 1)), **means, "timing": timing}
-            run_folder.append_metrics(folder, record)
-            rate = timing["examples_per_second"]
-            progress.update(bar, status=f"loss {means['loss']:.4f}, {rate:.0f} examples/s")
-
-        def on_evaluate(step, params):
-            if "eval" in settings.phases:
-                run_folder.append_metrics(folder, {"step": step, "eval": predictor.evaluate(params)})
-
-        state = fit(
-            training.state,
+    logger.info("%s", describe_batch(settings, runner))
+    before = None
+    if settings.sensitivity_batches:
+        before = training.sensitivity(runner.view(training.state.params))
+    state, progress = training.state, Progress()
+    restored = checkpoints.restore(runner.view(state)) if settings.resume else None
+    if restored:
+        state, progress = restored[0], Progress(**restored[1])
+        logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
+    started, first_step = time.perf_counter(), progress.step
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(console))
+        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
+        journal = profiler = None
+        if parallel.is_first():
+            tensorboard = settings.report_to == "tensorboard"
+            journal = stack.enter_context(Journal(folder, progress.records, tensorboard=tensorboard))
+        if settings.profile:
+            profiler = stack.enter_context(Profiler(folder / "profile", first_step, rhythm.total_steps))
+        show = functools.partial(bar.update, number)
+        hooks = TrainingHooks(training, predictor, checkpoints, show, journal, profiler)
+        state, progress = fit(
+            state,
             training.step,
-            training.batches(),
+            training.batches(progress.step),
             rhythm,
-            on_step=lambda step: progress.update(bar, completed=step),
-            on_log=on_log,
-            on_evaluate=on_evaluate,
+            hooks,
+            progress=progress,
+            preemption=asked,
         )
     seconds = time.perf_counter() - started
-    results["timing"] |= {"train_seconds": seconds, "steps_per_second": rhythm.total_steps / seconds}
+    results["steps"] = progress.step
+    results["timing"] |= {"train_seconds": seconds, "steps_per_second": (progress.step - first_step) / seconds}
+    params, results["model_step"] = runner.view(state.params), progress.step
+    best = progress.best(training.metric) if settings.load_best_model_at_end else None
+    if best is not None and best["step"] != progress.step:
+        params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
     if before is not None:
-        after = training.sensitivity(state.params)
+        after = training.sensitivity(params)
         results["concentration"] = {
             "before": concentration.by_tensor(before),
             "after": concentration.by_tensor(after),
         }
-        plots.plot_sensitivity(
-            folder / "plots" / "sensitivity.png", *(np.concatenate(list(s.values())) for s in (before, after))
-        )
-    return state.params
+        if parallel.is_first():
+            plots.plot_sensitivity(
+                folder / "plots" / "sensitivity.png", *(np.concatenate(list(s.values())) for s in (before, after))
+            )
+    return Trained(params, progress.records, lambda: hooks.save(state, progress))
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
@@ -267,78 +457,6 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
         console=console,
         disable=not console.is_terminal,
     )
-
-
-# evaluation and prediction
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """Scores parameters on the validation splits and writes predictions for the test splits."""
-
-    step: Callable
-    task: tasks.Task
-    splits: dict[str, readers.Split]
-    tokens: dict[str, batches.Tokens]
-    settings: Settings
-
-    def logits(self, params: Any, name: str) -> np.ndarray:
-        """Logits (rows, num_labels) of a split.
-
-        Raises:
-          InputError: if the model has diverged, so that they are not finite.
-        """
-        tokens = self.tokens[name]
-        boundaries = batches.bucket_boundaries(tokens.lengths, EVAL_BUCKETS)
-        batch_size = min(self.settings.per_device_eval_batch_size, len(tokens))
-        rows = batches.eval_batches(tokens, None, batch_size, boundaries)
-        logits = predict_logits(self.step, params, rows, len(tokens))
-        if not np.isfinite(logits).all():
-            raise InputError("the model's answers are not finite; lower --learning_rate")
-        return logits
-
-    def evaluate(self, params: Any) -> dict[str, float]:
-        """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
-        return self._scores(lambda name: decide(self.logits(params, name), self.task))
-
-    def evaluate_majority(self) -> dict[str, float]:
-        """The same when every row is given the most frequent class (or the mean score) of the training labels."""
-        labels = true_labels(self.splits.get("train") or self.splits["validation"])
-        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
-        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
-
-    def _scores(self, answer: Callable[[str], np.ndarray]) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
-            if name in self.splits:
-                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
-                scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
-        return scores
-
-    def write_predictions(self, params: Any, folder: pathlib.Path) -> None:
-        """Writes the GLUE server's files: a header, then index and prediction of each row, apart by a tab."""
-        folder.mkdir()
-        for name in ("test", "test_mismatched", "ax"):
-            if name not in self.splits:
-                continue
-            task = tasks.get_task("ax") if name == "ax" else self.task
-            predictions = decide(self.logits(params, name), task)
-            rows = zip(self.splits[name].ids, predictions, strict=True)
-            lines = ["index\tprediction", *(f"{index}\t{task.format_prediction(p)}" for index, p in rows)]
-            file = folder / task.prediction_files["test" if name == "ax" else name]
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def true_labels(split: readers.Split) -> np.ndarray:
-    """The labels (rows,) of a split that must have them."""
-    if split.labels is None:
-        raise InputError("the validation data has no labels to compare with: give a file with a label column")
-    return split.labels
-
-
-def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
-    """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
-    return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
 
 
 # reports
@@ -360,15 +478,36 @@ def describe_data(settings: Settings) -> str:
     return f"{settings.task_name} from {settings.data_dir or 'nyu-mll/glue'}"
 
 
-def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any]) -> None:
-    """Draws loss and score from metrics.jsonl."""
+def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Draws loss and score from the lines of metrics.jsonl."""
     if "steps" not in results:
         return
-    records = run_folder.read_metrics(folder)
     plots.plot_loss(folder / "plots" / "loss.png", records)
     if "final" in results:
         majority = results["majority_class"]["metrics"][task.main_metric]
         plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
+
+
+def describe_batch(settings: Settings, runner: parallel.MeshRunner) -> str:
+    """The global batch and what it is made of."""
+    micro_batches = settings.gradient_accumulation_steps
+    return (
+        f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
+        f"x {runner.num_devices} devices of {jax.process_count()} processes"
+        + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+    )
+
+
+def how_to_go_on(folder: pathlib.Path) -> str:
+    """What to type after an interruption."""
+    return (
+        f"interrupted and saved; go on with: pats-jax glue --config {shlex.quote(str(folder / 'config.json'))} --resume"
+    )
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Prints text as it is, without markup and line breaks."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(results: dict[str, Any], folder: pathlib.Path) -> str:

@@ -11,8 +11,10 @@ import optax
 from pats_jax import transforms
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
+from pats_jax.train_state import parameter_name
 
 Wrap = Callable[[optax.GradientTransformation, optax.Schedule, Any, Settings], optax.GradientTransformation]
+Statistics = Callable[[Any, optax.Schedule, Settings], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,14 @@ class Method:
       source: where it comes from.
       wrap: ``wrap(optimizer, learning-rate schedule, params, settings)``: the optimizer of plain fine-tuning with the
         method added.
+      statistics: ``statistics(optimizer state, learning-rate schedule, settings)``: figures, () each, of what the
+        method did in the last step, for the log.
     """
 
     summary: str
     source: str
     wrap: Wrap
+    statistics: Statistics = lambda opt_state, schedule, settings: {}
 
 
 def get_method(name: str) -> Method:
@@ -92,23 +97,20 @@ def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     return mask
 
 
-def parameter_name(path: tuple) -> str:
-    """A parameter's path in the tree, as one name: ``bert.encoder.layer.0.output.dense.kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
 def _finetune(optimizer, schedule, params, settings):
     del schedule, params, settings
     return optimizer
 
 
-def _pats(optimizer, schedule, params, settings):
-    def noise_scale(count):
-        return settings.noise_scale * schedule(count) / settings.learning_rate
+def _noise_scale(schedule, settings):
+    """The noise's scale follows the learning rate, so that training ends quietly."""
+    return lambda count: settings.noise_scale * schedule(count) / settings.learning_rate
 
+
+def _pats(optimizer, schedule, params, settings):
     return transforms.pats(
         optimizer,
-        noise_scale if settings.noise_scale else 0.0,
+        _noise_scale(schedule, settings) if settings.noise_scale else 0.0,
         key=settings.seed,
         decay=settings.decay,
         response=settings.response,
@@ -118,11 +120,16 @@ def _pats(optimizer, schedule, params, settings):
     )
 
 
+def _noise_statistics(opt_state, schedule, settings):
+    return transforms.noise_statistics(opt_state, _noise_scale(schedule, settings), settings.response)
+
+
 METHODS = {
     "finetune": Method("plain fine-tuning: AdamW on every parameter", "https://arxiv.org/abs/1810.04805", _finetune),
     "pats": Method(
         "noise on the encoder's weight matrices, most where sensitivity is least",
         "https://arxiv.org/abs/2210.12403",
         _pats,
+        _noise_statistics,
     ),
 }

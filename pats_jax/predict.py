@@ -15,7 +15,8 @@ import tyro
 from pats_jax import models
 from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
-from pats_jax.glue import EVAL_BUCKETS, sequence_length
+from pats_jax.evaluation import BUCKETS
+from pats_jax.glue import sequence_length
 from pats_jax.train_state import make_predict_step
 from pats_jax.trainer import predict_logits
 
@@ -62,7 +63,7 @@ def predict_texts(
     tokenizer = models.load_tokenizer(model)
     network, params, config = models.from_pretrained(model, num_labels=None)
     tokens = batches.tokenize(split, tokenizer, sequence_length(max_seq_length, config))
-    boundaries = batches.bucket_boundaries(tokens.lengths, EVAL_BUCKETS)
+    boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
     rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
     logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
     names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))

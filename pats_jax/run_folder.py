@@ -10,7 +10,19 @@ from typing import Any
 
 from pats_jax.errors import InputError
 
-ENTRIES = ("config.json", "metrics.jsonl", "results.json", "README.md", "model", "checkpoints", "predictions", "plots")
+METRICS = "metrics.jsonl"
+ENTRIES = (
+    "config.json",
+    METRICS,
+    "results.json",
+    "README.md",
+    "model",
+    "checkpoints",
+    "predictions",
+    "plots",
+    "tensorboard",
+    "profile",
+)
 _PACKAGES = ("pats-jax", "jax", "flax", "optax", "transformers")
 
 
@@ -25,12 +37,13 @@ def check_free(folder: pathlib.Path, overwrite: bool) -> None:
     if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {folder}: no permission to write in {home}; give another folder")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in present if name not in ENTRIES]
+    foreign = [name for name in present if not _is_ours(name)]
     if foreign and overwrite:
         raise InputError(f"--output_dir {folder}: --overwrite would lose {foreign[0]}, which no run wrote")
     if present and not overwrite:
         raise InputError(
-            f"--output_dir {folder}: not empty; give another folder, or --overwrite to replace the run in it"
+            f"--output_dir {folder}: not empty; give another folder, --resume to go on with the run in it, "
+            "or --overwrite to replace it"
         )
 
 
@@ -41,32 +54,37 @@ def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
       InputError: if the system refuses, for instance on a read-only disk.
     """
     try:
-        for name in ENTRIES:
-            entry = folder / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
+        _remove(entry for entry in folder.iterdir() if _is_ours(entry.name))
         _write_json(folder / "config.json", settings)
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
 
 
-def append_metrics(folder: pathlib.Path, record: dict[str, Any]) -> None:
-    """Adds one line to metrics.jsonl; what depends on the clock stands in the record's ``timing``."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes half-written files that a killed run has left."""
+    _remove(entry for entry in folder.iterdir() if _is_ours(entry.name) and entry.name not in ENTRIES)
+
+
+def write_metrics(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, one line a record."""
+    (folder / METRICS).write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+    with (folder / METRICS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
+def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What results.json holds; None while the run is not finished."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes results.json."""
+    """Writes results.json, the last file of a run and whole from the first moment on: it says that it is finished."""
     _write_json(folder / "results.json", results)
 
 
@@ -113,6 +131,19 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _is_ours(name):
+    """Whether a run wrote an entry of its folder, half-written ones included."""
+    return name in ENTRIES or name.removesuffix(".new") in ENTRIES or name.startswith(".model-")
+
+
+def _remove(entries):
+    for entry in list(entries):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _score_table(results):
     if "final" not in results:
         return ["Not evaluated."]
@@ -133,7 +164,9 @@ def _cell(value):
 
 
 def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    made = path.with_name(f"{path.name}.new")
+    made.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    made.replace(path)
 
 
 def _version(package):

@@ -25,6 +25,7 @@ class Settings:
     test_file: str | None = None  # own data, without labels
     output_dir: str | None = None  # the run's folder; none: runs/TASK-METHOD-SEED
     overwrite: bool = False  # replace the run that output_dir holds
+    resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
     do_train: bool = False  # none of do_train, do_eval, do_predict: train and evaluate
     do_eval: bool = False  # evaluate on the validation set
     do_predict: bool = False  # write predictions for the test set, in the GLUE server's format
@@ -32,8 +33,10 @@ class Settings:
     max_train_samples: int | None = None  # rows, the first ones
     max_eval_samples: int | None = None  # rows, the first ones
     max_predict_samples: int | None = None  # rows, the first ones
-    per_device_train_batch_size: int = 32  # rows
-    per_device_eval_batch_size: int = 64  # rows
+    per_device_train_batch_size: int = 32  # rows of a device and micro-batch
+    per_device_eval_batch_size: int = 64  # rows of a device
+    gradient_accumulation_steps: int = 1  # micro-batches of a device in one optimizer step
+    train_batch_size: int | None = None  # rows of an optimizer step over all devices; per-device sizes follow from it
     learning_rate: float = 5e-5  # peak of the schedule: linear warmup, then linear decay to 0
     num_train_epochs: float = 3.0  # passes over the training data
     max_steps: int = -1  # optimizer steps; if above 0, overrides num_train_epochs
@@ -57,6 +60,23 @@ class Settings:
     length_buckets: int = 6  # shapes that training batches come in, at most
     logging_steps: int = 10  # steps between lines of metrics.jsonl
     eval_steps: int | None = None  # steps between evaluations; none: after each epoch
+    early_stopping_patience: int | None = None  # end after so many evaluations without a better score
+    load_best_model_at_end: bool = False  # keep the model with the best score, not the last one
+    save_steps: int = 500  # steps between checkpoints, and after the last; 0: only when interrupted
+    save_total_limit: int | None = 2  # newest checkpoints kept, beside the best; none: all
+    max_nonfinite_steps: int = 5  # steps skipped because loss or gradient is not finite, before the run gives up
+    report_to: Literal["none", "tensorboard"] = "none"  # beside metrics.jsonl
+    profile: bool = False  # write a trace of ten steps by JAX's profiler to output_dir/profile
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters and optimizer state are float32
+    gradient_checkpointing: bool = False  # keep less in memory, compute activations again in the backward pass
+    parallel: Literal["jit", "pmap"] = "jit"  # jit over a mesh of all devices, or pmap
+    fsdp: int = 1  # devices that one copy of parameters and optimizer state is spread over
+    num_devices: int | None = None  # use the first so many devices only
+    coordinator_address: str | None = None  # HOST:PORT of process 0, for several processes outside Slurm and TPU pods
+    num_processes: int | None = None  # goes with coordinator_address
+    process_id: int | None = None  # goes with coordinator_address, from 0
+    heartbeat_timeout_seconds: int = 100  # a process silent for so long is taken for dead, and the others end
+    compilation_cache_dir: str | None = None  # keep compiled programs here, in a folder that only you can write
     config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # a saved run's config.json: its settings
 
     def check(self) -> None:
@@ -68,6 +88,10 @@ class Settings:
                     raise InputError(f"--{name} {value}: must be {expected}")
         if self.max_steps == 0 or self.max_steps < -1:
             raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for --num_train_epochs")
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite exclude each other")
+        if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
+            raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
         if self.task_name and (self.train_file or self.validation_file or self.test_file):
             raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
         if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
@@ -80,19 +104,79 @@ class Settings:
         return chosen or {"train", "eval"}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting but the path that settings were read from."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "config"}
+        """Every setting but those that belong to one start of the program, not to the run."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
+    def with_batch_size(self, num_devices: int) -> "Settings":
+        """The same with the sizes of a batch worked out for so many devices.
+
+        ``train_batch_size`` is the product of rows, devices and micro-batches; where it is given,
+        ``per_device_train_batch_size`` follows from it, so that a run is the same on other devices.
+
+        Raises:
+          InputError: if train_batch_size cannot be dealt out evenly.
+        """
+        parts = num_devices * self.gradient_accumulation_steps
+        total = self.train_batch_size or self.per_device_train_batch_size * parts
+        if total % parts:
+            raise InputError(
+                f"--train_batch_size {total}: cannot be dealt out evenly to {num_devices} devices "
+                f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
+
+    def resuming(self, saved: "Settings") -> "Settings":
+        """These settings for going on with the run of saved ones: its global batch, on the devices of now.
+
+        Raises:
+          InputError: if they differ in what makes the run another one; the message names all that do.
+        """
+        chosen = dataclasses.replace(self, train_batch_size=self.train_batch_size or saved.train_batch_size)
+        ours, theirs = chosen.to_dict(), saved.to_dict()
+        differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
+        if differing:
+            changes = ", ".join(f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in differing)
+            raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
+        return chosen
+
+
+# Not kept in config.json: they say how the program was started, not what the run is.
+_OF_ONE_START = ("config", "overwrite", "resume", "coordinator_address", "num_processes", "process_id")
+
+# What may be another when a run is resumed: where and how it is computed, written and watched.
+_FREE_ON_RESUME = (
+    "output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps",
+    "save_total_limit",
+    "max_nonfinite_steps",
+    "report_to",
+    "profile",
+    "gradient_checkpointing",
+    "parallel",
+    "fsdp",
+    "num_devices",
+    "heartbeat_timeout_seconds",
+    "compilation_cache_dir",
+)
 
 _RULES = (
     (
         "max_seq_length max_train_samples max_eval_samples max_predict_samples per_device_train_batch_size "
-        "per_device_eval_batch_size logging_steps eval_steps length_buckets",
+        "per_device_eval_batch_size gradient_accumulation_steps train_batch_size logging_steps eval_steps "
+        "early_stopping_patience save_total_limit length_buckets fsdp num_devices num_processes "
+        "heartbeat_timeout_seconds",
         lambda x: x >= 1,
         "at least 1",
     ),
     ("learning_rate num_train_epochs adam_epsilon max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
-    ("weight_decay noise_scale sensitivity_batches", lambda x: 0 <= x < math.inf, "a number from 0 on"),
+    (
+        "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id",
+        lambda x: 0 <= x < math.inf,
+        "a number from 0 on",
+    ),
     ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
     ("decay adam_beta1 adam_beta2 hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -101,7 +185,7 @@ _RULES = (
 # Flags of the run_glue examples that mean nothing here -> what to use instead.
 FOREIGN_FLAGS = {
     "adafactor": "use any Optax optimizer from Python",
-    "bf16": "computing is in float32",
+    "bf16": "use --dtype bfloat16",
     "cache_dir": "set the environment variable HF_HOME",
     "config_name": "the config is read from --model_name_or_path",
     "dataset_config_name": "use --task_name, or --train_file and --validation_file",
@@ -109,9 +193,7 @@ FOREIGN_FLAGS = {
     "dataloader_num_workers": "batches are built in the process that trains",
     "eval_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
     "evaluation_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
-    "fp16": "computing is in float32",
-    "gradient_accumulation_steps": "the whole batch goes through in one step; set --per_device_train_batch_size",
-    "gradient_checkpointing": "activations are kept; lower --per_device_train_batch_size if memory is short",
+    "fp16": "use --dtype bfloat16, which needs no scaling of the loss",
     "group_by_length": "batches are always gathered by length; see --length_buckets",
     "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
@@ -119,8 +201,7 @@ FOREIGN_FLAGS = {
     "label_names": "labels are found in --train_file",
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
-    "load_best_model_at_end": "the model of the last step is saved; results.json has the best score and its step",
-    "logging_dir": "metrics.jsonl and plots/ stand in --output_dir",
+    "logging_dir": "metrics.jsonl, plots/ and tensorboard/ stand in --output_dir",
     "logging_strategy": "use --logging_steps",
     "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
     "max_length": "use --max_seq_length",
@@ -135,11 +216,9 @@ FOREIGN_FLAGS = {
     "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
     "preprocessing_num_workers": "the tokenizer takes all cores by itself",
     "push_to_hub": "nothing is uploaded",
-    "report_to": "metrics.jsonl and plots/ stand in --output_dir",
     "run_name": "use --output_dir",
-    "save_steps": "the model of the last step is saved",
-    "save_strategy": "the model of the last step is saved",
-    "save_total_limit": "the model of the last step is saved",
+    "resume_from_checkpoint": "use --resume, which takes the newest checkpoint of --output_dir",
+    "save_strategy": "use --save_steps",
     "token": "log in with huggingface_hub",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path",
     "trust_remote_code": "remote code is never run",
@@ -164,6 +243,8 @@ def parse(args: list[str], prog: str) -> Settings:
             raise InputError(f"--{name} has no meaning here: {FOREIGN_FLAGS[name]}")
     path = _value_of("--config", args)
     saved = Settings() if path is None else read_config(path)
+    if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
+        saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
     settings = tyro.cli(Settings, args=args, prog=prog, default=saved, use_underscores=True)
     settings.check()
     return settings

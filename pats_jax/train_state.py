@@ -42,7 +42,7 @@ class TrainState(train_state.TrainState):
 
 
 def make_train_step(
-    loss_fn: LossFn, *, axis_name: str | None = None, accumulation_steps: int = 1
+    loss_fn: LossFn, *, axis_name: str | None = None, accumulation_steps: int = 1, skip_nonfinite: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure training step; wrap it in ``jax.jit`` or ``jax.pmap`` and donate the state.
 
@@ -55,10 +55,13 @@ def make_train_step(
       axis_name: the name of the axis that `jax.pmap` maps over; None under jit, on one device or on a mesh.
       accumulation_steps: micro-batches that one batch is split into; rows are dealt out in turn, so that under a mesh
         every device keeps its own.
+      skip_nonfinite: whether a step whose loss or gradient norm is not finite leaves parameters and optimizer state
+        as they were; only ``state.step`` moves on.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
-      ``loss`` and ``grad_norm`` (the global norm of the raw gradient).
+      ``loss``, the global norms ``grad_norm`` of the raw gradient, ``param_norm`` of the parameters before the step
+      and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a step that was.
 
     Raises:
       ValueError: if accumulation_steps < 1, or, from the step, if it does not divide the batch.
@@ -99,8 +102,18 @@ def make_train_step(
             if axis_name is not None:
                 totals, weight = jax.lax.psum((totals, weight), axis_name)
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.apply_gradients(grads=grads), metrics
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(state.params),
+            "update_norm": optax.tree.norm(updates),
+        }
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state))
+            metrics["skipped"] = 1.0 - finite
+        return state.replace(step=state.step + 1, params=new[0], opt_state=new[1]), metrics
 
     return step
 
@@ -147,6 +160,11 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     if weights is None:
         return jnp.mean(values)
     return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1e-30)
+
+
+def parameter_name(path: tuple) -> str:
+    """A parameter's path in the tree, as one name: ``bert.encoder.layer.0.output.dense.kernel``."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _inputs(batch):

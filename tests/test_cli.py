@@ -13,11 +13,12 @@ import time
 import warnings
 
 import huggingface_hub
+import jax
 import pytest
 import tiny
 
 import pats_jax
-from pats_jax import cli
+from pats_jax import cli, glue
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -59,6 +60,7 @@ class Shell:
             "output_dir": self.folder / "run",
             "max_seq_length": 16,
             "per_device_train_batch_size": 8,
+            "num_devices": 1,
         }
         flags = []
         for name, value in (given | changes).items():
@@ -411,3 +413,23 @@ print(all(hasattr(pats_jax, name) for name in pats_jax.__all__))
 def test_importing_is_light_and_starts_no_backend():
     done, _ = python("-c", IMPORT_ALL)
     assert done.stdout == "True\n", done.stderr
+
+
+# compiled programs on disk
+
+
+def test_compiled_programs_are_kept_in_a_private_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting))
+    chosen = []
+    glue.keep_compiled_programs(str(tmp_path / "a" / "cache"))
+    assert chosen == [("jax_compilation_cache_dir", str(tmp_path / "a" / "cache"))]
+    assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_others_can_write_is_refused_for_compiled_programs(shell):
+    cache = shell.folder / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    shell.refuses(f"--compilation_cache_dir {cache}: others can write in it", compilation_cache_dir=cache)
+    (shell.folder / "file").write_text("")
+    shell.refuses("--compilation_cache_dir", compilation_cache_dir=shell.folder / "file" / "cache")

@@ -11,8 +11,8 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue, run_folder
-from pats_jax.data import load_task, tasks
+from pats_jax import cli, evaluation, glue, parallel, run_folder, settings
+from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 
@@ -40,6 +40,8 @@ def base(tmp_path_factory):
         length_buckets=1,
         sensitivity_batches=0,
         num_train_epochs=4,
+        num_devices=1,
+        save_steps=0,
     )
 
 
@@ -49,7 +51,7 @@ def run(base, folder, console=None, **changes):
 
 def flags(settings):
     """Settings as a user would type them."""
-    given = {name: value for name, value in settings.to_dict().items() if value not in (None, False)}
+    given = {name: value for name, value in settings.to_dict().items() if value is not None and value is not False}
     return [
         part for name, value in given.items() for part in ([f"--{name}"] if value is True else [f"--{name}={value}"])
     ]
@@ -80,7 +82,7 @@ def predictions(folder, file):
 @pytest.fixture(scope="module")
 def noisy(base, tmp_path_factory):
     """The folder of a run of everything: PATS, evaluations and predictions."""
-    folder = tmp_path_factory.mktemp("runs") / "a folder [of mine] with a name that is longer than a line of a terminal"
+    folder = tmp_path_factory.mktemp("runs") / "a folder (of mine) with a name that is longer than a line of a terminal"
     settings = dataclasses.replace(
         base,
         output_dir=str(folder),
@@ -98,11 +100,15 @@ def noisy(base, tmp_path_factory):
 
 
 def test_the_folder_holds_all_that_people_look_for(noisy):
-    assert {path.name for path in noisy.iterdir()} == set(run_folder.ENTRIES) - {"checkpoints"}
+    assert {path.name for path in noisy.iterdir()} == set(run_folder.ENTRIES) - {
+        "checkpoints",
+        "tensorboard",
+        "profile",
+    }
     assert {path.name for path in (noisy / "plots").iterdir()} == {"loss.png", "score.png", "sensitivity.png"}
     assert {path.name for path in (noisy / "predictions").iterdir()} == {"SST-2.tsv"}
     saved = json.loads((noisy / "config.json").read_text())
-    assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - {"config"}
+    assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - set(settings._OF_ONE_START)
     assert saved["output_dir"] == str(noisy)
 
 
@@ -115,7 +121,7 @@ def test_metrics_are_logged_at_their_rhythm(noisy):
         rate = step - 1  # updates made before: warmup takes int(0.1 * 12) = 1 step, decay the other 11
         assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 1), rel=1e-5)
         assert 0 < record["loss"] < 5 and record["grad_norm"] > 0
-        assert record["timing"].keys() == {"seconds", "examples_per_second"}
+        assert record["timing"].keys() == {"seconds", "examples_per_second", "tokens_per_second"}
 
 
 def test_results(noisy):
@@ -153,7 +159,7 @@ def test_the_model_card_has_the_scores_and_the_plots(noisy):
 
 
 def test_a_saved_config_repeats_the_run_exactly(noisy, tmp_path, capsys):
-    again = tmp_path / "a folder with a name that is longer than a line of a terminal, which is not to be broken [1]"
+    again = tmp_path / "a folder with a name that is longer than a line of a terminal, which is not to be broken (1)"
     cli.main(["glue", "--config", str(noisy / "config.json"), "--output_dir", str(again)])
     assert metrics(again) == metrics(noisy)
     expected, found = weights(noisy), weights(again)
@@ -311,22 +317,25 @@ def test_a_length_above_the_models_is_lowered_with_a_warning(base, plain, tmp_pa
     assert (tmp_path / "run" / "results.json").exists()
 
 
-def test_a_training_that_diverges_stops_and_says_where(base, tmp_path, monkeypatch):
-    def diverge(loss_fn):
-        """A training step whose loss is infinite in the third step."""
-        return lambda state, batch: (state.replace(step=state.step + 1), {"loss": 1 / (2 - state.step)})
-
-    monkeypatch.setattr(glue.train_state, "make_train_step", diverge)
-    with pytest.raises(InputError, match="training stopped at step 4: loss is not finite; lower --learning_rate"):
-        run(base, tmp_path / "run", logging_steps=2)
+def test_a_training_that_diverges_stops_and_says_where(base, tmp_path):
+    """The second step is the first with a learning rate above 0; all after it are skipped, two more than allowed."""
+    with pytest.raises(InputError, match=r"training stopped at step 6: .* not finite in 4 steps, .* largest .* kernel"):
+        run(base, tmp_path / "run", learning_rate=1e35, max_nonfinite_steps=2, logging_steps=2, do_train=True)
+    (_, line) = run_folder.read_metrics(tmp_path / "run")
+    assert line["step"] == 4 and line["skipped_steps"] == 2 and "loss" not in line
     assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text(), "that would be no JSON"
 
 
 def test_answers_that_are_not_finite_are_no_scores(base):
     split = load_task("sst2", base.data_dir, splits=("validation",))["validation"]
-    tokens = glue.batches.tokenize(split, tiny.tokenizer(), 16)
-    lost = glue.Predictor(
-        lambda params, batch: np.full((8, 2), np.nan), tasks.get_task("sst2"), {"x": split}, {"x": tokens}, base
+    tokens = batches.tokenize(split, tiny.tokenizer(), 16)
+    lost = evaluation.Predictor(
+        lambda params, batch: np.full((8, 2), np.nan),
+        parallel.make_runner(num_devices=1),
+        tasks.get_task("sst2"),
+        {"x": split},
+        {"x": tokens},
+        batch_size=8,
     )
     with pytest.raises(InputError, match="not finite; lower --learning_rate"):
         lost.logits(None, "x")

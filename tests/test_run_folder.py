@@ -46,7 +46,7 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
 
 def test_a_run_is_replaced_only_when_asked(tmp_path):
     run_folder.start(tmp_path, {"seed": 1})
-    run_folder.append_metrics(tmp_path, {"step": 1})
+    run_folder.write_metrics(tmp_path, [{"step": 1}])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert "not empty" in refuses(tmp_path) and "--overwrite" in refuses(tmp_path)
@@ -91,8 +91,7 @@ def test_a_disk_that_refuses(tmp_path, monkeypatch):
 
 def test_metrics_come_back_line_by_line(tmp_path):
     records = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "eval": {"accuracy": 1.0}}]
-    for record in records:
-        run_folder.append_metrics(tmp_path, record)
+    run_folder.write_metrics(tmp_path, records)
     assert run_folder.read_metrics(tmp_path) == records
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 

@@ -162,3 +162,36 @@ def test_config_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with refused(f"--config {path}: "):
             parse("--config", str(path))
+
+
+# batches over devices
+
+
+def test_the_global_batch_is_the_product_of_rows_devices_and_micro_batches():
+    given = Settings(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    assert given.with_batch_size(8).train_batch_size == 96
+    moved = given.with_batch_size(8).with_batch_size(2)
+    assert (moved.train_batch_size, moved.per_device_train_batch_size) == (96, 16)
+    with pytest.raises(InputError, match="--train_batch_size 96: cannot be dealt out evenly to 5 devices"):
+        given.with_batch_size(8).with_batch_size(5)
+
+
+def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
+    saved = Settings(task_name="rte", per_device_train_batch_size=4).with_batch_size(8)
+    (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
+    assert settings.parse(["--config", str(tmp_path / "config.json")], "x").train_batch_size == 32
+    typed = settings.parse(["--config", str(tmp_path / "config.json"), "--per_device_train_batch_size", "2"], "x")
+    assert typed.with_batch_size(8).train_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--load_best_model_at_end", "--do_train"], "need --do_train and --do_eval"),
+        (["--early_stopping_patience", "2", "--do_eval"], "need --do_train and --do_eval"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(InputError, match=message):
+        settings.parse(["--task_name", "rte", *flags], "x")

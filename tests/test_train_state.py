@@ -94,7 +94,9 @@ def test_a_step_of_gradient_descent_by_hand(regression):
     np.testing.assert_allclose(state.params["kernel"], kernel - 0.3 * gradient, rtol=1e-5, atol=1e-6)
     assert float(metrics["loss"]) == pytest.approx((w @ losses) / w.sum(), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
-    assert metrics.keys() == {"loss", "grad_norm"} and int(state.step) == 1
+    assert float(metrics["param_norm"]) == pytest.approx(np.linalg.norm(kernel), rel=1e-5)
+    assert float(metrics["update_norm"]) == pytest.approx(0.3 * np.linalg.norm(gradient), rel=1e-5)
+    assert metrics.keys() == {"loss", "grad_norm", "param_norm", "update_norm"} and int(state.step) == 1
 
 
 def test_filler_rows_change_nothing():
@@ -144,6 +146,32 @@ def test_accumulation_is_the_whole_batch():
     dealt, metrics = jax.jit(make_train_step(careless_loss, accumulation_steps=4))(make_state(SGD), batch)
     assert_close(dealt.params, whole.params, 1e-6)
     assert_close(metrics, expected, 1e-6)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(broken):
+    def loss_fn(params, batch, key):
+        """In a batch that is marked the loss is nan, or the gradient so large that its norm overflows."""
+        loss, _ = LOSS(params, batch["good"], key)
+        if broken == "loss":
+            return jnp.where(batch["mark"] > 0, jnp.nan, loss), {}
+        steep = 3e38 * batch["mark"] * params["bias"][0]
+        return loss + steep - jax.lax.stop_gradient(steep), {}
+
+    step = jax.jit(make_train_step(loss_fn, skip_nonfinite=True))
+    tx = pats_jax.pats(ADAMW, noise_scale=0.01, key=3)
+    state = expected = make_state(tx)
+    skipped = []
+    for number, mark in enumerate((0, 1, 0, 1, 0)):
+        batch = {"good": make_batch(number), "mark": jnp.float32(mark)}
+        if not mark:
+            expected, _ = plain_step(expected.replace(step=state.step), make_batch(number))
+        state, metrics = step(state, batch)
+        skipped.append(float(metrics["skipped"]))
+    assert skipped == [0, 1, 0, 1, 0] and int(state.step) == 5
+    assert_close(state.params, expected.params, 1e-6)
+    assert int(state.opt_state[1].count) == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pats_jax.sensitivity(state.opt_state)))
 
 
 def test_a_batch_of_filler_only_gives_no_gradient():

@@ -1,66 +1,209 @@
-"""The loop: what is logged and evaluated when, and predictions in the order of the rows."""
+"""The loop: what is logged, evaluated and saved when; early stop; resuming at any step; being asked to end."""
 
+import copy
 import itertools
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pats_jax import trainer
-from pats_jax.trainer import Rhythm, fit, predict_logits
+from pats_jax.errors import InputError, Preempted
+from pats_jax.trainer import Hooks, Rhythm, fit, predict_logits
+
+COUNTS = {"examples": 2.0, "tokens": 6.0, "computed_tokens": 8.0}
 
 
-def run(rhythm, stepping=lambda: None, evaluating=lambda: None):
-    """Runs a training whose state only counts steps and whose loss is that count squared; returns all that it did."""
-    seen = types.SimpleNamespace(steps=[], logged=[], evaluated=[], batches=0)
+class Recorder(Hooks):
+    """Keeps all that the loop does; the score of an evaluation is given by a function of the step."""
 
-    def batches():
-        for seen.batches in itertools.count(1):
-            yield {"weights": np.array([1.0, 1.0, 0.0])}
+    metric = "score"
 
-    def step(state, batch):
-        stepping()
-        return types.SimpleNamespace(params=state.params + 1), {"loss": np.float32((state.params + 1) ** 2)}
+    def __init__(self, score=lambda step: step):
+        self.score, self.steps, self.records, self.evaluated, self.timings, self.saved = score, [], [], [], [], {}
 
-    seen.final = fit(
-        types.SimpleNamespace(params=0),
-        step,
-        batches(),
-        rhythm,
-        on_step=seen.steps.append,
-        on_log=lambda *record: seen.logged.append(record),
-        on_evaluate=lambda *record: (evaluating(), seen.evaluated.append(record)),
-    )
-    return seen
+    def on_step(self, step, state):
+        self.steps.append(step)
+
+    def describe(self, progress, state):
+        return {"described": float(state.params["w"])}
+
+    def on_record(self, record):
+        self.records.append({name: value for name, value in record.items() if name != "timing"})
+        self.timings += [record["timing"]] if "timing" in record else []
+
+    def evaluate(self, state):
+        self.evaluated.append(int(state.params["w"]))
+        return {"score": self.score(int(state.params["w"]))}
+
+    def save(self, state, progress):
+        self.saved[progress.step] = (state, copy.deepcopy(progress))
+
+
+def make_state(count=0):
+    return types.SimpleNamespace(params={"w": jnp.float32(count)})
+
+
+def count(state, batch):
+    """A step whose state counts the batches, and whose loss is the number of the batch squared."""
+    assert batch == int(state.params["w"]) + 1, "a batch was left out or seen twice"
+    return make_state(batch), {"loss": jnp.float32(batch**2)}
+
+
+def run(rhythm, hooks, step=count, state=None, progress=None, preemption=None):
+    first = 1 + (progress.step if progress else 0)
+    batches = ((number, COUNTS) for number in itertools.count(first))
+    return fit(state or make_state(), step, batches, rhythm, hooks, progress=progress, preemption=preemption)
+
+
+# rhythm
 
 
 def test_logging_and_evaluation_at_their_own_rhythm_and_after_the_last_step():
-    seen = run(Rhythm(total_steps=11, logging_steps=4, eval_steps=5))
-    assert seen.final.params == 11 and seen.batches == 11
-    assert seen.steps == list(range(1, 12))
-    assert [(step, means["loss"]) for step, means, _ in seen.logged] == [
+    hooks = Recorder()
+    state, progress = run(Rhythm(total_steps=11, logging_steps=4, eval_steps=5), hooks)
+    assert int(state.params["w"]) == progress.step == 11
+    assert hooks.steps == list(range(1, 12))
+    logged = [record for record in hooks.records if "loss" in record]
+    assert [(record["step"], record["loss"]) for record in logged] == [
         (4, pytest.approx(np.mean([1, 4, 9, 16]))),
         (8, pytest.approx(np.mean([25, 36, 49, 64]))),
         (11, pytest.approx(np.mean([81, 100, 121]))),
     ]
-    assert seen.evaluated == [(5, 5), (10, 10), (11, 11)]
+    assert all(r["padding_share"] == 0.25 and r["described"] == r["step"] for r in logged)
+    assert hooks.evaluated == [5, 10, 11]
+    assert [record["eval"] for record in progress.evaluations] == [{"score": 5}, {"score": 10}, {"score": 11}]
+    assert hooks.saved == {}
 
 
 def test_the_last_step_is_not_logged_twice():
-    seen = run(Rhythm(total_steps=4, logging_steps=2, eval_steps=2))
-    assert [step for step, *_ in seen.logged] == [2, 4]
-    assert seen.evaluated == [(2, 2), (4, 4)]
+    hooks = Recorder()
+    run(Rhythm(total_steps=4, logging_steps=2, eval_steps=2), hooks)
+    assert [record["step"] for record in hooks.records] == [2, 2, 4, 4]
 
 
-def test_timing_counts_neither_filler_rows_nor_evaluation(monkeypatch):
+@pytest.mark.parametrize("save_steps, saved", [(0, []), (3, [3, 6, 7]), (7, [7]), (500, [7])])
+def test_checkpoints_come_at_their_rhythm_and_after_the_last_step(save_steps, saved):
+    hooks = Recorder()
+    run(Rhythm(total_steps=7, logging_steps=2, eval_steps=7, save_steps=save_steps), hooks)
+    assert list(hooks.saved) == saved
+
+
+def test_the_best_so_far_is_saved_when_asked():
+    hooks = Recorder(score={2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6, 10: 0.9}.get)
+    _, progress = run(Rhythm(total_steps=10, logging_steps=5, eval_steps=2, save_best=True), hooks)
+    assert list(hooks.saved) == [2, 4, 10] and progress.best("score")["step"] == 10
+    assert hooks.saved[4][1].best("score")["step"] == 4
+
+
+def test_training_ends_when_the_score_stays_where_it_is():
+    hooks = Recorder(score={2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6, 10: 0.9}.get)
+    state, progress = run(Rhythm(total_steps=100, logging_steps=5, eval_steps=2, save_steps=50, patience=2), hooks)
+    assert progress.step == int(state.params["w"]) == 8 and list(hooks.saved) == [8]
+    assert [record["step"] for record in hooks.records if "loss" in record] == [5, 8]
+
+
+def test_timing_counts_real_examples_and_no_evaluation(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
-    def pass_time(seconds):
-        clock.now += seconds
+    def slow(seconds, function):
+        def wrapped(*args):
+            clock.now += seconds
+            return function(*args)
 
-    seen = run(Rhythm(total_steps=4, logging_steps=2, eval_steps=3), lambda: pass_time(1.0), lambda: pass_time(100.0))
-    assert [timing for *_, timing in seen.logged] == [{"seconds": 2.0, "examples_per_second": 2.0}] * 2
+        return wrapped
+
+    hooks = Recorder()
+    hooks.evaluate = slow(100.0, hooks.evaluate)
+    run(Rhythm(total_steps=4, logging_steps=2, eval_steps=3), hooks, step=slow(1.0, count))
+    assert hooks.timings == [{"seconds": 2.0, "examples_per_second": 2.0, "tokens_per_second": 6.0}] * 2
+
+
+# going on
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_training_resumed_at_any_step_is_the_same(stop):
+    """Lines, evaluations and early stop are those of the run in one piece, also between two lines."""
+    rhythm = Rhythm(total_steps=11, logging_steps=4, eval_steps=3, save_steps=1, patience=3)
+    score = {3: 0.5, 6: 0.4, 9: 0.7, 11: 0.1}.get
+    whole = Recorder(score)
+    run(rhythm, whole)
+    state, progress = copy.deepcopy(whole.saved[stop])
+    resumed = Recorder(score)
+    _, progress = run(rhythm, resumed, state=state, progress=progress)
+    records = [{name: value for name, value in record.items() if name != "timing"} for record in progress.records]
+    assert records == whole.records
+    assert list(resumed.saved) == list(range(stop + 1, 12))
+
+
+class Asked:
+    """Asks the run to end once it is at a step."""
+
+    def __init__(self, step):
+        self.step, self.signal_number = step, 15
+
+    def arrived(self, step):
+        return step >= self.step
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_as_if_nothing_had_been(stop):
+    rhythm = Rhythm(total_steps=9, logging_steps=4, eval_steps=3)
+    run(rhythm, whole := Recorder())
+    with pytest.raises(Preempted) as caught:
+        run(rhythm, stopped := Recorder(), preemption=Asked(stop))
+    assert caught.value.signal_number == 15 and list(stopped.saved) == [stop]
+    state, progress = stopped.saved[stop]
+    run(rhythm, resumed := Recorder(), state=state, progress=progress)
+    assert stopped.records + resumed.records == whole.records
+
+
+def test_an_evaluation_that_is_cut_short_is_made_up_for():
+    class Interrupted(Recorder):
+        def evaluate(self, state):
+            if int(state.params["w"]) == 6:
+                raise Preempted("asked to end", 2)
+            return super().evaluate(state)
+
+    rhythm = Rhythm(total_steps=9, logging_steps=4, eval_steps=3)
+    run(rhythm, whole := Recorder())
+    with pytest.raises(Preempted):
+        run(rhythm, stopped := Interrupted())
+    assert list(stopped.saved) == [6]
+    state, progress = stopped.saved[6]
+    run(rhythm, resumed := Recorder(), state=state, progress=progress)
+    assert resumed.evaluated == [6, 9] and stopped.records + resumed.records == whole.records
+
+
+# steps that are not finite
+
+
+def diverging(*bad):
+    def step(state, batch):
+        new_state, metrics = count(state, batch)
+        return new_state, metrics | ({"skipped": 1.0, "loss": np.nan} if batch in bad else {"skipped": 0.0})
+
+    return step
+
+
+def test_skipped_steps_are_counted_and_in_no_mean():
+    rhythm = Rhythm(total_steps=6, logging_steps=3, eval_steps=9, max_nonfinite_steps=4)
+    run(rhythm, hooks := Recorder(), step=diverging(2, 4, 5, 6))
+    first, second = (record for record in hooks.records if "eval" not in record)
+    assert first["loss"] == 5.0 and first["skipped_steps"] == 1
+    assert "loss" not in second and second["skipped_steps"] == 4
+
+
+def test_more_skipped_steps_than_allowed_are_an_error_that_names_the_largest_tensor():
+    rhythm = Rhythm(total_steps=6, logging_steps=3, eval_steps=9, max_nonfinite_steps=1)
+    with pytest.raises(InputError, match=r"stopped at step 6: .* in 3 steps, .* largest parameter is in w \(6\)"):
+        run(rhythm, Recorder(), step=diverging(2, 4, 5))
+
+
+# predictions
 
 
 def test_predictions_come_back_in_the_order_of_the_rows():

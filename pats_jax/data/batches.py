@@ -190,25 +190,43 @@ def train_batches(
 
 
 def eval_batches(
-    tokens: Tokens, labels: np.ndarray | None, batch_size: int, boundaries: Sequence[int]
+    tokens: Tokens,
+    labels: np.ndarray | None,
+    batch_size: int,
+    boundaries: Sequence[int],
+    own: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """All rows once, sorted by length, with the row numbers that put predictions back into place.
 
     Rows above the last boundary share one more bucket, the longest row's length.
 
+    Args:
+      tokens: The tokenised rows.
+      labels: int32 classes or float32 scores, (rows,), or None.
+      batch_size: Rows of a batch, over all devices.
+      boundaries: Bucket lengths, from ``bucket_boundaries``.
+      own: See ``fill_batch``.
+
     Yields:
-      ``(rows, batch)``: entry ``i`` of the batch is row ``rows[i]``; entries from ``len(rows)`` on are filler. So
-      ``predictions[rows] = outputs[:len(rows)]``.
+      ``(rows, batch)``: entry ``i`` of the whole batch is row ``rows[i]``; entries from ``len(rows)`` on are filler.
+      So ``predictions[rows] = outputs[:len(rows)]``.
     """
     order = np.argsort(tokens.lengths, kind="stable")
     steps = -(-len(order) // batch_size)
     sizes = np.full(steps, batch_size)
     sizes[-1] -= steps * batch_size - len(order)
     for rows, length in _cut(order, sizes, tokens.lengths, boundaries):
-        yield rows, fill_batch(tokens, labels, rows, batch_size, length)
+        yield rows, fill_batch(tokens, labels, rows, batch_size, length, own)
 
 
-def fill_batch(tokens: Tokens, labels: np.ndarray | None, rows: np.ndarray, batch_size: int, length: int) -> Batch:
+def fill_batch(
+    tokens: Tokens,
+    labels: np.ndarray | None,
+    rows: np.ndarray,
+    batch_size: int,
+    length: int,
+    own: np.ndarray | None = None,
+) -> Batch:
     """Builds the arrays of one batch.
 
     Filler rows repeat the batch's first row with weight 0. Rows of padding alone would not do: attention over nothing
@@ -220,10 +238,13 @@ def fill_batch(tokens: Tokens, labels: np.ndarray | None, rows: np.ndarray, batc
       rows: Row numbers, at least one and at most ``batch_size``.
       batch_size: Rows of the batch.
       length: Padded length, at least that of the longest of ``rows``.
+      own: Which entries of the batch to build, in this order: those of one process; None builds all.
     """
     weights = np.zeros(batch_size, np.float32)
     weights[: len(rows)] = 1.0
     filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+    if own is not None:
+        weights, filled = weights[own], filled[own]
     begins, ends = tokens.offsets[filled, None], tokens.offsets[filled + 1, None]
     positions = begins + np.arange(length)
     inside = positions < ends

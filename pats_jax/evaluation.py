@@ -1,0 +1,111 @@
+"""Scores of a model on the validation data, and its predictions for the test data."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pats_jax import metrics
+from pats_jax.data import batches, readers, tasks
+from pats_jax.errors import InputError
+from pats_jax.parallel import MeshRunner
+from pats_jax.train_state import Batch
+from pats_jax.trainer import predict_logits
+
+BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Scores parameters on the validation splits and writes predictions for the test splits.
+
+    Attributes:
+      predict: gives logits (batch, num_labels) for parameters and this process's own rows of a batch.
+      runner: deals rows out to the devices.
+      task: what is scored, and how.
+      splits: the data by name.
+      tokens: the same, tokenised.
+      batch_size: rows of a device.
+      interrupt: called after every batch; what it raises ends the prediction.
+    """
+
+    predict: Callable[[Any, Batch], jax.Array]
+    runner: MeshRunner
+    task: tasks.Task
+    splits: dict[str, readers.Split]
+    tokens: dict[str, batches.Tokens]
+    batch_size: int
+    interrupt: Callable[[], None] = lambda: None
+
+    def logits(self, params: Any, name: str) -> np.ndarray:
+        """Logits (rows, num_labels) of a split.
+
+        Raises:
+          InputError: if the model has diverged, so that they are not finite.
+        """
+        tokens, devices = self.tokens[name], self.runner.num_devices
+        boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
+        batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
+        own = self.runner.own_rows(batch_size)
+        rows = batches.eval_batches(tokens, None, batch_size, boundaries, own=own)
+        logits = predict_logits(self._predict, params, rows, len(tokens))
+        if not np.isfinite(logits).all():
+            raise InputError("the model's answers are not finite; lower --learning_rate")
+        return logits
+
+    def _predict(self, params, batch):
+        self.interrupt()
+        return self.predict(params, batch)
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
+        return self._scores(lambda name: decide(self.logits(params, name), self.task))
+
+    def evaluate_majority(self) -> dict[str, float]:
+        """The same when every row is given the most frequent class (or the mean score) of the training labels."""
+        labels = true_labels(self.splits.get("train") or self.splits["validation"])
+        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
+        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
+
+    def _scores(self, answer: Callable[[str], np.ndarray]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
+            if name in self.splits:
+                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
+                scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
+        return scores
+
+    def predictions(self, params: Any) -> dict[str, str]:
+        """The GLUE server's files by name: a header, then index and prediction of each row, apart by a tab."""
+        files = {}
+        for name in ("test", "test_mismatched", "ax"):
+            if name not in self.splits:
+                continue
+            task = tasks.get_task("ax") if name == "ax" else self.task
+            answers = decide(self.logits(params, name), task)
+            rows = zip(self.splits[name].ids, answers, strict=True)
+            lines = ["index\tprediction", *(f"{index}\t{task.format_prediction(answer)}" for index, answer in rows)]
+            files[task.prediction_files["test" if name == "ax" else name]] = "\n".join(lines) + "\n"
+        return files
+
+
+def write_files(folder: pathlib.Path, files: dict[str, str]) -> None:
+    """Writes texts by file name into a folder, made if need be."""
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def true_labels(split: readers.Split) -> np.ndarray:
+    """The labels (rows,) of a split that must have them."""
+    if split.labels is None:
+        raise InputError("the validation data has no labels to compare with: give a file with a label column")
+    return split.labels
+
+
+def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
+    """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
+    return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)

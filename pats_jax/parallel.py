@@ -1,0 +1,249 @@
+"""Runners for the pure steps: jit over a device mesh (the default), pmap, and either of them over many processes.
+
+A step is the same function in all of them. The runner decides where the training state lives, how a batch is dealt
+out to the devices, and brings results back to the host. The mean over the global batch is the same however the batch
+is split, up to rounding.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pats_jax.errors import InputError
+from pats_jax.train_state import Batch, Metrics, TrainState
+
+DATA, FSDP = "data", "fsdp"
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_seconds: int = 100,
+) -> None:
+    """Joins the other processes of this run, where there are any; call it before anything else touches a device.
+
+    With an address, that run; without one, the run that Slurm (`srun` with several tasks) or a TPU pod describes;
+    else nothing. A second call does nothing.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0.
+      heartbeat_timeout_seconds: a process that has been silent for so long is taken for dead, and the others end.
+
+    Raises:
+      InputError: if the address is given without the two numbers, or nobody answers at it.
+    """
+    described = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in described.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise InputError(f"{', '.join(missing)}: needed too; the three flags go together")
+    if jax.distributed.is_initialized() or (missing and not _is_cluster()):
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_seconds
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the processes of this run cannot be joined: {reason}") from None
+
+
+def _is_cluster() -> bool:
+    """Whether the environment describes several processes that JAX can join by itself."""
+    if "SLURM_STEP_NODELIST" in os.environ:
+        return int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is process 0, the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here; the name says where."""
+    multihost_utils.sync_global_devices(name)
+
+
+def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = None) -> "MeshRunner":
+    """The runner of a run.
+
+    Args:
+      kind: "jit" over a mesh, or "pmap".
+      fsdp: devices that one copy of parameters and optimizer state is spread over; 1: every device has its own.
+      num_devices: use the first so many devices only; None: all of them, over all processes.
+
+    Raises:
+      InputError: if fsdp does not divide the devices, goes with pmap, or there are too few devices.
+    """
+    devices = jax.devices()
+    if num_devices is not None:
+        if num_devices > len(devices):
+            raise InputError(f"--num_devices {num_devices}: there are {len(devices)}")
+        if jax.process_count() > 1 and num_devices < len(devices):
+            raise InputError(f"--num_devices {num_devices}: a run of several processes takes all their devices")
+        devices = devices[:num_devices]
+    if len(devices) % fsdp:
+        raise InputError(f"--fsdp {fsdp}: does not divide the {len(devices)} devices")
+    if kind == "pmap" and fsdp > 1:
+        raise InputError("--fsdp: pmap gives every device all parameters; use --parallel jit")
+    shape = (len(devices) // fsdp, fsdp)
+    mesh = jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshRunner:
+    """Runs steps by ``jax.jit`` over a mesh with the axes "data" and "fsdp".
+
+    Rows of a batch are dealt out over both axes. Parameters and all that has their shape in the optimizer's state
+    are cut along their largest dimension that "fsdp" divides, biases and other vectors excepted; everything else is
+    the same on all devices. XLA puts in the communication.
+
+    Attributes:
+      mesh: all devices of the run, over all processes.
+    """
+
+    mesh: Mesh
+
+    @property
+    def axis_name(self) -> str | None:
+        """What `make_train_step` must be told."""
+        return None
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that rows are dealt out to."""
+        return self.mesh.size
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Where the rows of a batch go."""
+        return NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def own_rows(self, batch_size: int) -> np.ndarray:
+        """Which rows of a global batch this process has to read, int64, in increasing order."""
+        slices = self.rows.addressable_devices_indices_map((batch_size,)).values()
+        parts = {(part[0].start or 0, batch_size if part[0].stop is None else part[0].stop) for part in slices if part}
+        return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A global batch on the devices, from this process's own rows of it."""
+        return {name: jax.make_array_from_process_local_data(self.rows, x) for name, x in batch.items()}
+
+    def place(self, tree: Any) -> Any:
+        """A tree of arrays that every process has whole (parameters, for instance), where it belongs on the mesh."""
+        return jax.tree.map(lambda x: jax.device_put(x, self.sharding_of(x)), tree)
+
+    def sharding_of(self, leaf: Any) -> NamedSharding:
+        """Where a leaf of the training state goes, by its shape alone, so moments lie where their parameters do."""
+        parts = self.mesh.shape[FSDP]
+        divisible = [size if size % parts == 0 else 0 for size in leaf.shape]
+        if parts == 1 or len(divisible) < 2 or max(divisible) == 0:
+            return self.replicated
+        axes = [None] * len(divisible)
+        axes[int(np.argmax(divisible))] = FSDP  # type: ignore[call-overload]
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        """The state ``create(params=params)``, made on the mesh; params are given away to it."""
+        params = self.place(params)
+        shapes = jax.eval_shape(lambda p: create(params=p), params)
+        return jax.jit(lambda p: create(params=p), out_shardings=jax.tree.map(self.sharding_of, shapes))(params)
+
+    def compile_step(self, step: Step, state: TrainState) -> Step:
+        """The step for states like this one and this process's own rows of each batch; it donates the state."""
+        # where parameters are cut for fsdp, XLA is left to choose how to compute: gathering them first took six times
+        # the memory; only what comes out must lie where it lay
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
+        return lambda state, batch: self._in_turn(compiled(state, self.put(batch)))
+
+    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
+        """A prediction for this process's own rows of a batch; its result, for all rows, is on every process."""
+        compiled = jax.jit(predict, out_shardings=self.replicated)
+        return lambda params, batch: self._in_turn(compiled(params, self.put(batch)))
+
+    def _in_turn(self, result: Any) -> Any:
+        """The result, once it is there in the case of several CPU devices.
+
+        They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
+        gives up the process.
+        """
+        several_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(result) if several_cpus else result
+
+    def view(self, tree: Any) -> Any:
+        """What a step returned, as arrays of the whole mesh."""
+        return tree
+
+    def to_host(self, tree: Any) -> Any:
+        """A tree of whole NumPy arrays, on every process."""
+        return jax.tree.map(_whole, tree)
+
+
+class PmapRunner(MeshRunner):
+    """Runs training steps by ``jax.pmap``: every device has all parameters and works on its own rows.
+
+    No array has a leading axis of devices but the batch: the state goes in and comes out by ``None``.
+    """
+
+    @property
+    def axis_name(self) -> str | None:
+        return DATA
+
+    def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        local = NamedSharding(Mesh(np.array(self._local_devices), (DATA,)), PartitionSpec())
+        return jax.device_put(create(params=params), local)
+
+    def compile_step(self, step: Step, state: TrainState) -> Step:
+        devices = self._local_devices
+        compiled = jax.pmap(
+            step,
+            axis_name=DATA,
+            in_axes=(None, 0),
+            out_axes=(None, None),
+            donate_argnums=0,
+            devices=None if jax.process_count() > 1 else devices,
+        )
+
+        def run(state, batch):
+            dealt = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
+            return self._in_turn(compiled(state, dealt))
+
+        return run
+
+    def view(self, tree: Any) -> Any:
+        def widen(x):
+            if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(widen(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+            parts = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, self.replicated, parts)
+
+        return jax.tree.map(widen, tree)
+
+    @functools.cached_property
+    def _local_devices(self):
+        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+
+
+def _whole(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

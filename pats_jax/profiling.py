@@ -1,0 +1,46 @@
+"""A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+STEPS = 10
+
+
+class Profiler:
+    """Traces ten steps: the second ten of this start, or the last ten of a shorter one. A context manager."""
+
+    def __init__(self, folder: pathlib.Path, first_step: int, total_steps: int):
+        """Chooses the steps.
+
+        Args:
+          folder: where the trace goes.
+          first_step: steps made before this start.
+          total_steps: length of the training.
+        """
+        self._folder, self._running = folder, False
+        self._last = min(first_step + 2 * STEPS, total_steps)
+        self._first = max(self._last - STEPS, first_step)
+        self._at_start = first_step
+
+    def __enter__(self) -> "Profiler":
+        self.after(self._at_start, None)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop(None)
+
+    def after(self, step: int, state: Any) -> None:
+        """Starts or stops the trace if this step (counted from 1) is the one before its first, or its last."""
+        if step == self._first < self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step == self._last:
+            self._stop(state)
+
+    def _stop(self, state):
+        if self._running:
+            jax.block_until_ready(state)  # the device may still be at the last of them
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,128 @@
+"""What is logged is what can be read back, from metrics.jsonl, from TensorBoard's files and from the profiler's."""
+
+import builtins
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from pats_jax import glue, run_folder
+from pats_jax.errors import InputError
+from pats_jax.journal import Journal, check_tensorboard
+from pats_jax.profiling import Profiler
+from pats_jax.settings import Settings
+
+TRAINED = {"step": 2, "loss": 0.5, "learning_rate": 1e-3, "skipped_steps": 0, "timing": {"seconds": 1.5}}
+EVALUATED = {"step": 2, "eval": {"accuracy": 0.75}}
+
+
+def scalars(folder):
+    """(tag, step) -> value of all event files, with the record framing checked."""
+    found = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
+def test_lines_and_scalars(tmp_path):
+    with Journal(tmp_path, [], tensorboard=True) as journal:
+        journal.write(TRAINED)
+        journal.write(EVALUATED)
+    assert run_folder.read_metrics(tmp_path) == [TRAINED, EVALUATED]
+    assert scalars(tmp_path) == {
+        ("train/loss", 2): 0.5,
+        ("train/learning_rate", 2): pytest.approx(1e-3),
+        ("train/skipped_steps", 2): 0,
+        ("timing/seconds", 2): 1.5,
+        ("eval/accuracy", 2): 0.75,
+    }
+
+
+def test_a_resumed_run_has_the_lines_up_to_its_checkpoint_only(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(TRAINED) + "\n" + '{"step": 4, "lo')
+    with Journal(tmp_path, [TRAINED]) as journal:
+        journal.write(EVALUATED)
+    assert run_folder.read_metrics(tmp_path) == [TRAINED, EVALUATED]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("tensorboardX"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"--report_to tensorboard: pip install 'pats-jax\[tensorboard\]'"):
+        check_tensorboard()
+
+
+@jax.jit
+def double(x):
+    return 2 * x
+
+
+def traced_calls(folder):
+    """How often the profiler saw the function `double`; it sees one call more than once."""
+    (trace,) = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return sum("PjitFunction(double)" in event.get("name", "") for event in events)
+
+
+@pytest.mark.parametrize("first, total, expected", [(0, 50, 10), (30, 100, 10), (0, 4, 4), (7, 12, 5)])
+def test_the_profiler_sees_ten_steps_or_all_of_a_shorter_run(tmp_path, first, total, expected):
+    x = double(jnp.ones(3))
+    with jax.profiler.trace(str(tmp_path / "one")):
+        x = double(x)
+    with Profiler(tmp_path / "run", first, total) as profiler:
+        for step in range(first + 1, total + 1):
+            x = double(x)
+            profiler.after(step, x)
+    assert traced_calls(tmp_path / "run") == expected * traced_calls(tmp_path / "one") > 0
+
+
+def test_a_run_shows_itself(tmp_path):
+    settings = Settings(
+        model_name_or_path=str(tiny.save_checkpoint(tmp_path / "checkpoint")),
+        task_name="sst2",
+        data_dir=str(tiny.write_sst2(tmp_path / "data")),
+        output_dir=str(tmp_path / "run"),
+        method="pats",
+        max_seq_length=16,
+        train_batch_size=8,
+        length_buckets=2,
+        sensitivity_batches=0,
+        max_steps=12,
+        num_devices=1,
+        logging_steps=4,
+        save_steps=0,
+        report_to="tensorboard",
+        profile=True,
+    )
+    with tiny.quick_compilation(tmp_path / "compiled"):
+        glue.run(settings)
+    lines = [line for line in run_folder.read_metrics(tmp_path / "run") if "eval" not in line]
+    figures = {"loss", "learning_rate", "grad_norm", "param_norm", "update_norm", "noise_norm", "noise_share"}
+    figures |= {"padding_share", "skipped_steps"}
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for line in lines:
+        assert line.keys() == figures | {"step", "timing"}
+        assert 0 < line["noise_share"] < 1 and 0 <= line["padding_share"] < 1 and line["skipped_steps"] == 0
+        assert line["timing"].keys() == {"seconds", "examples_per_second", "tokens_per_second"}
+    shown = scalars(tmp_path / "run")
+    assert {tag for tag, _ in shown} >= {f"train/{name}" for name in figures} | {"eval/accuracy"}
+    assert shown["train/loss", 8] == pytest.approx(lines[1]["loss"])
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

