@@ -6,23 +6,26 @@ from pats_jax import metrics
 from pats_jax.data.tasks import TASKS, get_task, own_task
 from pats_jax.errors import InputError
 
-# From the GLUE paper's table 1 (metrics) and the server's list of files.
+# From the GLUE paper's table 1 (metrics) and the server's list of files; rows of the test sets from the data's card.
 OFFICIAL = {
-    "cola": (2, {"matthews_correlation"}, ["CoLA.tsv"]),
-    "sst2": (2, {"accuracy"}, ["SST-2.tsv"]),
-    "mrpc": (2, {"accuracy", "f1"}, ["MRPC.tsv"]),
-    "stsb": (1, {"pearson", "spearmanr"}, ["STS-B.tsv"]),
-    "qqp": (2, {"accuracy", "f1"}, ["QQP.tsv"]),
-    "mnli": (3, {"accuracy"}, ["MNLI-m.tsv", "MNLI-mm.tsv"]),
-    "qnli": (2, {"accuracy"}, ["QNLI.tsv"]),
-    "rte": (2, {"accuracy"}, ["RTE.tsv"]),
-    "wnli": (2, {"accuracy"}, ["WNLI.tsv"]),
-    "ax": (3, {"matthews_correlation"}, ["AX.tsv"]),
+    "cola": (2, {"matthews_correlation"}, ["CoLA.tsv"], [1063]),
+    "sst2": (2, {"accuracy"}, ["SST-2.tsv"], [1821]),
+    "mrpc": (2, {"accuracy", "f1"}, ["MRPC.tsv"], [1725]),
+    "stsb": (1, {"pearson", "spearmanr"}, ["STS-B.tsv"], [1379]),
+    "qqp": (2, {"accuracy", "f1"}, ["QQP.tsv"], [390965]),
+    "mnli": (3, {"accuracy"}, ["MNLI-m.tsv", "MNLI-mm.tsv"], [9796, 9847]),
+    "qnli": (2, {"accuracy"}, ["QNLI.tsv"], [5463]),
+    "rte": (2, {"accuracy"}, ["RTE.tsv"], [3000]),
+    "wnli": (2, {"accuracy"}, ["WNLI.tsv"], [146]),
+    "ax": (3, {"matthews_correlation"}, ["AX.tsv"], [1104]),
 }
 
 
 def test_the_table_holds_the_ten_official_sets():
-    found = {t.name: (t.num_labels, set(t.metrics), list(t.prediction_files.values())) for t in TASKS.values()}
+    found = {
+        t.name: (t.num_labels, set(t.metrics), list(t.prediction_files.values()), list(t.test_rows.values()))
+        for t in TASKS.values()
+    }
     assert found == OFFICIAL
     assert list(TASKS) == [task.name for task in TASKS.values()]
 
@@ -31,7 +34,8 @@ def test_the_table_holds_the_ten_official_sets():
 def test_the_fields_of_a_row_fit_together(task):
     assert len(task.tsv_texts) == len(task.hub_texts) in (1, 2)
     assert task.files.keys() == task.hub_splits.keys()
-    assert task.prediction_files.keys() == {split for split in task.files if split.startswith("test")}
+    test_splits = {split for split in task.files if split.startswith("test")}
+    assert task.prediction_files.keys() == task.test_rows.keys() == test_splits
     assert set(task.metrics) <= metrics.METRICS.keys()
     assert task.is_regression == (task.score_range is not None)
 

@@ -4,7 +4,8 @@ Three sources agree on the tasks but not on their details, and the table holds a
 
 * the TSV folders of the GLUE distribution (Wang et al., ICLR 2019, gluebenchmark.com);
 * the hub's ``nyu-mll/glue``, whose order of labels is the order of the class indices here too;
-* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set.
+* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set, as many rows as that has
+  (the card of ``nyu-mll/glue`` counts them).
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ class Task:
       labels: Names of the classes in the order of their indices; None for regression.
       metrics: Names of functions in ``pats_jax.metrics``.
       prediction_files: Test split -> file that the GLUE server reads.
+      test_rows: Test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
       files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
       hub_splits: Split -> split of ``nyu-mll/glue``.
       tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
@@ -49,6 +51,7 @@ class Task:
     prediction_files: Mapping[str, str]
     files: Mapping[str, tuple[str, ...]]
     hub_splits: Mapping[str, str]
+    test_rows: Mapping[str, int] = field(default_factory=dict)
     tsv_label_is_name: bool = False
     headerless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     score_range: tuple[float, float] | None = None
@@ -99,10 +102,11 @@ _ROWS = (
         "CoLA",
         ("sentence",),
         labels=("unacceptable", "acceptable"),
+        test_rows={"test": 1063},
         metrics=("matthews_correlation",),
         headerless={"train.tsv": _COLA_COLUMNS, "dev.tsv": _COLA_COLUMNS},
     ),
-    _task("sst2", "SST-2", ("sentence",), labels=("negative", "positive")),
+    _task("sst2", "SST-2", ("sentence",), labels=("negative", "positive"), test_rows={"test": 1821}),
     _task(
         "mrpc",
         "MRPC",
@@ -111,6 +115,7 @@ _ROWS = (
         tsv_label="Quality",
         labels=("not_equivalent", "equivalent"),
         metrics=("accuracy", "f1"),
+        test_rows={"test": 1725},
         # GLUE's test.tsv is made from the corpus' own test file, which has the labels.
         files={**_FILES, "test": ("test.tsv", "msr_paraphrase_test.txt")},
     ),
@@ -122,6 +127,7 @@ _ROWS = (
         labels=None,
         metrics=("pearson", "spearmanr"),
         score_range=(0.0, 5.0),
+        test_rows={"test": 1379},
     ),
     _task(
         "qqp",
@@ -130,6 +136,7 @@ _ROWS = (
         tsv_label="is_duplicate",
         labels=("not_duplicate", "duplicate"),
         metrics=("accuracy", "f1"),
+        test_rows={"test": 390965},
     ),
     _task(
         "mnli",
@@ -154,10 +161,13 @@ _ROWS = (
             "test_mismatched": "test_mismatched",
         },
         prediction_files={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        test_rows={"test": 9796, "test_mismatched": 9847},
     ),
-    _task("qnli", "QNLI", ("question", "sentence"), tsv_label_is_name=True, labels=_TWO_WAY_NLI),
-    _task("rte", "RTE", _PAIR, tsv_label_is_name=True, labels=_TWO_WAY_NLI),
-    _task("wnli", "WNLI", _PAIR, labels=("not_entailment", "entailment")),
+    _task(
+        "qnli", "QNLI", ("question", "sentence"), tsv_label_is_name=True, labels=_TWO_WAY_NLI, test_rows={"test": 5463}
+    ),
+    _task("rte", "RTE", _PAIR, tsv_label_is_name=True, labels=_TWO_WAY_NLI, test_rows={"test": 3000}),
+    _task("wnli", "WNLI", _PAIR, labels=("not_entailment", "entailment"), test_rows={"test": 146}),
     # The diagnostic set has no training data and no public labels: a model trained on MNLI answers it.
     _task(
         "ax",
@@ -170,6 +180,7 @@ _ROWS = (
         files={"test": ("diagnostic.tsv", "AX.tsv")},
         hub_splits={"test": "test"},
         prediction_files={"test": "AX.tsv"},
+        test_rows={"test": 1104},
     ),
 )
 
