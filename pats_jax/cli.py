@@ -75,6 +75,15 @@ def predict(args: list[str]) -> None:
     tyro.cli(program.predict_file, args=args, prog="pats-jax predict", use_underscores=True)
 
 
+def submission(args: list[str]) -> None:
+    """Collect the predictions of finished runs into the zip that the GLUE server takes."""
+    import tyro
+
+    from pats_jax import submission as program
+
+    tyro.cli(program.write_submission, args=args, prog="pats-jax submission", use_underscores=True)
+
+
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
     import tyro
@@ -84,7 +93,12 @@ def builtin(args: list[str]) -> None:
     tyro.cli(write_builtin, args=args, prog="pats-jax builtin", use_underscores=True)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"glue": glue, "predict": predict, "builtin": builtin}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "glue": glue,
+    "predict": predict,
+    "submission": submission,
+    "builtin": builtin,
+}
 
 
 def _usage() -> str:
