@@ -10,9 +10,7 @@ exact rule below is ours, and every number in it is an argument.
 
 import copy
 import math
-import numbers
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import random
+from pats_jax import random, trees
+from pats_jax.arguments import check_number, choose
 
 Response = Callable[[jax.Array], jax.Array]
 Sampler = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -123,20 +122,20 @@ def pats_noise(
       <https://arxiv.org/abs/2210.12403>`_, 2022
     """
     if not callable(noise_scale):
-        _check_number("noise_scale", noise_scale, lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    _check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_number("noise_scale", noise_scale, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
     respond = _response(response)
-    draw = _choose("distribution", distribution, DISTRIBUTIONS)
+    draw = choose("distribution", distribution, DISTRIBUTIONS)
     silent = not isinstance(noise_scale, jax.core.Tracer) and not callable(noise_scale) and float(noise_scale) == 0
     key = random.as_key(key)
     sensitivity_dtype = jnp.dtype(jnp.float32 if sensitivity_dtype is None else sensitivity_dtype)
 
     def init(params):
-        noisy = _cut_to(_resolve_mask(mask, params), params)
+        noisy = trees.cut_to(trees.resolve_mask(mask, params), params)
         _warn_of_rounding(noisy)
         return PatsNoiseState(
             count=jnp.zeros([], jnp.int32),
-            key=_copy_key(key),
+            key=trees.copy_key(key),
             decay_power=jnp.ones([], jnp.float32),
             sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
             initial_std=jax.tree.map(_std, noisy),
@@ -152,14 +151,11 @@ def pats_noise(
             )
         scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
         treedef: Any  # its methods are not in JAX's type stubs
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
-        # Named by its path, a leaf draws the same noise whatever else is in the tree, and never its neighbour's. All
-        # keys are folded at once: leaf by leaf it takes XLA seconds to compile.
-        names = jnp.array([zlib.crc32(jax.tree_util.keystr(path).encode()) for path, _ in leaves], jnp.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.count), names)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=trees.is_masked)
+        keys = trees.leaf_keys(jax.random.fold_in(state.key, state.count), updates)
 
         def update_leaf(u, leaf_key, p, g, old, std):
-            if old is None or _is_masked(u):
+            if old is None or trees.is_masked(u):
                 return u, old
             new = _moving_average(old, p, g, decay)
             if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
@@ -167,8 +163,8 @@ def pats_noise(
             noise = scale * std * respond(_relative(new)) * draw(leaf_key, u.shape)
             return (u + noise).astype(u.dtype), new.astype(sensitivity_dtype)
 
-        columns = [treedef.flatten_up_to(tree) for tree in (params, grad, state.sensitivity, state.initial_std)]
-        results = [update_leaf(u, *row) for (_, u), *row in zip(leaves, keys, *columns, strict=True)]
+        columns = [treedef.flatten_up_to(tree) for tree in (keys, params, grad, state.sensitivity, state.initial_std)]
+        results = [update_leaf(*row) for row in zip(leaves, *columns, strict=True)]
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             decay_power=state.decay_power * decay,
@@ -204,7 +200,7 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
 
     def init(params):
         state = inner.init(params)
-        if _find_states(state, optax.MultiStepsState):
+        if trees.find_states(state, optax.MultiStepsState):
             raise ValueError(
                 "with_raw_gradient: gradients are accumulated inside; put optax.MultiSteps around it instead"
             )
@@ -271,9 +267,8 @@ def sensitivity(opt_state: Any) -> Any:
 
     def corrected(state):
         weight = jnp.where(state.decay_power < 1, 1 - state.decay_power, 1.0)
-        return jax.tree.map(
-            lambda s: None if _is_masked(s) else s.astype(jnp.float32) / weight, state.sensitivity, is_leaf=_is_masked
-        )
+        shown = jax.tree.map(lambda s: None if trees.is_masked(s) else s, state.sensitivity, is_leaf=trees.is_masked)
+        return jax.tree.map(lambda s: s.astype(jnp.float32) / weight, shown)
 
     def first_present(*leaves):
         return next((leaf for leaf in leaves if leaf is not None), None)
@@ -310,7 +305,7 @@ def noise_statistics(
 
 
 def _noise_states(opt_state, caller):
-    states = _find_states(opt_state, PatsNoiseState)
+    states = trees.find_states(opt_state, PatsNoiseState)
     if not states:
         raise ValueError(f"{caller}: this optimizer state holds no PatsNoiseState; chain pats_noise into the optimizer")
     wrapped = next((s for s in states if not isinstance(s.count, jax.Array | np.ndarray)), None)
@@ -323,18 +318,13 @@ def _noise_states(opt_state, caller):
 
 
 def _response(response):
-    return response if callable(response) else _choose("response", response, RESPONSES)
+    return response if callable(response) else choose("response", response, RESPONSES)
 
 
 def _relative(sensitivity):
     """r = S / mean(S) of one leaf, float32; 0 where the mean is 0."""
     mean = jnp.sum(sensitivity) / max(sensitivity.size, 1)
     return sensitivity / jnp.where(mean > 0, mean, 1.0)
-
-
-def _copy_key(key):
-    """The same key in a buffer of its own, so that donating the state does not take the caller's key away."""
-    return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=jax.random.key_impl(key))
 
 
 def _moving_average(old, param, grad, decay):
@@ -347,22 +337,6 @@ def _moving_average(old, param, grad, decay):
 def _std(leaf):
     """Population standard deviation of a leaf, () float32; 0 for an empty one."""
     return jnp.std(leaf.astype(jnp.float32)) if leaf.size else jnp.zeros([], jnp.float32)
-
-
-def _resolve_mask(mask, params):
-    """The mask as a tree of bools like params; optax.MaskedNode counts as a leaf."""
-    prefix = True if mask is None else mask(params) if callable(mask) else mask
-    return jax.tree.map(
-        lambda keep, part: jax.tree.map(lambda _: bool(keep), part, is_leaf=_is_masked),
-        prefix,
-        params,
-        is_leaf=_is_masked,
-    )
-
-
-def _cut_to(mask, params):
-    """params with None at the leaves that the mask leaves out; optax.MaskedNode stays."""
-    return jax.tree.map(lambda keep, p: p if keep or _is_masked(p) else None, mask, params)
 
 
 def _warn_of_rounding(params):
@@ -380,25 +354,3 @@ def _inside_multi_steps(multi_steps, wrap):
     outside = copy.copy(multi_steps)
     outside._opt = wrap(multi_steps.inner_opt)
     return outside.gradient_transformation()
-
-
-def _find_states(opt_state, kind):
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
-
-
-def _is_masked(x):
-    return isinstance(x, optax.MaskedNode)
-
-
-def _choose(argument, name, table):
-    if name not in table:
-        raise ValueError(f"{argument}={name!r} is not one of {', '.join(map(repr, table))}")
-    return table[name]
-
-
-def _check_number(argument, value, holds, expected):
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or not holds(float(value)):
-        raise ValueError(f"{argument}={value!r} must be {expected}")

@@ -1,0 +1,94 @@
+"""Trees of parameters and of what an optimizer holds for them: masks, a key for every leaf, states inside states.
+
+A transform holds state for the leaves that its mask takes: a tree like params with None at the others. Where
+`optax.masked` or `optax.partition` cut a leaf out, both have an `optax.MaskedNode` in its place.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pats_jax import random
+
+
+def is_masked(x: Any) -> bool:
+    """Whether x stands for a leaf that Optax has cut out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def is_absent(x: Any) -> bool:
+    """Whether nothing is held: None or an `optax.MaskedNode`."""
+    return x is None or is_masked(x)
+
+
+def resolve_mask(mask: Any, params: Any) -> Any:
+    """The mask (a tree prefix of bools, a function of params, None for every leaf) as a tree of bools like params.
+
+    optax.MaskedNode counts as a leaf.
+    """
+    prefix = True if mask is None else mask(params) if callable(mask) else mask
+    return jax.tree.map(
+        lambda keep, part: jax.tree.map(lambda _: bool(keep), part, is_leaf=is_masked),
+        prefix,
+        params,
+        is_leaf=is_masked,
+    )
+
+
+def cut_to(mask: Any, params: Any) -> Any:
+    """params with None at the leaves that a tree of bools leaves out; optax.MaskedNode stays."""
+    return jax.tree.map(lambda keep, p: p if keep or is_masked(p) else None, mask, params)
+
+
+def map_held(function: Callable, held: Any, *rest: Any) -> Any:
+    """``function(leaf, *leaves of rest)`` at every leaf that is held; None and optax.MaskedNode stay."""
+    return jax.tree.map(lambda h, *r: h if is_absent(h) else function(h, *r), held, *rest, is_leaf=is_absent)
+
+
+def replace_held(function: Callable, tree: Any, held: Any, *rest: Any) -> Any:
+    """``function(leaf of tree, held leaf, *leaves of rest)`` where something is held; elsewhere ``tree`` as it is.
+
+    ``tree`` is one of updates or of params; where ``held`` has an optax.MaskedNode it may be whole.
+    """
+    return jax.tree.map(
+        lambda h, x, *r: x if is_absent(h) else function(x, h, *r), held, tree, *rest, is_leaf=is_absent
+    )
+
+
+def own_key(key: int | jax.Array, method: str) -> jax.Array:
+    """The key that an argument named ``key`` stands for, folded with a method's name.
+
+    So methods that are given the same seed draw apart.
+    """
+    return jax.random.fold_in(random.as_key(key), _number(method))
+
+
+def copy_key(key: jax.Array) -> jax.Array:
+    """The same key in a buffer of its own, so that donating the state does not take the caller's key away."""
+    return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+
+
+def leaf_keys(key: jax.Array, tree: Any) -> Any:
+    """A tree like ``tree`` (optax.MaskedNode counts as a leaf) with a key at every leaf.
+
+    Named by its path, a leaf draws the same whatever else is in the tree, and never what its neighbour draws.
+    """
+    treedef: Any  # its methods are not in JAX's type stubs
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    # All keys are folded at once: leaf by leaf it takes XLA seconds to compile.
+    names = jnp.array([_number(jax.tree_util.keystr(path)) for path, _ in leaves], jnp.uint32)
+    return treedef.unflatten(jax.vmap(jax.random.fold_in, (None, 0))(key, names))
+
+
+def find_states(opt_state: Any, *kinds: type) -> list[Any]:
+    """All states of some kinds inside the state of an optimizer."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
