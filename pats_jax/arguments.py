@@ -21,3 +21,8 @@ def check_number(argument: str, value: Any, holds: Callable[[float], bool], expe
         return
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or not holds(float(value)):
         raise ValueError(f"{argument}={value!r} must be {expected}")
+
+
+def is_plainly(value: Any, number: float) -> bool:
+    """Whether an argument is that number; arrays, traced or not, may change later and are never plainly anything."""
+    return isinstance(value, numbers.Real) and value == number
