@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from pats_jax import random
+from pats_jax import anchors, random
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
@@ -62,6 +62,8 @@ def make_train_step(
       ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
       ``loss``, the global norms ``grad_norm`` of the raw gradient, ``param_norm`` of the parameters before the step
       and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a step that was.
+      Loss and gradient are those at `pats_jax.forward_params`: at the parameters themselves, unless the optimizer
+      holds Mixout or DPS Mix.
 
     Raises:
       ValueError: if accumulation_steps < 1, or, from the step, if it does not divide the batch.
@@ -94,11 +96,12 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        params = anchors.forward_params(state.opt_state, state.params)
         if axis_name is None and accumulation_steps == 1:
-            metrics, grads = means(state.params, batch, key)
+            metrics, grads = means(params, batch, key)
         else:
             sums = weighted_sums if accumulation_steps == 1 else accumulated_sums
-            totals, weight = sums(state.params, batch, key)
+            totals, weight = sums(params, batch, key)
             if axis_name is not None:
                 totals, weight = jax.lax.psum((totals, weight), axis_name)
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
