@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["transforms", "random"])
+@pytest.mark.parametrize("module", ["anchors", "random", "subnetworks", "transforms"])
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pats_jax.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -1,4 +1,4 @@
-"""The kinds of test that Optax puts every optimizer through, for PATS around a table of them."""
+"""The kinds of test that Optax puts every optimizer through, for PATS around a table of them and for its companions."""
 
 import functools
 
@@ -23,8 +23,34 @@ OPTIMIZERS = {
     "lion": lambda rate: pats_jax.pats(optax.lion(rate / 10), FADING, key=0),
     "sgd": lambda rate: pats_jax.pats(optax.sgd(rate / 10, momentum=0.9), FADING, key=0),
 }
-every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 adamw = OPTIMIZERS["adamw"]
+
+
+def plus_adamw(transform, rate):
+    return optax.with_extra_args_support(optax.chain(transform, optax.adamw(rate, weight_decay=0.0)))
+
+
+def sage(rate):
+    """The Adamax form; the first step of the other one is 0."""
+    scale = pats_jax.scale_by_sage(bias_correction=False)
+    parts = (optax.scale_by_adamax(), scale, optax.scale_by_learning_rate(rate))
+    return pats_jax.with_raw_gradient(optax.chain(*parts))
+
+
+COMPANIONS = {
+    "dps_dense": lambda rate: plus_adamw(pats_jax.dps_dense(0.7, 2), rate),
+    "dps_mix": lambda rate: plus_adamw(pats_jax.dps_mix(0.7, 2, key=0), rate),
+    "child_tuning_f": lambda rate: plus_adamw(pats_jax.child_tuning_f(0.9, key=0), rate),
+    "child_tuning_d": lambda rate: plus_adamw(pats_jax.child_tuning_d(True), rate),
+    "mixout": lambda rate: plus_adamw(pats_jax.mixout(0.3, key=0), rate),
+    "l2_sp": lambda rate: plus_adamw(pats_jax.l2_sp(0.01, 0.01, head_mask=False), rate),
+    "sift": lambda rate: pats_jax.sift(optax.adamw(rate, weight_decay=0.0), 0.5, mask=None),
+    "sage": sage,
+}
+EVERY = OPTIMIZERS | COMPANIONS
+# The others are anchored, hold a part of the coordinates, or, as SAGE, stand still where nothing is uncertain.
+REACH_THE_MINIMUM = OPTIMIZERS | {name: COMPANIONS[name] for name in ("dps_dense", "child_tuning_f", "child_tuning_d")}
+every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 
 
 def parabola(x):
@@ -39,13 +65,13 @@ def rosenbrock(x):
 def minimize(tx, objective, start, steps):
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(jax.grad(objective)(params), state, params)
+        updates, state = tx.update(jax.grad(objective)(pats_jax.forward_params(state, params)), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[0][0])(start)
 
 
-@every_optimizer
+@pytest.mark.parametrize("make", REACH_THE_MINIMUM.values(), ids=REACH_THE_MINIMUM)
 def test_parabola(make):
     found = minimize(make(1e-1), parabola, {"x": jnp.array([-1.0, 10.0, 1.0])}, 1500)
     np.testing.assert_allclose(found["x"], [1.0, -1.0, 1.0], atol=3e-2)
@@ -126,7 +152,9 @@ def test_sharded_over_eight_devices_as_on_one(make):
     updates, state = jax.jit(tx.update)(place(grads), jax.jit(tx.init)(place(params)), place(params))
     expected, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["x"], expected["x"], rtol=1e-5, atol=1e-7)
-    assert pats_jax.sensitivity(state)["x"].shape == (8, 8) and len(updates["x"].sharding.device_set) == 8
+    assert len(updates["x"].sharding.device_set) == 8
+    whole = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8, 8)]
+    assert all(leaf.addressable_shards[0].data.shape == (1, 8) for leaf in whole)
 
 
 def test_tree_map_params_reaches_sensitivity():
