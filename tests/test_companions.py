@@ -228,7 +228,7 @@ def test_vmap_over_seeds(name):
 # any tree
 
 
-@every_method
+@pytest.mark.parametrize("name", ["dps_dense", "dps_mix", "child_tuning_f", "mixout", "sift", "scale_by_sage"])
 def test_multi_steps_around_it_updates_with_the_mean_gradient(name):
     tx, params = optimizer(name), make_params()
     grads = [jax.tree.map(functools.partial(waves, i), params) for i in range(2)]

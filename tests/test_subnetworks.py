@@ -156,6 +156,22 @@ def test_the_frequency_penalty_starts_at_50_steps():
         np.testing.assert_allclose(mean, 1 if us < 50 else np.exp(-often / us), rtol=1e-6)
 
 
+@pytest.mark.parametrize("tx", [pats_jax.dps_dense(0.5, 3), pats_jax.dps_mix(0.5, 3, key=0)])
+def test_the_threshold_is_searched_for_at_the_start_of_a_stage_only(tx):
+    """The loop of the search stands in a branch of lax.cond, and nowhere else."""
+
+    def loops(jaxpr, in_branch=False):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("while", "scan"):
+                yield in_branch
+            for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(part, "eqns"):
+                    yield from loops(part, in_branch or equation.primitive.name == "cond")
+
+    params = normal(0)
+    assert set(loops(jax.make_jaxpr(tx.update)(params, tx.init(params), params))) == {True}
+
+
 def test_dps_mix_rows_are_bernoulli_and_new_at_each_step_and_leaf():
     tx, params = pats_jax.dps_mix(0.7, 10**6, key=0), {"w": jnp.zeros((4096, 2)), "v": jnp.zeros((4096, 2))}
     before = tx.init(params)
