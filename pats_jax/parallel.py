@@ -7,7 +7,9 @@ is split, up to rounding.
 
 import dataclasses
 import functools
+import importlib.util
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +34,8 @@ def initialize(
 ) -> None:
     """Joins the other processes of this run, where there are any; call it before anything else touches a device.
 
-    With an address, that run; without one, the run that Slurm (`srun` with several tasks) or a TPU pod describes;
-    else nothing. A second call does nothing.
+    With an address, that run; without one, the run that Slurm (`srun` with several tasks) or a TPU pod describes,
+    which JAX asks; else nothing. A second call does nothing.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
@@ -48,22 +50,29 @@ def initialize(
     missing = [f"--{name}" for name, value in described.items() if value is None]
     if 0 < len(missing) < 3:
         raise InputError(f"{', '.join(missing)}: needed too; the three flags go together")
-    if jax.distributed.is_initialized() or (missing and not _is_cluster()):
+    if jax.distributed.is_initialized() or (missing and not _is_slurm_step() and not _has_tpu()):
         return
     try:
         jax.distributed.initialize(
             coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_seconds
         )
     except (RuntimeError, ValueError) as error:
+        if missing and not _is_slurm_step() and isinstance(error, ValueError):
+            return  # a TPU machine that knows of no pod: JAX found no address
         reason = str(error).splitlines()[0]
         raise InputError(f"the processes of this run cannot be joined: {reason}") from None
 
 
-def _is_cluster() -> bool:
-    """Whether the environment describes several processes that JAX can join by itself."""
-    if "SLURM_STEP_NODELIST" in os.environ:
-        return int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+def _is_slurm_step() -> bool:
+    """Whether Slurm's `srun` has started several tasks, of which this is one."""
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has TPU chips and JAX can use them; found out without touching them."""
+    chips = any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+    allowed = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return chips and allowed and importlib.util.find_spec("libtpu") is not None
 
 
 def is_first() -> bool:

@@ -202,3 +202,18 @@ def test_nothing_to_join_is_no_error(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     parallel.initialize()
     assert jax.process_count() == 1
+
+
+def test_a_tpu_machine_asks_jax_for_its_pod_and_runs_alone_without_one(monkeypatch):
+    asked = []
+
+    def initialize(*address, **options):
+        asked.append(address)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(parallel, "_has_tpu", lambda: True)
+    parallel.initialize()
+    assert asked == [(None, None, None)]
+    with pytest.raises(InputError, match="cannot be joined: coordinator_address should be defined"):
+        parallel.initialize("localhost:1", 2, 0)
