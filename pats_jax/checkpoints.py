@@ -143,7 +143,7 @@ class Checkpoints:
           InputError: if it is damaged.
         """
         try:
-            return self._restore_step(step, state)[0].params
+            return self._restore_step(step, state)[0].all_params
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"checkpoint {self._folder / str(step)} is damaged: {error}") from None
 

@@ -26,13 +26,24 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from pats_jax import concentration, models, parallel, plots, preemption, run_folder, train_state
+from pats_jax import (
+    concentration,
+    methods,
+    models,
+    parallel,
+    plots,
+    preemption,
+    run_folder,
+    subnetworks,
+    train_state,
+    trees,
+)
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, write_files
 from pats_jax.journal import Journal, check_tensorboard
-from pats_jax.methods import get_method, layer_mask, learning_rate_schedule, make_optimizer
+from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.profiling import Profiler
 from pats_jax.settings import Settings, read_config
 from pats_jax.trainer import Hooks, Progress, Rhythm, fit
@@ -56,7 +67,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
       Preempted: if the run was asked to end; it has been saved then.
     """
     settings.check()
-    get_method(settings.method)
+    methods.get_methods(settings.method)
     keep_compiled_programs(settings.compilation_cache_dir)
     parallel.initialize(
         settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
@@ -88,8 +99,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         regression=task.is_regression,
         id2label=dict(enumerate(task.labels)) if task.labels else None,
         key=settings.seed,
-        hidden_dropout=settings.hidden_dropout,
-        attention_dropout=settings.attention_dropout,
+        **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     max_length = sequence_length(settings.max_seq_length, config)
@@ -234,6 +244,23 @@ def sequence_length(asked: int, config: models.EncoderConfig) -> int:
     return min(asked, config.max_length)
 
 
+def count_steps(settings: Settings, rows: int) -> int:
+    """Optimizer steps of the training."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return math.ceil(settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1)))
+
+
+def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[str, float | None]:
+    """The rates for `models.from_pretrained`: as typed, else 0 where the method's authors do without, else None."""
+    authors = None
+    if "train" in splits and methods.turns_dropout_off(settings, count_steps(settings, len(splits["train"]))):
+        authors = 0.0
+    typed = {"hidden_dropout": settings.hidden_dropout, "attention_dropout": settings.attention_dropout}
+    chosen = {name: authors if rate is None else rate for name, rate in typed.items()}
+    return chosen | {"classifier_dropout": authors if settings.hidden_dropout is None else None}
+
+
 # training
 
 
@@ -256,12 +283,11 @@ class Training:
         self.labels, self.tokens = split.labels, tokens
         self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
         self.plan = self._plan(epoch=0)
-        steps = len(self.plan)
-        total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * steps)
+        total = count_steps(settings, len(tokens))
         self.rhythm = Rhythm(
             total_steps=total,
             logging_steps=settings.logging_steps,
-            eval_steps=settings.eval_steps or steps,
+            eval_steps=settings.eval_steps or len(self.plan),
             save_steps=settings.save_steps,
             save_best=settings.load_best_model_at_end,
             patience=settings.early_stopping_patience,
@@ -270,11 +296,16 @@ class Training:
         self.schedule = learning_rate_schedule(settings, total)
         self.mask = layer_mask(params, settings.noise_layers)
         self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
-        tx = make_optimizer(settings, total, params)
-        create = functools.partial(train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed)
-        self.state = runner.create_state(create, params)
         make_loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
         self.loss_without_dropout = make_loss_fn(deterministic=True)
+        params = runner.place(methods.starting_params(settings, params))
+        trainable = methods.trainable_mask(settings, params)
+        trained = params if trainable is None else trees.partition(trainable, params)[0]
+        tx = methods.make_optimizer(settings, total, trained, functools.partial(self._fisher_mask, params))
+        create = functools.partial(
+            train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
+        )
+        self.state = runner.create_state(create, params)
         self.step = runner.compile_step(
             train_state.make_train_step(
                 make_loss_fn(),
@@ -284,8 +315,7 @@ class Training:
             ),
             self.state,
         )
-        statistics = get_method(settings.method).statistics
-        self.statistics = jax.jit(lambda opt_state: statistics(opt_state, self.schedule, settings))
+        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
 
     def batches(self, first_step: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float]]]:
         """This process's rows of every batch from a step (counted from 0) on, and counts of the global batch."""
@@ -307,6 +337,11 @@ class Training:
         sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
         measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample)
         return concentration.selected(self.runner.to_host(measured), self.mask)
+
+    def _fisher_mask(self, params, keep_fraction, mask):
+        """The mask of Child-Tuning D, from one pass over the training data."""
+        everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
+        return subnetworks.fisher_mask(self.loss_without_dropout, params, everything, keep_fraction, mask=mask)
 
     def _plan(self, epoch):
         return batches.epoch_plan(
@@ -376,7 +411,7 @@ class TrainingHooks(Hooks):
     def evaluate(self, state):
         if "eval" not in self._training.settings.phases:
             return None
-        return self._predictor.evaluate(self._training.runner.view(state.params))
+        return self._predictor.evaluate(self._training.runner.view(state.all_params))
 
     def save(self, state, progress):
         best = progress.best(self.metric) if self._training.rhythm.save_best else None
@@ -399,7 +434,7 @@ def train(
     logger.info("%s", describe_batch(settings, runner))
     before = None
     if settings.sensitivity_batches:
-        before = training.sensitivity(runner.view(training.state.params))
+        before = training.sensitivity(runner.view(training.state.all_params))
     state, progress = training.state, Progress()
     restored = checkpoints.restore(runner.view(state)) if settings.resume else None
     if restored:
@@ -429,7 +464,7 @@ def train(
     seconds = time.perf_counter() - started
     results["steps"] = progress.step
     results["timing"] |= {"train_seconds": seconds, "steps_per_second": (progress.step - first_step) / seconds}
-    params, results["model_step"] = runner.view(state.params), progress.step
+    params, results["model_step"] = runner.view(state.all_params), progress.step
     best = progress.best(training.metric) if settings.load_best_model_at_end else None
     if best is not None and best["step"] != progress.step:
         params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]

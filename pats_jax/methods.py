@@ -1,4 +1,4 @@
-"""METHODS: a name -> what it adds to plain fine-tuning, and which layers it touches."""
+"""METHODS: a name -> what it adds to plain fine-tuning, which layers it touches, and with what it goes together."""
 
 import dataclasses
 import re
@@ -8,43 +8,110 @@ from typing import Any
 import jax
 import optax
 
-from pats_jax import transforms
+from pats_jax import anchors, subnetworks, transforms
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 from pats_jax.train_state import parameter_name
 
-Wrap = Callable[[optax.GradientTransformation, optax.Schedule, Any, Settings], optax.GradientTransformation]
-Statistics = Callable[[Any, optax.Schedule, Settings], dict[str, jax.Array]]
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method is made from.
+
+    Attributes:
+      settings: its flags are among them.
+      total_steps: optimizer steps of the training.
+      schedule: the learning rate by step.
+      params: the parameters that are trained.
+      fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
+    """
+
+    settings: Settings
+    total_steps: int
+    schedule: optax.Schedule
+    params: Any
+    fisher: Callable[[float, Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A way to fine-tune: what it adds, and where.
 
     Attributes:
+      kind: methods of one kind exclude each other, but for "noise".
       summary: what it does, in a line.
       source: where it comes from.
-      wrap: ``wrap(optimizer, learning-rate schedule, params, settings)``: the optimizer of plain fine-tuning with the
-        method added.
-      statistics: ``statistics(optimizer state, learning-rate schedule, settings)``: figures, () each, of what the
-        method did in the last step, for the log.
+      flags: the settings it reads.
+      layers: the parameters it touches, a regex over their paths.
+      state_bytes: optimizer state beyond AdamW's 8, in bytes for each parameter it touches.
+      passes: forward and backward passes beyond one each.
+      first: a transform before clipping and AdamW.
+      scaling: a transform between Adam and weight decay.
+      last: a transform after AdamW.
+      around: a wrapper of the whole.
+      trainable: the parameters that are trained, a regex; the others have no gradient and no state.
+      start: the parameters that training starts from.
+      without_dropout: whether the authors turn dropout off, by the number of steps.
+      statistics: figures, () each, of what the last step did, for the log.
     """
 
+    kind: str
     summary: str
     source: str
-    wrap: Wrap
-    statistics: Statistics = lambda opt_state, schedule, settings: {}
+    flags: tuple[str, ...] = ()
+    layers: str = ""
+    state_bytes: str = "0"
+    passes: str = "none"
+    first: Callable[[Context], optax.GradientTransformation] | None = None
+    scaling: Callable[[Context], optax.GradientTransformation] | None = None
+    last: Callable[[Context], optax.GradientTransformation] | None = None
+    around: Callable[[Context, optax.GradientTransformation], optax.GradientTransformation] | None = None
+    trainable: str | None = None
+    start: Callable[[Any, Settings], Any] | None = None
+    without_dropout: Callable[[int], bool] = lambda total_steps: False
+    statistics: Callable[[Any, optax.Schedule, Settings], dict[str, jax.Array]] | None = None
 
 
-def get_method(name: str) -> Method:
-    """Looks a method up by its name.
+def get_methods(names: str) -> list[Method]:
+    """The methods of ``--method``: one name, or several joined by ``+``.
 
     Raises:
-      InputError: no such method; the message names those that exist.
+      InputError: no such method, or two that do not go together; the message says why.
     """
-    if name not in METHODS:
-        raise InputError(f"--method {name}: no such method; choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    chosen = names.split("+")
+    for name in chosen:
+        if name not in METHODS:
+            raise InputError(f"--method {name}: no such method; choose of {', '.join(METHODS)}, or join some by +")
+    for position, name in enumerate(chosen):
+        for other in chosen[:position]:
+            reason = _conflict(name, other)
+            if reason:
+                raise InputError(f"--method {names}: {other} and {name} do not go together: {reason}")
+    return [METHODS[name] for name in chosen]
+
+
+def _conflict(name, other):
+    """Why two methods exclude each other, or None."""
+    kinds = {METHODS[name].kind, METHODS[other].kind}
+    if name == other:
+        return "they are the same"
+    if "plain" in kinds:
+        return "finetune adds nothing; leave it out"
+    if len(kinds) == 1 and kinds != {"noise"}:
+        return _WHY_ONE[METHODS[name].kind]
+    if {name, other} == {"mixout", "dps-mix"}:
+        return "both change the weights of the forward pass"
+    if "sift" in (name, other) and kinds & {"noise", "scaling", "anchor"} and "noisytune" not in (name, other):
+        return "SIFT keeps single entries, the other one needs whole matrices"
+    return None
+
+
+_WHY_ONE = {
+    "subnetwork": "both choose which parameters move",
+    "anchor": "both hold on to the pretrained weights",
+    "scaling": "both scale Adam's step",
+    "objective": "both change the loss",
+}
 
 
 def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
@@ -56,28 +123,69 @@ def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedu
     return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
 
 
-def make_optimizer(settings: Settings, total_steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Settings, total_steps: int, params: Any, fisher: Callable[[float, Any], Any] | None = None
+) -> optax.GradientTransformation:
     """AdamW with clipping and the linear schedule, and what ``settings.method`` adds to it.
 
     Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
 
+    Args:
+      settings: see `Settings`.
+      total_steps: optimizer steps of the training.
+      params: the parameters that are trained.
+      fisher: see `Context`; Child-Tuning D needs it.
+
     Raises:
-      InputError: on an unknown method, or a ``noise_layers`` that matches no parameter.
+      InputError: on an unknown method, layers that match no parameter, or too few steps for a stage.
     """
-    method = get_method(settings.method)
+    methods = get_methods(settings.method)
     schedule = learning_rate_schedule(settings, total_steps)
-    adamw = optax.chain(
-        optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=settings.adam_beta1,
-            b2=settings.adam_beta2,
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            mask=jax.tree.map(lambda p: p.ndim > 1, params),
+    context = Context(settings, total_steps, schedule, params, fisher)
+    optimizer = optax.chain(
+        *(method.first(context) for method in methods if method.first),
+        optax.chain(
+            optax.clip_by_global_norm(settings.max_grad_norm),
+            optax.chain(
+                optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+                *(method.scaling(context) for method in methods if method.scaling),
+                optax.add_decayed_weights(settings.weight_decay, jax.tree.map(lambda p: p.ndim > 1, params)),
+                optax.scale_by_learning_rate(schedule),
+            ),
         ),
+        *(method.last(context) for method in methods if method.last),
     )
-    return method.wrap(adamw, schedule, params, settings)
+    for method in methods:
+        if method.around:
+            optimizer = method.around(context, optimizer)
+    if settings.freeze_unselected:
+        optimizer = _freeze_unselected(optimizer, settings)
+    return transforms.with_raw_gradient(optimizer)
+
+
+def trainable_mask(settings: Settings, params: Any) -> Any:
+    """A tree of bools like params: which of them ``settings.method`` trains; None where it trains all."""
+    patterns = [method.trainable for method in get_methods(settings.method) if method.trainable]
+    return layer_mask(params, patterns[0], "--method") if patterns else None
+
+
+def starting_params(settings: Settings, params: Any) -> Any:
+    """The parameters that training starts from."""
+    for method in get_methods(settings.method):
+        if method.start:
+            params = method.start(params, settings)
+    return params
+
+
+def turns_dropout_off(settings: Settings, total_steps: int) -> bool:
+    """Whether the authors of ``settings.method`` train without dropout."""
+    return any(method.without_dropout(total_steps) for method in get_methods(settings.method))
+
+
+def statistics(settings: Settings, schedule: optax.Schedule, opt_state: Any) -> dict[str, jax.Array]:
+    """Figures of what the methods did in the last step."""
+    found = [m.statistics(opt_state, schedule, settings) for m in get_methods(settings.method) if m.statistics]
+    return {name: value for figures in found for name, value in figures.items()}
 
 
 def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
@@ -97,9 +205,12 @@ def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     return mask
 
 
-def _finetune(optimizer, schedule, params, settings):
-    del schedule, params, settings
-    return optimizer
+# what the methods add
+
+
+def _layers(name):
+    """A mask of the parameters that a method touches, of those that are trained."""
+    return lambda params: layer_mask(params, METHODS[name].layers, f"--method {name}")
 
 
 def _noise_scale(schedule, settings):
@@ -107,15 +218,15 @@ def _noise_scale(schedule, settings):
     return lambda count: settings.noise_scale * schedule(count) / settings.learning_rate
 
 
-def _pats(optimizer, schedule, params, settings):
-    return transforms.pats(
-        optimizer,
-        _noise_scale(schedule, settings) if settings.noise_scale else 0.0,
+def _pats(context):
+    settings = context.settings
+    return transforms.pats_noise(
+        _noise_scale(context.schedule, settings) if settings.noise_scale else 0.0,
         key=settings.seed,
         decay=settings.decay,
         response=settings.response,
         distribution=settings.distribution,
-        mask=layer_mask(params, settings.noise_layers),
+        mask=layer_mask(context.params, settings.noise_layers),
         sensitivity_dtype=settings.sensitivity_dtype,
     )
 
@@ -124,12 +235,179 @@ def _noise_statistics(opt_state, schedule, settings):
     return transforms.noise_statistics(opt_state, _noise_scale(schedule, settings), settings.response)
 
 
+def _stage_steps(context):
+    """us = int(total steps * update ratio), the length of a stage of DPS."""
+    steps = int(context.total_steps * context.settings.update_ratio)
+    if steps < 1:
+        raise InputError(
+            f"--update_ratio {context.settings.update_ratio}: a stage of {context.total_steps} steps has none; raise it"
+        )
+    return steps
+
+
+def _keep_fraction(context, authors):
+    return authors if context.settings.keep_fraction is None else context.settings.keep_fraction
+
+
+def _dps_dense(context):
+    mask = _layers("dps-dense")(context.params)
+    return subnetworks.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask)
+
+
+def _dps_mix(context):
+    mask = _layers("dps-mix")(context.params)
+    keep, key = _keep_fraction(context, 0.7), context.settings.seed
+    return subnetworks.dps_mix(keep, _stage_steps(context), key=key, mask=mask)
+
+
+def _child_tuning_f(context):
+    return subnetworks.child_tuning_f(_keep_fraction(context, 0.3), key=context.settings.seed)
+
+
+def _child_tuning_d(context):
+    if context.fisher is None:
+        raise InputError("--method child-d: needs the training data, to measure the Fisher information on")
+    return subnetworks.child_tuning_d(context.fisher(_keep_fraction(context, 0.3), _layers("child-d")(context.params)))
+
+
+def _mixout(context):
+    settings = context.settings
+    return anchors.mixout(settings.drop_fraction, key=settings.seed, mask=_layers("mixout")(context.params))
+
+
+def _l2_sp(context):
+    settings = context.settings
+    head = layer_mask(context.params, _HEAD, "--method l2-sp")
+    return anchors.l2_sp(settings.pretrained_strength, settings.head_strength, head_mask=head)
+
+
+def _sage(context):
+    return transforms.scale_by_sage(context.settings.sage_decay, mask=_layers("sage")(context.params))
+
+
+def _sift(context, optimizer):
+    return subnetworks.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
+
+
+def _noisy_tune(params, settings):
+    return transforms.noisy_tune(params, settings.noise_intensity, key=settings.seed)
+
+
+def _freeze_unselected(optimizer, settings):
+    try:
+        frozen = subnetworks.freeze_unselected(optimizer)
+    except ValueError as error:
+        raise InputError(f"--freeze_unselected: {error}") from None
+    if not any(name in settings.method.split("+") for name in ("dps-dense", "dps-mix", "child-d")):
+        raise InputError(f"--freeze_unselected: --method {settings.method} leaves nothing out for long")
+    return frozen
+
+
+_HEAD = r"^classifier\."
+_MATRICES = r"encoder\.layer\..*\.kernel$"
+_WITH_POOLER_AND_HEAD = r"(encoder\.layer\..*|pooler\.dense|^classifier.*)\.kernel$|^classifier\.kernel$"
+_ATTENTION = r"attention\.(self\.(query|key|value)|output\.dense)\.kernel$"
+
 METHODS = {
-    "finetune": Method("plain fine-tuning: AdamW on every parameter", "https://arxiv.org/abs/1810.04805", _finetune),
+    "finetune": Method("plain", "AdamW on every parameter", "https://arxiv.org/abs/1810.04805"),
     "pats": Method(
-        "noise on the encoder's weight matrices, most where sensitivity is least",
+        "noise",
+        "noise on the weights, most where sensitivity is least",
         "https://arxiv.org/abs/2210.12403",
-        _pats,
-        _noise_statistics,
+        ("noise_scale", "decay", "response", "distribution", "noise_layers", "sensitivity_dtype"),
+        layers=_MATRICES,
+        state_bytes="4",
+        last=_pats,
+        statistics=_noise_statistics,
+    ),
+    "dps-dense": Method(
+        "subnetwork",
+        "trains the weights of large gradient, chosen anew every other stage",
+        "https://arxiv.org/abs/2211.01642",
+        ("keep_fraction", "update_ratio", "freeze_unselected"),
+        layers=_WITH_POOLER_AND_HEAD,
+        state_bytes="4",
+        first=_dps_dense,
+        without_dropout=lambda total_steps: total_steps < 2000,
+    ),
+    "dps-mix": Method(
+        "subnetwork",
+        "the same, with older weights mixed into the forward pass",
+        "https://arxiv.org/abs/2211.01642",
+        ("keep_fraction", "update_ratio", "freeze_unselected"),
+        layers=_WITH_POOLER_AND_HEAD,
+        state_bytes="13",
+        first=_dps_mix,
+        without_dropout=lambda total_steps: True,
+    ),
+    "sage": Method(
+        "scaling",
+        "bigger steps where sensitivity is uncertain; a learning rate 2 to 5 times the plain one",
+        "https://arxiv.org/abs/2202.02664",
+        ("sage_decay",),
+        layers=r"encoder\.layer\.(?!.*LayerNorm).*\.(kernel|bias)$",
+        state_bytes="4",
+        scaling=_sage,
+    ),
+    "noisytune": Method(
+        "noise",
+        "a little noise on every tensor, once, before training",
+        "https://arxiv.org/abs/2202.12024",
+        ("noise_intensity",),
+        start=_noisy_tune,
+    ),
+    "child-f": Method(
+        "subnetwork",
+        "a random share of the gradient at each step",
+        "https://arxiv.org/abs/2109.05687",
+        ("keep_fraction",),
+        first=_child_tuning_f,
+    ),
+    "child-d": Method(
+        "subnetwork",
+        "a fixed share of the encoder's gradient, by Fisher information",
+        "https://arxiv.org/abs/2109.05687",
+        ("keep_fraction", "freeze_unselected"),
+        layers=r"encoder\.layer\.",
+        state_bytes="1",
+        passes="one epoch before training",
+        first=_child_tuning_d,
+    ),
+    "mixout": Method(
+        "anchor",
+        "pretrained weights mixed into the forward pass",
+        "https://arxiv.org/abs/1909.11299",
+        ("drop_fraction",),
+        layers=r"(encoder\.layer\..*|pooler\.dense)\.kernel$",
+        state_bytes="4",
+        first=_mixout,
+        without_dropout=lambda total_steps: True,
+    ),
+    "l2-sp": Method(
+        "anchor",
+        "decay towards the pretrained weights; --weight_decay then belongs at 0",
+        "https://arxiv.org/abs/1802.01483",
+        ("pretrained_strength", "head_strength"),
+        state_bytes="4",
+        first=_l2_sp,
+    ),
+    "sift": Method(
+        "subnetwork",
+        "trains the few entries of each attention matrix whose first gradient is largest, and the head",
+        "https://arxiv.org/abs/2312.11875",
+        ("sift_rate",),
+        layers=_ATTENTION,
+        state_bytes="12 for a chosen entry, in place of 8 for each",
+        around=_sift,
+        trainable=f"{_ATTENTION}|pooler|{_HEAD}",
+    ),
+    "bitfit": Method(
+        "subnetwork",
+        "trains the biases and the head only; learning rate 1e-3",
+        "https://arxiv.org/abs/2106.10199",
+        layers=rf"bias$|{_HEAD}",
+        state_bytes="-8 for all others",
+        passes="no gradients of weights",
+        trainable=rf"bias$|{_HEAD}",
     ),
 }

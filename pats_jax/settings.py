@@ -49,13 +49,22 @@ class Settings:
     hidden_dropout: float | None = None  # probability; none: as the checkpoint says
     attention_dropout: float | None = None  # probability; none: as the checkpoint says
     seed: int = 42  # of the new head, the order of examples, dropout and noise
-    method: str = "finetune"  # finetune, pats
+    method: str = "finetune"  # one of `pats-jax methods`, or several joined by +
     noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in standard deviations of the tensor; follows the lr
     decay: float = 0.9  # PATS: decay of the moving average of sensitivity
     response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: noise by relative sensitivity
     distribution: Literal["uniform", "normal"] = "uniform"  # PATS: of the noise
     noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex over parameter paths; attention and feed-forward
     sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: how sensitivity is stored
+    keep_fraction: float | None = None  # DPS, Child-Tuning: share that is trained; none: the authors', 0.7 and 0.3
+    update_ratio: float = 0.05  # DPS: length of a stage, as a share of all steps
+    freeze_unselected: bool = False  # DPS, Child-Tuning D: momentum and decay do not move what is left out
+    drop_fraction: float = 0.7  # Mixout: share of the inputs that meet pretrained weights
+    pretrained_strength: float = 0.1  # L2-SP: decay towards the pretrained weights
+    head_strength: float = 0.01  # L2-SP: decay of the head
+    sage_decay: float = 0.75  # SAGE: decay of the moving average of sensitivity
+    noise_intensity: float = 0.15  # NoisyTune: width of the noise, in standard deviations of the tensor
+    sift_rate: float = 0.008  # SIFT: share of the entries of a tensor that is trained
     sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
     length_buckets: int = 6  # shapes that training batches come in, at most
     logging_steps: int = 10  # steps between lines of metrics.jsonl
@@ -173,13 +182,16 @@ _RULES = (
     ),
     ("learning_rate num_train_epochs adam_epsilon max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
     (
-        "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id",
+        "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
+        "pretrained_strength head_strength noise_intensity",
         lambda x: 0 <= x < math.inf,
         "a number from 0 on",
     ),
     ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
-    ("decay adam_beta1 adam_beta2 hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("keep_fraction update_ratio sift_rate", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("sage_decay", lambda x: 0 < x < 1, "in (0, 1)"),
+    ("drop_fraction decay adam_beta1 adam_beta2 hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
 )
 
 # Flags of the run_glue examples that mean nothing here -> what to use instead.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from pats_jax import anchors, random
+from pats_jax import anchors, random, trees
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
@@ -20,24 +20,42 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       key: typed key, the same during the whole run.
+      frozen: the parameters that are not trained, a tree like params with None at those that are (and the other way
+        round); None where all are trained. They have no gradient and no optimizer state.
     """
 
     key: jax.Array
+    frozen: Any = None
+
+    @property
+    def all_params(self) -> Any:
+        """The whole tree of parameters, trained and frozen."""
+        return trees.combine(self.params, self.frozen)
 
     @classmethod
     def create(  # type: ignore[override]  # key is required here
-        cls, *, apply_fn: Callable, params: Any, tx: optax.GradientTransformation, key: int | jax.Array
+        cls,
+        *,
+        apply_fn: Callable,
+        params: Any,
+        tx: optax.GradientTransformation,
+        key: int | jax.Array,
+        trainable: Any = None,
     ):
         """The state before the first step.
 
         Args:
           apply_fn: the model's apply function.
           params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
-          tx: any Optax optimizer; nothing extra is passed to its ``update``.
+          tx: any Optax optimizer; nothing extra is passed to its ``update``. It sees the trainable parameters only.
           key: an int (a key of the fast kind) or a typed key.
+          trainable: a tree of bools like params, which are trained; None trains all.
         """
         key = jnp.copy(random.as_key(key))  # a buffer of its own: steps donate the state, not the caller's key
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=key)
+        frozen = None
+        if trainable is not None:
+            params, frozen = trees.partition(trainable, params)
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=key, frozen=frozen)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
 
 
@@ -60,7 +78,7 @@ def make_train_step(
 
     Returns:
       ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
-      ``loss``, the global norms ``grad_norm`` of the raw gradient, ``param_norm`` of the parameters before the step
+      ``loss``, the global norms ``grad_norm`` of the raw gradient, ``param_norm`` of the trained parameters before it
       and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a step that was.
       Loss and gradient are those at `pats_jax.forward_params`: at the parameters themselves, unless the optimizer
       holds Mixout or DPS Mix.
@@ -70,26 +88,31 @@ def make_train_step(
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def means(params, batch, key):
-        (loss, metrics), grads = value_and_grad(params, batch, key)
+    def loss_of_trained(params, frozen, batch, key):
+        return loss_fn(trees.combine(params, frozen), batch, key)
+
+    value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
+
+    def means(params, frozen, batch, key):
+        (loss, metrics), grads = value_and_grad(params, frozen, batch, key)
         return {"loss": loss, **metrics}, grads
 
-    def weighted_sums(params, batch, key):
+    def weighted_sums(params, frozen, batch, key):
         weight = _total_weight(batch)
         # filler alone has no mean: its sum is 0 even where the loss divides 0 by 0
-        return jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0), means(params, batch, key)), weight
+        return jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0), means(params, frozen, batch, key)), weight
 
-    def accumulated_sums(params, batch, key):
+    def accumulated_sums(params, frozen, batch, key):
         def add(total, numbered):
             index, micro_batch = numbered
-            sums = weighted_sums(params, micro_batch, jax.random.fold_in(key, index))
+            sums = weighted_sums(params, frozen, micro_batch, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, sums), None
 
         micro_batches = jax.tree.map(lambda x: _deal(x, accumulation_steps), batch)
         first = jax.tree.map(lambda x: x[0], micro_batches)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weighted_sums, params, first, key))
+        shapes = jax.eval_shape(weighted_sums, params, frozen, first, key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zero, (jnp.arange(accumulation_steps), micro_batches))[0]
 
     def step(state, batch):
@@ -98,10 +121,10 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         params = anchors.forward_params(state.opt_state, state.params)
         if axis_name is None and accumulation_steps == 1:
-            metrics, grads = means(params, batch, key)
+            metrics, grads = means(params, state.frozen, batch, key)
         else:
             sums = weighted_sums if accumulation_steps == 1 else accumulated_sums
-            totals, weight = sums(params, batch, key)
+            totals, weight = sums(params, state.frozen, batch, key)
             if axis_name is not None:
                 totals, weight = jax.lax.psum((totals, weight), axis_name)
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)

@@ -44,6 +44,20 @@ def cut_to(mask: Any, params: Any) -> Any:
     return jax.tree.map(lambda keep, p: p if keep or is_masked(p) else None, mask, params)
 
 
+def partition(mask: Any, params: Any) -> tuple[Any, Any]:
+    """Two trees like params: the leaves that a tree of bools takes, and the others; None where the other one has it."""
+    taken = jax.tree.map(lambda keep, p: p if keep else None, mask, params)
+    left = jax.tree.map(lambda keep, p: None if keep else p, mask, params)
+    return taken, left
+
+
+def combine(taken: Any, left: Any) -> Any:
+    """The whole tree that `partition` has cut in two; ``left=None`` stands for nothing."""
+    if left is None:
+        return taken
+    return jax.tree.map(lambda a, b: b if a is None else a, taken, left, is_leaf=lambda x: x is None)
+
+
 def map_held(function: Callable, held: Any, *rest: Any) -> Any:
     """``function(leaf, *leaves of rest)`` at every leaf that is held; None and optax.MaskedNode stay."""
     return jax.tree.map(lambda h, *r: h if is_absent(h) else function(h, *r), held, *rest, is_leaf=is_absent)

@@ -319,7 +319,7 @@ def test_a_length_above_the_models_is_lowered_with_a_warning(base, plain, tmp_pa
 
 def test_a_training_that_diverges_stops_and_says_where(base, tmp_path):
     """The second step is the first with a learning rate above 0; all after it are skipped, two more than allowed."""
-    with pytest.raises(InputError, match=r"training stopped at step 6: .* not finite in 4 steps, .* largest .* kernel"):
+    with pytest.raises(InputError, match=r"training stopped at step 6: .* not finite in 4 steps, .* largest .*kernel"):
         run(base, tmp_path / "run", learning_rate=1e35, max_nonfinite_steps=2, logging_steps=2, do_train=True)
     (_, line) = run_folder.read_metrics(tmp_path / "run")
     assert line["step"] == 4 and line["skipped_steps"] == 2 and "loss" not in line

@@ -1,15 +1,16 @@
 """Schedule, AdamW, decay mask, noise and its layers against computations of their own."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 
-from pats_jax import methods
+import pats_jax
+from pats_jax import methods, subnetworks, trees
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 
@@ -138,28 +139,164 @@ def test_layers_that_do_not_exist(pattern, message):
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(InputError, match="--method sgd: no such method; choose one of finetune, pats"):
+    with pytest.raises(InputError, match="--method sgd: no such method; choose of finetune, pats, dps-dense"):
         methods.make_optimizer(Settings(method="sgd"), 10, tree(0))
 
 
-def test_every_method_trains_and_says_where_it_comes_from():
-    target = tree(3)
+# the companions
 
-    def loss(params):
-        return sum(jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True))
 
-    for name, method in methods.METHODS.items():
-        assert method.summary and method.source.startswith("https://")
-        params = tree(0)
-        settings = dataclasses.replace(SETTINGS, method=name, learning_rate=0.1, weight_decay=0.0)
-        tx = methods.make_optimizer(settings, 60, params)
+MODEL = tiny.random_params(dataclasses.replace(tiny.CONFIG, num_hidden_layers=2))
+TARGET = jax.tree.map(lambda p: p + np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32), MODEL)
 
-        def step(carry, _, tx=tx):
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
 
-        (trained, _), _ = jax.jit(lambda carry, step=step: jax.lax.scan(step, carry, length=60))(
-            (params, tx.init(params))
-        )
-        assert loss(trained) < 0.05 * loss(params), name
+def quadratic(params, batch=0.0, key=None):
+    del key
+    pairs = zip(*map(jax.tree.leaves, (params, TARGET)), strict=True)
+    return sum(jnp.sum((1 + jnp.sum(batch)) * (p - t) ** 2) for p, t in pairs), {}
+
+
+def fisher(keep_fraction, mask):
+    return pats_jax.fisher_mask(quadratic, MODEL, [0.0, 1.0], keep_fraction, mask=mask)
+
+
+def make_state(**changes):
+    """The state that the program makes of a small BERT for some settings."""
+    settings = Settings(**{"learning_rate": 0.05, "warmup_ratio": 0.0, "weight_decay": 0.0} | changes)
+    params = methods.starting_params(settings, MODEL)
+    trainable = methods.trainable_mask(settings, params)
+    trained = params if trainable is None else trees.partition(trainable, params)[0]
+    tx = methods.make_optimizer(settings, 60, trained, fisher)
+    return pats_jax.TrainState.create(apply_fn=None, params=params, tx=tx, key=0, trainable=trainable)
+
+
+def moved(state, steps=1):
+    """Names of the parameters that differ from the pretrained ones after some steps, and the state."""
+    step = jax.jit(pats_jax.make_train_step(quadratic))
+    for _ in range(steps):
+        state, _ = step(state, jnp.zeros(1))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state.all_params), jax.tree.leaves(MODEL), strict=True)
+    return {methods.parameter_name(path) for (path, p), old in pairs if np.any(np.asarray(p) != old)}, state
+
+
+NAMES = {methods.parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(MODEL)}
+ATTENTION = ("self.query.kernel", "self.key.kernel", "self.value.kernel", "attention.output.dense.kernel")
+
+
+def expected_to_move(name):
+    """Which parameters a step of a method moves, by the papers' own words."""
+    if name == "bitfit":
+        return {n for n in NAMES if n.endswith(".bias") or n.startswith("classifier")}
+    if name == "sift":
+        return {n for n in NAMES if n.endswith(ATTENTION) or n.startswith(("classifier", "bert.pooler"))}
+    if name == "sage":  # at t = 1 sensitivity is certain: what the method touches stays where it is
+        return {n for n in NAMES if "encoder.layer" not in n or "LayerNorm" in n}
+    return NAMES
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_step_moves_the_parameters_that_the_method_trains(name):
+    seen, state = moved(make_state(method=name))
+    assert seen == expected_to_move(name)
+    if name == "sift":
+        kernel = np.asarray(state.all_params["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"])
+        before = MODEL["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]
+        assert np.sum(kernel != before) == np.ceil(0.008 * before.size)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains_and_says_where_it_comes_from(name):
+    method = methods.METHODS[name]
+    assert method.summary and method.source.startswith("https://")
+    assert all(flag in Settings.__dataclass_fields__ for flag in method.flags)
+    state = make_state(method=name)
+    start = float(quadratic(state.all_params)[0])
+    _, state = moved(state, 60)
+    # SIFT trains a handful of entries; SAGE stands still where gradients are as regular as here
+    assert float(quadratic(state.all_params)[0]) < start * (0.99 if name in ("sift", "sage", "bitfit") else 0.6)
+
+
+@pytest.mark.parametrize("name", ["dps-dense", "dps-mix"])
+def test_dps_takes_the_matrices_of_encoder_pooler_and_head(name):
+    state = make_state(method=name)
+    (found,) = trees.find_states(state.opt_state, (subnetworks.DpsDenseState, subnetworks.DpsMixState))
+    held = {methods.parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(found.scores)}
+    assert held == {n for n in NAMES if n.endswith(".kernel")}
+
+
+def share_moved(state):
+    """Share of the encoder's entries that differ from the pretrained ones."""
+    pairs = zip(*map(jax.tree.leaves, (state.params["bert"]["encoder"], MODEL["bert"]["encoder"])), strict=True)
+    changed = np.concatenate([np.ravel(a != b) for a, b in pairs])
+    return changed.mean()
+
+
+def test_child_tuning_d_keeps_its_share_of_the_encoder():
+    assert share_moved(moved(make_state(method="child-d", keep_fraction=0.25))[1]) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_methods_compose():
+    both = moved(make_state(method="pats+dps-dense", noise_scale=0.1), 3)[1]
+    one = moved(make_state(method="dps-dense"), 3)[1]
+    kernel = ("bert", "encoder", "layer", "0", "intermediate", "dense", "kernel")
+    noisy, quiet = (functools.reduce(lambda node, key: node[key], kernel, s.params) for s in (both, one))
+    assert np.any(noisy != quiet) and trees.find_states(both.opt_state, pats_jax.PatsNoiseState)
+    assert methods.statistics(Settings(method="pats+dps-dense"), lambda count: 5e-5, both.opt_state)["noise_norm"] > 0
+    order = [moved(make_state(method=names, noise_scale=0.1), 2)[1].params for names in ("pats+sage", "sage+pats")]
+    assert all(map(np.array_equal, *map(jax.tree.leaves, order)))
+
+
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        ("dps-dense+child-f", "both choose which parameters move"),
+        ("mixout+l2-sp", "both hold on to the pretrained weights"),
+        ("mixout+dps-mix", "both change the weights of the forward pass"),
+        ("pats+pats", "they are the same"),
+        ("finetune+pats", "finetune adds nothing"),
+        ("sift+pats", "SIFT keeps single entries"),
+        ("sage+sift", "SIFT keeps single entries"),
+    ],
+)
+def test_pairs_that_do_not_go_together(names, reason):
+    with pytest.raises(InputError, match=f"do not go together: {reason}") as caught:
+        methods.get_methods(names)
+    assert str(caught.value).startswith(f"--method {names}: ")
+
+
+def test_noisytune_changes_every_tensor_once_before_training():
+    settings = Settings(method="noisytune+pats", noise_intensity=0.2, seed=3)
+    started = methods.starting_params(settings, MODEL)
+    for before, after in zip(*map(jax.tree.leaves, (MODEL, started)), strict=True):
+        assert np.abs(after - before).max() <= 0.1 * before.std() + 1e-6
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (started, methods.starting_params(settings, MODEL)))))
+    assert methods.starting_params(Settings(method="pats"), MODEL) is MODEL
+
+
+def test_a_stage_without_a_step_is_an_error():
+    with pytest.raises(InputError, match=r"--update_ratio 0.05: a stage of 10 steps has none; raise it"):
+        methods.make_optimizer(Settings(method="dps-dense"), 10, MODEL)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_weight_decay_moves_what_is_left_out_unless_it_is_frozen(freeze):
+    state = make_state(method="child-d", keep_fraction=0.25, freeze_unselected=freeze, weight_decay=0.1)
+    matrices = [p.size for p in jax.tree.leaves(MODEL["bert"]["encoder"]) if p.ndim > 1]
+    found = share_moved(moved(state)[1])
+    if freeze:
+        assert found == pytest.approx(0.25, abs=1e-3)
+    else:  # decay is on matrices only
+        assert found > sum(matrices) / sum(p.size for p in jax.tree.leaves(MODEL["bert"]["encoder"])) - 1e-3
+
+
+@pytest.mark.parametrize("name", ["finetune", "pats", "child-f"])
+def test_freezing_where_nothing_is_left_out(name):
+    with pytest.raises(InputError, match="--freeze_unselected: "):
+        methods.make_optimizer(Settings(method=name, freeze_unselected=True), 60, MODEL)
+
+
+def test_who_turns_dropout_off():
+    without = {name for name in methods.METHODS if methods.turns_dropout_off(Settings(method=name), 100)}
+    assert without == {"dps-dense", "dps-mix", "mixout"}
+    assert not methods.turns_dropout_off(Settings(method="dps-dense"), 2000)
+    assert methods.turns_dropout_off(Settings(method="pats+mixout"), 2000)

@@ -113,10 +113,9 @@ def assert_same_run(folder, whole):
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
-def has_trained(folder, process, since):
-    """Waits until the process has written a line or a checkpoint, or has ended."""
-    watched = (folder / "metrics.jsonl", folder / "checkpoints")
-    while process.poll() is None and not any(p.exists() and p.stat().st_mtime_ns > since for p in watched):
+def wait_for_change(paths, process, since=0):
+    """Waits until one of the paths has been written, or the process has ended."""
+    while process.poll() is None and not any(p.exists() and p.stat().st_mtime_ns > since for p in paths):
         time.sleep(0.01)
 
 
@@ -128,8 +127,12 @@ def test_twenty_kills(base, whole, tmp_path):
     while kills < 20:
         since = time.time_ns()
         process = start(settings)
-        has_trained(folder, process, since)
-        time.sleep(rng.uniform(0, 0.25))
+        if kills % 4:  # a save has begun
+            wait_for_change([folder / "checkpoints"], process, since)
+            time.sleep(rng.uniform(0, 0.3))
+        else:  # a process has begun: it may still be compiling
+            wait_for_change([folder / "metrics.jsonl"], process, since)
+            time.sleep(rng.uniform(0, 3.0))
         assert process.poll() is None, f"it ended after {kills} kills: {process.stderr.read()}"
         process.kill()
         process.wait()
@@ -144,7 +147,7 @@ def test_twenty_kills(base, whole, tmp_path):
 def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole, tmp_path):
     folder = tmp_path / "run"
     process = start(dataclasses.replace(base, output_dir=str(folder), save_steps=0))
-    has_trained(folder, process, 0)
+    wait_for_change([folder / "metrics.jsonl"], process)
     process.send_signal(signal.SIGTERM)
     code, error = finish(process)
     assert code == 143 and "Traceback" not in error

@@ -231,6 +231,25 @@ def test_noise_of_scale_zero_changes_no_bit():
     assert all(map(np.array_equal, jax.tree.leaves(quiet.params), jax.tree.leaves(plain.params)))
 
 
+# parameters that are not trained
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 4])
+def test_frozen_parameters_stay_and_the_others_move_as_if_all_were_trained(accumulation_steps):
+    trainable = {name: name in ("value", "bias") for name in make_params()}
+    step = jax.jit(make_train_step(LOSS, accumulation_steps=accumulation_steps))
+    state = pats_jax.TrainState.create(apply_fn=attention, params=make_params(), tx=ADAMW, key=0, trainable=trainable)
+    assert len(jax.tree.leaves(state.opt_state)) == 2 * 2 + 1  # two moments of two tensors, and a count
+    expected, batch = make_state(ADAMW), make_batch()
+    state, metrics = step(state, batch)
+    expected, whole = step(expected, batch)
+    for name, value in make_params().items():
+        moved = expected.params[name] if trainable[name] else value
+        np.testing.assert_allclose(state.all_params[name], moved, rtol=0, atol=1e-7, err_msg=name)
+    assert float(metrics["loss"]) == pytest.approx(float(whole["loss"]))
+    assert float(metrics["grad_norm"]) < float(whole["grad_norm"])
+
+
 # keys, compilation, buffers
 
 
