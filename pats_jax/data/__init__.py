@@ -25,6 +25,8 @@ _HOMES = {
     "padding_share": "batches",
     "tokenize": "batches",
     "train_batches": "batches",
+    "load_out_of_domain": "out_of_domain",
+    "stratified_rows": "low_resource",
     "write_builtin": "builtin",
 }
 

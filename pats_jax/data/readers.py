@@ -9,7 +9,8 @@ In people's own files the columns are found by name, the first of these that the
 * a pair of texts: ``sentence1, sentence2``; ``premise, hypothesis``; ``question1, question2``; ``question, sentence``;
   ``text1, text2``;
 * one text: ``sentence``; ``text``; ``sentence1``;
-* the label: ``label``; ``gold_label``; ``score``.
+* the label: ``label``; ``gold_label``; ``score``. Rows whose ``gold_label`` is ``-`` are left out: there the annotators
+  of SNLI and MNLI did not agree.
 
 CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
 """
@@ -50,6 +51,7 @@ _TEXT_COLUMNS = (
     ("sentence1",),
 )
 _LABEL_COLUMNS = ("label", "gold_label", "score")
+NO_GOLD_LABEL = "-"
 _WANTED = {*INDEX_COLUMNS, *_LABEL_COLUMNS, *(name for names in _TEXT_COLUMNS for name in names)}
 
 # The first release of QQP has some lines broken in two (nyu-mll/GLUE-baselines issue 5); the pieces are left out.
@@ -76,6 +78,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.sentence1)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Split":
+        """The rows of these numbers, in this order."""
+        return Split(
+            [self.sentence1[row] for row in rows],
+            None if self.sentence2 is None else [self.sentence2[row] for row in rows],
+            None if self.labels is None else self.labels[np.asarray(rows)],
+            [self.ids[row] for row in rows],
+            self.label_names,
+        )
 
     def first(self, rows: int | None) -> "Split":
         """The first ``rows`` rows, as ``--max_train_samples`` of the run_glue examples means it; None keeps all."""
@@ -288,6 +300,8 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
     table = _read_table(Path(path))
     texts = _text_columns(table)
     label = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
+    if label == "gold_label":
+        table = leave_out_unlabelled(table, label)
     labels: np.ndarray | None = None
     if label is not None and any(table.columns[label]):
         if label_names is None and not regression:
@@ -315,6 +329,21 @@ def _read_table(path: Path) -> Table:
     if suffix in (".jsonl", ".json"):
         return read_json_lines(path, _WANTED)
     raise InputError(f"{path}: unknown kind of file {suffix!r}; name it .csv, .tsv or .jsonl")
+
+
+def leave_out_unlabelled(table: Table, column: str) -> Table:
+    """The rows that have a gold label, where ``-`` stands for none, as in SNLI; the log says how many have not.
+
+    Raises:
+      InputError: No row has one.
+    """
+    rows = [row for row, cell in enumerate(table.columns[column]) if cell != NO_GOLD_LABEL]
+    if not rows:
+        raise InputError(f"{table.path}: no row has a gold label")
+    if len(rows) < len(table):
+        logger.warning("%s: %d rows without a gold label left out", table.path, len(table) - len(rows))
+        table = table.keep(rows)
+    return table
 
 
 def _text_columns(table: Table) -> tuple[str, ...]:

@@ -1,0 +1,69 @@
+"""A small training set drawn from a large one, its labels in the same shares: ``--low_resource``."""
+
+import numpy as np
+
+from pats_jax.errors import InputError
+
+QUANTILES = 10  # classes that scores are sorted into
+
+
+def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
+    """Which rows to keep: a pure function of labels, rows and seed.
+
+    Of class ``c`` with ``n_c`` of the ``n`` rows, ``rows * n_c / n`` are kept, rounded by the method of largest
+    remainders (on a tie the class with the lower index goes first), but one row at least; a row that is given for that
+    is taken from the class that is furthest above its share. Which rows of a class is drawn at random. Scores are put
+    into ten classes of as many rows each, by quantiles (into ``rows`` classes if that is fewer).
+
+    That the subset is stratified is the paper's (DPS, arXiv 2211.01642); how shares are rounded is ours.
+
+    Args:
+      labels: integer classes or float scores, (n,).
+      rows: how many to keep.
+      seed: a number from 0 on.
+
+    Returns:
+      Row numbers in increasing order, (rows,).
+
+    Raises:
+      InputError: there are fewer rows than that, or more classes.
+
+    Example:
+      >>> labels = np.array([0] * 6 + [1] * 3 + [2])
+      >>> np.bincount(labels[stratified_rows(labels, 5, seed=0)]).tolist()
+      [3, 1, 1]
+    """
+    if rows > len(labels):
+        raise InputError(f"--low_resource {rows}: there are only {len(labels)} training rows")
+    if np.issubdtype(labels.dtype, np.floating):
+        labels = _quantiles(labels, min(QUANTILES, rows))
+    classes, counts = np.unique(labels, return_counts=True)
+    if rows < len(classes):
+        raise InputError(f"--low_resource {rows}: fewer than the {len(classes)} labels of the training data")
+    # Seed sequences with a spawn key share no numbers with those of the batches' order, which have none.
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    chosen = [
+        generator.choice(np.flatnonzero(labels == name), size, replace=False)
+        for name, size in zip(classes, _shares(counts, rows), strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
+    """How many rows each class gives, in integers: no remainder is lost to rounding."""
+    total = int(counts.sum())
+    wanted = counts.astype(np.int64) * rows
+    sizes = np.maximum(wanted // total, 1)
+    while sizes.sum() < rows:
+        sizes[np.argmax(wanted - sizes * total)] += 1
+    while sizes.sum() > rows:
+        above = np.where(sizes > 1, sizes * total - wanted, np.iinfo(np.int64).min)
+        sizes[np.argmax(above)] -= 1
+    return sizes
+
+
+def _quantiles(scores: np.ndarray, number: int) -> np.ndarray:
+    """The quantile of each score, (rows,): 0 for the lowest; equal scores are told apart by their place."""
+    ranks = np.empty(len(scores), np.int64)
+    ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return ranks * number // len(scores)
