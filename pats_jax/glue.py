@@ -39,9 +39,9 @@ from pats_jax import (
     trees,
 )
 from pats_jax.checkpoints import Checkpoints
-from pats_jax.data import batches, readers, tasks
+from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.errors import InputError, Preempted
-from pats_jax.evaluation import Predictor, write_files
+from pats_jax.evaluation import Predictor, true_labels, write_files
 from pats_jax.journal import Journal, check_tensorboard
 from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.profiling import Profiler
@@ -140,6 +140,9 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
                     trained.records.append({"step": 0, "eval": predictor.evaluate(trained.params)})
                     if parallel.is_first():
                         run_folder.write_metrics(folder, trained.records)
+                if settings.out_of_domain:
+                    names = settings.out_of_domain
+                    results["out_of_domain"] = predictor.evaluate_out_of_domain(trained.params, names)
                 if "predict" in settings.phases:
                     files = predictor.predictions(trained.params)
             except Preempted as error:
@@ -198,12 +201,16 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
             splits |= load_diagnostic(settings.data_dir)
     else:
         task, splits = load_own_data(settings, names)
+    if settings.low_resource:
+        train = splits["train"]
+        rows = low_resource.stratified_rows(true_labels(train), settings.low_resource, settings.seed)
+        splits["train"] = train.take(rows)
     limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples}
     limited = {
         name: split.first(limits.get(name.removesuffix("_mismatched"), settings.max_predict_samples))
         for name, split in splits.items()
     }
-    return task, limited
+    return task, limited | load_out_of_domain(settings, task)
 
 
 def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, readers.Split]]:
@@ -220,6 +227,17 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
     config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model_name_or_path))
     labels = None if config.num_labels == 1 else tuple(config.id2label.values())
     return tasks.own_task(labels), readers.load_files(paths, label_names=labels, regression=labels is None)
+
+
+def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, readers.Split]:
+    """The sets of ``--out_of_domain`` by name, cut like the validation split."""
+    if not settings.out_of_domain:
+        return {}
+    if set(task.labels or ()) != set(out_of_domain.THREE_CLASSES):
+        raise InputError(f"--out_of_domain: needs a model of the classes {', '.join(out_of_domain.THREE_CLASSES)}")
+    folder, data_dir = settings.out_of_domain_dir, settings.data_dir
+    found = {name: out_of_domain.load_out_of_domain(name, folder, data_dir) for name in settings.out_of_domain}
+    return {name: split.first(settings.max_eval_samples) for name, split in found.items()}
 
 
 _SPLITS = {"train": "train", "eval": "validation", "predict": "test"}
@@ -550,8 +568,9 @@ def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
     title = f"{results['method']} on {results['data']}"
     if "final" not in results:
         return f"{title}: done\nresults in {folder}"
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in results["final"]["metrics"].items())
-    return f"{title}: {scores}\nresults in {folder}"
+    scores = dict(results["final"]["metrics"])
+    scores |= {name: other["metrics"]["accuracy"] for name, other in results.get("out_of_domain", {}).items()}
+    return f"{title}: {', '.join(f'{name} {score:.4f}' for name, score in scores.items())}\nresults in {folder}"
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
         + (f", {results['steps']} steps." if "steps" in results else "."),
         "",
         *_score_table(results),
+        *_out_of_domain_table(results),
         "",
         "## Use",
         "",
@@ -155,6 +156,22 @@ def _score_table(results):
         "| | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),
         *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
+    ]
+
+
+def _out_of_domain_table(results):
+    if "out_of_domain" not in results:
+        return []
+    return [
+        "",
+        "Out of domain, by the model of this folder:",
+        "",
+        "| set | rows | accuracy |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {scores['examples']} | {scores['metrics']['accuracy']:.4f} |"
+            for name, scores in results["out_of_domain"].items()
+        ),
     ]
 
 

@@ -23,6 +23,8 @@ class Settings:
     train_file: str | None = None  # own data: CSV, TSV or JSON lines with sentence1[, sentence2], label
     validation_file: str | None = None  # own data, as train_file
     test_file: str | None = None  # own data, without labels
+    out_of_domain: list[Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]] | None = None  # scored at the end
+    out_of_domain_dir: str | None = None  # folder of the authors' files of SNLI, SICK and SciTail; none: the hub
     output_dir: str | None = None  # the run's folder; none: runs/TASK-METHOD-SEED
     overwrite: bool = False  # replace the run that output_dir holds
     resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
@@ -31,6 +33,7 @@ class Settings:
     do_predict: bool = False  # write predictions for the test set, in the GLUE server's format
     max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
     max_train_samples: int | None = None  # rows, the first ones
+    low_resource: int | None = None  # rows to train on, drawn at random by the seed with each label in its share
     max_eval_samples: int | None = None  # rows, the first ones
     max_predict_samples: int | None = None  # rows, the first ones
     per_device_train_batch_size: int = 32  # rows of a device and micro-batch
@@ -101,6 +104,15 @@ class Settings:
             raise InputError("--resume and --overwrite exclude each other")
         if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
             raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
+        if self.low_resource and self.max_train_samples:
+            raise InputError("--low_resource and --max_train_samples exclude each other")
+        if self.low_resource and "train" not in self.phases:
+            raise InputError("--low_resource: needs --do_train")
+        if self.out_of_domain and "eval" not in self.phases:
+            raise InputError("--out_of_domain: needs --do_eval")
+        for name in self.out_of_domain or ():
+            if name.removesuffix("_mm") == (self.task_name or "").lower():
+                raise InputError(f"--out_of_domain {name}: not out of the domain of --task_name {self.task_name}")
         if self.task_name and (self.train_file or self.validation_file or self.test_file):
             raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
         if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
@@ -173,10 +185,10 @@ _FREE_ON_RESUME = (
 
 _RULES = (
     (
-        "max_seq_length max_train_samples max_eval_samples max_predict_samples per_device_train_batch_size "
-        "per_device_eval_batch_size gradient_accumulation_steps train_batch_size logging_steps eval_steps "
-        "early_stopping_patience save_total_limit length_buckets fsdp num_devices num_processes "
-        "heartbeat_timeout_seconds",
+        "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
+        "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
+        "num_processes heartbeat_timeout_seconds",
         lambda x: x >= 1,
         "at least 1",
     ),
@@ -290,6 +302,8 @@ def _is_of(kind, value):
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return value in choices
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(choices[0], item) for item in value)
     if choices:
         return any(_is_of(choice, value) for choice in choices)
     if kind is float:

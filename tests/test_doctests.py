@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["anchors", "random", "subnetworks", "transforms"])
+@pytest.mark.parametrize(
+    "module", ["anchors", "data.low_resource", "evaluation", "random", "subnetworks", "transforms"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pats_jax.{module}"))
     assert result.attempted > 0 and result.failed == 0
