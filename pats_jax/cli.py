@@ -93,10 +93,27 @@ def builtin(args: list[str]) -> None:
     tyro.cli(write_builtin, args=args, prog="pats-jax builtin", use_underscores=True)
 
 
+def methods(args: list[str]) -> None:
+    """List the methods of `--method`: what each does, its settings, costs and source."""
+    import rich.console
+    import tyro
+
+    from pats_jax import methods as room
+
+    def show() -> None:
+        console = rich.console.Console()
+        if not console.is_terminal:
+            console.width = 200  # a file or a pipe has no width of its own
+        console.print(room.as_table())
+
+    tyro.cli(show, args=args, prog="pats-jax methods", description=methods.__doc__)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "glue": glue,
     "predict": predict,
     "submission": submission,
+    "methods": methods,
     "builtin": builtin,
 }
 

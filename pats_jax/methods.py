@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import optax
+import rich.markup
+import rich.table
 
 from pats_jax import anchors, subnetworks, transforms
 from pats_jax.errors import InputError
@@ -205,6 +207,20 @@ def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     return mask
 
 
+def as_table() -> rich.table.Table:
+    """Every method: what it does, its settings with their defaults, what it costs and where it comes from."""
+    table = rich.table.Table(show_lines=True)
+    for title in ("method", "what it does", "settings", "beyond AdamW"):
+        table.add_column(title, overflow="fold")
+    defaults = Settings()
+    for name, method in METHODS.items():
+        what = f"{method.summary}\n{method.layers or 'all parameters'}\n{method.source}"
+        flags = "\n".join(f"--{flag} {getattr(defaults, flag)}" for flag in method.flags)
+        costs = f"{method.state_bytes} bytes of state a parameter\nextra passes: {method.passes}"
+        table.add_row(*map(rich.markup.escape, (name, what, flags, costs)))
+    return table
+
+
 # what the methods add
 
 
@@ -305,7 +321,7 @@ def _freeze_unselected(optimizer, settings):
 
 _HEAD = r"^classifier\."
 _MATRICES = r"encoder\.layer\..*\.kernel$"
-_WITH_POOLER_AND_HEAD = r"(encoder\.layer\..*|pooler\.dense|^classifier.*)\.kernel$|^classifier\.kernel$"
+_WITH_POOLER_AND_HEAD = r"(encoder\.layer|pooler|^classifier).*\.kernel$"
 _ATTENTION = r"attention\.(self\.(query|key|value)|output\.dense)\.kernel$"
 
 METHODS = {
@@ -378,7 +394,7 @@ METHODS = {
         "pretrained weights mixed into the forward pass",
         "https://arxiv.org/abs/1909.11299",
         ("drop_fraction",),
-        layers=r"(encoder\.layer\..*|pooler\.dense)\.kernel$",
+        layers=r"(encoder\.layer|pooler).*\.kernel$",
         state_bytes="4",
         first=_mixout,
         without_dropout=lambda total_steps: True,

@@ -166,7 +166,7 @@ def test_no_data_from_the_hub_without_network(shell, monkeypatch):
 
 def test_unknown_names(shell):
     shell.refuses("--task_name news: no such task; choose one of cola, sst2", task_name="news")
-    shell.refuses("--method sgd: no such method; choose one of finetune, pats", method="sgd")
+    shell.refuses("--method sgd: no such method; choose of finetune, pats", method="sgd")
     shell.refuses("--method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
     shell.refuses("fit: no such command; there are glue, predict", args=["fit"])

