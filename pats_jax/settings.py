@@ -74,7 +74,7 @@ class Settings:
     eval_steps: int | None = None  # steps between evaluations; none: after each epoch
     early_stopping_patience: int | None = None  # end after so many evaluations without a better score
     load_best_model_at_end: bool = False  # keep the model with the best score, not the last one
-    save_steps: int = 500  # steps between checkpoints, and after the last; 0: only when interrupted
+    save_steps: int = 500  # steps between checkpoints, and at the end of a longer run; 0: only when interrupted
     save_total_limit: int | None = 2  # newest checkpoints kept, beside the best; none: all
     max_nonfinite_steps: int = 5  # steps skipped because loss or gradient is not finite, before the run gives up
     report_to: Literal["none", "tensorboard"] = "none"  # beside metrics.jsonl

@@ -23,13 +23,14 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rhythm:
-    """When the loop stops and looks up, in optimizer steps; the last step is always logged, evaluated and saved.
+    """When the loop stops and looks up, in optimizer steps; the last step is always logged and evaluated.
 
     Attributes:
       total_steps: length of the training.
       logging_steps: steps between logged lines.
       eval_steps: steps between evaluations.
-      save_steps: steps between checkpoints; 0: none, but when the run is asked to end.
+      save_steps: steps between checkpoints, and after the last step of a run longer than that; 0: none, but when the
+        run is asked to end.
       save_best: whether to save after every evaluation that is the best so far.
       patience: the training ends after so many evaluations without a better score; None: never before its last step.
       max_nonfinite_steps: so many steps may be skipped because loss or gradient is not finite; one more is an error.
@@ -51,9 +52,9 @@ class Rhythm:
         """Whether the model is evaluated after this step (counted from 1)."""
         return step % self.eval_steps == 0 or step == self.total_steps
 
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is saved after this step (counted from 1)."""
-        return self.save_steps > 0 and (step % self.save_steps == 0 or step == self.total_steps)
+    def saves_at(self, step: int, ended: bool) -> bool:
+        """Whether a checkpoint is saved after this step (counted from 1), at which training may end."""
+        return self.save_steps > 0 and (step % self.save_steps == 0 or (ended and step > self.save_steps))
 
 
 @dataclasses.dataclass
@@ -288,7 +289,7 @@ def _was_evaluated(progress):
 def _is_to_be_saved(progress, rhythm, metric, ended):
     best = progress.best(metric) if rhythm.save_best else None
     is_best = best is not None and best["step"] == progress.step
-    return is_best or rhythm.saves_at(progress.step) or (ended and rhythm.save_steps > 0)
+    return is_best or rhythm.saves_at(progress.step, ended)
 
 
 def _is_out_of_patience(progress, rhythm, metric):
