@@ -9,6 +9,7 @@ References:
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,25 +55,27 @@ class Embeddings(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, input_ids: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
-        """Embeds ``input_ids`` and ``token_type_ids``, both (batch, length), as (batch, length, hidden)."""
+    def __call__(self, tokens: Array, attention_mask: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
+        """Embeds tokens, ids (batch, length) or their word embeddings (batch, length, hidden), as the latter shape."""
         config = self.config
 
         def embed(count: int, name: str) -> nn.Embed:
             init = nn.initializers.normal(config.initializer_range)
             return nn.Embed(count, config.hidden_size, dtype=self.dtype, embedding_init=init, name=name)
 
-        hidden = embed(config.vocab_size, "word_embeddings")(input_ids)
+        if tokens.ndim == 2:
+            hidden, is_token = embed(config.vocab_size, "word_embeddings")(tokens), tokens != config.pad_token_id
+        else:
+            hidden, is_token = tokens, attention_mask != 0
         hidden += embed(config.type_vocab_size, "token_type_embeddings")(token_type_ids)
-        hidden += embed(config.max_position_embeddings, "position_embeddings")(self._positions(input_ids))
+        hidden += embed(config.max_position_embeddings, "position_embeddings")(self._positions(is_token))
         hidden = _layer_norm(config, self.dtype)(hidden)
         return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic=deterministic)
 
-    def _positions(self, input_ids: Array) -> Array:
+    def _positions(self, is_token: Array) -> Array:
         """BERT: 0, 1, ... (1, length). RoBERTa: padding has ``pad_token_id``, the others count on from it."""
         if not self.config.is_roberta:
-            return jnp.arange(input_ids.shape[1])[None]
-        is_token = input_ids != self.config.pad_token_id
+            return jnp.arange(is_token.shape[1])[None]
         return jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
 
 
@@ -177,14 +180,18 @@ class LayerStack(nn.Module):
     gradient_checkpointing: bool
 
     @nn.compact
-    def __call__(self, hidden: Array, bias: Array, *, deterministic: bool, first_token_only: bool) -> Array:
+    def __call__(
+        self, hidden: Array, bias: Array, *, first_layer: int, deterministic: bool, first_token_only: bool
+    ) -> tuple[Array, ...]:
+        """Returns what goes into the layer of that number and what comes out of it and of each layer after it."""
         # the two flags are static; nn.remat counts the module itself as argument 0
         layer = nn.remat(Layer, static_argnums=(3, 4)) if self.gradient_checkpointing else Layer
         last = self.config.num_hidden_layers - 1
-        for index in range(last + 1):
+        states = [hidden]
+        for index in range(first_layer, last + 1):
             only = first_token_only and index == last
-            hidden = layer(self.config, self.dtype, name=str(index))(hidden, bias, deterministic, only)
-        return hidden
+            states.append(layer(self.config, self.dtype, name=str(index))(states[-1], bias, deterministic, only))
+        return tuple(states)
 
 
 class Encoder(nn.Module):
@@ -195,7 +202,7 @@ class Encoder(nn.Module):
     gradient_checkpointing: bool
 
     @nn.compact
-    def __call__(self, hidden: Array, bias: Array, **options: bool) -> Array:
+    def __call__(self, hidden: Array, bias: Array, **options: Any) -> tuple[Array, ...]:
         return LayerStack(self.config, self.dtype, self.gradient_checkpointing, name="layer")(hidden, bias, **options)
 
 
@@ -220,24 +227,33 @@ class EncoderModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids: Array,
+        tokens: Array,
         attention_mask: Array,
         token_type_ids: Array,
         *,
+        hidden_state: int | None,
         deterministic: bool,
         first_token_only: bool,
-    ) -> Array:
-        """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden)."""
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden), and the hidden states.
+
+        ``tokens`` are ids, word embeddings or, if it has a number, a hidden state.
+        """
         bias = jnp.where(attention_mask[:, None, None, :] != 0, 0.0, _MASKED)
-        hidden = Embeddings(self.config, self.dtype, name="embeddings")(
-            input_ids, token_type_ids, deterministic=deterministic
-        )
-        hidden = Encoder(self.config, self.dtype, self.gradient_checkpointing, name="encoder")(
-            hidden, bias, deterministic=deterministic, first_token_only=first_token_only
+        if hidden_state is None:
+            tokens = Embeddings(self.config, self.dtype, name="embeddings")(
+                tokens, attention_mask, token_type_ids, deterministic=deterministic
+            )
+        states = Encoder(self.config, self.dtype, self.gradient_checkpointing, name="encoder")(
+            tokens,
+            bias,
+            first_layer=hidden_state or 0,
+            deterministic=deterministic,
+            first_token_only=first_token_only,
         )
         if self.config.is_roberta:
-            return hidden[:, 0]
-        return Pooler(self.config, self.dtype, name="pooler")(hidden)
+            return states[-1][:, 0], states
+        return Pooler(self.config, self.dtype, name="pooler")(states[-1]), states
 
 
 class RobertaHead(nn.Module):
@@ -274,35 +290,54 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids: ArrayLike,
+        input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         *,
+        inputs_embeds: ArrayLike | None = None,
+        continue_from: tuple[int, ArrayLike] | None = None,
+        output_hidden_states: bool = False,
         deterministic: bool = True,
-    ) -> Array:
-        """Computes float32 logits, (batch, num_labels).
+    ) -> Array | tuple[Array, tuple[Array, ...]]:
+        """Computes float32 logits, (batch, num_labels), from one of input_ids, inputs_embeds and continue_from.
+
+        Hidden state 0 is the output of the embeddings, hidden state k that of the k-th layer.
 
         Args:
             input_ids: Token ids, (batch, length).
             attention_mask: 1 for tokens and 0 for padding, (batch, length); all tokens if absent.
             token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); zeros if absent.
+            inputs_embeds: Word embeddings (see `embed`) in the ids' place, (batch, length, hidden); positions and token
+                types are added to them as to the ids' own. RoBERTa then counts positions over the tokens of
+                ``attention_mask``; without a mask over all, as Transformers does.
+            continue_from: ``(k, states)``: the layers after the k-th are computed, 0 <= k < num_hidden_layers, from
+                hidden state k, (batch, length, hidden); nothing below is. Given the same key, their dropout is that of
+                a whole pass.
+            output_hidden_states: Also return the hidden states, from 0 (or k) to the last one, which is that of the
+                first token alone under ``first_token_only``.
             deterministic: No dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
 
+        Returns:
+            The logits; with ``output_hidden_states`` logits and a tuple of (batch, length, hidden) in ``dtype``.
+
         Raises:
-            ValueError: The sequences are longer than the model has positions.
+            ValueError: None or several of the three inputs are given, there is no such k, or the sequences are longer
+                than the model has positions.
         """
         config = self.config
-        input_ids = jnp.asarray(input_ids)
-        if input_ids.shape[1] > config.max_length:
-            raise ValueError(f"sequences of {input_ids.shape[1]} tokens, but the model ends at {config.max_length}")
+        hidden_state, tokens = self._tokens(input_ids, inputs_embeds, continue_from)
+        shape = tokens.shape[:2]
+        if shape[1] > config.max_length:
+            raise ValueError(f"sequences of {shape[1]} tokens, but the model ends at {config.max_length}")
         if attention_mask is None:
-            attention_mask = jnp.ones_like(input_ids)
+            attention_mask = jnp.ones(shape, jnp.int32)
         if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
-        features = EncoderModel(config, self.dtype, self.gradient_checkpointing, name=config.base_prefix)(
-            input_ids,
+            token_type_ids = jnp.zeros(shape, jnp.int32)
+        features, states = EncoderModel(config, self.dtype, self.gradient_checkpointing, name=config.base_prefix)(
+            tokens,
             jnp.asarray(attention_mask),
             jnp.asarray(token_type_ids),
+            hidden_state=hidden_state,
             deterministic=deterministic,
             first_token_only=self.first_token_only,
         )
@@ -311,4 +346,26 @@ class SequenceClassifier(nn.Module):
         else:
             features = nn.Dropout(config.head_dropout)(features, deterministic=deterministic)
             logits = _dense(config, config.num_labels, self.dtype, "classifier")(features)
-        return logits.astype(jnp.float32)
+        logits = logits.astype(jnp.float32)
+        return (logits, states) if output_hidden_states else logits
+
+    def embed(self, input_ids: ArrayLike) -> Array:
+        """The word embeddings of ids (batch, length): float32 (batch, length, hidden), as ``inputs_embeds`` takes them.
+
+        ``model.apply({"params": params}, input_ids, method="embed")``; no positions, token types or dropout yet.
+        """
+        tables = self.variables["params"][self.config.base_prefix]["embeddings"]
+        return jnp.take(tables["word_embeddings"]["embedding"], jnp.asarray(input_ids), axis=0)
+
+    def _tokens(self, input_ids, inputs_embeds, continue_from) -> tuple[int | None, Array]:
+        """The one input that is given, and the number of the hidden state if it is one."""
+        if sum(x is not None for x in (input_ids, inputs_embeds, continue_from)) != 1:
+            raise ValueError("give exactly one of input_ids, inputs_embeds and continue_from")
+        if input_ids is not None:
+            return None, jnp.asarray(input_ids)
+        if inputs_embeds is not None:
+            return None, jnp.asarray(inputs_embeds, self.dtype)
+        number, layers = continue_from[0], self.config.num_hidden_layers
+        if not 0 <= number < layers:
+            raise ValueError(f"hidden state {number}: of {layers} layers, 0 to {layers - 1} have a layer above")
+        return number, jnp.asarray(continue_from[1], self.dtype)
