@@ -158,7 +158,7 @@ def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic:
 
     def loss_fn(params, batch, key):
         rngs = None if deterministic else {"dropout": key}
-        logits = apply_fn({"params": params}, **_inputs(batch), deterministic=deterministic, rngs=rngs)
+        logits = apply_fn({"params": params}, **model_inputs(batch), deterministic=deterministic, rngs=rngs)
         return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
 
     return loss_fn
@@ -168,7 +168,7 @@ def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
     """``predict(params, batch) -> logits`` (batch, num_labels) float32, in evaluation mode (dropout off)."""
 
     def predict(params, batch):
-        return apply_fn({"params": params}, **_inputs(batch), deterministic=True).astype(jnp.float32)
+        return apply_fn({"params": params}, **model_inputs(batch), deterministic=True).astype(jnp.float32)
 
     return predict
 
@@ -193,7 +193,8 @@ def parameter_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _inputs(batch):
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model takes of a batch, by name."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["anchors", "data.low_resource", "evaluation", "random", "subnetworks", "transforms"]
+    "module", ["anchors", "data.low_resource", "evaluation", "objectives", "random", "subnetworks", "transforms"]
 )
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pats_jax.{module}"))
