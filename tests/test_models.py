@@ -1,5 +1,6 @@
 """The models against what Transformers with torch computed (tests/fixtures), and their own properties."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -87,6 +88,75 @@ def test_gradient_checkpointing_draws_the_same_dropout():
         return jax.grad(loss)(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient(spared), gradient(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_word_embeddings_in_place_of_the_ids_change_nothing(kind):
+    """Eagerly, so that both run the same operations: the same bits, and the same dropout."""
+    model, params, _, batch, _ = load(kind)
+    rest = {name: x for name, x in inputs(batch).items() if name != "input_ids"}
+    embeddings = model.apply({"params": params}, batch["input_ids"], method="embed")
+    table = params[model.config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]
+    np.testing.assert_array_equal(embeddings, np.asarray(table)[batch["input_ids"]])
+    assert np.any(batch["attention_mask"] == 0)
+    dropout = {"deterministic": False, "rngs": {"dropout": random.fast_key(0)}}
+    for options in ({}, dropout):
+        logits = model.apply({"params": params}, **inputs(batch), **options)
+        again = model.apply({"params": params}, inputs_embeds=embeddings, **rest, **options)
+        np.testing.assert_array_equal(again, logits)
+
+
+def test_robertas_positions_go_over_all_embeddings_without_a_mask():
+    model, params, _, _, _ = load("roberta")
+    ids = np.arange(5, 15).reshape(2, 5)
+    embeddings = model.apply({"params": params}, ids, method="embed")
+    logits = model.apply({"params": params}, inputs_embeds=embeddings)
+    np.testing.assert_array_equal(logits, model.apply({"params": params}, ids))
+
+
+@pytest.mark.parametrize("gradient_checkpointing", (False, True))
+def test_going_on_from_a_hidden_state_is_the_whole_pass(gradient_checkpointing):
+    """With the same dropout above; the last layer's hidden state has the first token alone."""
+    model, params, config, batch, _ = load("bert", gradient_checkpointing=gradient_checkpointing)
+    rest = {name: x for name, x in inputs(batch).items() if name != "input_ids"}
+    options = {"deterministic": False, "rngs": {"dropout": random.fast_key(0)}}
+    plain = model.apply({"params": params}, **inputs(batch), **options)
+    logits, states = model.apply({"params": params}, **inputs(batch), output_hidden_states=True, **options)
+    rows, length = batch["input_ids"].shape
+    assert [x.shape for x in states] == [(rows, length, 16)] * config.num_hidden_layers + [(rows, 1, 16)]
+    np.testing.assert_array_equal(logits, plain)
+    options |= rest | {"output_hidden_states": True}
+    for k in range(config.num_hidden_layers):
+        logits, above = model.apply({"params": params}, continue_from=(k, states[k]), **options)
+        np.testing.assert_array_equal(logits, plain)
+        jax.tree.map(np.testing.assert_array_equal, above, states[k:])
+        noised, _ = model.apply({"params": params}, continue_from=(k, states[k] + 0.1), **options)
+        assert np.abs(noised - plain).max() > 1e-5
+
+
+def test_hidden_states_are_those_of_a_model_cut_off():
+    model, params, config, batch, _ = load("bert")
+    model = model.clone(first_token_only=False)
+    _, states = model.apply({"params": params}, **inputs(batch), output_hidden_states=True)
+    short = model.clone(config=dataclasses.replace(config, num_hidden_layers=1))
+    _, short_states = short.apply({"params": params}, **inputs(batch), output_hidden_states=True)
+    assert len(short_states) == 2 and states[-1].shape == states[0].shape
+    jax.tree.map(np.testing.assert_array_equal, short_states, states[:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    (
+        ({}, "exactly one of input_ids, inputs_embeds and continue_from"),
+        ({"input_ids": np.ones((1, 2), int), "inputs_embeds": np.ones((1, 2, 16))}, "exactly one of"),
+        ({"continue_from": (2, np.ones((1, 2, 16)))}, "hidden state 2: of 2 layers, 0 to 1 have a layer above"),
+        ({"inputs_embeds": np.ones((1, 25, 16))}, "25 tokens"),
+    ),
+)
+def test_inputs_that_do_not_go_together_are_refused(given, message):
+    model, params, _, _, _ = load("bert")
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, **given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
