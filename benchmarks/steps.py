@@ -19,6 +19,7 @@ import tyro
 import pats_jax
 from pats_jax import methods as all_methods
 from pats_jax import models, parallel, run_folder, trees
+from pats_jax.objectives import with_objectives
 from pats_jax.settings import Settings
 from pats_jax.train_state import TrainState, make_loss_fn, make_train_step
 
@@ -94,7 +95,8 @@ def make_run(name, network, params, batch, rounds, update_ratio):
     tx = all_methods.make_optimizer(settings, rounds + 1, trained, fisher)
     create = functools.partial(TrainState.create, apply_fn=network.apply, tx=tx, key=0, trainable=trainable)
     state = runner.create_state(create, all_methods.starting_params(settings, params))
-    step = runner.compile_step(make_train_step(make_loss_fn(network.apply), skip_nonfinite=True), state)
+    loss_fn = with_objectives(network.apply, *all_methods.chosen_objectives(settings))
+    step = runner.compile_step(make_train_step(loss_fn, skip_nonfinite=True), state)
     held = [state]
 
     def run():

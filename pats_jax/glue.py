@@ -44,6 +44,7 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
 from pats_jax.journal import Journal, check_tensorboard
 from pats_jax.methods import layer_mask, learning_rate_schedule
+from pats_jax.objectives import with_objectives
 from pats_jax.profiling import Profiler
 from pats_jax.settings import Settings, read_config
 from pats_jax.trainer import Hooks, Progress, Rhythm, fit
@@ -314,8 +315,9 @@ class Training:
         self.schedule = learning_rate_schedule(settings, total)
         self.mask = layer_mask(params, settings.noise_layers)
         self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
-        make_loss_fn = functools.partial(train_state.make_loss_fn, model.apply, regression=task.is_regression)
-        self.loss_without_dropout = make_loss_fn(deterministic=True)
+        self.loss_without_dropout = train_state.make_loss_fn(
+            model.apply, regression=task.is_regression, deterministic=True
+        )
         params = runner.place(methods.starting_params(settings, params))
         trainable = methods.trainable_mask(settings, params)
         trained = params if trainable is None else trees.partition(trainable, params)[0]
@@ -326,7 +328,7 @@ class Training:
         self.state = runner.create_state(create, params)
         self.step = runner.compile_step(
             train_state.make_train_step(
-                make_loss_fn(),
+                with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
                 axis_name=runner.axis_name,
                 accumulation_steps=settings.gradient_accumulation_steps,
                 skip_nonfinite=True,

@@ -10,7 +10,7 @@ import optax
 import rich.markup
 import rich.table
 
-from pats_jax import anchors, subnetworks, transforms
+from pats_jax import anchors, objectives, subnetworks, transforms
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 from pats_jax.train_state import parameter_name
@@ -40,7 +40,7 @@ class Method:
     """A way to fine-tune: what it adds, and where.
 
     Attributes:
-      kind: methods of one kind exclude each other, but for "noise".
+      kind: methods of one kind exclude each other, but for "noise" and "objective".
       summary: what it does, in a line.
       source: where it comes from.
       flags: the settings it reads.
@@ -53,6 +53,7 @@ class Method:
       around: a wrapper of the whole.
       trainable: the parameters that are trained, a regex; the others have no gradient and no state.
       start: the parameters that training starts from.
+      objective: a term that is added to the loss.
       without_dropout: whether the authors turn dropout off, by the number of steps.
       statistics: figures, () each, of what the last step did, for the log.
     """
@@ -70,6 +71,7 @@ class Method:
     around: Callable[[Context, optax.GradientTransformation], optax.GradientTransformation] | None = None
     trainable: str | None = None
     start: Callable[[Any, Settings], Any] | None = None
+    objective: Callable[[Settings], objectives.Objective] | None = None
     without_dropout: Callable[[int], bool] = lambda total_steps: False
     statistics: Callable[[Any, optax.Schedule, Settings], dict[str, jax.Array]] | None = None
 
@@ -99,7 +101,7 @@ def _conflict(name, other):
         return "they are the same"
     if "plain" in kinds:
         return "finetune adds nothing; leave it out"
-    if len(kinds) == 1 and kinds != {"noise"}:
+    if len(kinds) == 1 and not kinds & {"noise", "objective"}:
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:
         return "both change the weights of the forward pass"
@@ -112,7 +114,6 @@ _WHY_ONE = {
     "subnetwork": "both choose which parameters move",
     "anchor": "both hold on to the pretrained weights",
     "scaling": "both scale Adam's step",
-    "objective": "both change the loss",
 }
 
 
@@ -177,6 +178,11 @@ def starting_params(settings: Settings, params: Any) -> Any:
         if method.start:
             params = method.start(params, settings)
     return params
+
+
+def chosen_objectives(settings: Settings) -> list[objectives.Objective]:
+    """The terms that ``settings.method`` adds to the loss."""
+    return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
 
 
 def turns_dropout_off(settings: Settings, total_steps: int) -> bool:
@@ -309,6 +315,22 @@ def _noisy_tune(params, settings):
     return transforms.noisy_tune(params, settings.noise_intensity, key=settings.seed)
 
 
+def _r3f(settings):
+    return objectives.r3f(settings.r3f_lambda, settings.r3f_eps)
+
+
+def _r_drop(settings):
+    return objectives.r_drop(settings.r_drop_alpha)
+
+
+def _smart(settings):
+    return objectives.smart(settings.smart_alpha, settings.smart_step_size, settings.smart_noise_std)
+
+
+def _lnsr(settings):
+    return objectives.lnsr(settings.lnsr_layer, settings.lnsr_lambda, settings.lnsr_noise_std)
+
+
 def _freeze_unselected(optimizer, settings):
     try:
         frozen = subnetworks.freeze_unselected(optimizer)
@@ -406,6 +428,42 @@ METHODS = {
         ("pretrained_strength", "head_strength"),
         state_bytes="4",
         first=_l2_sp,
+    ),
+    "r3f": Method(
+        "objective",
+        "the answer stays when the word embeddings shift a little at random",
+        "https://arxiv.org/abs/2008.03156",
+        ("r3f_lambda", "r3f_eps"),
+        layers="none",
+        passes="one forward and backward",
+        objective=_r3f,
+    ),
+    "r-drop": Method(
+        "objective",
+        "two passes with different dropout agree",
+        "https://arxiv.org/abs/2106.14448",
+        ("r_drop_alpha",),
+        layers="none",
+        passes="one forward and backward",
+        objective=_r_drop,
+    ),
+    "smart": Method(
+        "objective",
+        "the answer stays when the word embeddings shift where it changes most",
+        "https://arxiv.org/abs/1911.03437",
+        ("smart_alpha", "smart_step_size", "smart_noise_std"),
+        layers="none",
+        passes="two forward, one backward, one to the embeddings",
+        objective=_smart,
+    ),
+    "lnsr": Method(
+        "objective",
+        "noise on one layer's output changes little above it",
+        "https://arxiv.org/abs/2206.05658",
+        ("lnsr_layer", "lnsr_lambda", "lnsr_noise_std"),
+        layers="none",
+        passes="one forward and backward above the layer",
+        objective=_lnsr,
     ),
     "sift": Method(
         "subnetwork",

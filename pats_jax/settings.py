@@ -67,6 +67,15 @@ class Settings:
     head_strength: float = 0.01  # L2-SP: decay of the head
     sage_decay: float = 0.75  # SAGE: decay of the moving average of sensitivity
     noise_intensity: float = 0.15  # NoisyTune: width of the noise, in standard deviations of the tensor
+    r3f_lambda: float = 1.0  # R3F: weight of its term
+    r3f_eps: float = 1e-5  # R3F: half the width of the noise, in units of the word embeddings
+    r_drop_alpha: float = 1.0  # R-Drop: weight of its term
+    smart_alpha: float = 1.0  # SMART: weight of its term
+    smart_step_size: float = 1e-5  # SMART: largest entry of the step, in units of the word embeddings
+    smart_noise_std: float = 1e-5  # SMART: standard deviation of where the step starts
+    lnsr_layer: int = 1  # LNSR: layer whose output takes noise; 0: that of the embeddings
+    lnsr_lambda: float = 1.0  # LNSR: weight of its term
+    lnsr_noise_std: float = 0.05  # LNSR: standard deviation of the noise, in units of the hidden states
     sift_rate: float = 0.008  # SIFT: share of the entries of a tensor that is trained
     sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
     length_buckets: int = 6  # shapes that training batches come in, at most
@@ -192,10 +201,15 @@ _RULES = (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("learning_rate num_train_epochs adam_epsilon max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
+    (
+        "learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size smart_noise_std "
+        "lnsr_noise_std",
+        lambda x: 0 < x < math.inf,
+        "a number above 0",
+    ),
     (
         "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
-        "pretrained_strength head_strength noise_intensity",
+        "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
         "a number from 0 on",
     ),

@@ -328,6 +328,15 @@ def test_methods_that_need_the_data_or_the_forward_pass(base, tmp_path, method):
     assert last < first and results["method"] == method
 
 
+def test_objectives_are_added_to_the_loss_and_logged(base, tmp_path):
+    changes = {"method": "pats+r3f+r-drop+smart+lnsr", "lnsr_layer": 0, "r_drop_alpha": 2.0, "lnsr_lambda": 0.5}
+    run(base, tmp_path / "run", **changes)
+    for line in (line for line in run_folder.read_metrics(tmp_path / "run") if "loss" in line):
+        assert line["r_drop"] > 0 and line["lnsr"] > 0 and line["r3f"] >= 0 and line["smart"] >= 0
+        added = line["r3f"] + 2.0 * line["r_drop"] + line["smart"] + 0.5 * line["lnsr"]
+        assert line["loss"] == pytest.approx(line["task_loss"] + added, rel=1e-5)
+
+
 def test_dropout_is_off_where_the_methods_authors_do_without(base):
     splits = {"train": range(100)}
     off = glue.dropout_rates(dataclasses.replace(base, method="mixout").with_batch_size(1), splits)

@@ -274,12 +274,23 @@ def test_methods_compose():
         ("finetune+pats", "finetune adds nothing"),
         ("sift+pats", "SIFT keeps single entries"),
         ("sage+sift", "SIFT keeps single entries"),
+        ("r3f+pats+r3f", "they are the same"),
     ],
 )
 def test_pairs_that_do_not_go_together(names, reason):
     with pytest.raises(InputError, match=f"do not go together: {reason}") as caught:
         methods.get_methods(names)
     assert str(caught.value).startswith(f"--method {names}: ")
+
+
+def test_objectives_go_with_everything_and_have_their_settings():
+    for name in methods.METHODS:
+        if name != "finetune":
+            others = {"r3f", "r-drop", "smart", "lnsr"} - {name}
+            methods.get_methods("+".join([name, *others]))
+    chosen = methods.chosen_objectives(Settings(method="lnsr+dps-dense+r-drop", lnsr_lambda=0.3, r_drop_alpha=4.0))
+    assert [(objective.name, objective.weight) for objective in chosen] == [("lnsr", 0.3), ("r_drop", 4.0)]
+    assert methods.chosen_objectives(Settings(method="pats")) == []
 
 
 def test_noisytune_changes_every_tensor_once_before_training():

@@ -1,6 +1,5 @@
 """Each objective, value and gradient, against NumPy in float64; and the same however the batch is split."""
 
-import dataclasses
 import functools
 
 import jax
