@@ -140,9 +140,23 @@ def _show_warnings_in_a_line() -> None:
     logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax talks of its inner life
-    # a save that fails in a thread is told by `Checkpoints`, in a line
-    threading.excepthook = lambda failed: logging.getLogger(__name__).debug("%s: %s", failed.thread, failed.exc_value)
+    _leave_failures_of_threads_to_those_who_wait_for_them()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
+
+
+def _leave_failures_of_threads_to_those_who_wait_for_them() -> None:
+    """No tracebacks of background threads: a save that fails in one is told by `Checkpoints`, in a line."""
+    log = logging.getLogger(__name__)
+    usual = sys.excepthook
+
+    def from_main_thread_only(kind, error, trace):
+        if threading.current_thread() is threading.main_thread():
+            usual(kind, error, trace)
+        else:
+            log.debug("in a thread: %r", error)
+
+    sys.excepthook = from_main_thread_only  # extensions call it from their threads
+    threading.excepthook = lambda failed: log.debug("in %s: %r", failed.thread, failed.exc_value)
 
 
 if __name__ == "__main__":
