@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"pats-jax: error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
@@ -147,15 +147,7 @@ def _show_warnings_in_a_line() -> None:
 def _leave_failures_of_threads_to_those_who_wait_for_them() -> None:
     """No tracebacks of background threads: a save that fails in one is told by `Checkpoints`, in a line."""
     log = logging.getLogger(__name__)
-    usual = sys.excepthook
-
-    def from_main_thread_only(kind, error, trace):
-        if threading.current_thread() is threading.main_thread():
-            usual(kind, error, trace)
-        else:
-            log.debug("in a thread: %r", error)
-
-    sys.excepthook = from_main_thread_only  # extensions call it from their threads
+    sys.unraisablehook = lambda failed: log.debug("in %s: %r", failed.object, failed.exc_value)
     threading.excepthook = lambda failed: log.debug("in %s: %r", failed.thread, failed.exc_value)
 
 

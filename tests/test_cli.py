@@ -38,7 +38,7 @@ def home(tmp_path_factory):
 def settings_of_the_process(monkeypatch):
     """What `main` sets for its process is put back."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
     level = logging.getLogger("pats_jax").level
