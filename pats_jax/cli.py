@@ -66,6 +66,15 @@ def glue(args: list[str]) -> None:
     program.run(parsed, rich.console.Console())
 
 
+def compare(args: list[str]) -> None:
+    """Run methods x tasks x seeds, and write a report with statistics and plots."""
+    import rich.console
+
+    from pats_jax import compare as program
+
+    program.run(args, rich.console.Console())
+
+
 def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
     import tyro
@@ -111,6 +120,7 @@ def methods(args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "glue": glue,
+    "compare": compare,
     "predict": predict,
     "submission": submission,
     "methods": methods,

@@ -14,6 +14,8 @@ import numpy as np
 
 from pats_jax.train_state import Batch, LossFn, parameter_name
 
+HISTOGRAM_EDGES = tuple(quarter / 4 for quarter in range(-80, 17))  # log10, from -20 to 4
+
 
 def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) -> Any:
     """Mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
@@ -69,6 +71,26 @@ def by_tensor(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """`concentration` of every tensor by its name, and of all their entries together as ``all``."""
     figures = {name: concentration(values) for name, values in tensors.items()}
     return {"all": concentration(np.concatenate(list(tensors.values()))), **figures}
+
+
+def log10_histogram(values: np.ndarray) -> list[float]:
+    """The share of non-negative values in every bin between the powers of ten `HISTOGRAM_EDGES`.
+
+    The bins are the same for all runs, so that histograms can be averaged; the outermost take what lies beyond. Zeros
+    fall in no bin: what the shares lack to 1 is theirs.
+
+    Args:
+      values: (n,), n >= 1.
+
+    Example:
+      >>> shares = log10_histogram(np.array([0.0, 1e-3, 1.1e-3, 1.0]))
+      >>> [(HISTOGRAM_EDGES[i], share) for i, share in enumerate(shares) if share]
+      [(-3.0, 0.5), (0.0, 0.25)]
+    """
+    values = np.asarray(values, np.float64).ravel()
+    logs = np.clip(np.log10(values[values > 0]), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    counts, _ = np.histogram(logs, HISTOGRAM_EDGES)
+    return (counts / values.size).tolist()
 
 
 def selected(tree: Any, mask: Any) -> dict[str, np.ndarray]:

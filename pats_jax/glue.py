@@ -490,14 +490,19 @@ def train(
         params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
     if before is not None:
         after = training.sensitivity(params)
+        everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
+        histograms = [concentration.log10_histogram(values) for values in everything]
         results["concentration"] = {
             "before": concentration.by_tensor(before),
             "after": concentration.by_tensor(after),
+            "log10_histogram": {
+                "edges": list(concentration.HISTOGRAM_EDGES),
+                "before": histograms[0],
+                "after": histograms[1],
+            },
         }
         if parallel.is_first():
-            plots.plot_sensitivity(
-                folder / "plots" / "sensitivity.png", *(np.concatenate(list(s.values())) for s in (before, after))
-            )
+            plots.plot_sensitivity(folder / "plots" / "sensitivity.png", *everything)
     return Trained(params, progress.records, lambda: hooks.save(state, progress))
 
 

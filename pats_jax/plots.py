@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss, the score, and the distribution of sensitivity before and after training."""
+"""Pictures of a run and of a comparison of runs: losses, scores, distributions of sensitivity."""
 
 import itertools
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
-_COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49")
+_COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
 
 
 def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
@@ -59,6 +59,74 @@ def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) 
             axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=weights, color=color, alpha=0.6, label=label)
         axes.legend()
     axes.set_xscale("log")
+    _save(figure, path)
+
+
+def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float) -> None:
+    """The scores of several methods: every seed a dot, the mean a bar, the score of the majority class a line.
+
+    Args:
+      path: the PNG file to write.
+      scores: name of a method -> the scores of its seeds.
+      metric: name of the metric.
+      majority: its value when every row is given the most frequent class.
+    """
+    figure, axes = _figure("Validation score by method, a dot a seed", "", metric)
+    for place, (values, color) in enumerate(zip(scores.values(), itertools.cycle(_COLORS), strict=False)):
+        spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
+        axes.plot(place + np.asarray(spread), values, "o", color=color, alpha=0.8)
+        axes.hlines(np.mean(values), place - 0.25, place + 0.25, color=color)
+    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    axes.set_xticks(range(len(scores)), list(scores), rotation=20 if len(scores) > 4 else 0)
+    axes.set_xlim(-0.5, len(scores) - 0.5)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_mean_curves(path: pathlib.Path, curves: dict[str, dict[str, dict[str, list[float]]]], metric: str) -> None:
+    """Training loss and validation score by step, the mean over seeds with a band from the lowest to the highest.
+
+    Args:
+      path: the PNG file to write.
+      curves: name of a method -> ``loss`` and ``score`` -> lists ``step``, ``mean``, ``low``, ``high`` of one length.
+      metric: name of the metric.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name, title, label in zip(
+        panels, ("loss", "score"), ("Training loss", "Validation score"), ("loss", metric), strict=True
+    ):
+        axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        for (method, of_method), color in zip(curves.items(), itertools.cycle(_COLORS), strict=False):
+            curve = of_method[name]
+            axes.plot(curve["step"], curve["mean"], color=color, marker="." if name == "score" else None, label=method)
+            axes.fill_between(curve["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float], after: dict[str, list[float]]) -> None:
+    """Distributions of sensitivity on a logarithmic axis: before training, and after it with several methods.
+
+    Args:
+      path: the PNG file to write.
+      edges: (bins + 1,) edges of the bins, as powers of 10.
+      before: (bins,) share of the parameters in every bin before training.
+      after: name of a method -> the same after training.
+    """
+    figure, axes = _figure("Distribution of sensitivity, mean over seeds", "sensitivity |θ·g|", "share of parameters")
+    powers = 10.0 ** np.asarray(edges)
+    axes.stairs(before, powers, color=_BEFORE, fill=True, alpha=0.4, label="before training")
+    for (method, shares), color in zip(after.items(), itertools.cycle(_COLORS), strict=False):
+        axes.stairs(shares, powers, color=color, label=f"after, {method}")
+    held = np.flatnonzero(np.max([before, *after.values()], axis=0) > 1e-4)
+    if held.size:
+        axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
+    axes.set_xscale("log")
+    axes.legend()
     _save(figure, path)
 
 

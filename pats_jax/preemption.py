@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -46,6 +46,14 @@ def watch() -> Iterator[Preemption]:
         yield preemption
         return
 
+    with noting(preemption, (signal.SIGINT, signal.SIGTERM)):
+        yield preemption
+
+
+@contextlib.contextmanager
+def noting(preemption: Preemption, numbers: Iterable[int]) -> Iterator[None]:
+    """Notes the first of these signals in ``preemption.signal_number``; a second one has its usual effect."""
+
     def note(number, frame):
         preemption.signal_number = number
         restore()
@@ -54,8 +62,8 @@ def watch() -> Iterator[Preemption]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield preemption
+        yield
     finally:
         restore()

@@ -1,0 +1,252 @@
+"""The report of a comparison, one text in two forms: report.md, and report.html with its pictures inside."""
+
+import base64
+import html
+import json
+import pathlib
+import re
+from typing import Any
+
+from pats_jax import comparison, plots
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2, h3 { line-height: 1.2; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ccc; padding: .3rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+pre, code { background: #f3f4f6; border-radius: 3px; }
+pre { padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+"""
+
+
+class Page:
+    """A text that grows by blocks, in Markdown and in HTML. `Back-quoted` words of a text are code in both."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._markdown: list[str] = [f"# {title}"]
+        self._html: list[str] = [f"<h1>{_rich(title)}</h1>"]
+
+    def heading(self, text: str, level: int = 2) -> None:
+        self._add(f"{'#' * level} {text}", f"<h{level}>{_rich(text)}</h{level}>")
+
+    def paragraph(self, text: str) -> None:
+        self._add(text, f"<p>{_rich(text)}</p>")
+
+    def bullets(self, texts: list[str]) -> None:
+        items = "".join(f"<li>{_rich(text)}</li>\n" for text in texts)
+        self._add("\n".join(f"- {text}" for text in texts), f"<ul>\n{items}</ul>")
+
+    def code(self, text: str) -> None:
+        self._add(f"```\n{text}\n```", f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        rule = "| --- |" + " ---: |" * (len(header) - 1)
+        head = "".join(f"<th>{_rich(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{_rich(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+        self._add(
+            "\n".join([lines[0], rule, *lines[1:]]),
+            f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>",
+        )
+
+    def image(self, path: pathlib.Path, root: pathlib.Path, text: str) -> None:
+        """A PNG file below root: linked from the Markdown, held by the HTML."""
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        self._add(
+            f"![{text}]({path.relative_to(root).as_posix()})",
+            f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></p>',
+        )
+
+    def markdown(self) -> str:
+        return "\n\n".join(self._markdown) + "\n"
+
+    def html(self) -> str:
+        return "\n".join(
+            [
+                '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+                '<meta name="viewport" content="width=device-width, initial-scale=1">',
+                f"<title>{html.escape(self._title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+                *self._html,
+                "</body>\n</html>\n",
+            ]
+        )
+
+    def _add(self, markdown, as_html):
+        self._markdown.append(markdown)
+        self._html.append(as_html)
+
+
+def write_report(
+    root: pathlib.Path, summary: dict[str, Any], commands: list[str], machines: list[dict[str, str]]
+) -> None:
+    """Writes comparison.json, the plots, report.md and report.html.
+
+    Args:
+      root: the grid's folder.
+      summary: what `comparison.summarise` gives.
+      commands: what was typed.
+      machines: fact -> value of each machine that runs were made on.
+    """
+    everything = {"commands": commands, "machines": machines, **summary}
+    made = root / "comparison.json.new"
+    made.write_text(json.dumps(everything, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    made.replace(root / "comparison.json")
+    page = Page("Comparison of fine-tuning methods")
+    _write_overview(page, summary)
+    for task, numbers in summary["tasks"].items():
+        _write_task(page, root, task, numbers, summary["baseline"])
+    _write_limits(page, summary)
+    _write_origin(page, summary, commands, machines)
+    (root / "report.md").write_text(page.markdown(), encoding="utf-8")
+    (root / "report.html").write_text(page.html(), encoding="utf-8")
+
+
+def score_table(numbers: dict[str, Any], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a task's table: scores and differences in points (hundredths), a row a method."""
+    header = ["method", "n", "mean", "sd", "min", "max", f"difference to {baseline}", "95 % interval", "p", "s/step"]
+    rows = []
+    for method, row in numbers["methods"].items():
+        scores = [_points(row[name]) for name in ("mean", "sd", "min", "max")]
+        seconds = "–" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.3g}"
+        rows.append([method, str(row["n"]), *scores, *_difference_cells(row["difference"]), seconds])
+    return header, rows
+
+
+def _write_overview(page, summary):
+    tasks = ", ".join(summary["tasks"])
+    model = summary["settings"]["model_name_or_path"]
+    page.paragraph(
+        f"`{model}` fine-tuned on {tasks}. All runs share their settings; runs of one seed share the new head, the "
+        f"order of examples and the keys of dropout, so methods are compared with `{summary['baseline']}` seed by seed."
+    )
+    if summary["missing"]:
+        names = ", ".join(f"`{name}`" for name in summary["missing"])
+        page.paragraph(f"Not finished, and not in any number below: {len(summary['missing'])} runs: {names}.")
+
+
+def _write_task(page, root, task, numbers, baseline):
+    methods = numbers["methods"]
+    page.heading(task)
+    page.paragraph(
+        f"Data: {numbers['data']}; {numbers['train_examples']} training rows, {numbers['eval_examples']} validation "
+        f"rows. Scores are `{numbers['metric']}` of the model that each run kept, times 100; the majority class has "
+        f"{_points(numbers['majority_class'])}."
+    )
+    page.table(*score_table(numbers, baseline))
+    notes = [
+        f"{method}: {note}" for method, row in methods.items() for note in (row["difference"] or {}).get("notes", [])
+    ]
+    if notes:
+        page.bullets(notes)
+    folder = root / "plots"
+    path = folder / f"{task}-scores.png"
+    scores = {method: list(row["scores"].values()) for method, row in methods.items()}
+    plots.plot_seeds(path, scores, numbers["metric"], numbers["majority_class"])
+    page.image(path, root, f"{task}: scores by method")
+    path = folder / f"{task}-curves.png"
+    plots.plot_mean_curves(path, {method: row["curves"] for method, row in methods.items()}, numbers["metric"])
+    page.image(path, root, f"{task}: loss and score by step")
+    _write_concentration(page, root, task, methods)
+
+
+def _write_concentration(page, root, task, methods):
+    measured = {method: row["concentration"] for method, row in methods.items() if row["concentration"]}
+    if not measured:
+        return
+    page.heading(f"{task}: sensitivity", 3)
+    page.paragraph(
+        "How sensitivity, the mean of |θ·g| over some training batches, is spread over the encoder's matrices, before "
+        "and after training; means over seeds. A Gini coefficient of 0 and an entropy of 1 mean evenly spread."
+    )
+    header = ["method", "Gini before", "after", "entropy before", "after", "top 10 % hold before", "after"]
+    rows = [
+        [method, *(f"{one[when][name]['mean']:.4f}" for name in comparison.FIGURES for when in ("before", "after"))]
+        for method, one in measured.items()
+    ]
+    page.table(header, rows)
+    histograms = {method: one["histogram"] for method, one in measured.items() if one["histogram"]}
+    if histograms:
+        first = next(iter(histograms.values()))
+        path = root / "plots" / f"{task}-sensitivity.png"
+        after = {method: one["after"] for method, one in histograms.items()}
+        plots.plot_histograms(path, first["edges"], first["before"], after)
+        page.image(path, root, f"{task}: distribution of sensitivity")
+
+
+def _write_limits(page, summary):
+    differences = [
+        row["difference"]
+        for numbers in summary["tasks"].values()
+        for row in numbers["methods"].values()
+        if row["difference"] and row["difference"]["seeds"]
+    ]
+    page.heading("What this shows, and what it does not")
+    settings = summary["settings"]
+    texts = []
+    for count in sorted({len(one["seeds"]) for one in differences}):
+        smallest = comparison.smallest_p_value(count)
+        below = "so no result of theirs can fall below 0.05" if smallest >= 0.05 else "when all differences agree"
+        texts.append(
+            f"With {count} paired seeds the smallest two-sided p of Wilcoxon's signed-rank test is "
+            f"2/2^{count} = {smallest:.4g}, {below}."
+        )
+    if differences:
+        texts += [
+            "p is that test's, on the differences by seed. The interval is a bootstrap of their mean (BCa), too narrow "
+            "for few seeds: below about ten take it as a hint.",
+            f"{len(differences)} comparisons stand here; their p-values are not corrected for being several.",
+        ]
+    else:
+        texts.append("Nothing is compared: no two methods have a finished seed in common.")
+    texts.append("Seeds vary head, order and noise, on one split of the data; other data may say something else.")
+    if settings["load_best_model_at_end"]:
+        texts.append(
+            "The scores are those of each run's best evaluation (`--load_best_model_at_end`), chosen on the rows that "
+            "they are measured on: they are too high, for all methods."
+        )
+    else:
+        texts.append("The scores are those of the last step, not of the best evaluation.")
+    texts += [
+        "All methods ran with one set of hyperparameters; a method that needs others is not shown at its best.",
+        "Seconds per step are medians of the logged lines, the first of each run left out as it is compilation; "
+        "whatever else ran on the machine, other runs of this grid included, is in them.",
+    ]
+    if settings["data_dir"] == "builtin":
+        texts.append("The data is generated, not GLUE: its scores compare with nothing else.")
+    if any(len(found) > 1 for found in summary["versions"].values()):
+        texts.append("Not all runs were made with the same versions, see below.")
+    page.bullets(texts)
+
+
+def _write_origin(page, summary, commands, machines):
+    page.heading("How it was made")
+    page.code("\n".join(commands))
+    page.bullets([f"{name} {' and '.join(found)}" for name, found in summary["versions"].items()])
+    for machine in machines:
+        page.bullets([f"{name}: {value}" for name, value in machine.items()])
+    page.heading("Settings of all runs", 3)
+    given = {name: value for name, value in summary["settings"].items() if value is not None}
+    page.table(["setting", "value"], [[name, f"`{value}`"] for name, value in given.items()])
+
+
+def _difference_cells(difference):
+    if difference is None or difference["mean"] is None:
+        return ["–"] * 3
+    interval, p_value = difference["interval"], difference["p_value"]
+    return [
+        f"{100 * difference['mean']:+.2f}",
+        "–" if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}",
+        "–" if p_value is None else f"{p_value:.3g}",
+    ]
+
+
+def _points(score):
+    return "–" if score is None else f"{100 * score:.2f}"
+
+
+def _rich(text):
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

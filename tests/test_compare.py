@@ -1,0 +1,483 @@
+"""Grids of runs: statistics against hand-worked numbers and NumPy, pages as a browser reads them, failing processes."""
+
+import base64
+import html.parser
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+import scipy.stats
+import tiny
+
+from pats_jax import compare, comparison, run_folder
+from pats_jax.comparison import FinishedRun, Run
+from pats_jax.errors import InputError, Preempted
+from pats_jax.settings import Settings
+
+FINETUNE = {1: 0.80, 2: 0.82, 3: 0.81, 4: 0.83, 5: 0.84}
+PATS = {1: 0.82, 2: 0.83, 3: 0.84, 4: 0.87, 5: 0.89}  # by 2, 1, 3, 4, 5 points better
+BASE = Settings(model_name_or_path="model", task_name="mrpc", train_batch_size=32)
+
+
+def measured(rng):
+    figures = {name: float(rng.uniform()) for name in comparison.FIGURES}
+    shares = (rng.dirichlet(np.ones(4)) * 0.9).tolist()  # a tenth is zero
+    return {"all": figures, "layer.kernel": figures}, shares
+
+
+def write_run(root, run, score, *, best=None, losses=(0.7, 0.5, 0.4), versions=None, seconds=2.0, **settings):
+    """A finished run's folder as the GLUE program leaves it: lines every 10 steps, evaluations at 15 and at the end."""
+    folder = run.folder(root)
+    own = {"task_name": run.task, "method": run.method, "seed": run.seed, "output_dir": str(folder)}
+    chosen = compare.dataclasses.replace(BASE, **(own | settings))
+    run_folder.start(folder, chosen.to_dict())
+    lines = [
+        {"step": 10 * (i + 1), "loss": loss, "timing": {"seconds": seconds if i else 50.0}}
+        for i, loss in enumerate(losses)
+    ]
+    evaluations = [{"step": 15, "eval": {"combined_score": best or score - 0.1}}]
+    evaluations.append({"step": 10 * len(losses), "eval": {"combined_score": score}})
+    run_folder.write_metrics(folder, sorted(lines + evaluations, key=lambda line: line["step"]))
+    scores = [{"step": one["step"], "metrics": one["eval"]} for one in evaluations]
+    top = max(scores, key=lambda one: one["metrics"]["combined_score"])
+    rng = np.random.default_rng([run.seed, run.method == "pats"])
+    (before, shares_before), (after, shares_after) = measured(rng), measured(rng)
+    results = {
+        "data": f"{run.task} from <GLUE> & co",
+        "method": run.method,
+        "main_metric": "combined_score",
+        "versions": versions or {"python": "3.11.0", "jax": "0.10.2"},
+        "steps": scores[-1]["step"],
+        "model_step": top["step"] if chosen.load_best_model_at_end else scores[-1]["step"],
+        "train_examples": 3668,
+        "eval_examples": 408,
+        "majority_class": {"metrics": {"combined_score": 0.748}},
+        "final": scores[-1],
+        "best": top,
+        "concentration": {
+            "before": before,
+            "after": after,
+            "log10_histogram": {"edges": [-4, -3, -2, -1, 0], "before": shares_before, "after": shares_after},
+        },
+    }
+    run_folder.write_results(folder, results)
+    return FinishedRun.read(run, root)
+
+
+def write_grid(root, scores, tasks=("mrpc",), **settings):
+    runs = [Run(task, method, seed) for task in tasks for method, of in scores.items() for seed in of]
+    for run in runs:
+        write_run(root, run, scores[run.method][run.seed], **settings)
+    return runs
+
+
+# statistics
+
+
+def test_scores_and_differences_worked_out_by_hand(tmp_path):
+    summary = comparison.summarise(tmp_path, write_grid(tmp_path, {"finetune": FINETUNE, "pats": PATS}))
+    methods = summary["tasks"]["mrpc"]["methods"]
+    plain = methods["finetune"]
+    assert (plain["n"], plain["min"], plain["max"]) == (5, 0.80, 0.84)
+    assert plain["mean"] == pytest.approx(0.82) and plain["difference"] is None
+    assert plain["sd"] == pytest.approx(np.sqrt((4 + 0 + 1 + 1 + 4) / 4) / 100)
+    found = methods["pats"]["difference"]
+    assert found["seeds"] == [1, 2, 3, 4, 5] and found["values"] == [0.02, 0.01, 0.03, 0.04, 0.05]
+    assert found["mean"] == pytest.approx(0.03)
+    assert found["p_value"] == pytest.approx(2 / 32) == found["smallest_p_value"]
+    assert found["notes"] == []
+    assert summary["missing"] == [] and summary["baseline"] == "finetune"
+
+
+def bca(values, resamples=100_000):
+    """Efron's interval from its definition: bias by the share of means below, acceleration by the jackknife."""
+    rng = np.random.default_rng(1)
+    means = rng.choice(values, (resamples, len(values))).mean(1)
+    normal = scipy.stats.norm
+    bias = normal.ppf((np.mean(means < values.mean()) + np.mean(means <= values.mean())) / 2)
+    left_out = np.array([np.delete(values, i).mean() for i in range(len(values))])
+    away = left_out.mean() - left_out
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    z = bias + normal.ppf([0.025, 0.975])
+    return np.quantile(means, normal.cdf(bias + z / (1 - acceleration * z)))
+
+
+def test_the_bootstrap_interval_is_bca():
+    values = np.round(np.random.default_rng(0).exponential(size=12), 3)  # skewed: other intervals lie elsewhere
+    interval, note = comparison.bootstrap_interval(values)
+    assert note is None and interval == pytest.approx(bca(values), abs=0.02)
+    assert abs(np.mean(interval) - values.mean()) > 0.03
+    assert comparison.bootstrap_interval(values)[0] == interval
+
+
+@pytest.mark.parametrize("values", [[0.01], [0.01, 0.03], [0.02] * 5, []])
+def test_where_resampling_says_nothing_a_note_does(values):
+    interval, note = comparison.bootstrap_interval(np.array(values))
+    assert interval is None and note.startswith("no interval: ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, -2, 3, 4, 5.5], [3, -3, 1, 2, 2], [0.0, 0.0, 1, 2, -4, 7], [5.0]],
+    ids=["plain", "ties", "zeros", "one"],
+)
+def test_wilcoxon_against_all_signs(values):
+    values = np.array(values, float)
+    nonzero = values[values != 0]
+    ranks = scipy.stats.rankdata(np.abs(nonzero))
+    sums = np.array([np.dot(ranks, signs) for signs in itertools.product((-1, 1), repeat=len(nonzero))])
+    expected = np.mean(np.abs(sums) >= abs(np.dot(ranks, np.sign(nonzero))) - 1e-9)
+    p_value, note = comparison.wilcoxon_p_value(values)
+    assert p_value == pytest.approx(expected) and (note is None) == (len(nonzero) == len(values))
+
+
+def test_rounding_breaks_no_ties():
+    """0.85 - 0.84 and 0.84 - 0.83 differ in the last bit."""
+    found = comparison.paired_difference({1: 0.85, 2: 0.84, 3: 0.90}, {1: 0.84, 2: 0.83, 3: 0.95})
+    assert found["values"][0] == found["values"][1] == 0.01
+    assert found["p_value"] == pytest.approx(comparison.wilcoxon_p_value(np.array([1.0, 1.0, -5.0]))[0])
+
+
+def test_only_common_seeds_are_paired(tmp_path):
+    runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": {4: 0.9, 9: 0.1}, "other": {7: 0.5}})
+    methods = comparison.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]
+    assert methods["pats"]["n"] == 2 and methods["pats"]["difference"]["seeds"] == [4]
+    assert methods["pats"]["difference"]["mean"] == pytest.approx(0.07)
+    none = methods["other"]["difference"]
+    assert none["mean"] is none["interval"] is none["p_value"] is None and len(none["notes"]) == 2
+    assert methods["other"]["sd"] is None
+
+
+def test_equal_scores(tmp_path):
+    runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": FINETUNE})
+    found = comparison.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]["pats"]["difference"]
+    assert found["mean"] == 0 and found["p_value"] is None and found["interval"] is None and len(found["notes"]) == 2
+
+
+def test_the_score_is_that_of_the_kept_model(tmp_path):
+    last = write_run(tmp_path, Run("mrpc", "finetune", 1), 0.7, best=0.9)
+    best = write_run(tmp_path, Run("mrpc", "finetune", 2), 0.7, best=0.9, load_best_model_at_end=True)
+    assert (last.score, last.best_score) == (0.7, 0.9) and best.score == 0.9
+
+
+def test_seconds_per_step_leave_out_the_line_that_compiled(tmp_path):
+    assert write_run(tmp_path, Run("mrpc", "pats", 1), 0.7, seconds=3.0).seconds_per_step() == pytest.approx(0.3)
+    assert write_run(tmp_path, Run("mrpc", "pats", 2), 0.7, losses=[1.0]).seconds_per_step() is None
+
+
+def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
+    one = write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, losses=(0.9, 0.5, 0.1))
+    two = write_run(tmp_path, Run("mrpc", "pats", 2), 0.6, losses=(0.7, 0.6))
+    (numbers,) = comparison.summarise_task([one, two], ["pats"], "pats")["methods"].values()
+    loss = numbers["curves"]["loss"]
+    assert loss == {"step": [10, 20], "mean": pytest.approx([0.8, 0.55]), "low": [0.7, 0.5], "high": [0.9, 0.6]}
+    assert numbers["curves"]["score"]["step"] == [15]
+
+
+def test_concentration_is_averaged(tmp_path):
+    runs = [write_run(tmp_path, Run("mrpc", "pats", seed), 0.8) for seed in (1, 2)]
+    found = comparison.mean_concentration([one.results["concentration"] for one in runs])
+    raw = [one.results["concentration"] for one in runs]
+    assert found["after"]["gini"]["mean"] == pytest.approx(np.mean([one["after"]["all"]["gini"] for one in raw]))
+    expected = np.mean([one["log10_histogram"]["after"] for one in raw], axis=0)
+    np.testing.assert_allclose(found["histogram"]["after"], expected)
+    assert comparison.mean_concentration([raw[0], None]) is None
+    old = {name: raw[0][name] for name in ("before", "after")}  # of a run that stored no histogram
+    assert comparison.mean_concentration([raw[0], old])["histogram"] is None
+
+
+def test_runs_with_other_settings_are_not_compared(tmp_path):
+    runs = write_grid(tmp_path, {"finetune": FINETUNE})
+    write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, learning_rate=1e-3)
+    with pytest.raises(InputError, match="mrpc/pats/seed1 cannot be compared .*learning_rate was 0.001 and is 5e-05"):
+        comparison.summarise(tmp_path, [*runs, Run("mrpc", "pats", 1)])
+
+
+# the report
+
+
+class Reader(html.parser.HTMLParser):
+    """Text, tables and images of a page; holds it to closing what it opens and to loading nothing."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images, self.rows, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            assert name in ("lang", "charset", "name", "content", "alt", "src"), f"{tag} has {name}"
+            assert "://" not in value, value
+            if name == "src":
+                self.images.append(value)
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        self.text += data
+        assert "style" not in self.open or ("url(" not in data and "@import" not in data)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A folder with the report on a grid of three tasks' runs, of which one was never run."""
+    root = tmp_path_factory.mktemp("reported")
+    runs = write_grid(root, {"finetune": FINETUNE, "pats": PATS}, ("mrpc", "stsb"))
+    recorded = {
+        "runs": [compare.dataclasses.asdict(run) for run in [*runs, Run("mrpc", "pats|odd", 6)]],
+        "commands": ["pats-jax compare --output_dir 'a <b>'"],
+        "machines": [{"cores": "2"}],
+    }
+    (root / "grid.json").write_text(json.dumps(recorded))
+    compare.run(["--output_dir", str(root), "--report_only"], rich.console.Console(file=io.StringIO()))
+    return root
+
+
+EXPECTED_ROW = ["pats", "5", "85.00", "2.92", "82.00", "89.00", "+3.00", "", "0.0625", "0.2"]
+
+
+def assert_expected(row):
+    interval = row.pop(7)
+    assert row == [cell for cell in EXPECTED_ROW if cell]
+    low, high = map(float, interval.split(" to "))
+    assert [low / 100, high / 100] == pytest.approx(bca(np.array([0.02, 0.01, 0.03, 0.04, 0.05])), abs=0.002)
+
+
+def test_the_page_is_whole_and_needs_no_network(reported):
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == [] and len(reader.images) == 6
+    for image in reader.images:
+        head, _, data = image.partition("base64,")
+        assert head == "data:image/png;" and base64.b64decode(data, validate=True).startswith(b"\x89PNG\r\n")
+    rows = [row for row in reader.rows if row[0] == "pats" and len(row) == 10]
+    assert len(rows) == 2
+    assert_expected(rows[0])
+    for words in ("pats-jax compare --output_dir 'a <b>'", "mrpc from <GLUE> & co", "2/2^5 = 0.0625", "jax 0.10.2"):
+        assert words in reader.text
+    assert "mrpc/pats|odd/seed6" in reader.text and "cores: 2" in reader.text
+
+
+def test_the_markdown_has_the_same_numbers_and_its_pictures(reported):
+    text = (reported / "report.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert_expected(next(row for row in rows if row[0] == "pats"))
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 6 and all((reported / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_numbers_are_there_for_programs(reported):
+    found = json.loads((reported / "comparison.json").read_text())
+    assert found["tasks"]["stsb"]["methods"]["pats"]["scores"] == {str(seed): score for seed, score in PATS.items()}
+    assert found["settings"]["learning_rate"] == 5e-5 and "seed" not in found["settings"]
+    assert found["versions"] == {"python": ["3.11.0"], "jax": ["0.10.2"]}
+
+
+# the grid, by a stand-in for the GLUE program
+
+STAND_IN = """
+import json, os, pathlib, shutil, signal, sys, time
+home, folder, seed = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
+with (home / "started").open("a") as file:
+    file.write(f"{folder.parent.name}-{seed}\\n")
+if (home / "fail").exists() and folder.name == "seed2":
+    print("a line before")
+    sys.exit("pats-jax: error: no luck")
+if (home / "interrupt").exists() and folder.name == "seed2":
+    def ended(*_):
+        (home / "ended").touch()
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, ended)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(30)
+shutil.copytree(home / "model" / folder.relative_to(home / "grid"), folder)
+"""
+
+
+class Home:
+    """A folder with runs that the stand-in copies into a grid, and notes of what was started."""
+
+    def __init__(self, folder):
+        self.folder, self.grid = folder, folder / "grid"
+        write_grid(folder / "model", {"finetune": {1: 0.7, 2: 0.8}, "pats": {1: 0.8, 2: 0.7}})
+
+    def compare(self, *flags, methods="finetune pats", seeds="1 2"):
+        args = ["--methods", *methods.split(), "--tasks", "mrpc", "--seeds", *seeds.split(), "--output_dir", self.grid]
+        args += ["--model_name_or_path", "model", *flags]
+        out = io.StringIO()
+        compare.run(list(map(str, args)), rich.console.Console(file=out))
+        return out.getvalue()
+
+    def started(self):
+        path = self.folder / "started"
+        names = path.read_text().split() if path.exists() else []
+        path.write_text("")
+        return sorted(names)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    def command(run, root, flags):
+        return [sys.executable, "-S", "-c", STAND_IN, str(tmp_path), str(run.folder(root)), str(run.seed)]
+
+    monkeypatch.setattr(compare, "glue_command", command)
+    monkeypatch.setattr(compare, "describe_machine", lambda: {"cores": "2"})
+    return Home(tmp_path)
+
+
+ALL = ["finetune-1", "finetune-2", "pats-1", "pats-2"]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_finished_runs_are_never_run_again(home, jobs):
+    out = home.compare("--jobs", jobs)
+    assert home.started() == ALL and "mrpc/pats/seed1: combined_score 0.8000" in out
+    assert (home.grid / "report.html").exists() and str(home.grid / "report.html") in out
+    assert "4 of 4 runs are finished already" in home.compare() and home.started() == []
+    write_run(home.folder / "model", Run("mrpc", "pats", 3), 0.9)
+    home.compare(methods="pats", seeds="3")
+    assert home.started() == ["pats-3"]
+    found = json.loads((home.grid / "comparison.json").read_text())
+    assert found["tasks"]["mrpc"]["methods"]["pats"]["n"] == 3 and len(found["commands"]) == 3
+
+
+def test_a_failure_costs_no_other_run(home, caplog):
+    (home.folder / "fail").touch()
+    with pytest.raises(InputError, match="2 of 4 runs failed"):
+        home.compare()
+    assert home.started() == ALL
+    assert f"mrpc/pats/seed2 failed: no luck; see {home.grid}/runs/mrpc/pats/seed2.log" in caplog.text
+    found = json.loads((home.grid / "comparison.json").read_text())
+    assert found["missing"] == ["mrpc/finetune/seed2", "mrpc/pats/seed2"]
+    (home.folder / "fail").unlink()
+    home.compare()
+    assert home.started() == ["finetune-2", "pats-2"]
+    assert "a line before" in (home.grid / "runs/mrpc/pats/seed2.log").read_text()
+
+
+def test_whoever_ends_the_grid_ends_its_runs_and_learns_how_to_go_on(home):
+    (home.folder / "interrupt").touch()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        home.compare("--learning_rate", "5e-5")
+    assert caught.value.signal_number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
+    assert (home.folder / "ended").exists() and home.started() == ["finetune-1", "finetune-2", "pats-1"]
+    message, _, command = str(caught.value).partition("; go on with: pats-jax compare ")
+    assert message == "interrupted; 2 of 4 runs are finished"
+    (home.folder / "interrupt").unlink()
+    compare.run(shlex.split(command), rich.console.Console(file=io.StringIO()))
+    assert home.started() == ["finetune-2", "pats-2"]
+
+
+def test_other_settings_than_before_are_refused_by_name(home):
+    home.compare(seeds="1")
+    home.started()
+    with pytest.raises(InputError) as caught:
+        home.compare("--learning_rate", "1e-3")
+    assert str(caught.value).startswith("mrpc/finetune/seed1: --resume: ")
+    assert str(caught.value).endswith("learning_rate was 5e-05 and is 0.001")
+    with pytest.raises(InputError, match="per_device_train_batch_size was 32 and is 16; .* --train_batch_size 32"):
+        home.compare("--per_device_train_batch_size", "16")
+    assert home.started() == []
+    home.compare("--per_device_train_batch_size", "16", "--train_batch_size", "32")
+    assert home.started() == ["finetune-2", "pats-2"]
+
+
+def test_one_grid_at_a_time(home):
+    with compare.only_one(home.grid), pytest.raises(InputError, match="another pats-jax compare is at work"):
+        home.compare()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--seed 3", "--seed: use --seeds"),
+        ("--method pats", "--method: use --methods"),
+        ("--task-name=sst2", "--task_name: use --tasks"),
+        ("--overwrite", "--overwrite: finished runs are kept"),
+        ("--jobs 0", "--jobs 0: must be at least 1"),
+        ("--methods pats pats", "--methods pats pats: each may stand there once"),
+        ("--methods pats none", "no such method"),
+        ("--tasks news", "no such task"),
+        ("--tasks ax", "--tasks ax: no training data"),
+        ("--tasks SST2", "--tasks SST2: write sst2"),
+        ("--seeds", "--seeds is missing"),
+        ("--seeds 1 -2", "--seed -2: must be"),
+        ("--learning_rate 0", "--learning_rate 0.0: must be"),
+        ("--fp16", "--fp16 has no meaning here"),
+        ("--do_eval", "a comparison needs both"),
+        ("--report_only", "no grid was started in it"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_run(flags, message, tmp_path):
+    given = {"--methods": ["finetune"], "--tasks": ["sst2"], "--seeds": ["1"], "--output_dir": [str(tmp_path / "grid")]}
+    name, *values = flags.split()
+    args = [part for flag, parts in (given | {name: values}).items() for part in (flag, *parts)]
+    with pytest.raises(InputError, match=re.escape(message)):
+        compare.run(args, rich.console.Console(file=io.StringIO()))
+    assert not (tmp_path / "grid").exists()
+
+
+def test_cores_are_dealt_out():
+    shares = compare.shares_of_cores(1)
+    assert shares == [None]
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one core, or pins no processes")
+    first, second = compare.shares_of_cores(2)
+    assert first and second and not first & second and first | second == os.sched_getaffinity(0)
+    assert compare.shares_of_cores(10_000) == [None] * 10_000
+
+
+# end to end
+
+
+def test_a_grid_of_real_runs(tmp_path, monkeypatch):
+    """2 methods x 1 task x 2 seeds with the tiny model."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device is enough
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    flags = f"""
+        --methods finetune pats --tasks sst2 --seeds 1 2 --jobs 2 --output_dir {tmp_path / "grid"}
+        --model_name_or_path {tiny.save_checkpoint(tmp_path / "checkpoint")}
+        --data_dir {tiny.write_sst2(tmp_path / "data")} --max_seq_length 16 --per_device_train_batch_size 8
+        --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2 --sensitivity_batches 1
+        --learning_rate 1e-2 --noise_scale 0.1"""
+    compare.run(shlex.split(flags), rich.console.Console(file=io.StringIO()))
+    found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
+    assert found["missing"] == [] and found["settings"]["noise_scale"] == 0.1
+    methods = found["tasks"]["sst2"]["methods"]
+    for method, numbers in methods.items():
+        for seed, score in numbers["scores"].items():
+            results = run_folder.read_results(tmp_path / "grid" / "runs" / "sst2" / method / f"seed{seed}")
+            assert results["final"]["metrics"]["accuracy"] == score and results["seed"] == int(seed)
+        assert numbers["curves"]["loss"]["step"] == [2, 4, 6] and numbers["seconds_per_step"] > 0
+        assert sum(numbers["concentration"]["histogram"]["after"]) == pytest.approx(1, abs=0.05)
+    first, second = (numbers["concentration"]["before"] for numbers in methods.values())
+    assert first == second, "before training the seed alone decides"
+    assert methods["finetune"]["curves"]["loss"] != methods["pats"]["curves"]["loss"]
+    assert (tmp_path / "grid" / "compiled").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "grid" / "compiled").iterdir())
+    text = (tmp_path / "grid" / "report.html").read_text()
+    assert text.count("data:image/png") == 3
