@@ -43,6 +43,7 @@ class Page:
         self._add(f"```\n{text}\n```", f"<pre>{html.escape(text)}</pre>")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
+        """Columns of numbers beside a first column of names."""
         cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
         lines = [f"| {' | '.join(row)} |" for row in cells]
         rule = "| --- |" + " ---: |" * (len(header) - 1)
@@ -189,16 +190,16 @@ def _write_limits(page, summary):
     texts = []
     for count in sorted({len(one["seeds"]) for one in differences}):
         smallest = comparison.smallest_p_value(count)
-        below = "so no result of theirs can fall below 0.05" if smallest >= 0.05 else "when all differences agree"
+        below = "so none of them can fall below 0.05" if smallest >= 0.05 else "when all differences agree in sign"
         texts.append(
-            f"With {count} paired seeds the smallest two-sided p of Wilcoxon's signed-rank test is "
+            f"With {count} paired seed{'s' * (count > 1)} the smallest two-sided p of Wilcoxon's signed-rank test is "
             f"2/2^{count} = {smallest:.4g}, {below}."
         )
     if differences:
         texts += [
             "p is that test's, on the differences by seed. The interval is a bootstrap of their mean (BCa), too narrow "
             "for few seeds: below about ten take it as a hint.",
-            f"{len(differences)} comparisons stand here; their p-values are not corrected for being several.",
+            f"Comparisons on this page: {len(differences)}. Their p-values are not corrected for being several.",
         ]
     else:
         texts.append("Nothing is compared: no two methods have a finished seed in common.")
@@ -225,9 +226,9 @@ def _write_limits(page, summary):
 def _write_origin(page, summary, commands, machines):
     page.heading("How it was made")
     page.code("\n".join(commands))
-    page.bullets([f"{name} {' and '.join(found)}" for name, found in summary["versions"].items()])
-    for machine in machines:
-        page.bullets([f"{name}: {value}" for name, value in machine.items()])
+    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in summary["versions"].items())
+    places = ["; ".join(f"{name}: {value}" for name, value in machine.items()) for machine in machines]
+    page.bullets([f"Versions: {versions}", *(f"Machine: {place}" for place in places)])
     page.heading("Settings of all runs", 3)
     given = {name: value for name, value in summary["settings"].items() if value is not None}
     page.table(["setting", "value"], [[name, f"`{value}`"] for name, value in given.items()])

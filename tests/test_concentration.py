@@ -52,6 +52,17 @@ def test_tensors_and_all_of_them_together():
     assert figures["all"] == concentration.concentration(np.array([1.0, 2.0, 5.0, 0.0, 1.0]))
 
 
+def test_shares_by_power_of_ten():
+    values = 10 ** np.random.default_rng(3).normal(-6, 1, size=1000)
+    values[:100] = 0
+    values[100:150] = 1e-30  # below all bins: in the first one
+    shares = concentration.log10_histogram(values.astype(np.float32))
+    edges = np.array(concentration.HISTOGRAM_EDGES)
+    assert len(shares) == len(edges) - 1 and sum(shares) == pytest.approx(0.9) and shares[0] == 0.05
+    for low, high, share in zip(edges[1:-1], edges[2:], shares[1:], strict=True):
+        assert share == np.mean((values >= 10**low) & (values < 10**high))
+
+
 def test_selected_tensors_by_name():
     tree = {"layer": {"0": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}, "empty": np.ones((0, 3))}
     mask = {"layer": {"0": {"kernel": True, "bias": False}}, "empty": True}

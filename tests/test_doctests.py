@@ -7,7 +7,17 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["anchors", "data.low_resource", "evaluation", "objectives", "random", "subnetworks", "transforms"]
+    "module",
+    [
+        "anchors",
+        "concentration",
+        "data.low_resource",
+        "evaluation",
+        "objectives",
+        "random",
+        "subnetworks",
+        "transforms",
+    ],
 )
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pats_jax.{module}"))
