@@ -100,8 +100,8 @@ def run(args: list[str], console: rich.console.Console) -> None:
     with only_one(root):
         record_start(root, grid, command)
         failures = run_all(grid, flags, command, console)
-        for run, reason in failures.items():
-            logger.error("%s failed: %s; see %s", run.name, reason, log_file(root, run))
+        for failed, reason in failures.items():
+            logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
         if len(failures) < len(grid.runs()):
             report(root, console)
     if failures:
