@@ -31,7 +31,7 @@ from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted
-from pats_jax.methods import get_method
+from pats_jax.methods import get_methods
 from pats_jax.settings import Settings, read_config
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def check(grid: Grid, flags: list[str]) -> Settings:
     if grid.jobs < 1:
         raise InputError(f"--jobs {grid.jobs}: must be at least 1")
     for method in grid.methods:
-        get_method(method)
+        get_methods(method)
     for name in grid.tasks:
         task = glue_tasks.get_task(name)
         if name != task.name or "train" not in task.files:
