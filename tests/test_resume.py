@@ -17,7 +17,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import glue, run_folder
+from pats_jax import fine_tuning, glue, run_folder
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 
@@ -178,7 +178,7 @@ def interrupted(base, tmp_path, monkeypatch):
     """Runs up to a step, where Ctrl-C comes; gives the folder."""
 
     def interrupt(step=13, **changes):
-        real = glue.TrainingHooks.on_step
+        real = fine_tuning.TrainingHooks.on_step
 
         def on_step(self, number, state):
             real(self, number, state)
@@ -186,7 +186,7 @@ def interrupted(base, tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(glue.TrainingHooks, "on_step", on_step)
+            patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
             with pytest.raises(glue.Preempted) as caught:
                 run(base, tmp_path / "run", **changes)
         assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)

@@ -1,0 +1,284 @@
+"""The fine-tuning of one run: what it needs, the loop with its logging and checkpoints, what it leaves."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from pats_jax import concentration, methods, parallel, plots, preemption, subnetworks, train_state, trees
+from pats_jax.checkpoints import Checkpoints
+from pats_jax.data import batches, readers, tasks
+from pats_jax.evaluation import Predictor
+from pats_jax.journal import Journal
+from pats_jax.methods import layer_mask, learning_rate_schedule
+from pats_jax.objectives import with_objectives
+from pats_jax.profiling import Profiler
+from pats_jax.settings import Settings
+from pats_jax.trainer import Hooks, Progress, Rhythm, fit
+
+logger = logging.getLogger(__name__)
+
+
+def count_steps(settings: Settings, rows: int) -> int:
+    """Optimizer steps of the training."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return math.ceil(settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1)))
+
+
+class Training:
+    """Everything that one training needs, built and checked before anything is written."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runner: parallel.MeshRunner,
+        task: tasks.Task,
+        split: readers.Split,
+        tokens: batches.Tokens,
+        model,
+        params,
+    ):
+        self.settings, self.runner, self.metric = settings, runner, task.main_metric
+        self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        self.batch_size *= runner.num_devices
+        self.labels, self.tokens = split.labels, tokens
+        self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+        self.plan = self._plan(epoch=0)
+        total = count_steps(settings, len(tokens))
+        self.rhythm = Rhythm(
+            total_steps=total,
+            logging_steps=settings.logging_steps,
+            eval_steps=settings.eval_steps or len(self.plan),
+            save_steps=settings.save_steps,
+            save_best=settings.load_best_model_at_end,
+            patience=settings.early_stopping_patience,
+            max_nonfinite_steps=settings.max_nonfinite_steps,
+        )
+        self.schedule = learning_rate_schedule(settings, total)
+        self.mask = layer_mask(params, settings.noise_layers)
+        self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
+        self.loss_without_dropout = train_state.make_loss_fn(
+            model.apply, regression=task.is_regression, deterministic=True
+        )
+        params = runner.place(methods.starting_params(settings, params))
+        trainable = methods.trainable_mask(settings, params)
+        trained = params if trainable is None else trees.partition(trainable, params)[0]
+        tx = methods.make_optimizer(settings, total, trained, functools.partial(self._fisher_mask, params))
+        create = functools.partial(
+            train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
+        )
+        self.state = runner.create_state(create, params)
+        self.step = runner.compile_step(
+            train_state.make_train_step(
+                with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
+                axis_name=runner.axis_name,
+                accumulation_steps=settings.gradient_accumulation_steps,
+                skip_nonfinite=True,
+            ),
+            self.state,
+        )
+        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
+
+    def batches(self, first_step: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float]]]:
+        """This process's rows of every batch from a step (counted from 0) on, and counts of the global batch."""
+        epoch, done = divmod(first_step, len(self.plan))
+        for number in itertools.count(epoch):
+            for rows, length in self._plan(number)[done:]:
+                counts = {
+                    "examples": float(len(rows)),
+                    "tokens": float(self.tokens.lengths[rows].sum()),
+                    "computed_tokens": float(self.batch_size * length),
+                }
+                yield self._fill(rows, length), counts
+            done = 0
+
+    def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
+        """Sensitivity of the layers that take noise, measured on some batches of the first epoch, all of one shape."""
+        common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
+        chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
+        sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
+        measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample)
+        return concentration.selected(self.runner.to_host(measured), self.mask)
+
+    def _fisher_mask(self, params, keep_fraction, mask):
+        """The mask of Child-Tuning D, from one pass over the training data."""
+        everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
+        return subnetworks.fisher_mask(self.loss_without_dropout, params, everything, keep_fraction, mask=mask)
+
+    def _plan(self, epoch):
+        return batches.epoch_plan(
+            self.tokens.lengths,
+            self.batch_size,
+            self.boundaries,
+            seed=self.settings.seed,
+            epoch=epoch,
+        )
+
+    def _fill(self, rows, length):
+        own = self.runner.own_rows(self.batch_size)
+        return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
+
+
+@dataclasses.dataclass
+class Trained:
+    """What training leaves.
+
+    Attributes:
+      params: the parameters that the run keeps.
+      records: the logged lines.
+      save: saves a checkpoint of the end, where there is none yet.
+    """
+
+    params: Any
+    records: list[dict[str, Any]]
+    save: Callable[[], None] = lambda: None
+
+
+class TrainingHooks(Hooks):
+    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile."""
+
+    def __init__(
+        self,
+        training: Training,
+        predictor: Predictor,
+        checkpoints: Checkpoints,
+        show: Callable[..., None],
+        journal: Journal | None,
+        profiler: Profiler | None,
+    ):
+        self.metric = training.metric
+        self._training, self._predictor, self._checkpoints = training, predictor, checkpoints
+        self._show, self._journal, self._profiler = show, journal, profiler
+
+    def on_step(self, step, state):
+        self._show(completed=step)
+        if self._profiler:
+            self._profiler.after(step, state)
+
+    def describe(self, progress, state):
+        made = progress.step - progress.skipped_steps
+        figures = {"learning_rate": float(self._training.schedule(max(made - 1, 0)))}
+        figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        noisy = figures.pop("noisy_parameters", None)
+        return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
+
+    def on_record(self, record):
+        if self._journal:
+            self._journal.write(record)
+        if "loss" in record:
+            rate = record["timing"]["examples_per_second"]
+            self._show(status=f"loss {record['loss']:.4f}, {rate:.0f} examples/s")
+        self._checkpoints.check()
+
+    def evaluate(self, state):
+        if "eval" not in self._training.settings.phases:
+            return None
+        return self._predictor.evaluate(self._training.runner.view(state.all_params))
+
+    def save(self, state, progress):
+        best = progress.best(self.metric) if self._training.rhythm.save_best else None
+        view = self._training.runner.view(state)
+        self._checkpoints.save(progress.step, view, dataclasses.asdict(progress), best and best["step"])
+
+
+def train(
+    training: Training,
+    predictor: Predictor,
+    checkpoints: Checkpoints,
+    folder: pathlib.Path,
+    results: dict[str, Any],
+    console: rich.console.Console,
+    asked: preemption.Preemption,
+) -> Trained:
+    """Trains from the last checkpoint or the start, and fills in results."""
+    settings, rhythm, runner = training.settings, training.rhythm, training.runner
+    results |= {"train_examples": len(training.tokens), "steps": rhythm.total_steps}
+    logger.info("%s", describe_batch(settings, runner))
+    before = None
+    if settings.sensitivity_batches:
+        before = training.sensitivity(runner.view(training.state.all_params))
+    state, progress = training.state, Progress()
+    restored = checkpoints.restore(runner.view(state)) if settings.resume else None
+    if restored:
+        state, progress = restored[0], Progress(**restored[1])
+        logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
+    started, first_step = time.perf_counter(), progress.step
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(console))
+        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
+        journal = profiler = None
+        if parallel.is_first():
+            tensorboard = settings.report_to == "tensorboard"
+            journal = stack.enter_context(Journal(folder, progress.records, tensorboard=tensorboard))
+        if settings.profile:
+            profiler = stack.enter_context(Profiler(folder / "profile", first_step, rhythm.total_steps))
+        show = functools.partial(bar.update, number)
+        hooks = TrainingHooks(training, predictor, checkpoints, show, journal, profiler)
+        state, progress = fit(
+            state,
+            training.step,
+            training.batches(progress.step),
+            rhythm,
+            hooks,
+            progress=progress,
+            preemption=asked,
+        )
+    seconds = time.perf_counter() - started
+    results["steps"] = progress.step
+    results["timing"] |= {"train_seconds": seconds, "steps_per_second": (progress.step - first_step) / seconds}
+    params, results["model_step"] = runner.view(state.all_params), progress.step
+    best = progress.best(training.metric) if settings.load_best_model_at_end else None
+    if best is not None and best["step"] != progress.step:
+        params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
+    if before is not None:
+        after = training.sensitivity(params)
+        everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
+        histograms = [concentration.log10_histogram(values) for values in everything]
+        results["concentration"] = {
+            "before": concentration.by_tensor(before),
+            "after": concentration.by_tensor(after),
+            "log10_histogram": {
+                "edges": list(concentration.HISTOGRAM_EDGES),
+                "before": histograms[0],
+                "after": histograms[1],
+            },
+        }
+        if parallel.is_first():
+            plots.plot_sensitivity(folder / "plots" / "sensitivity.png", *everything)
+    return Trained(params, progress.records, lambda: hooks.save(state, progress))
+
+
+def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+    """Bar, loss, examples/s and time left; nothing where the console is no terminal."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[status]}"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def describe_batch(settings: Settings, runner: parallel.MeshRunner) -> str:
+    """The global batch and what it is made of."""
+    micro_batches = settings.gradient_accumulation_steps
+    return (
+        f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
+        f"x {runner.num_devices} devices of {jax.process_count()} processes"
+        + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+    )
