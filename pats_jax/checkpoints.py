@@ -237,8 +237,4 @@ def _checksum(x):
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
-    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for dimension in reversed(range(x.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension) * np.uint32(stride % 2**32)
-        stride *= x.shape[dimension]
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(bits * (2 * random.row_major_index(x.shape) + 1), dtype=jnp.uint32)

@@ -197,7 +197,7 @@ def _seed(seed: jax.Array) -> jax.Array:
 def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if math.prod(shape) > 2**32:
         raise ValueError(f"split makes at most 2**32 keys, got shape {shape}")
-    return _derive((key[0], key[1]), (_row_major_index(shape), jnp.uint32(_SPLIT)))
+    return _derive((key[0], key[1]), (row_major_index(shape), jnp.uint32(_SPLIT)))
 
 
 def _fold_in(key: jax.Array, data: Any) -> jax.Array:
@@ -216,9 +216,9 @@ def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
     """One random uint32 for every element of an array of ``shape``."""
     # The block of an array within 2**32 elements is the scalar 0, so its (a, b) are scalars and out of XLA's loop.
     leading = _leading_dimensions(shape)
-    block = _row_major_index(shape[:leading]).reshape(shape[:leading] + (1,) * (len(shape) - leading))
+    block = row_major_index(shape[:leading]).reshape(shape[:leading] + (1,) * (len(shape) - leading))
     a, b = _feistel(key[0] ^ block, key[1] ^ np.uint32(domain))
-    u = _mix(_row_major_index(shape[leading:]) ^ a)
+    u = _mix(row_major_index(shape[leading:]) ^ a)
     return _mix(u ^ b) + u
 
 
@@ -232,7 +232,7 @@ def _leading_dimensions(shape: tuple[int, ...]) -> int:
     return leading
 
 
-def _row_major_index(shape: tuple[int, ...]) -> jax.Array:
+def row_major_index(shape: tuple[int, ...]) -> jax.Array:
     """Each element's index in C order, uint32, from one iota a dimension, which XLA can shard and fuse."""
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
