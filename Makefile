@@ -5,6 +5,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv-$(VERSION)
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # Folder of GLUE's TSV files for `make bench`; where there is none, its data comes from the hub.
@@ -16,10 +17,10 @@ demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not parity and not slow"
+	$(PYTEST) -m "not parity and not slow"
 
 slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 parity: $(VENV)/.torch
 	$(BIN)/python -m pytest -m parity

@@ -149,7 +149,8 @@ def _show_warnings_in_a_line() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"pats-jax: warning: {message}", file=sys.stderr)
     logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax talks of its inner life
+    for name in ("absl", "asyncio", "concurrent.futures"):  # Orbax talks of its inner life by these
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     _leave_failures_of_threads_to_those_who_wait_for_them()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
 
