@@ -218,8 +218,7 @@ class PmapRunner(MeshRunner):
         return DATA
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
-        local = NamedSharding(Mesh(np.array(self._local_devices), (DATA,)), PartitionSpec())
-        return jax.device_put(create(params=params), local)
+        return jax.device_put(create(params=self._narrow(params)), self._local)
 
     def compile_step(self, step: Step, state: TrainState) -> Step:
         devices = self._local_devices
@@ -234,22 +233,35 @@ class PmapRunner(MeshRunner):
 
         def run(state, batch):
             dealt = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
-            return self._in_turn(compiled(state, dealt))
+            return self._in_turn(compiled(self._narrow(state), dealt))
 
         return run
 
     def view(self, tree: Any) -> Any:
-        def widen(x):
-            if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(widen(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-            parts = [shard.data for shard in x.addressable_shards]
-            return jax.make_array_from_single_device_arrays(x.shape, self.replicated, parts)
+        return jax.tree.map(functools.partial(_with_sharding, self.replicated), tree)
 
-        return jax.tree.map(widen, tree)
+    def _narrow(self, tree):
+        """A tree as arrays of this process's devices, which pmap wants; those of the whole mesh have their copies."""
+        if all(not isinstance(x, jax.Array) or x.is_fully_addressable for x in jax.tree.leaves(tree)):
+            return tree
+        return jax.tree.map(functools.partial(_with_sharding, self._local), tree)
+
+    @functools.cached_property
+    def _local(self):
+        return NamedSharding(Mesh(np.array(self._local_devices), (DATA,)), PartitionSpec())
 
     @functools.cached_property
     def _local_devices(self):
         return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+
+
+def _with_sharding(sharding, x):
+    """The copies of a replicated array that this process has, as an array of another sharding; nothing is moved."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        words = _with_sharding(sharding, jax.random.key_data(x))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
 
 def _whole(x):
