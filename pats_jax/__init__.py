@@ -22,7 +22,7 @@ _HOMES = {
     "dps_mix": "subnetworks",
     "fisher_mask": "subnetworks",
     "freeze_unselected": "subnetworks",
-    "sift": "subnetworks",
+    "sift": "sparse_updates",
     "forward_params": "anchors",
     "l2_sp": "anchors",
     "mixout": "anchors",

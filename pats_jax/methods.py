@@ -10,7 +10,7 @@ import optax
 import rich.markup
 import rich.table
 
-from pats_jax import anchors, objectives, subnetworks, transforms
+from pats_jax import anchors, objectives, sparse_updates, subnetworks, transforms
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 from pats_jax.train_state import parameter_name
@@ -105,8 +105,8 @@ def _conflict(name, other):
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:
         return "both change the weights of the forward pass"
-    if "sift" in (name, other) and kinds & {"noise", "scaling", "anchor"} and "noisytune" not in (name, other):
-        return "SIFT keeps single entries, the other one needs whole matrices"
+    if {name, other} in ({"sift", "pats"}, {"sift", "mixout"}):
+        return "SIFT hands on single entries, the other one needs whole tensors"
     return None
 
 
@@ -308,7 +308,7 @@ def _sage(context):
 
 
 def _sift(context, optimizer):
-    return subnetworks.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
+    return sparse_updates.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
 
 
 def _noisy_tune(params, settings):

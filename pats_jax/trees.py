@@ -106,3 +106,12 @@ def find_states(opt_state: Any, *kinds: type) -> list[Any]:
 
 def _number(name: str) -> int:
     return zlib.crc32(name.encode())
+
+
+def as_extra_args_transform(
+    inner: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer as a gradient transformation that takes extra arguments, used or not."""
+    return optax.with_extra_args_support(
+        inner.gradient_transformation() if isinstance(inner, optax.MultiSteps) else inner
+    )

@@ -182,8 +182,8 @@ def make_state(**changes):
 def moved(state, steps=1):
     """Names of the parameters that differ from the pretrained ones after some steps; the state; the compiled step."""
     step = jax.jit(pats_jax.make_train_step(quadratic))
-    for _ in range(steps):
-        state, _ = step(state, jnp.zeros(1))
+    for number in range(steps):  # gradients change from step to step: SAGE stands still where they do not
+        state, _ = step(state, jnp.full(1, float(number)))
     pairs = zip(jax.tree_util.tree_leaves_with_path(state.all_params), jax.tree.leaves(MODEL), strict=True)
     names = {methods.parameter_name(path) for (path, p), old in pairs if np.any(np.asarray(p) != old)}
     return names, state, step
@@ -272,8 +272,8 @@ def test_methods_compose():
         ("mixout+dps-mix", "both change the weights of the forward pass"),
         ("pats+pats", "they are the same"),
         ("finetune+pats", "finetune adds nothing"),
-        ("sift+pats", "SIFT keeps single entries"),
-        ("sage+sift", "SIFT keeps single entries"),
+        ("sift+pats", "SIFT hands on single entries"),
+        ("mixout+sift", "SIFT hands on single entries"),
         ("r3f+pats+r3f", "they are the same"),
     ],
 )
@@ -281,6 +281,18 @@ def test_pairs_that_do_not_go_together(names, reason):
     with pytest.raises(InputError, match=f"do not go together: {reason}") as caught:
         methods.get_methods(names)
     assert str(caught.value).startswith(f"--method {names}: ")
+
+
+@pytest.mark.parametrize("other", ["sage", "l2-sp", "noisytune"])
+def test_sift_goes_with_what_works_entry_by_entry(other):
+    start = make_state(method=f"sift+{other}", noise_intensity=0.0)
+    _, state, _ = moved(start, 3)
+    for part in ("query", "key", "value"):
+        kernel, before = (
+            np.asarray(params["bert"]["encoder"]["layer"]["0"]["attention"]["self"][part]["kernel"])
+            for params in (state.all_params, MODEL)
+        )
+        assert np.sum(kernel != before) == np.ceil(0.008 * before.size)
 
 
 def test_objectives_go_with_everything_and_have_their_settings():
