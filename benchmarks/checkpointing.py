@@ -13,8 +13,8 @@ import tempfile
 import time
 
 import jax
-import numpy as np
 import tyro
+from random_batch import random_batch
 
 from pats_jax import make_loss_fn, make_train_step, methods, models, parallel, run_folder
 from pats_jax.checkpoints import Checkpoints
@@ -50,14 +50,7 @@ def main(
     create = functools.partial(TrainState.create, apply_fn=network.apply, tx=tx, key=0)
     state = runner.create_state(create, params)
     step = runner.compile_step(make_train_step(make_loss_fn(network.apply), skip_nonfinite=True), state)
-    rng = np.random.default_rng(0)
-    batch = {
-        "input_ids": rng.integers(1000, config.vocab_size, (rows, length), dtype=np.int32),
-        "attention_mask": np.ones((rows, length), np.int32),
-        "token_type_ids": np.zeros((rows, length), np.int32),
-        "labels": rng.integers(2, size=rows, dtype=np.int32),
-        "weights": np.ones(rows, np.float32),
-    }
+    batch = random_batch(config.vocab_size, rows, length)
     state, _ = jax.block_until_ready(step(state, batch))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,10 +11,10 @@ import statistics
 import time
 
 import jax
-import numpy as np
 import rich.console
 import rich.table
 import tyro
+from random_batch import random_batch
 
 import pats_jax
 from pats_jax import methods as all_methods
@@ -46,14 +46,7 @@ def main(
     """
     network, params, config = models.from_pretrained(model, num_labels=2)
     params = jax.device_get(params)
-    rng = np.random.default_rng(0)
-    batch = {
-        "input_ids": rng.integers(1000, config.vocab_size, (rows, length), dtype=np.int32),
-        "attention_mask": np.ones((rows, length), np.int32),
-        "token_type_ids": np.zeros((rows, length), np.int32),
-        "labels": rng.integers(2, size=rows, dtype=np.int32),
-        "weights": np.ones(rows, np.float32),
-    }
+    batch = random_batch(config.vocab_size, rows, length)
     runs = {name: make_run(name, network, params, batch, rounds, update_ratio) for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):

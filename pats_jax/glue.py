@@ -52,8 +52,8 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     )
     runner = parallel.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
     console = console if console and parallel.is_first() else rich.console.Console(quiet=True)
-    folder = pathlib.Path(settings.output_dir or default_folder(settings))
-    settings = dataclasses.replace(settings, output_dir=str(folder))
+    settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder(settings))
+    folder = pathlib.Path(str(settings.output_dir))
     resuming = settings.resume and (folder / "config.json").exists()
     if resuming:
         settings = settings.resuming(read_config(str(folder / "config.json")))
@@ -82,18 +82,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     )
     max_length = sequence_length(settings.max_seq_length, config)
     tokens = {name: batches.tokenize(split, tokenizer, max_length) for name, split in splits.items()}
-    results = {
-        "model_name_or_path": settings.model_name_or_path,
-        "task_name": settings.task_name,
-        "data": describe_data(settings),
-        "method": settings.method,
-        "seed": settings.seed,
-        "num_labels": task.num_labels,
-        "num_parameters": sum(p.size for p in jax.tree.leaves(params)),
-        "main_metric": task.main_metric,
-        "versions": run_folder.versions(),
-        "timing": {},
-    }
+    results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
         predict = runner.compile_predict(train_state.make_predict_step(model.apply))
@@ -126,17 +115,12 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
             except Preempted as error:
                 trained.save()
                 checkpoints.wait()
-                raise Preempted(how_to_go_on(folder), error.signal_number) from None
+                raise Preempted(how_to_go_on(folder, training is not None), error.signal_number) from None
         params = runner.to_host(trained.params)
 
-    # the folder that people read
     if "eval" in settings.phases:
-        results["eval_examples"] = len(splits["validation"])
-        results["majority_class"] = {"metrics": predictor.evaluate_majority()}
-        scores = [{"step": r["step"], "metrics": r["eval"]} for r in trained.records if "eval" in r]
-        results["final"] = scores[-1]
-        results["best"] = max(scores, key=lambda score: score["metrics"][task.main_metric])
-    if parallel.is_first():
+        results |= describe_scores(predictor, trained.records)
+    if parallel.is_first():  # the folder that people read
         models.save_pretrained(folder / "model", params=params, config=config, tokenizer=tokenizer)
         if files:
             write_files(folder / "predictions", files)
@@ -253,6 +237,33 @@ def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[
 # reports
 
 
+def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str, Any]:
+    """What results.json says of a run before anything is trained."""
+    return {
+        "model_name_or_path": settings.model_name_or_path,
+        "task_name": settings.task_name,
+        "data": describe_data(settings),
+        "method": settings.method,
+        "seed": settings.seed,
+        "num_labels": task.num_labels,
+        "num_parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "main_metric": task.main_metric,
+        "versions": run_folder.versions(),
+        "timing": {},
+    }
+
+
+def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The final and the best of the logged evaluations, and what a constant answer scores."""
+    scores = [{"step": record["step"], "metrics": record["eval"]} for record in records if "eval" in record]
+    return {
+        "eval_examples": len(predictor.splits["validation"]),
+        "majority_class": {"metrics": predictor.evaluate_majority()},
+        "final": scores[-1],
+        "best": max(scores, key=lambda score: score["metrics"][predictor.task.main_metric]),
+    }
+
+
 def default_folder(settings: Settings) -> str:
     """``runs/TASK-METHOD-seedSEED``."""
     file = settings.train_file or settings.validation_file or settings.test_file
@@ -279,11 +290,10 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], record
         plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
 
 
-def how_to_go_on(folder: pathlib.Path) -> str:
+def how_to_go_on(folder: pathlib.Path, saved: bool) -> str:
     """What to type after an interruption."""
-    return (
-        f"interrupted and saved; go on with: pats-jax glue --config {shlex.quote(str(folder / 'config.json'))} --resume"
-    )
+    config = shlex.quote(str(folder / "config.json"))
+    return f"interrupted{' and saved' if saved else ''}; go on with: pats-jax glue --config {config} --resume"
 
 
 def say(console: rich.console.Console, text: str) -> None:

@@ -178,8 +178,8 @@ class MeshRunner:
 
     def compile_step(self, step: Step, state: TrainState) -> Step:
         """The step for states like this one and this process's own rows of each batch; it donates the state."""
-        # where parameters are cut for fsdp, XLA is left to choose how to compute: gathering them first took six times
-        # the memory; only what comes out must lie where it lay
+        # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
+        # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
         return lambda state, batch: self._in_turn(compiled(state, self.put(batch)))

@@ -95,7 +95,7 @@ class Hooks:
       metric: the score that picks the best evaluation.
     """
 
-    metric = "loss"
+    metric: str
 
     def on_step(self, step: int, state: TrainState) -> None:
         """A step has been dispatched; the device may still be at it."""

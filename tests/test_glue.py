@@ -19,30 +19,13 @@ from pats_jax.settings import Settings
 TRAIN_ROWS, STEPS = 22, 12  # of SST-2: 4 epochs of 3 batches, the last one of 6 rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Settings of a quick run on a tiny SST-2; tests fill in the rest."""
-    folder = tmp_path_factory.mktemp("glue")
-    return Settings(
-        model_name_or_path=str(tiny.save_checkpoint(folder / "checkpoint")),
-        task_name="sst2",
-        data_dir=str(tiny.write_sst2(folder / "data")),
-        max_seq_length=16,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=8,
-        learning_rate=1e-2,
-        length_buckets=1,
-        sensitivity_batches=0,
-        num_train_epochs=4,
-        num_devices=1,
-        save_steps=0,
-    )
+    return tiny.quick_settings(tmp_path_factory.mktemp("glue"), num_train_epochs=4)
 
 
 def run(base, folder, console=None, **changes):

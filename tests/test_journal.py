@@ -15,7 +15,6 @@ from pats_jax import glue, run_folder
 from pats_jax.errors import InputError
 from pats_jax.journal import Journal, check_tensorboard
 from pats_jax.profiling import Profiler
-from pats_jax.settings import Settings
 
 TRAINED = {"step": 2, "loss": 0.5, "learning_rate": 1e-3, "skipped_steps": 0, "timing": {"seconds": 1.5}}
 EVALUATED = {"step": 2, "eval": {"accuracy": 0.75}}
@@ -95,20 +94,13 @@ def test_the_profiler_sees_ten_steps_or_all_of_a_shorter_run(tmp_path, first, to
 
 
 def test_a_run_shows_itself(tmp_path):
-    settings = Settings(
-        model_name_or_path=str(tiny.save_checkpoint(tmp_path / "checkpoint")),
-        task_name="sst2",
-        data_dir=str(tiny.write_sst2(tmp_path / "data")),
+    settings = tiny.quick_settings(
+        tmp_path,
         output_dir=str(tmp_path / "run"),
         method="pats",
-        max_seq_length=16,
-        train_batch_size=8,
         length_buckets=2,
-        sensitivity_batches=0,
         max_steps=12,
-        num_devices=1,
         logging_steps=4,
-        save_steps=0,
         report_to="tensorboard",
         profile=True,
     )

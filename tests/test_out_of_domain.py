@@ -24,10 +24,7 @@ needs_shared = pytest.mark.skipif(not (SHARED / "ood_nli").is_dir(), reason=f"th
 THREE, TWO = ("entailment", "neutral", "contradiction"), ("entailment", "not_entailment")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def write(path, *lines):

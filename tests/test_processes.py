@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,3 +160,14 @@ def test_a_killed_peer_ends_the_other(base, tmp_path, dead):
     killed = time.monotonic()
     codes, _ = finish(processes[1 - dead])
     assert codes[0] != 0 and time.monotonic() - killed < 60
+
+
+def test_a_run_of_pmap_goes_on_in_two_processes(base, alone, tmp_path):
+    """From the checkpoint of one process with eight devices and a mesh."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "20")
+    codes, said = finish(*launch_two(base, output_dir=folder, resume=True, parallel="pmap"))
+    assert codes == [0, 0] and all("going on after step 10 of 20" in text for text in said), said
+    assert_close(folder, alone)

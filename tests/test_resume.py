@@ -19,34 +19,21 @@ from safetensors.numpy import load_file
 
 from pats_jax import fine_tuning, glue, run_folder
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
 
 STEPS = 60
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    with tiny.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A run of PATS on a tiny SST-2 with everything that has a state: dropout, noise, evaluations, early stop, best."""
-    folder = tmp_path_factory.mktemp("resume")
-    return Settings(
-        model_name_or_path=str(tiny.save_checkpoint(folder / "checkpoint")),
-        task_name="sst2",
-        data_dir=str(tiny.write_sst2(folder / "data")),
-        max_seq_length=16,
-        train_batch_size=8,
-        learning_rate=1e-2,
+    return tiny.quick_settings(
+        tmp_path_factory.mktemp("resume"),
         method="pats",
         noise_scale=0.1,
-        length_buckets=1,
-        sensitivity_batches=0,
         max_steps=STEPS,
-        num_devices=1,
         logging_steps=7,
         eval_steps=5,
         early_stopping_patience=50,

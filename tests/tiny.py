@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from pats_jax import models
 from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.settings import Settings
 
 GOOD = ("warm", "bright", "kind", "calm")
 BAD = ("cold", "dull", "rude", "loud")
@@ -128,3 +129,23 @@ def quick_compilation(folder: Path) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def quick_settings(folder: Path, **changes) -> Settings:
+    """Settings of a run of seconds on a tiny SST-2, whose checkpoint and data are made in a folder."""
+    quick = {
+        "max_seq_length": 16,
+        "train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 1e-2,
+        "length_buckets": 1,
+        "sensitivity_batches": 0,
+        "num_devices": 1,
+        "save_steps": 0,
+    }
+    return Settings(
+        model_name_or_path=str(save_checkpoint(folder / "checkpoint")),
+        task_name="sst2",
+        data_dir=str(write_sst2(folder / "data")),
+        **quick | changes,
+    )
