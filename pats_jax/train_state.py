@@ -128,18 +128,14 @@ def make_train_step(
             if axis_name is not None:
                 totals, weight = jax.lax.psum((totals, weight), axis_name)
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(state.params),
-            "update_norm": optax.tree.norm(updates),
-        }
-        new = (optax.apply_updates(state.params, updates), opt_state)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         if skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state))
             metrics["skipped"] = 1.0 - finite
-        return state.replace(step=state.step + 1, params=new[0], opt_state=new[1]), metrics
+            params, opt_state, metrics["update_norm"] = _update_if(finite, state, grads)
+        else:
+            params, opt_state, metrics["update_norm"] = _update(state, grads)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
 
@@ -196,6 +192,32 @@ def parameter_name(path: tuple) -> str:
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What a model takes of a batch, by name."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def _update(state, grads):
+    """New parameters and optimizer state, and the norm of what was added."""
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(updates)
+
+
+def _update_if(finite, state, grads):
+    """The same, or everything as it was and a norm of 0.
+
+    The optimizer runs inside a branch: to choose between its old and its new state afterwards, XLA would copy the old
+    one first. The updates leave the branch and are added outside, or XLA would compute them twice, with all their
+    noise: once to add them, once for the norm.
+    """
+    arguments = (grads, state.opt_state, state.params)
+    shapes = jax.eval_shape(state.tx.update, *arguments)[0]
+
+    def keep(grads, opt_state, params):
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), opt_state
+
+    updates, opt_state = jax.lax.cond(finite, state.tx.update, keep, *arguments)
+    moved = optax.apply_updates(state.params, updates)
+    # chosen once more, as adding 0 would turn -0 into 0
+    params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.params)
+    return params, opt_state, optax.tree.norm(updates)
 
 
 def _total_weight(batch):
