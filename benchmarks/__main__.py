@@ -7,7 +7,13 @@ import tyro
 
 from benchmarks import report
 from benchmarks.against_torch import AgainstTorch
+from benchmarks.checkpointing import Checkpoint
+from benchmarks.compilation import Compile
+from benchmarks.devices import Devices
+from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
+from benchmarks.pipeline import Pipeline
+from benchmarks.random_numbers import Random
 from benchmarks.step import Step
 from pats_jax.errors import InputError
 
@@ -15,6 +21,12 @@ SUBJECTS: dict[str, type[report.Subject]] = {
     "step": Step,
     "torch": AgainstTorch,
     "optimizer": Optimizer,
+    "compile": Compile,
+    "memory": Memory,
+    "pipeline": Pipeline,
+    "devices": Devices,
+    "random": Random,
+    "checkpoint": Checkpoint,
 }
 
 

