@@ -44,7 +44,7 @@ class Checkpoint(report.Subject):
                 stored = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
         ratio, size = turns.ratio(SAVING, PLAIN), cases.size(params)
         results = report.Results({f"{case} {self.method} a save every {self.save_steps} steps": ratio})
-        table = report.table(f"Stretches of {self.save_steps} steps, {case}, {self.method}", "", "seconds/step", "ratio")
+        table = report.table(f"{self.save_steps} steps of {self.method}, {case}", "", "seconds/step", "ratio")
         for name in sides:
             seconds = turns.median(name) / self.save_steps
             results.measured[name] = {"seconds_per_step": seconds, "seconds": turns.seconds[name]}

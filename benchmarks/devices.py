@@ -24,8 +24,8 @@ PLAIN = "plain jit, 1 device"
 class Devices(report.Subject):
     """Step time of each runner on 1, 2, 4, 8 devices against a plain jit on one, the global batch being the same.
 
-    Of virtual CPU devices, which share the machine, it shows what the runners cost. Each number of devices has a process
-    of its own; there the runners take turns.
+    On virtual CPU devices, which share the machine, it shows what the runners cost. Each number of devices has a
+    process of its own, in which the runners take turns.
     """
 
     case: str = "minilm:32x64"  # MODEL:ROWSxLENGTH, the global batch

@@ -80,7 +80,7 @@ class Pipeline(report.Subject):
         lengths = sorted(counts["bucketed"] | counts["padded"])
         run = step_by_length(prepared, sides["padded"])
         turns = take_turns({str(length): functools.partial(run, length) for length in lengths}, self.rounds)
-        table = report.table(f"An epoch of {self.epoch_task}", "", "padding", "seconds, steps times medians", "run whole")
+        table = report.table(f"An epoch of {self.epoch_task}", "", "padding", "seconds, from its steps", "seconds, run")
         for name, side in sides.items():
             parts = [number * np.array(turns.seconds[str(length)]) for length, number in counts[name].items()]
             planned = np.sum(parts, axis=0).tolist()
@@ -106,7 +106,7 @@ class Pipeline(report.Subject):
         figures = {"steps": self.waiting_steps, "seconds": seconds, "waiting_seconds": waited}
         figures["waiting_share"] = waited / seconds
         results.measured[f"{self.waiting_task} waiting"] = figures
-        table = report.table(f"Device without work, {self.waiting_task}", "steps", "seconds", "of them waiting", "share")
+        table = report.table(f"Device idle, {self.waiting_task}", "steps", "seconds", "of them idle", "share")
         table.add_row(str(self.waiting_steps), f"{seconds:.2f}", f"{waited:.4f}", f"{waited / seconds:.2%}")
         results.tables.append(table)
 
@@ -181,7 +181,7 @@ def run_epoch(training: fine_tuning.Training, steps: int, warm_up: bool = False)
     watched = Watched(training.step)
     rhythm = Rhythm(total_steps=steps, logging_steps=training.settings.logging_steps, eval_steps=steps)
     started = time.perf_counter()
-    training.state, _ = fit(training.state, watched, source, rhythm, Hooks())
+    training.state, _ = fit(training.state, watched, source, rhythm, _Silent())
     jax.block_until_ready(training.state)
     seconds = time.perf_counter() - started
     return seconds, watched.waiting_seconds()
@@ -195,6 +195,12 @@ def one_of_each_shape(source: Iterator[Any]) -> Iterator[Any]:
         if shape not in seen:
             seen.add(shape)
             yield batch, counts
+
+
+class _Silent(Hooks):
+    """Nothing but the steps and their log."""
+
+    metric = "none"
 
 
 class Watched:
