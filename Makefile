@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Folder of GLUE's TSV files for `make bench`; where there is none, its data comes from the hub.
+# Folder of GLUE's TSV files for `make bench` and `make curves`; where there is none, the first takes the built-in data
+# and the second the hub's.
 DATA_DIR ?= $(wildcard ../shared/data/glue)
 
-.PHONY: demo test slow parity lint bench clean
+.PHONY: demo test slow parity lint bench bench-check curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -31,6 +32,13 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.torch
+	$(BIN)/python -m benchmarks all $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(BIN)/python -m benchmarks plot
+
+bench-check: $(VENV)/.ready
+	$(BIN)/python -m benchmarks check
+
+curves: $(VENV)/.torch
 	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 clean:

@@ -1,5 +1,12 @@
-"""``python -m benchmarks SUBJECT [flags]``: see ``--help``, and ``docs/performance.md`` for what was measured."""
+"""``python -m benchmarks SUBJECT [flags]``: how fast and how large, each ratio measured in turns in one process.
 
+`check` compares ratios with the stored ones, `plot` draws what is stored, `all` runs every subject. On CPU, ``taskset``
+says which cores to use; nothing else should be running. ``docs/performance.md`` has what was measured.
+"""
+
+import dataclasses
+import logging
+import subprocess
 import sys
 
 import rich.console
@@ -7,9 +14,11 @@ import tyro
 
 from benchmarks import report
 from benchmarks.against_torch import AgainstTorch
+from benchmarks.check import Check
 from benchmarks.checkpointing import Checkpoint
 from benchmarks.compilation import Compile
 from benchmarks.devices import Devices
+from benchmarks.goals import Plot
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.pipeline import Pipeline
@@ -30,18 +39,41 @@ SUBJECTS: dict[str, type[report.Subject]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class All:
+    """Run every subject with its defaults, each in a process of its own; the results files are written anew."""
+
+    data_dir: str | None = None  # folder of GLUE's TSV files; none: the built-in data
+
+    def run(self, console: rich.console.Console) -> int:
+        worst = 0
+        for name in SUBJECTS:
+            command = [sys.executable, "-m", "benchmarks", name]
+            if self.data_dir and name in ("compile", "pipeline"):
+                command += ["--data_dir", self.data_dir]
+            worst = max(worst, subprocess.run(command).returncode)
+        return worst
+
+
 def main(args: list[str] | None = None) -> None:
-    """Runs a subject; exits with code 2 and one line on stderr when the input is wrong."""
-    args = sys.argv[1:] if args is None else args
-    subject = tyro.extras.subcommand_cli_from_dict(
-        SUBJECTS, args=args, prog="python -m benchmarks", description=__doc__, use_underscores=True
+    """Runs a subject or another command; exits with code 2 and one line on stderr when the input is wrong."""
+    chosen = tyro.extras.subcommand_cli_from_dict(
+        SUBJECTS | {"all": All, "check": Check, "plot": Plot},
+        args=args,
+        prog="python -m benchmarks",
+        description=__doc__,
+        use_underscores=True,
     )
-    name = next(name for name, kind in SUBJECTS.items() if type(subject) is kind)
+    logging.getLogger("pats_jax").setLevel(logging.ERROR)  # that heads are new is no news here
     console = rich.console.Console()
     if not console.is_terminal:
         console.width = 160  # a file or a pipe has no width of its own
     try:
-        report.finish(name, subject.run(), subject.output_file, subject.add, console)
+        if isinstance(chosen, report.Subject):
+            name = next(name for name, kind in SUBJECTS.items() if type(chosen) is kind)
+            report.finish(name, chosen.run(), chosen.output_file, chosen.add, console)
+        else:
+            sys.exit(chosen.run(console))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,12 @@
 """Measuring in turns: one call of each variant after the other, round after round, in one process.
 
-Whatever else the machine does falls on all variants alike. A ratio is the median of the ratios within the rounds, so a
+Whatever else the machine does falls on all variants alike; the order within a round is drawn anew, so that none of them
+always comes after the same other one. A ratio is the median of the ratios within the rounds, so a
 machine that becomes slower or faster on the way does not change it.
 """
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -61,10 +63,12 @@ def take_turns(
       The seconds of every call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order, generator = list(variants), random.Random(0)
     for number in range(-warm_up, rounds):
-        for name, variant in variants.items():
+        generator.shuffle(order)
+        for name in order:
             started = clock()
-            jax.block_until_ready(variant())
+            jax.block_until_ready(variants[name]())
             if number >= 0:
                 seconds[name].append(clock() - started)
     return Turns(seconds)

@@ -1,0 +1,237 @@
+"""The goals of speed and size, and what the results files say of them: pictures, and the table of the docs page."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import rich.console
+
+from benchmarks import report
+from pats_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- measured: written by `python -m benchmarks plot` -->", "<!-- end of measured -->"
+COLOURS = {"finetune": "#9aa5b1", "pats": "#0b6e99", "pats:all": "#f2a541", "torch": "#b1472f"}
+SHAPES = ("minilm 32x64", "bert-base 8x128")
+
+Found = dict[str, dict[str, Any]]  # subject -> what its results file holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """One row of the table.
+
+    Attributes:
+      text: what is measured.
+      subject: the results file.
+      bound: largest value that is good.
+      value: reads the value from the file; KeyError where it was not measured.
+      form: format of values.
+    """
+
+    text: str
+    subject: str
+    bound: float
+    value: Callable[[dict[str, Any]], float]
+    form: str = ".2f"
+
+
+def _ratio(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda results: results["ratios"][name]
+
+
+def _figure(case: str, name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda results: results["measured"][case][name]
+
+
+def _state(variant: str) -> Callable[[dict[str, Any]], float]:
+    """Bytes of state that PATS adds for each parameter with noise."""
+
+    def value(results):
+        figures = results["measured"][f"minilm {variant} state"]
+        return figures["beyond_adamw_per_parameter"] / figures["noisy_share"]
+
+    return value
+
+
+def growth(results: dict[str, Any]) -> dict[int, float]:
+    """Parameters of a model -> seconds that noise on all leaves adds to the update, for each parameter."""
+    found = {key: figures for key, figures in results["measured"].items() if key.endswith(" pats:all")}
+    return {f["parameters"]: f["extra_seconds"] / f["parameters"] for f in sorted(found.values(), key=_parameters)}
+
+
+def _parameters(figures):
+    return figures["parameters"]
+
+
+def _spread(results):
+    """Largest over smallest of `growth`."""
+    values = growth(results).values()
+    return max(values) / min(values) if len(values) > 1 else float("nan")
+
+
+GOALS = (
+    *(Goal(f"AdamW's step here / torch's, {s}", "torch", 0.90, _ratio(f"{s} finetune")) for s in SHAPES),
+    *(Goal(f"PATS's step / AdamW's, default layers, {s}", "step", 1.02, _ratio(f"{s} pats"), ".3f") for s in SHAPES),
+    *(Goal(f"the same with noise on all leaves, {s}", "step", 1.05, _ratio(f"{s} pats:all"), ".3f") for s in SHAPES),
+    Goal("PATS's update alone / AdamW's, MiniLM, default layers", "optimizer", 1.30, _ratio("minilm pats")),
+    Goal("the same with noise on all leaves", "optimizer", 1.65, _ratio("minilm pats:all")),
+    Goal(
+        "temporaries that PATS adds to the update, share of the parameters' bytes, default layers",
+        *("memory", 0.01, _figure("minilm pats update", "temporaries_beyond_adamw_share"), ".2%"),
+    ),
+    Goal(
+        "the same with noise on all leaves",
+        *("memory", 0.01, _figure("minilm pats:all update", "temporaries_beyond_adamw_share"), ".2%"),
+    ),
+    Goal("state that PATS adds, bytes for each parameter with noise", "memory", 4.001, _state("pats:all"), ".3f"),
+    Goal("the same in bfloat16", "memory", 2.001, _state("pats:all:bfloat16"), ".3f"),
+    Goal("first step, cold cache, PATS / AdamW, MiniLM", "compile", 1.25, _ratio("minilm 32x64 pats cold")),
+    Goal(
+        "`pats-jax glue`, MiniLM, warm cache: start of the process to first step, s",
+        *("compile", 8.0, _figure("pats-jax glue", "warm_seconds"), ".1f"),
+    ),
+    Goal("CoLA's epoch, bucketed / padded to 128", "pipeline", 0.30, _ratio("cola epoch bucketed / padded")),
+    Goal(
+        "time that the device waits for data, SST-2",
+        *("pipeline", 0.01, _figure("sst2 waiting", "waiting_share"), ".2%"),
+    ),
+    Goal("PATS's extra time for each parameter, most / least of all sizes", "optimizer", 1.20, _spread),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the results files, and write the table of goals into the docs page."""
+
+    results_dir: pathlib.Path = report.RESULTS  # JSON files of the subjects
+    images_dir: pathlib.Path = ROOT / "docs" / "images"  # where the pictures go
+    page: pathlib.Path | None = ROOT / "docs" / "performance.md"  # whose part between two comments is written anew
+
+    def run(self, console: rich.console.Console) -> int:
+        found = {p.stem: report.read(p) for p in sorted(self.results_dir.glob("*.json")) if _is_subject(p)}
+        if not found:
+            raise InputError(f"--results_dir {self.results_dir}: no results; `python -m benchmarks all` writes them")
+        drawn = draw_all(found, self.images_dir)
+        lines = [*goal_lines(found), "", *(f"![{path.stem}](images/{path.name})" for path in drawn), "", *where(found)]
+        if self.page:
+            write_between(self.page, lines)
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+
+def goal_lines(found: Found) -> list[str]:
+    """The table of goals in Markdown; a dash where nothing was measured."""
+    lines = ["| | goal | measured | | command |", "| --- | ---: | ---: | --- | --- |"]
+    for goal in GOALS:
+        try:
+            value = goal.value(found[goal.subject])
+        except KeyError:
+            value = float("nan")
+        measured, verdict = ("-", "") if value != value else (f"{value:{goal.form}}", _verdict(value, goal.bound))
+        bound = f"{goal.bound:.0%}" if goal.form.endswith("%") else f"{goal.bound:.4g}"
+        command = f"`python -m benchmarks {goal.subject}`"
+        lines.append(f"| {goal.text} | {bound} | {measured} | {verdict} | {command} |")
+    return lines
+
+
+def where(found: Found) -> list[str]:
+    """On what each subject was measured."""
+    lines: dict[str, list[str]] = {}
+    for name, results in found.items():
+        lines.setdefault(report.describe_machine(results["machine"], results["versions"]), []).append(name)
+    return [f"Measured {machine} ({', '.join(names)})." for machine, names in lines.items()]
+
+
+def write_between(page: pathlib.Path, lines: list[str]) -> None:
+    """Replaces what a page has between the two comments.
+
+    Raises:
+      InputError: if it has not both.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"--page {page}: has not both lines, {BEGIN} and {END}")
+    page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
+
+
+def draw_all(found: Found, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws what there is; returns the pictures."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, draw in DRAWINGS.items():
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        if name in found and draw(figure.subplots(), found[name]):
+            path = folder / f"performance_{name}.png"
+            figure.savefig(path, dpi=120)
+            drawn.append(path)
+    return drawn
+
+
+def _draw_ratios(title: str, base: str, log: bool = False) -> Callable[[Any, dict[str, Any]], bool]:
+    """Draws the ratios of a subject as bars."""
+
+    def draw(axes, results):
+        ratios = results["ratios"]
+        colours = [COLOURS.get(name.split(" ")[-1], "#5f8f6a") for name in ratios]
+        bars = axes.barh(list(ratios), list(ratios.values()), color=colours)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axes.axvline(1, color="#333333", linewidth=1)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=7)
+        axes.set(title=title, xlabel=base, xscale="log" if log else "linear")
+        axes.margins(x=0.12)
+        return bool(ratios)
+
+    return draw
+
+
+def _draw_growth(axes, results):
+    """Time of an update by size of the model, AdamW and PATS on all leaves."""
+    for variant, label in (("finetune", "AdamW"), ("pats:all", "PATS, all leaves")):
+        rows = [f for key, f in results["measured"].items() if key.endswith(f" {variant}")]
+        rows.sort(key=_parameters)
+        sizes = [row["parameters"] / 1e6 for row in rows]
+        axes.loglog(sizes, [1e3 * row["median_seconds"] for row in rows], "o-", color=COLOURS[variant], label=label)
+    axes.set(title="Update alone by size of the model", xlabel="million parameters", ylabel="milliseconds")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return True
+
+
+def _draw_state(axes, results):
+    """Bytes of optimizer state for each parameter, by method."""
+    rows = {key: f for key, f in results["measured"].items() if key.endswith(" state")}
+    names = [key.removesuffix(" state").partition(" ")[2] for key in rows]
+    bars = axes.barh(names, [figures["bytes_per_parameter"] for figures in rows.values()], color="#0b6e99")
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
+    axes.set(title="Optimizer state", xlabel="bytes for each parameter of the model")
+    axes.margins(x=0.1)
+    return bool(rows)
+
+
+DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
+    "torch": _draw_ratios("Training step here against Transformers with torch", "time of torch's step = 1"),
+    "step": _draw_ratios("Training step by method", "time of plain AdamW's step = 1"),
+    "optimizer": _draw_growth,
+    "memory": _draw_state,
+    "compile": _draw_ratios("Trace, lower, compile", "plain AdamW = 1"),
+    "devices": _draw_ratios("Runners on virtual devices, the same global batch", "plain jit on one device = 1"),
+    "random": _draw_ratios("11 million random numbers added to an array", "adding 1 = 1", log=True),
+}
+
+
+def _verdict(value, bound):
+    return "reached" if value <= bound else "missed"
+
+
+def _is_subject(path):
+    return "ratios" in json.loads(path.read_text(encoding="utf-8"))
