@@ -13,6 +13,11 @@ from pats_jax import models, parallel
 from pats_jax.settings import Settings
 
 TORCH = "torch"
+WAYS = {  # to run torch: attention, and whether AdamW is its fused one
+    "sdpa, fused AdamW": ("sdpa", True),
+    "eager, fused AdamW": ("eager", True),
+    "sdpa": ("sdpa", False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +49,16 @@ class AgainstTorch(report.Subject):
         alone: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             models.save_pretrained(folder, params=params, config=config)
-            for attention, fused in (("sdpa", True), ("eager", True), ("sdpa", False)):
-                way = f"{TORCH} {attention}{', fused AdamW' if fused else ''}"
+            for way, (attention, fused) in WAYS.items():
                 step = torch_step(folder, attention, fused, settings, batch)
                 alone[way] = take_turns({way: step}, self.rounds_alone).median(way)
                 del step
                 gc.collect()
             fastest = min(alone, key=lambda way: alone[way])
-            sides = {TORCH: torch_step(folder, fastest.split(",")[0].split()[1], "fused" in fastest, settings, batch)}
+            sides = {TORCH: torch_step(folder, *WAYS[fastest], settings, batch)}
         for method in self.methods:
             training = cases.Training(model, params, cases.settings_of(method), 10_000, batch)
-            sides[method] = training.start(parallel.make_runner())
+            sides[method] = training.start(parallel.make_runner(num_devices=1))
             alone[method] = take_turns({method: sides[method]}, self.rounds_alone).median(method)
         alone[TORCH] = alone[fastest]
         turns = take_turns(sides, self.rounds)
@@ -62,7 +66,7 @@ class AgainstTorch(report.Subject):
 
     def _report(self, case: Case, turns: Turns, alone: dict[str, float], fastest: str, results: report.Results) -> Any:
         table = report.table(
-            f"Step of {case}, {fastest}, {self.rounds} rounds",
+            f"Step of {case}, torch by {fastest}, {self.rounds} rounds",
             *("side", "median in turns, s", "median alone, s", "to torch", "to the first here"),
         )
         for name in turns.seconds:
@@ -78,8 +82,8 @@ class AgainstTorch(report.Subject):
                 results.ratios[f"{case} {name}"] = ratio
             figures = (turns.median(name), alone[name], ratio, own)
             table.add_row(name, *(f"{figure:.3f}" for figure in figures))
-        ways = {way: median for way, median in alone.items() if way.startswith(f"{TORCH} ")}
-        results.measured[f"{case} {TORCH}"] |= {"fastest": fastest, "ways_alone_seconds": ways}
+        ways = {way: alone[way] for way in WAYS}
+        results.measured[f"{case} {TORCH}"] |= {"fastest": fastest, "median_seconds_alone_by_way": ways}
         return table
 
 

@@ -166,8 +166,11 @@ def draw_all(found: Found, folder: pathlib.Path) -> list[pathlib.Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw in DRAWINGS.items():
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        if name in found and draw(figure.subplots(), found[name]):
+        if name not in found:
+            continue
+        height = max(3.6, 0.19 * len(found[name]["ratios"]))  # inches; bars have names
+        figure = Figure(figsize=(7.2, height), layout="constrained")
+        if draw(figure.subplots(), found[name]):
             path = folder / f"performance_{name}.png"
             figure.savefig(path, dpi=120)
             drawn.append(path)

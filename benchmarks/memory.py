@@ -64,8 +64,8 @@ class Memory(report.Subject):
             *("program", "arguments", "of them given away", "results", "temporaries", "in all"),
             "temporaries beyond AdamW, share of parameters",
         )
-        programs = [("update", method) for method in self.update_methods]
-        programs += [("step", method) for method in self.step_methods]
+        chosen = {"update": self.update_methods, "step": self.step_methods}
+        programs = [(name, method) for name, methods in chosen.items() for method in dict.fromkeys((BASE, *methods))]
         for program, method in programs:
             compile_program = {"update": compile_update, "step": compile_step}[program]
             figures = figures_of(compile_program(training(method), batch))
