@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from pats_jax import random
 from pats_jax.errors import InputError
@@ -30,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
-    With many processes every one of them calls every method; the folder is one that all of them see.
+    With many processes every one of them calls every method; the folder is one that all of them see. Orbax, which
+    takes its time to import, is imported by the first save.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int | None):
@@ -50,6 +50,8 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self):
+        import orbax.checkpoint as ocp
+
         policy = _NewestAndTheirBest(self._keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
         return ocp.CheckpointManager(self._folder.absolute(), options=options)
@@ -89,6 +91,8 @@ class Checkpoints:
         Raises:
           InputError: if this save, or the one before it, could not be written.
         """
+        import orbax.checkpoint as ocp
+
         arrays, kinds = _unwrap_keys(_flatten(state))
         arrays = {name: x for name, x in arrays.items() if x.size}  # an empty array has nothing to save
         sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
@@ -148,6 +152,8 @@ class Checkpoints:
             raise InputError(f"checkpoint {self._folder / str(step)} is damaged: {error}") from None
 
     def _restore_step(self, step, state):
+        import orbax.checkpoint as ocp
+
         progress_args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         saved = self._manager.restore(step, args=progress_args).progress
         wanted, kinds = _unwrap_keys(_flatten(state))

@@ -30,9 +30,20 @@ def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) 
     Returns:
       A tree like params, float32.
     """
-    total, count = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), 0
+    total, count = _zeros(params), 0
     for batch in batches:
         total, count = _add(loss_fn, total, params, batch), count + 1
+    return _divide(total, count)
+
+
+# One program each: tensor by tensor, every shape would be a program of its own.
+@jax.jit
+def _zeros(params):
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+
+@jax.jit
+def _divide(total, count):
     return jax.tree.map(lambda t: t / count, total)
 
 

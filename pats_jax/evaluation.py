@@ -27,7 +27,7 @@ class Predictor:
       runner: deals rows out to the devices.
       task: what is scored, and how.
       splits: the data by name.
-      tokens: the same, tokenised.
+      tokenize: gives the tokens of a split by its name; called when they are first needed, and again at each use.
       batch_size: rows of a device.
       interrupt: called after every batch; what it raises ends the prediction.
     """
@@ -36,7 +36,7 @@ class Predictor:
     runner: MeshRunner
     task: tasks.Task
     splits: dict[str, readers.Split]
-    tokens: dict[str, batches.Tokens]
+    tokenize: Callable[[str], batches.Tokens]
     batch_size: int
     interrupt: Callable[[], None] = lambda: None
 
@@ -46,7 +46,7 @@ class Predictor:
         Raises:
           InputError: if the model has diverged, so that they are not finite.
         """
-        tokens, devices = self.tokens[name], self.runner.num_devices
+        tokens, devices = self.tokenize(name), self.runner.num_devices
         boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
         batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
         own = self.runner.own_rows(batch_size)

@@ -24,7 +24,7 @@ from pats_jax.evaluation import Predictor
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.objectives import with_objectives
-from pats_jax.profiling import Profiler
+from pats_jax.profiling import Profiler, seconds_since_process_start
 from pats_jax.settings import Settings
 from pats_jax.trainer import Hooks, Progress, Rhythm, fit
 
@@ -148,7 +148,11 @@ class Trained:
 
 
 class TrainingHooks(Hooks):
-    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile."""
+    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile.
+
+    Attributes:
+      seconds_to_first_step: from the start of the process until the first step of this start was done; None before.
+    """
 
     def __init__(
         self,
@@ -162,8 +166,12 @@ class TrainingHooks(Hooks):
         self.metric = training.metric
         self._training, self._predictor, self._checkpoints = training, predictor, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
+        self.seconds_to_first_step: float | None = None
 
     def on_step(self, step, state):
+        if self.seconds_to_first_step is None:
+            jax.block_until_ready(state.params)
+            self.seconds_to_first_step = seconds_since_process_start()
         self._show(completed=step)
         if self._profiler:
             self._profiler.after(step, state)
@@ -207,9 +215,9 @@ def train(
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {"train_examples": len(training.tokens), "steps": rhythm.total_steps}
     logger.info("%s", describe_batch(settings, runner))
-    before = None
-    if settings.sensitivity_batches:
-        before = training.sensitivity(runner.view(training.state.all_params))
+    start = None
+    if settings.sensitivity_batches:  # a copy: the steps take the state's own buffers
+        start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
     state, progress = training.state, Progress()
     restored = checkpoints.restore(runner.view(state)) if settings.resume else None
     if restored:
@@ -238,13 +246,17 @@ def train(
         )
     seconds = time.perf_counter() - started
     results["steps"] = progress.step
-    results["timing"] |= {"train_seconds": seconds, "steps_per_second": (progress.step - first_step) / seconds}
+    results["timing"] |= {
+        "seconds_to_first_step": hooks.seconds_to_first_step,
+        "train_seconds": seconds,
+        "steps_per_second": (progress.step - first_step) / seconds,
+    }
     params, results["model_step"] = runner.view(state.all_params), progress.step
     best = progress.best(training.metric) if settings.load_best_model_at_end else None
     if best is not None and best["step"] != progress.step:
         params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
-    if before is not None:
-        after = training.sensitivity(params)
+    if start is not None:  # both now: before the first step nobody waits for it
+        before, after = training.sensitivity(runner.place(start)), training.sensitivity(params)
         everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
         histograms = [concentration.log10_histogram(values) for values in everything]
         results["concentration"] = {

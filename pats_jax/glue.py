@@ -5,7 +5,9 @@ own metric and leaves a folder of results. `run` reads from top to bottom as the
 before the folder is touched.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -67,29 +69,24 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     if settings.report_to == "tensorboard":
         check_tensorboard()
 
-    # data and model
-    task, splits = load_data(settings)
-    tokenizer = models.load_tokenizer(settings.model_name_or_path)
-    model, params, config = models.from_pretrained(
-        settings.model_name_or_path,
-        num_labels=task.num_labels,
-        dtype=settings.dtype,
-        regression=task.is_regression,
-        id2label=dict(enumerate(task.labels)) if task.labels else None,
-        key=settings.seed,
-        **dropout_rates(settings, splits),
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
+    # data and model; Transformers, which the tokenizer needs, is imported meanwhile
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
+        task, splits = load_data(settings)
+        model, params, config = load_model(settings, task, splits)
+        tokenizer = loading.result()
     max_length = sequence_length(settings.max_seq_length, config)
-    tokens = {name: batches.tokenize(split, tokenizer, max_length) for name, split in splits.items()}
+    for split in splits.values():
+        batches.check_room(split, tokenizer, max_length)
+    tokenize = functools.cache(lambda name: batches.tokenize(splits[name], tokenizer, max_length))
     results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
         predict = runner.compile_predict(train_state.make_predict_step(model.apply))
-        predictor = Predictor(predict, runner, task, splits, tokens, settings.per_device_eval_batch_size, asked.check)
+        predictor = Predictor(predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check)
         training = None
         if "train" in splits:
-            training = Training(settings, runner, task, splits["train"], tokens["train"], model, params)
+            training = Training(settings, runner, task, splits["train"], tokenize("train"), model, params)
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         parallel.wait_for_all("every process has checked its input")
         if parallel.is_first():
@@ -148,6 +145,7 @@ def keep_compiled_programs(directory: str | None) -> None:
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise InputError(f"--compilation_cache_dir {directory}: others can write in it; chmod 700, or another folder")
     jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second each by default, for some thirty
 
 
 # data
@@ -212,6 +210,20 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
     except InputError as error:
         logger.warning("no predictions for AX: %s", error)
         return {}
+
+
+def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
+    """The model, its parameters and its config, for the task's labels."""
+    return models.from_pretrained(
+        settings.model_name_or_path,
+        num_labels=task.num_labels,
+        dtype=settings.dtype,
+        regression=task.is_regression,
+        id2label=dict(enumerate(task.labels)) if task.labels else None,
+        key=settings.seed,
+        **dropout_rates(settings, splits),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
 
 
 def sequence_length(asked: int, config: models.EncoderConfig) -> int:

@@ -1,6 +1,8 @@
-"""A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer."""
+"""A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer; the age of the process."""
 
+import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -44,3 +46,13 @@ class Profiler:
             jax.block_until_ready(state)  # the device may still be at the last of them
             jax.profiler.stop_trace()
             self._running = False
+
+
+def seconds_since_process_start() -> float | None:
+    """The age of this process in seconds, to a hundredth, imports included; None where the system is not Linux."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot: field 22 in proc(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -89,7 +89,7 @@ def fast_key(seed: Any) -> jax.Array:
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"a seed must fit 64 bits, got {value}")
     high, low = divmod(value % 2**64, 2**32)
-    return jax.random.wrap_key_data(_key_of_seed(jnp.uint32(high), jnp.uint32(low)), impl=KIND)
+    return jax.random.wrap_key_data(_key_of_seed(np.uint32(high), np.uint32(low)), impl=KIND)
 
 
 def as_key(key: Any) -> jax.Array:
@@ -182,8 +182,9 @@ def _derive(key: _Pair, block: _Pair) -> jax.Array:
     return jnp.stack(_feistel(left ^ key[0], right ^ key[1], start=4), axis=-1)
 
 
-def _key_of_seed(high: jax.Array, low: jax.Array) -> jax.Array:
-    return _derive((jnp.uint32(_SEED_KEY[0]), jnp.uint32(_SEED_KEY[1])), (high, low))
+def _key_of_seed(high: Any, low: Any) -> jax.Array:
+    # NumPy's scalars: JAX's would each be a program of its own
+    return _derive((np.uint32(_SEED_KEY[0]), np.uint32(_SEED_KEY[1])), (high, low))
 
 
 def _seed(seed: jax.Array) -> jax.Array:

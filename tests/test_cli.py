@@ -405,7 +405,7 @@ import pats_jax, pats_jax.cli
 assert not {"jax", "flax", "numpy"} & sys.modules.keys(), "pats_jax.cli loads them"
 for module in pkgutil.walk_packages(pats_jax.__path__, "pats_jax."):
     importlib.import_module(module.name)
-heavy = {"transformers", "datasets", "sklearn", "matplotlib", "torch", "pandas"} & sys.modules.keys()
+heavy = {"orbax", "transformers", "datasets", "sklearn", "matplotlib", "torch", "pandas"} & sys.modules.keys()
 assert not heavy, heavy
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends

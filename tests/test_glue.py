@@ -11,7 +11,7 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, evaluation, glue, parallel, run_folder, settings
+from pats_jax import cli, concentration, evaluation, fine_tuning, glue, parallel, run_folder, settings
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
@@ -115,7 +115,7 @@ def test_results(noisy):
     assert (results["steps"], results["train_examples"], results["eval_examples"]) == (STEPS, TRAIN_ROWS, 10)
     assert results["majority_class"] == {"metrics": {"accuracy": 0.5}}  # both classes are equally frequent
     assert results["num_parameters"] == sum(tensor.size for tensor in weights(noisy).values())
-    assert results["timing"]["train_seconds"] > 0
+    assert results["timing"]["train_seconds"] > 0 and results["timing"]["seconds_to_first_step"] > 0
     layers = {f"bert.encoder.layer.0.{part}.kernel" for part in ("intermediate.dense", "output.dense")}
     layers |= {f"bert.encoder.layer.0.attention.{part}.kernel" for part in ("self.query", "self.key", "self.value")}
     layers.add("bert.encoder.layer.0.attention.output.dense.kernel")
@@ -123,6 +123,21 @@ def test_results(noisy):
         assert results["concentration"][when].keys() == {"all"} | layers
         assert all(0 < figures["gini"] < 1 for figures in results["concentration"][when].values())
     assert results["concentration"]["before"] != results["concentration"]["after"]
+
+
+@pytest.mark.parametrize("runner", [{}, {"num_devices": 8, "fsdp": 2}, {"num_devices": 8, "parallel": "pmap"}], ids=str)
+def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(base, tmp_path, monkeypatch, runner):
+    """It is measured at the end, from a copy: here also at the start, exactly the same."""
+    real, measured = fine_tuning.fit, []
+
+    def fit(state, step, batches, rhythm, hooks, **options):
+        training = hooks._training
+        measured.append(concentration.by_tensor(training.sensitivity(training.runner.view(state.all_params))))
+        return real(state, step, batches, rhythm, hooks, **options)
+
+    monkeypatch.setattr(fine_tuning, "fit", fit)
+    results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
+    assert results["concentration"]["before"] == measured[0] != results["concentration"]["after"]
 
 
 def test_score_and_predictions_are_those_of_the_saved_model(base, noisy):
@@ -260,6 +275,25 @@ def test_regression(base, tmp_path):
     np.testing.assert_allclose([float(score) for _, score in rows], expected, atol=1e-3)
 
 
+def test_only_the_training_data_is_tokenised_before_training(base, tmp_path, monkeypatch):
+    tokenised, real, real_fit = [], batches.tokenize, fine_tuning.fit
+    monkeypatch.setattr(batches, "tokenize", lambda split, *rest: tokenised.append(len(split)) or real(split, *rest))
+
+    def fit(*arguments, **options):
+        assert tokenised == [TRAIN_ROWS]
+        return real_fit(*arguments, **options)
+
+    monkeypatch.setattr(fine_tuning, "fit", fit)
+    run(base, tmp_path / "run", max_steps=4, eval_steps=2, do_train=True, do_eval=True, do_predict=True)
+    assert tokenised == [TRAIN_ROWS, 10, 7]
+
+
+def test_a_length_without_room_is_refused_before_anything_is_written(base, plain, tmp_path):
+    with pytest.raises(InputError, match="--max_seq_length 2: too short"):
+        run(base, tmp_path / "run", model_name_or_path=str(plain / "model"), do_predict=True, max_seq_length=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_built_in_data_are_called_so(base):
     builtin = glue.describe_data(dataclasses.replace(base, data_dir="builtin"))
     assert "built-in" in builtin and "not GLUE" in builtin
@@ -358,7 +392,7 @@ def test_answers_that_are_not_finite_are_no_scores(base):
         parallel.make_runner(num_devices=1),
         tasks.get_task("sst2"),
         {"x": split},
-        {"x": tokens},
+        {"x": tokens}.__getitem__,
         batch_size=8,
     )
     with pytest.raises(InputError, match="not finite; lower --learning_rate"):

@@ -3,6 +3,9 @@
 import builtins
 import gzip
 import json
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 from pats_jax import glue, run_folder
 from pats_jax.errors import InputError
 from pats_jax.journal import Journal, check_tensorboard
-from pats_jax.profiling import Profiler
+from pats_jax.profiling import Profiler, seconds_since_process_start
 
 TRAINED = {"step": 2, "loss": 0.5, "learning_rate": 1e-3, "skipped_steps": 0, "timing": {"seconds": 1.5}}
 EVALUATED = {"step": 2, "eval": {"accuracy": 0.75}}
@@ -91,6 +94,16 @@ def test_the_profiler_sees_ten_steps_or_all_of_a_shorter_run(tmp_path, first, to
             x = double(x)
             profiler.after(step, x)
     assert traced_calls(tmp_path / "run") == expected * traced_calls(tmp_path / "one") > 0
+
+
+def test_the_age_of_the_process_counts_from_its_start(tmp_path):
+    program = (
+        "import time; time.sleep(0.3); from pats_jax import profiling; print(profiling.seconds_since_process_start())"
+    )
+    begun = time.perf_counter()
+    age = float(subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True).stdout)
+    assert 0.3 < age < time.perf_counter() - begun + 0.05
+    assert seconds_since_process_start() > age, "this process is older"
 
 
 def test_a_run_shows_itself(tmp_path):

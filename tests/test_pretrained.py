@@ -322,6 +322,16 @@ def test_pickled_weights_are_refused(tmp_path):
     refused(tmp_path, "only pickled weights", "pytorch_model.bin", "safetensors")
 
 
+def test_loading_compiles_one_program_for_the_head_not_one_for_every_tensor(tmp_path, caplog):
+    tensors, config = stored("bert")
+    folder = write(tmp_path, without_head(tensors), config)
+    jax.clear_caches()
+    with jax.log_compiles():
+        from_pretrained(folder, num_labels=3)
+    compiled = [line for line in caplog.messages if line.startswith("Finished XLA compilation of")]
+    assert len(compiled) <= 2, compiled  # the key, and what is drawn by it
+
+
 # Installed package and hub
 
 

@@ -38,6 +38,7 @@ def base(tmp_path_factory):
         eval_steps=5,
         early_stopping_patience=50,
         load_best_model_at_end=True,
+        sensitivity_batches=1,
         save_steps=4,
         save_total_limit=None,
     )

@@ -60,10 +60,7 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
     Raises:
       InputError: ``max_length`` leaves no room for a token of each text.
     """
-    pair = split.sentence2 is not None
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length < special + 1 + pair:
-        raise InputError(f"--max_seq_length {max_length}: too short, {special} of its tokens are special ones")
+    check_room(split, tokenizer, max_length)
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
@@ -87,6 +84,14 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         pad_id=tokenizer.pad_token_id,
     )
+
+
+def check_room(split: Split, tokenizer, max_length: int) -> None:
+    """Raises InputError if ``max_length`` leaves no room for a token of each text."""
+    pair = split.sentence2 is not None
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length < special + 1 + pair:
+        raise InputError(f"--max_seq_length {max_length}: too short, {special} of its tokens are special ones")
 
 
 def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1) -> list[int]:

@@ -84,11 +84,12 @@ def from_pretrained(
         logger.warning("%s: newly initialised: %s", name_or_dir, ", ".join(map(convert.tensor_name, matched.new)))
     tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
     loaded = {
-        path: jnp.array(convert.to_parameter(path, shapes[path], tensors[name], source=str(folder)))
+        path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
         for path, name in matched.sources.items()
     }
     drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range)
-    return model, unflatten_dict(loaded | drawn), config
+    params = jax.device_put(unflatten_dict(loaded | drawn), may_alias=False)  # copies, and compiles nothing for it
+    return model, params, config
 
 
 def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
@@ -191,7 +192,7 @@ def _with_dropout(
 
 def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, tuple[int, ...]]:
     """The shape of every parameter of a model by its path; computes nothing."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
@@ -200,13 +201,19 @@ def _draw(
     shapes: Mapping[convert.ParameterPath, tuple[int, ...]],
     key: jax.Array,
     standard_deviation: float,
-) -> dict[convert.ParameterPath, jax.Array]:
+) -> dict[convert.ParameterPath, np.ndarray]:
     """New layers: kernels normal with the given standard deviation, biases zero."""
-    drawn = {}
-    for path in paths:
-        if path[-1] == "bias":
-            drawn[path] = jnp.zeros(shapes[path])
-        else:
+    kernels = [path for path in paths if path[-1] != "bias"]
+
+    @jax.jit  # one program in place of a dozen
+    def draw(key):
+        values = []
+        for path in kernels:
             key, own = jax.random.split(key)
-            drawn[path] = standard_deviation * jax.random.normal(own, shapes[path])
+            values.append(jax.random.normal(own, shapes[path]))
+        return values
+
+    drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
+    for path, value in zip(kernels, jax.device_get(draw(key)), strict=True):
+        drawn[path] = np.float32(standard_deviation) * value  # outside of the program, where XLA could round otherwise
     return drawn

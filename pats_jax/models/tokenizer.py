@@ -28,7 +28,7 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     Raises:
         InputError: The checkpoint has no tokenizer, or none that Transformers can load as a fast one.
     """
-    folder = checkpoint_folder(name_or_dir, revision=revision)
+    folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
             f"{folder}: holds no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's own there"
