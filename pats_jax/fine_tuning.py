@@ -20,6 +20,7 @@ import rich.progress
 from pats_jax import concentration, methods, parallel, plots, preemption, subnetworks, train_state, trees
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
+from pats_jax.data.prefetch import prefetch
 from pats_jax.evaluation import Predictor
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
@@ -90,20 +91,19 @@ class Training:
             ),
             self.state,
         )
+        self.learning_rate = jax.jit(self.schedule)
         self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
 
-    def batches(self, first_step: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, float]]]:
-        """This process's rows of every batch from a step (counted from 0) on, and counts of the global batch."""
-        epoch, done = divmod(first_step, len(self.plan))
-        for number in itertools.count(epoch):
-            for rows, length in self._plan(number)[done:]:
-                counts = {
-                    "examples": float(len(rows)),
-                    "tokens": float(self.tokens.lengths[rows].sum()),
-                    "computed_tokens": float(self.batch_size * length),
-                }
-                yield self._fill(rows, length), counts
-            done = 0
+    def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
+        """The batches from a step (counted from 0) on, as `MeshRunner.put_ahead` gives them, and their counts."""
+        lengths = self.tokens.lengths
+        for rows, length in self._planned(first_step):
+            counts = {
+                "examples": float(len(rows)),
+                "tokens": float(lengths[rows].sum()),
+                "computed_tokens": float(self.batch_size * length),
+            }
+            yield self.runner.put_ahead(self._fill(rows, length)), counts
 
     def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
         """Sensitivity of the layers that take noise, measured on some batches of the first epoch, all of one shape."""
@@ -117,6 +117,13 @@ class Training:
         """The mask of Child-Tuning D, from one pass over the training data."""
         everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
         return subnetworks.fisher_mask(self.loss_without_dropout, params, everything, keep_fraction, mask=mask)
+
+    def _planned(self, first_step):
+        """Rows and length of every step from one (counted from 0) on, without end."""
+        epoch, done = divmod(first_step, len(self.plan))
+        for number in itertools.count(epoch):
+            yield from self._plan(number)[done:]
+            done = 0
 
     def _plan(self, epoch):
         return batches.epoch_plan(
@@ -178,7 +185,7 @@ class TrainingHooks(Hooks):
 
     def describe(self, progress, state):
         made = progress.step - progress.skipped_steps
-        figures = {"learning_rate": float(self._training.schedule(max(made - 1, 0)))}
+        figures = {"learning_rate": float(self._training.learning_rate(max(made - 1, 0)))}
         figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
         noisy = figures.pop("noisy_parameters", None)
         return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
@@ -225,6 +232,7 @@ def train(
         logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:
+        data = stack.enter_context(prefetch(training.batches(first_step)))
         bar = stack.enter_context(progress_bar(console))
         number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
         journal = profiler = None
@@ -238,7 +246,7 @@ def train(
         state, progress = fit(
             state,
             training.step,
-            training.batches(progress.step),
+            data,
             rhythm,
             hooks,
             progress=progress,
@@ -246,9 +254,11 @@ def train(
         )
     seconds = time.perf_counter() - started
     results["steps"] = progress.step
+    lines = (line for line in progress.records if line["step"] > first_step and "eval" not in line)
     results["timing"] |= {
         "seconds_to_first_step": hooks.seconds_to_first_step,
         "train_seconds": seconds,
+        "data_wait_seconds": sum(line["timing"]["data_wait_seconds"] for line in lines),
         "steps_per_second": (progress.step - first_step) / seconds,
     }
     params, results["model_step"] = runner.view(state.all_params), progress.step

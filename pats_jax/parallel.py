@@ -152,9 +152,19 @@ class MeshRunner:
         parts = {(part[0].start or 0, batch_size if part[0].stop is None else part[0].stop) for part in slices if part}
         return np.concatenate([np.arange(*part) for part in sorted(parts)])
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A global batch on the devices, from this process's own rows of it."""
-        return {name: jax.make_array_from_process_local_data(self.rows, x) for name, x in batch.items()}
+    def put(self, batch: Batch) -> Batch:
+        """A global batch on the devices, from this process's own rows of it; no other process is asked for anything.
+
+        What is on the devices already stays as it is.
+        """
+        return {
+            name: x if isinstance(x, jax.Array) else jax.make_array_from_process_local_data(self.rows, x)
+            for name, x in batch.items()
+        }
+
+    def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
+        """A batch for the training step, as near to the devices as another thread can bring it."""
+        return self.put(batch)
 
     def place(self, tree: Any) -> Any:
         """A tree of arrays that every process has whole (parameters, for instance), where it belongs on the mesh."""
@@ -219,6 +229,9 @@ class PmapRunner(MeshRunner):
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         return jax.device_put(create(params=self._narrow(params)), self._local)
+
+    def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
+        return batch  # pmap itself deals it out
 
     def compile_step(self, step: Step, state: TrainState) -> Step:
         devices = self._local_devices

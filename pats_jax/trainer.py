@@ -192,7 +192,8 @@ def fit(
             if progress.step > saved_at:
                 save()
             raise
-        batch, counts = next(batches)
+        with clock.waiting_for_data():
+            batch, counts = next(batches)
         state, metrics = train_step(state, batch)
         progress.step += 1
         pending.append({**metrics, **counts})
@@ -225,13 +226,13 @@ def predict_logits(
 
 
 class _Clock:
-    """Seconds, examples and tokens since the last line; evaluations do not count."""
+    """Seconds, those spent waiting for data, examples and tokens since the last line; evaluations do not count."""
 
     def __init__(self):
         self._restart()
 
     def _restart(self):
-        self._started, self._examples, self._tokens = time.perf_counter(), 0.0, 0.0
+        self._started, self._waited, self._examples, self._tokens = time.perf_counter(), 0.0, 0.0, 0.0
 
     def count(self, counts):
         self._examples += counts["examples"]
@@ -243,11 +244,18 @@ class _Clock:
         yield
         self._started += time.perf_counter() - since
 
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        since = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - since
+
     def lap(self):
         seconds = time.perf_counter() - self._started
         rates = {"examples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
+        waited = self._waited
         self._restart()
-        return {"seconds": seconds, **rates}
+        return {"seconds": seconds, "data_wait_seconds": waited, **rates}
 
 
 def _fetch(fetched, pending):

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
@@ -104,7 +107,7 @@ def test_metrics_are_logged_at_their_rhythm(noisy):
         rate = step - 1  # updates made before: warmup takes int(0.1 * 12) = 1 step, decay the other 11
         assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 1), rel=1e-5)
         assert 0 < record["loss"] < 5 and record["grad_norm"] > 0
-        assert record["timing"].keys() == {"seconds", "examples_per_second", "tokens_per_second"}
+        assert record["timing"].keys() == {"seconds", "data_wait_seconds", "examples_per_second", "tokens_per_second"}
 
 
 def test_results(noisy):
@@ -273,6 +276,36 @@ def test_regression(base, tmp_path):
     assert all(len(score.split(".")[1]) == 3 for _, score in rows)
     expected = np.clip(reference_logits(tmp_path / "run", splits["test"])[:, 0], 0, 5)
     np.testing.assert_allclose([float(score) for _, score in rows], expected, atol=1e-3)
+
+
+def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, monkeypatch):
+    """Every fetch of a number stalls the device; it is to happen at logging steps (and to wait for the first step)."""
+    array, real_step, real_fit = type(jnp.zeros(())), fine_tuning.TrainingHooks.on_step, fine_tuning.fit
+    value, step, fetched, waited = array._value, [None], set(), set()
+
+    def on_step(self, number, state):
+        step[0] = number
+        real_step(self, number, state)
+
+    def fit(*arguments, **options):
+        step[0] = 0
+        result = real_fit(*arguments, **options)
+        step[0] = None
+        return result
+
+    def fetch(self):
+        if threading.current_thread() is threading.main_thread():
+            fetched.add(step[0])
+        return value.fget(self)
+
+    monkeypatch.setattr(array, "_value", property(fetch))
+    monkeypatch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
+    monkeypatch.setattr(fine_tuning, "fit", fit)
+    with monkeypatch.context() as patch:
+        real_wait = jax.block_until_ready
+        patch.setattr(jax, "block_until_ready", lambda x: waited.add(step[0]) or real_wait(x))
+        run(base, tmp_path / "run", method="pats", max_steps=12, logging_steps=5, do_train=True)
+    assert fetched - {None} == {5, 10, 12} and waited - {None} == {1}
 
 
 def test_only_the_training_data_is_tokenised_before_training(base, tmp_path, monkeypatch):

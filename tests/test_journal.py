@@ -126,7 +126,7 @@ def test_a_run_shows_itself(tmp_path):
     for line in lines:
         assert line.keys() == figures | {"step", "timing"}
         assert 0 < line["noise_share"] < 1 and 0 <= line["padding_share"] < 1 and line["skipped_steps"] == 0
-        assert line["timing"].keys() == {"seconds", "examples_per_second", "tokens_per_second"}
+        assert line["timing"].keys() == {"seconds", "data_wait_seconds", "examples_per_second", "tokens_per_second"}
     shown = scalars(tmp_path / "run")
     assert {tag for tag, _ in shown} >= {f"train/{name}" for name in figures} | {"eval/accuracy"}
     assert shown["train/loss", 8] == pytest.approx(lines[1]["loss"])

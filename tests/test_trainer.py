@@ -104,7 +104,7 @@ def test_training_ends_when_the_score_stays_where_it_is():
     assert [record["step"] for record in hooks.records if "loss" in record] == [5, 8]
 
 
-def test_timing_counts_real_examples_and_no_evaluation(monkeypatch):
+def test_timing_counts_real_examples_waiting_for_data_and_no_evaluation(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -117,8 +117,36 @@ def test_timing_counts_real_examples_and_no_evaluation(monkeypatch):
 
     hooks = Recorder()
     hooks.evaluate = slow(100.0, hooks.evaluate)
-    run(Rhythm(total_steps=4, logging_steps=2, eval_steps=3), hooks, step=slow(1.0, count))
-    assert hooks.timings == [{"seconds": 2.0, "examples_per_second": 2.0, "tokens_per_second": 6.0}] * 2
+    slow_batch = slow(0.25, lambda number: (number, COUNTS))
+    batches = (slow_batch(number) for number in itertools.count(1))
+    fit(make_state(), slow(0.75, count), batches, Rhythm(total_steps=4, logging_steps=2, eval_steps=3), hooks)
+    rates = {"examples_per_second": 2.0, "tokens_per_second": 6.0}
+    assert hooks.timings == [{"seconds": 2.0, "data_wait_seconds": 0.5, **rates}] * 2
+
+
+class OnDevice:
+    """A number that takes note of the step at which it is brought to the host."""
+
+    def __init__(self, value, fetched, step):
+        self.value, self.fetched, self.step = value, fetched, step
+
+    def __array__(self, *_, **__):
+        self.fetched.append(self.step())
+        return np.asarray(self.value, np.float32)
+
+    __float__ = __bool__ = __int__ = lambda self: self.__array__().item()
+
+
+def test_metrics_stay_on_the_device_until_a_line_or_a_checkpoint():
+    fetched, hooks = [], Recorder()
+
+    def step(state, batch):
+        state, metrics = count(state, batch)
+        lazy = {name: OnDevice(value, fetched, lambda: hooks.steps[-1]) for name, value in metrics.items()}
+        return state, lazy
+
+    run(Rhythm(total_steps=11, logging_steps=4, eval_steps=20, save_steps=6), hooks, step=step)
+    assert fetched == [4] * 4 + [6] * 2 + [8] * 2 + [11] * 3
 
 
 # going on

@@ -26,6 +26,7 @@ _HOMES = {
     "tokenize": "batches",
     "train_batches": "batches",
     "load_out_of_domain": "out_of_domain",
+    "prefetch": "prefetch",
     "stratified_rows": "low_resource",
     "write_builtin": "builtin",
 }

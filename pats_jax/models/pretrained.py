@@ -87,7 +87,7 @@ def from_pretrained(
         path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
         for path, name in matched.sources.items()
     }
-    drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range)
+    drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range) if matched.new else {}
     params = jax.device_put(unflatten_dict(loaded | drawn), may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
 
