@@ -170,7 +170,7 @@ class TrainingHooks(Hooks):
         journal: Journal | None,
         profiler: Profiler | None,
     ):
-        self.metric = training.metric
+        self.metric, self.evaluates = training.metric, "eval" in training.settings.phases
         self._training, self._predictor, self._checkpoints = training, predictor, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None
@@ -199,8 +199,6 @@ class TrainingHooks(Hooks):
         self._checkpoints.check()
 
     def evaluate(self, state):
-        if "eval" not in self._training.settings.phases:
-            return None
         return self._predictor.evaluate(self._training.runner.view(state.all_params))
 
     def save(self, state, progress):

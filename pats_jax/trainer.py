@@ -93,9 +93,11 @@ class Hooks:
 
     Attributes:
       metric: the score that picks the best evaluation.
+      evaluates: whether anything is evaluated.
     """
 
     metric: str
+    evaluates: bool = False
 
     def on_step(self, step: int, state: TrainState) -> None:
         """A step has been dispatched; the device may still be at it."""
@@ -107,9 +109,9 @@ class Hooks:
     def on_record(self, record: Record) -> None:
         """A line has been logged."""
 
-    def evaluate(self, state: TrainState) -> dict[str, float] | None:
-        """Scores of the parameters, or None where nothing is evaluated. May raise `Preempted`."""
-        return None
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Scores of the parameters. May raise `Preempted`."""
+        return {}
 
     def save(self, state: TrainState, progress: Progress) -> None:
         """Saves a checkpoint."""
@@ -172,13 +174,13 @@ def fit(
 
     while True:
         try:
-            if progress.step and rhythm.evaluates_at(progress.step) and not _was_evaluated(progress):
+            due = hooks.evaluates and progress.step and rhythm.evaluates_at(progress.step)
+            if due and not _was_evaluated(progress):
                 _fetch(fetched, pending)  # so that the pause is that of the evaluation alone
                 with clock.paused():
                     scores = hooks.evaluate(state)
-                if scores is not None:
-                    progress.records.append({"step": progress.step, "eval": scores})
-                    hooks.on_record(progress.records[-1])
+                progress.records.append({"step": progress.step, "eval": scores})
+                hooks.on_record(progress.records[-1])
             ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, hooks.metric)
             if ended and (fetched or pending):
                 log()

@@ -304,7 +304,7 @@ def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, m
     with monkeypatch.context() as patch:
         real_wait = jax.block_until_ready
         patch.setattr(jax, "block_until_ready", lambda x: waited.add(step[0]) or real_wait(x))
-        run(base, tmp_path / "run", method="pats", max_steps=12, logging_steps=5, do_train=True)
+        run(base, tmp_path / "run", method="pats", max_steps=12, logging_steps=5, eval_steps=7, do_train=True)
     assert fetched - {None} == {5, 10, 12} and waited - {None} == {1}
 
 

@@ -18,7 +18,7 @@ COUNTS = {"examples": 2.0, "tokens": 6.0, "computed_tokens": 8.0}
 class Recorder(Hooks):
     """Keeps all that the loop does; the score of an evaluation is given by a function of the step."""
 
-    metric = "score"
+    metric, evaluates = "score", True
 
     def __init__(self, score=lambda step: step):
         self.score, self.steps, self.records, self.evaluated, self.timings, self.saved = score, [], [], [], [], {}
