@@ -5,7 +5,7 @@ concentration is ours.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from pats_jax.train_state import Batch, LossFn, parameter_name
 HISTOGRAM_EDGES = tuple(quarter / 4 for quarter in range(-80, 17))  # log10, from -20 to 4
 
 
-def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) -> Any:
+def measure_sensitivity(
+    loss_fn: LossFn, params: Any, batches: Iterable[Batch], in_turn: Callable[[Any], Any] = lambda total: total
+) -> Any:
     """Mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
 
     The moving average in `PatsNoiseState` follows one training with one method; this compares any two models.
@@ -26,13 +28,14 @@ def measure_sensitivity(loss_fn: LossFn, params: Any, batches: Iterable[Batch]) 
       loss_fn: as for `make_train_step`, without dropout: it gets no key.
       params: a tree of parameters.
       batches: at least one batch; compiled once for each loss_fn and shape.
+      in_turn: gives back what a program returns when the next one may begin, see `MeshRunner.in_turn`.
 
     Returns:
       A tree like params, float32.
     """
     total, count = _zeros(params), 0
     for batch in batches:
-        total, count = _add(loss_fn, total, params, batch), count + 1
+        total, count = in_turn(_add(loss_fn, total, params, batch)), count + 1
     return _divide(total, count)
 
 

@@ -110,7 +110,8 @@ class Training:
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
         chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
         sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
-        measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample)
+        in_turn = self.runner.in_turn
+        measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample, in_turn)
         return concentration.selected(self.runner.to_host(measured), self.mask)
 
     def _fisher_mask(self, params, keep_fraction, mask):

@@ -192,14 +192,14 @@ class MeshRunner:
         # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
-        return lambda state, batch: self._in_turn(compiled(state, self.put(batch)))
+        return lambda state, batch: self.in_turn(compiled(state, self.put(batch)))
 
     def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
         """A prediction for this process's own rows of a batch; its result, for all rows, is on every process."""
         compiled = jax.jit(predict, out_shardings=self.replicated)
-        return lambda params, batch: self._in_turn(compiled(params, self.put(batch)))
+        return lambda params, batch: self.in_turn(compiled(params, self.put(batch)))
 
-    def _in_turn(self, result: Any) -> Any:
+    def in_turn(self, result: Any) -> Any:
         """The result, once it is there in the case of several CPU devices.
 
         They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
@@ -246,7 +246,7 @@ class PmapRunner(MeshRunner):
 
         def run(state, batch):
             dealt = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
-            return self._in_turn(compiled(self._narrow(state), dealt))
+            return self.in_turn(compiled(self._narrow(state), dealt))
 
         return run
 
