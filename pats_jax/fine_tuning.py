@@ -105,6 +105,16 @@ class Training:
             }
             yield self.runner.put_ahead(self._fill(rows, length)), counts
 
+    def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
+        """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
+        met: set[int] = set()
+        for rows, length in itertools.islice(self._planned(first_step), self.rhythm.total_steps - first_step):
+            if length not in met:
+                met.add(length)
+                yield self.runner.put_ahead(self._fill(rows, length))
+            if len(met) == len(self.boundaries):
+                return
+
     def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
         """Sensitivity of the layers that take noise, measured on some batches of the first epoch, all of one shape."""
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
@@ -231,6 +241,7 @@ def train(
         logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:
+        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
         data = stack.enter_context(prefetch(training.batches(first_step)))
         bar = stack.enter_context(progress_bar(console))
         number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")

@@ -5,12 +5,14 @@ out to the devices, and brings results back to the host. The mean over the globa
 is split, up to rounding.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -112,6 +114,74 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
+class CompiledStep:
+    """A training step that is called as the plain one is; its programs, one for each shape of batch, may come ahead."""
+
+    def __init__(self, compiled: Any, deal: Callable[[TrainState, Batch], tuple], in_turn: Callable[[Any], Any]):
+        """Takes what a runner makes of a step.
+
+        Args:
+          compiled: the step under `jax.jit` or `jax.pmap`.
+          deal: what it is called with, from the state and this process's own rows of a batch.
+          in_turn: returns its result when the next program may begin.
+        """
+        self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
+        self._announced: dict[tuple, Any] = {}  # by shapes: abstract arguments of programs that nobody has begun
+        self._coming: dict[tuple, concurrent.futures.Future] = {}
+        self._thread: concurrent.futures.Executor | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, batch = self._deal(state, batch)
+        shapes = _shapes(batch)
+        self._announced.pop(shapes, None)
+        if shapes in self._coming:
+            self._coming.pop(shapes).result()  # JAX has the program now; the call before would compile it, too
+        result = self._in_turn(self._compiled(state, batch))
+        if self._thread and self._announced:
+            jax.block_until_ready(result)  # the first step is not to be held up by programs for later ones
+            for shapes, arguments in self._announced.items():
+                self._coming[shapes] = self._thread.submit(self._compile, arguments)
+            self._announced.clear()
+        return result
+
+    @contextlib.contextmanager
+    def compiling_ahead(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[None]:
+        """Once the first step is made, compiles the other programs in a thread; a step waits for its own if need be.
+
+        Nothing is computed with them, and what is compiled is what the step would have compiled at its call.
+
+        Args:
+          state: a state like the one that the step will get.
+          batches: one batch of every shape, in the order in which they will be needed.
+        """
+        for batch in batches:
+            # abstract, for the step gives the state's buffers away meanwhile
+            arguments = jax.tree.map(_abstract, self._deal(state, batch))
+            self._announced[_shapes(arguments[1])] = arguments
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+        try:
+            yield
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+            self._announced.clear()
+            self._coming.clear()
+
+    def _compile(self, arguments):
+        self._compiled.lower(*arguments).compile()
+
+
+def _shapes(batch):
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
+
+
+def _abstract(x):
+    """An array's shape, dtype and place without its numbers."""
+    if not isinstance(x, jax.Array):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.aval.weak_type)
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshRunner:
     """Runs steps by ``jax.jit`` over a mesh with the axes "data" and "fsdp".
@@ -186,13 +256,13 @@ class MeshRunner:
         shapes = jax.eval_shape(lambda p: create(params=p), params)
         return jax.jit(lambda p: create(params=p), out_shardings=jax.tree.map(self.sharding_of, shapes))(params)
 
-    def compile_step(self, step: Step, state: TrainState) -> Step:
+    def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """The step for states like this one and this process's own rows of each batch; it donates the state."""
         # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
         # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
-        return lambda state, batch: self.in_turn(compiled(state, self.put(batch)))
+        return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
 
     def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
         """A prediction for this process's own rows of a batch; its result, for all rows, is on every process."""
@@ -233,7 +303,7 @@ class PmapRunner(MeshRunner):
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
         return batch  # pmap itself deals it out
 
-    def compile_step(self, step: Step, state: TrainState) -> Step:
+    def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         devices = self._local_devices
         compiled = jax.pmap(
             step,
@@ -244,11 +314,11 @@ class PmapRunner(MeshRunner):
             devices=None if jax.process_count() > 1 else devices,
         )
 
-        def run(state, batch):
+        def deal(state, batch):
             dealt = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
-            return self.in_turn(compiled(self._narrow(state), dealt))
+            return self._narrow(state), dealt
 
-        return run
+        return CompiledStep(compiled, deal, self.in_turn)
 
     def view(self, tree: Any) -> Any:
         return jax.tree.map(functools.partial(_with_sharding, self.replicated), tree)

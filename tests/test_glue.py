@@ -1,5 +1,6 @@
 """The GLUE program end to end, on a random checkpoint and tables small enough for seconds."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -276,6 +277,28 @@ def test_regression(base, tmp_path):
     assert all(len(score.split(".")[1]) == 3 for _, score in rows)
     expected = np.clip(reference_logits(tmp_path / "run", splits["test"])[:, 0], 0, 5)
     np.testing.assert_allclose([float(score) for _, score in rows], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_steps, shapes", [(1, 1), (12, 2)])
+def test_a_run_compiles_the_shapes_that_its_steps_have_and_no_others(base, tmp_path, max_steps, shapes):
+    changes = {"length_buckets": 2, "max_steps": max_steps, "do_train": True}
+    with _compilations() as compiled:
+        run(base, tmp_path / "run", **changes)
+    assert compiled == ["step"] * shapes
+
+
+@contextlib.contextmanager
+def _compilations():
+    """The names of the training steps that are compiled, in whatever thread."""
+    names = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration") and "step" in fun_name:
+            names.append("step")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, monkeypatch):

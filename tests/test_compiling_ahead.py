@@ -1,0 +1,112 @@
+"""Programs that another thread compiles before they are needed: the same ones, each once, and only those announced."""
+
+import functools
+import threading
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import pats_jax
+from pats_jax import make_loss_fn, make_train_step, models, parallel
+
+ROWS, LENGTHS = 16, (12, 5, 8)
+RUNNERS = {"one device": {"num_devices": 1}, "mesh": {}, "fsdp": {"fsdp": 2}, "pmap": {"kind": "pmap"}}
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture
+def compiled():
+    """Grows by (thread, program) with every training step that is compiled."""
+    found = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration") and any(name in fun_name for name in ("step", "_fun")):
+            found.append((threading.current_thread().name, fun_name))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def make_batch(length):
+    rng = np.random.default_rng(length)
+    return {
+        "input_ids": rng.integers(5, tiny.CONFIG.vocab_size, (ROWS, length), dtype=np.int32),
+        "attention_mask": np.ones((ROWS, length), np.int32),
+        "labels": rng.integers(2, size=ROWS, dtype=np.int32),
+    }
+
+
+def prepare(**kind):
+    """A runner, a first state, and a step with dropout and noise."""
+    model = models.SequenceClassifier(tiny.CONFIG)
+    runner = parallel.make_runner(**kind)
+    tx = pats_jax.pats(optax.adamw(1e-3), noise_scale=1e-3, key=3)
+    create = functools.partial(pats_jax.TrainState.create, apply_fn=model.apply, tx=tx, key=0)
+    state = runner.create_state(create, tiny.random_params(tiny.CONFIG))
+    step = make_train_step(make_loss_fn(model.apply), axis_name=runner.axis_name)
+    return runner, state, runner.compile_step(step, state)
+
+
+def train(runner, state, step):
+    for length in (*LENGTHS, *LENGTHS):
+        state, metrics = step(state, runner.put_ahead(make_batch(length)))
+    return runner.to_host(state.params), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_each_program_is_compiled_once_all_but_the_first_in_the_thread_and_computes_the_same(name, compiled):
+    expected, expected_metrics = train(*prepare(**RUNNERS[name]))
+    assert len(compiled) == len(LENGTHS)
+    compiled.clear()
+    runner, state, step = prepare(**RUNNERS[name])
+    with step.compiling_ahead(state, map(make_batch, LENGTHS)):
+        params, metrics = train(runner, state, step)
+    assert [thread.partition("_")[0] for thread, _ in compiled] == ["MainThread", "compile", "compile"]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, expected)), strict=True))
+    assert metrics == expected_metrics
+    assert not any(thread.name.startswith("compile") for thread in threading.enumerate())
+
+
+def test_what_was_not_announced_is_compiled_when_it_comes(compiled):
+    _, state, step = prepare(num_devices=1)
+    with step.compiling_ahead(state, [make_batch(12), make_batch(8)]):
+        state, _ = step(state, make_batch(12))
+        step(state, make_batch(5))
+    assert sorted(thread.partition("_")[0] for thread, _ in compiled) == ["MainThread", "MainThread", "compile"]
+
+
+def test_an_error_of_the_compiler_is_raised_by_the_step_that_needs_the_program(monkeypatch):
+    _, state, step = prepare(num_devices=1)
+
+    def fail(arguments):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(step, "_compile", fail)
+    with step.compiling_ahead(state, [make_batch(12), make_batch(5)]):
+        state, _ = step(state, make_batch(12))
+        with pytest.raises(RuntimeError, match="out of registers"):
+            step(state, make_batch(5))
+
+
+def test_whoever_ends_early_waits_for_no_program_that_is_not_begun(monkeypatch, compiled):
+    _, state, step = prepare(num_devices=1)
+    real, begun, go_on = step._compile, threading.Event(), threading.Event()
+
+    def compile_slowly(arguments):
+        begun.set()
+        go_on.wait(10)
+        real(arguments)
+
+    monkeypatch.setattr(step, "_compile", compile_slowly)
+    with pytest.raises(KeyError), step.compiling_ahead(state, map(make_batch, LENGTHS)):
+        step(state, make_batch(LENGTHS[0]))
+        begun.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+        raise KeyError
+    assert len(compiled) == 2, "the first, and the one that was begun"
+    assert not any(thread.name.startswith("compile") for thread in threading.enumerate())
