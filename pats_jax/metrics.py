@@ -1,4 +1,4 @@
-"""The scores of the GLUE tasks, by scikit-learn and SciPy, under the names that ``evaluate`` gives them.
+"""The scores of the GLUE and few-shot tasks, by scikit-learn and SciPy, under the names that ``evaluate`` gives them.
 
 Each metric is a function ``(predictions, labels) -> float`` of two arrays (rows,). Where one is not defined because
 the predictions are all the same, it is 0.0: a model that has learned nothing scores nothing.
@@ -25,6 +25,13 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0.0))
 
 
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean of F1 over the classes that occur, each as the positive one: CrossFit's "Classification-F1"."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
 def matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Correlation of predicted and true classes, between -1 and 1 (Matthews 1975; Gorodkin 2004 beyond two classes)."""
     from sklearn.metrics import matthews_corrcoef
@@ -47,7 +54,7 @@ def spearmanr(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    metric.__name__: metric for metric in (accuracy, f1, matthews_correlation, pearson, spearmanr)
+    metric.__name__: metric for metric in (accuracy, f1, macro_f1, matthews_correlation, pearson, spearmanr)
 }
 
 

@@ -207,17 +207,17 @@ def read_json_lines(path: Path, wanted: Collection[str]) -> Table:
       InputError: As ``read_text``; a line that is no JSON object, lacks a key or has a list or object as a value.
     """
     lines = split_lines(read_text(path))
-    header = list(_json_object(path, 1, lines[0]))
+    header = list(json_object(path, 1, lines[0]))
 
     def rows() -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
-            record = _json_object(path, number, line)
+            record = json_object(path, number, line)
             yield number, [_json_cell(path, number, record, key) if key in wanted else "" for key in header]
 
     return _collect(path, header, rows(), wanted)
 
 
-def _json_object(path: Path, number: int, line: str) -> dict:
+def json_object(path: Path, number: int, line: str) -> dict:
     try:
         record = json.loads(line)
     except ValueError as error:

@@ -1,0 +1,211 @@
+"""A few-shot gym: a folder of tasks in CrossFit's files, or the built-in one.
+
+A task's files are ``<task>_<shots>_<seed>_<split>`` with the splits train, dev and test, in a folder of the task's name
+or beside those of other tasks. Two kinds of files are read:
+
+* ``.jsonl``: one object a line with the texts ``task``, ``input`` and ``output`` and the list ``options``, as in
+  MetaICL;
+* ``.tsv``: input, tab, output, without a header, as CrossFit writes them. Options are what ends the inputs of a task as
+  `` (A) one (B) other``, where all of them do; else they are the outputs that occur in the task's files, in
+  alphabetical order. A task whose outputs are too many for that is text generation, which is refused.
+
+Every seed has a train and a dev file. A seed's test rows are those of its own test file or, where a task has one test
+file only, of that one.
+"""
+
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task
+from pats_jax.data.tables import json_object, listed, read_text, read_tsv, split_lines
+from pats_jax.errors import InputError
+
+SHOTS = 16
+# More outputs than this are no classes; the most that a classification task of CrossFit has are discovery's 174.
+MAX_CLASSES = 200
+
+_FILE_NAME = re.compile(r"(.+)_(\d+)_(\d+)_(train|dev|test)")
+_SUFFIXES = (".jsonl", ".tsv")
+_KEYS = ("task", "input", "output", "options")
+_OPTION_MARK = re.compile(r" ?\(([A-Z]|[1-9])\) ")
+
+
+class _Line(NamedTuple):
+    """What one line of a file says; no options where the file does not list any."""
+
+    place: str
+    input: str
+    output: str
+    options: tuple[str, ...]
+
+
+# Seed and split -> lines of one task.
+_Files = dict[tuple[int, str], list[_Line]]
+
+
+def load_gym(
+    source: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    shots: int = SHOTS,
+    seeds: Sequence[int] | None = None,
+) -> dict[str, FewShotTask]:
+    """Reads a few-shot gym.
+
+    Args:
+      source: a folder, see above, or ``"builtin"`` for the generated gym.
+      tasks: names of the tasks to read; None reads all.
+      shots: the number that the files' names tell, in CrossFit the rows of each class.
+      seeds: seeds of the samples to read; None reads all.
+
+    Returns:
+      Task name -> task, in alphabetical order.
+
+    Raises:
+      InputError: one line with the file, and the line of the file where it applies.
+    """
+    if str(source) == "builtin":
+        from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS
+        from pats_jax.data.builtin_gym import generate_gym
+
+        if shots != BUILTIN_SHOTS:
+            raise InputError(f"builtin: there are samples of {BUILTIN_SHOTS} shots only, not {shots}")
+        return generate_gym(tasks=tasks, seeds=seeds)
+    found = _find_files(Path(source), shots)
+    return {name: _read_task(name, found[name], seeds) for name in chosen_names(found, tasks, str(source))}
+
+
+def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str) -> list[str]:
+    """Names of tasks in alphabetical order.
+
+    Args:
+      there: all that there are.
+      wanted: those that are asked for; None: all.
+      where: what has them, for the message.
+
+    Raises:
+      InputError: some that are asked for are not there.
+    """
+    names = sorted(there)
+    missing = sorted(set(wanted or ()) - set(names))
+    if missing:
+        raise InputError(f"{where}: no task {listed(missing)}; its tasks are {listed(names)}")
+    return names if wanted is None else sorted(set(wanted))
+
+
+def _find_files(folder: Path, shots: int) -> dict[str, dict[tuple[int, str], Path]]:
+    """The files of every task by seed and split."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give one with the files of few-shot tasks, or builtin")
+    found: dict[str, dict[tuple[int, str], Path]] = {}
+    other_shots = set()
+    for path in sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _SUFFIXES):
+        match = _FILE_NAME.fullmatch(path.stem)
+        if match is None:
+            raise InputError(f"{path}: not named like a few-shot file, <task>_<shots>_<seed>_<{'|'.join(SPLITS)}>")
+        name, own_shots, seed, split = match.groups()
+        if int(own_shots) != shots:
+            other_shots.add(int(own_shots))
+            continue
+        files = found.setdefault(name, {})
+        if (int(seed), split) in files:
+            raise InputError(f"{path}: the same split as {files[int(seed), split]}; remove one of them")
+        files[int(seed), split] = path
+    if not found:
+        others = f" (there are files of {', '.join(map(str, sorted(other_shots)))} shots)" if other_shots else ""
+        raise InputError(f"{folder}: no few-shot task, no file <task>_{shots}_<seed>_train.jsonl or .tsv{others}")
+    return found
+
+
+def _read_task(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequence[int] | None) -> FewShotTask:
+    """Reads the files of one task."""
+    seeds = _checked_seeds(name, files, wanted)
+    tests = [seed for seed, split in files if split == "test"]
+    if len(tests) == 1:
+        files = {**files, **{(seed, "test"): files[tests[0], "test"] for seed in seeds}}
+    files = {(seed, split): files[seed, split] for seed in seeds for split in SPLITS if (seed, split) in files}
+    first = next(iter(files.values()))
+    other = next((path for path in files.values() if path.suffix != first.suffix), None)
+    if other is not None:
+        raise InputError(f"{other}: {name} has {first.suffix} files too; one task's files must be of one kind")
+    if first.suffix == ".jsonl":
+        lines = {key: list(_json_lines(name, path)) for key, path in files.items()}
+    else:
+        lines = _with_options(name, {key: list(_tsv_lines(path)) for key, path in files.items()})
+    rows = {key: tuple(map(_row, own)) for key, own in lines.items()}
+    return build_task(name, (Sample(s, rows[s, "train"], rows[s, "dev"], rows.get((s, "test"), ())) for s in seeds))
+
+
+def _checked_seeds(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequence[int] | None) -> list[int]:
+    """The seeds to read, each with a train and a dev file, and a test file if there are several in all."""
+    there = sorted({seed for seed, split in files if split != "test"})
+    place = next(iter(files.values())).parent
+    if not there:
+        raise InputError(f"{place}: {name} has a test file only; it needs train and dev files")
+    missing = sorted(set(wanted or ()) - set(there))
+    if missing:
+        raise InputError(f"{place}: {name} has no sample of seed {missing[0]}; there are {', '.join(map(str, there))}")
+    seeds = there if wanted is None else sorted(set(wanted))
+    tests = [seed for seed, split in files if split == "test"]
+    for seed in seeds:
+        for split in SPLITS if len(tests) > 1 else SPLITS[:2]:
+            if (seed, split) not in files:
+                raise InputError(f"{place}: {name} has no {split} file of seed {seed}, but other files of it")
+    return seeds
+
+
+def _json_lines(task: str, path: Path) -> Iterator[_Line]:
+    for number, text in enumerate(split_lines(read_text(path)), 1):
+        place = f"{path}:{number}"
+        record = json_object(path, number, text)
+        missing = [key for key in _KEYS if key not in record]
+        if missing:
+            raise InputError(f"{place}: no field {listed(missing)}; a row has {listed(_KEYS)}")
+        name, given, output, options = (record[key] for key in _KEYS)
+        if not (isinstance(options, list) and all(isinstance(text, str) for text in (name, given, output, *options))):
+            raise InputError(f"{place}: 'options' must be a list of texts, and all other fields texts")
+        if name != task:
+            raise InputError(f"{place}: a row of task {name!r} in a file of {task}")
+        if len(set(options)) < 2:
+            raise InputError(f"{place}: a row needs two different options at least; it has {listed(options) or 'none'}")
+        yield _Line(place, given, output, tuple(options))
+
+
+def _tsv_lines(path: Path) -> Iterator[_Line]:
+    table, _ = read_tsv(path, ("input", "output"), header=("input", "output"))
+    for row, (given, output) in enumerate(zip(table.columns["input"], table.columns["output"], strict=True)):
+        yield _Line(table.place(row), given, output, ())
+
+
+def _with_options(name: str, files: _Files) -> _Files:
+    """Gives the lines of TSV files their options: those that end all inputs, else the outputs of the whole task."""
+    parted = {key: [_parted(line) for line in lines] for key, lines in files.items()}
+    if all(line.options for lines in parted.values() for line in lines):
+        return parted
+    lines = [line for own in files.values() for line in own]
+    classes = tuple(sorted({line.output for line in lines}))
+    if len(classes) < 2:
+        raise InputError(f"{lines[0].place}: {name} has one output only, {classes[0]!r}: nothing to choose from")
+    if len(classes) > min(MAX_CLASSES, len(lines) / 2):
+        raise InputError(
+            f"{lines[0].place}: {name} has {len(classes)} outputs in {len(lines)} rows, so it is text generation; only "
+            "tasks with options can be read"
+        )
+    return {key: [line._replace(options=classes) for line in own] for key, own in files.items()}
+
+
+def _parted(line: _Line) -> _Line:
+    """Parts the input from the options that CrossFit appends to it: " (A) one (B) other" or " (1) one (2) other"."""
+    question, *rest = _OPTION_MARK.split(line.input)
+    marks, options = "".join(rest[::2]), tuple(option.strip() for option in rest[1::2])
+    counts_up = any(order.startswith(marks) for order in (string.ascii_uppercase, string.digits[1:]))
+    return line._replace(input=question, options=options) if counts_up and len(set(options)) > 1 else line
+
+
+def _row(line: _Line) -> Row:
+    if line.output not in line.options:
+        raise InputError(f"{line.place}: the output {line.output!r} is not among its options {listed(line.options)}")
+    return Row(line.input, line.options, line.options.index(line.output))
