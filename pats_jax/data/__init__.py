@@ -29,6 +29,10 @@ _HOMES = {
     "prefetch": "prefetch",
     "stratified_rows": "low_resource",
     "write_builtin": "builtin",
+    "FewShotTask": "few_shot",
+    "load_gym": "gym",
+    "load_partition": "partitions",
+    "write_builtin_gym": "builtin_gym.files",
 }
 
 __all__ = [*_HOMES]

@@ -1,0 +1,176 @@
+"""Which tasks of a gym are learnt upstream, which choose settings, and which are the targets.
+
+A partition is a JSON file in CrossFit's layout (``train_classification_test_classification.json`` there): an object
+with the lists of task names ``train`` (upstream), ``dev`` (to choose settings of the upstream stage by) and ``test``
+(the targets); CrossFit's further list ``all`` is left aside. Two partitions come with the project: ``builtin`` of the
+built-in gym and ``metaicl`` of the 46 tasks that MetaICL has among the few-shot tasks of CrossFit with options.
+
+A task may not be on two lists. Nor may two tasks that are built on the same source set, say glue-rte and
+superglue-rte: a target would hold what was learnt upstream.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pats_jax.data.few_shot import FewShotTask
+from pats_jax.data.tables import listed, read_text
+from pats_jax.errors import InputError
+
+LISTS = ("train", "dev", "test")
+FOLDER = Path(__file__).parent
+
+# Source set of the tasks for which it is not what precedes the first hyphen of the name.
+SOURCES = {
+    # GLUE and SuperGLUE are collections; some of their tasks are one set, or made of a set that other tasks hold too.
+    "glue-cola": "cola",
+    "glue-mnli": "multinli",
+    "glue-mrpc": "mrpc",
+    "glue-qnli": "squad",
+    "glue-qqp": "qqp",
+    "glue-rte": "rte",
+    "glue-sst2": "rotten_tomatoes",  # SST is made of the sentences of rotten_tomatoes (Pang and Lee 2005)
+    "glue-wnli": "winograd",
+    "superglue-cb": "commitment_bank",
+    "superglue-copa": "copa",
+    "superglue-multirc": "multirc",
+    "superglue-record": "record",
+    "superglue-rte": "rte",
+    "superglue-wic": "wic",
+    "superglue-wsc": "winograd",
+    # Sets made of others.
+    "adversarialqa": "squad",
+    "cos_e": "commonsense_qa",
+    "hellaswag": "swag",  # both continue captions of ActivityNet
+    "kilt_fever": "fever",
+    "kilt_hotpotqa": "hotpot_qa",
+    "kilt_nq": "natural_questions",
+    "boolq": "natural_questions",  # its questions come from the same stream of queries
+    "yelp_polarity": "yelp",
+    "yelp_review_full": "yelp",
+}
+
+
+def source_set(task: str) -> str:
+    """The set of texts that a task is built on.
+
+    Example:
+      >>> [source_set(task) for task in ("superglue-rte", "glue-rte", "quartz-no_knowledge", "paws")]
+      ['rte', 'rte', 'quartz', 'paws']
+    """
+    return SOURCES.get(task, task.split("-")[0])
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The three lists of task names.
+
+    Attributes:
+      train: upstream tasks.
+      dev: tasks that choose settings of the upstream stage; may be none.
+      test: target tasks.
+    """
+
+    train: tuple[str, ...]
+    dev: tuple[str, ...]
+    test: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.train, *self.dev, *self.test)
+
+
+def load_partition(
+    name_or_path: str | Path, tasks: Mapping[str, FewShotTask], *, share_sources: bool = False
+) -> Partition:
+    """Reads a partition and checks it against a gym.
+
+    Args:
+      name_or_path: ``"builtin"``, ``"metaicl"`` or a JSON file.
+      tasks: the gym.
+      share_sources: whether tasks of two lists may be built on the same source set, as they are in CrossFit's own
+        partitions.
+
+    Raises:
+      InputError: one line with file and line: as ``read_partition``; a task that the gym does not have; a dev or test
+        task without test rows; a source set with tasks on two lists.
+    """
+    path = FOLDER / f"{name_or_path}.json"
+    path = path if path in FOLDER.glob("*.json") else Path(name_or_path)
+    partition = read_partition(path)
+    missing = [name for name in partition.names if name not in tasks]
+    if missing:
+        raise InputError(f"{_place(path, missing[0])}: the gym has no task {listed(missing)}")
+    for name in (*partition.dev, *partition.test):
+        if not all(sample.test for sample in tasks[name].samples):
+            raise InputError(f"{_place(path, name)}: {name} has no test rows; it can be a train task only")
+    if not share_sources:
+        _check_sources(path, partition)
+    return partition
+
+
+def read_partition(path: Path) -> Partition:
+    """Reads a partition's file.
+
+    Raises:
+      InputError: it is missing, no JSON, no object with the three lists of names; a list of train or test tasks is
+        empty; a task is named twice.
+    """
+    lists = _read_lists(path)
+    partition = Partition(*(tuple(lists[key]) for key in LISTS))
+    for key in ("train", "test"):
+        if not lists[key]:
+            raise InputError(f"{_place(path, key)}: the list {key!r} is empty")
+    seen: dict[str, str] = {}
+    for key in LISTS:
+        for name in lists[key]:
+            if name in seen:
+                where = f"twice in {key!r}" if seen[name] == key else f"in {seen[name]!r} and in {key!r}"
+                raise InputError(f"{_place(path, name, occurrence=1)}: the task {name} stands {where}; remove one")
+            seen[name] = key
+    return partition
+
+
+def _read_lists(path: Path) -> dict[str, list[str]]:
+    text = read_text(path)
+    try:
+        lists = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not readable as JSON ({error.msg})") from None
+    if not isinstance(lists, dict):
+        raise InputError(f"{path}:1: a JSON object with the lists {listed(LISTS)} is expected")
+    unknown = [key for key in lists if key not in (*LISTS, "all")]
+    if unknown:
+        raise InputError(f"{_place(path, unknown[0])}: unknown list {unknown[0]!r}; the lists are {listed(LISTS)}")
+    missing = [key for key in LISTS if key not in lists]
+    if missing:
+        raise InputError(f"{path}:1: no list {listed(missing)}; give one, [] if it has no tasks")
+    for key in LISTS:
+        if not (isinstance(lists[key], list) and all(isinstance(name, str) for name in lists[key])):
+            raise InputError(f"{_place(path, key)}: {key!r} is not a list of task names")
+    return lists
+
+
+def _check_sources(path: Path, partition: Partition) -> None:
+    """Each source set on one list only; the message names all that are on two, at the line of the first."""
+    list_of = {name: key for key in LISTS for name in getattr(partition, key)}
+    tasks_on: dict[str, list[str]] = {}
+    for name in list_of:
+        tasks_on.setdefault(source_set(name), []).append(name)
+    shared = {source: names for source, names in tasks_on.items() if len({list_of[name] for name in names}) > 1}
+    if shared:
+        told = "; ".join(
+            f"{source}: {', '.join(f'{name} ({list_of[name]})' for name in names)}" for source, names in shared.items()
+        )
+        place = _place(path, next(iter(shared.values()))[-1])
+        raise InputError(f"{place}: tasks of two lists are built on the same source set ({told}); keep them on one")
+
+
+def _place(path: Path, name: str, occurrence: int = 0) -> str:
+    """``file:line`` of a name in the file, the first time or later."""
+    text = read_text(path)
+    begins = [match.start() for match in re.finditer(re.escape(json.dumps(name, ensure_ascii=False)), text)]
+    begin = begins[min(occurrence, len(begins) - 1)] if begins else 0
+    return f"{path}:{text.count(chr(10), 0, begin) + 1}"
