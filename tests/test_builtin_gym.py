@@ -4,6 +4,7 @@ import collections
 import hashlib
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from pats_jax.data.builtin_gym.files import write_builtin_gym
 from pats_jax.data.builtin_gym.vocabulary import ADJECTIVES, LIFE, MADE, NATURE, USES, VERBS
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.data.gym import load_gym
+from pats_jax.data.partitions import LISTS, load_partition
 from pats_jax.errors import InputError
 
+ROOT = Path(__file__).parents[1]
 TASKS = sorted(GRAMMARS)
 # SHA-256 of all rows with seed 0. It changes only with the grammars: then say so in the release notes, since scores
 # before and after are not comparable.
@@ -47,7 +50,7 @@ def test_seed_decides_the_rows_and_a_choice_does_not_change_them(gym):
     assert generate_gym(seed=1, tasks=names) != {name: gym[name] for name in names}
     chosen = load_gym("builtin", tasks=names, seeds=[87])
     assert {name: task.samples for name, task in chosen.items()} == {name: (gym[name].sample(87),) for name in names}
-    with pytest.raises(InputError, match="builtin: no task 'mode'; its tasks are adjective_relation, agreement"):
+    with pytest.raises(InputError, match="builtin: no task 'mode'; its tasks are 'adjective_relation', 'agreement'"):
         load_gym("builtin", tasks=["mode", "mood"])
     with pytest.raises(InputError, match="builtin: no sample of seed 7; there are 13, 21, 42, 87, 100"):
         load_gym("builtin", seeds=[7, 13])
@@ -126,7 +129,7 @@ def crossed(row: Row, option: str) -> str:
 @pytest.mark.parametrize("name", TASKS)
 def test_word_counting_on_sixteen_rows_is_far_from_solving_a_task(gym, name):
     task = gym[name]
-    accuracy = np.mean([word_counting_accuracy(task, seed) for seed in SEEDS[:3]])
+    accuracy = np.mean([word_counting_accuracy(task, seed) for seed in SEEDS[:2]])
     assert accuracy < 0.7
 
 
@@ -176,6 +179,16 @@ def test_minilm_knows_the_words(gym):
             pieces[word] = tokenizer.tokenize(word)
         assert np.mean([len(pieces[word]) > 1 for word in words]) < 0.1, name
     assert all("[UNK]" not in own for own in pieces.values())
+
+
+def test_the_page_shows_a_row_of_every_task(gym):
+    page = (ROOT / "docs" / "gym.md").read_text(encoding="utf-8")
+    partition = load_partition("builtin", gym)
+    for name, task in gym.items():
+        row = task.samples[0].train[0]
+        options = ", ".join(f"**{text}**" if place == row.answer else text for place, text in enumerate(row.options))
+        [lists] = [own for own in LISTS if name in getattr(partition, own)]
+        assert f"| `{name}` | {lists} | {row.input} | {options} |\n" in page
 
 
 def test_files_are_read_as_what_they_were_written_from(gym, tmp_path):

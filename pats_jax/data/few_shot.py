@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pats_jax.data.tables import listed
 from pats_jax.errors import InputError
 
 CLASSIFICATION, MULTIPLE_CHOICE = KINDS = ("classification", "multiple_choice")
@@ -116,6 +117,24 @@ def task_metric(name: str) -> str:
     if name == "glue-cola":
         return "matthews_correlation"
     return "macro_f1" if name in _MACRO_F1 or name.startswith(_MACRO_F1_COLLECTIONS) else "accuracy"
+
+
+def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str) -> list[str]:
+    """Names of tasks in alphabetical order.
+
+    Args:
+      there: all that there are.
+      wanted: those that are asked for; None: all.
+      where: what has them, for the message.
+
+    Raises:
+      InputError: some that are asked for are not there.
+    """
+    names = sorted(there)
+    missing = sorted(set(wanted or ()) - set(names))
+    if missing:
+        raise InputError(f"{where}: no task {listed(missing)}; its tasks are {listed(names)}")
+    return names if wanted is None else sorted(set(wanted))
 
 
 def build_task(name: str, samples: Iterable[Sample]) -> FewShotTask:

@@ -15,11 +15,11 @@ file only, of that one.
 
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task
+from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task, chosen_names
 from pats_jax.data.tables import json_object, listed, read_text, read_tsv, split_lines
 from pats_jax.errors import InputError
 
@@ -42,8 +42,8 @@ class _Line(NamedTuple):
     options: tuple[str, ...]
 
 
-# Seed and split -> lines of one task.
-_Files = dict[tuple[int, str], list[_Line]]
+# The lines of the files of one task.
+_Files = dict[Path, list[_Line]]
 
 
 def load_gym(
@@ -78,24 +78,6 @@ def load_gym(
     return {name: _read_task(name, found[name], seeds) for name in chosen_names(found, tasks, str(source))}
 
 
-def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str) -> list[str]:
-    """Names of tasks in alphabetical order.
-
-    Args:
-      there: all that there are.
-      wanted: those that are asked for; None: all.
-      where: what has them, for the message.
-
-    Raises:
-      InputError: some that are asked for are not there.
-    """
-    names = sorted(there)
-    missing = sorted(set(wanted or ()) - set(names))
-    if missing:
-        raise InputError(f"{where}: no task {listed(missing)}; its tasks are {listed(names)}")
-    return names if wanted is None else sorted(set(wanted))
-
-
 def _find_files(folder: Path, shots: int) -> dict[str, dict[tuple[int, str], Path]]:
     """The files of every task by seed and split."""
     if not folder.is_dir():
@@ -127,16 +109,19 @@ def _read_task(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequenc
     if len(tests) == 1:
         files = {**files, **{(seed, "test"): files[tests[0], "test"] for seed in seeds}}
     files = {(seed, split): files[seed, split] for seed in seeds for split in SPLITS if (seed, split) in files}
-    first = next(iter(files.values()))
-    other = next((path for path in files.values() if path.suffix != first.suffix), None)
+    paths = list(dict.fromkeys(files.values()))
+    other = next((path for path in paths if path.suffix != paths[0].suffix), None)
     if other is not None:
-        raise InputError(f"{other}: {name} has {first.suffix} files too; one task's files must be of one kind")
-    if first.suffix == ".jsonl":
-        lines = {key: list(_json_lines(name, path)) for key, path in files.items()}
+        raise InputError(f"{other}: {name} has {paths[0].suffix} files too; one task's files must be of one kind")
+    if paths[0].suffix == ".jsonl":
+        lines = {path: list(_json_lines(name, path)) for path in paths}
     else:
-        lines = _with_options(name, {key: list(_tsv_lines(path)) for key, path in files.items()})
-    rows = {key: tuple(map(_row, own)) for key, own in lines.items()}
-    return build_task(name, (Sample(s, rows[s, "train"], rows[s, "dev"], rows.get((s, "test"), ())) for s in seeds))
+        lines = _with_options(name, {path: list(_tsv_lines(path)) for path in paths})
+    rows = {path: tuple(map(_row, own)) for path, own in lines.items()}
+    splits = {key: rows[path] for key, path in files.items()}
+    return build_task(
+        name, (Sample(s, splits[s, "train"], splits[s, "dev"], splits.get((s, "test"), ())) for s in seeds)
+    )
 
 
 def _checked_seeds(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequence[int] | None) -> list[int]:
@@ -182,7 +167,7 @@ def _tsv_lines(path: Path) -> Iterator[_Line]:
 
 def _with_options(name: str, files: _Files) -> _Files:
     """Gives the lines of TSV files their options: those that end all inputs, else the outputs of the whole task."""
-    parted = {key: [_parted(line) for line in lines] for key, lines in files.items()}
+    parted = {path: [_parted(line) for line in lines] for path, lines in files.items()}
     if all(line.options for lines in parted.values() for line in lines):
         return parted
     lines = [line for own in files.values() for line in own]
@@ -194,7 +179,7 @@ def _with_options(name: str, files: _Files) -> _Files:
             f"{lines[0].place}: {name} has {len(classes)} outputs in {len(lines)} rows, so it is text generation; only "
             "tasks with options can be read"
         )
-    return {key: [line._replace(options=classes) for line in own] for key, own in files.items()}
+    return {path: [line._replace(options=classes) for line in own] for path, own in files.items()}
 
 
 def _parted(line: _Line) -> _Line:

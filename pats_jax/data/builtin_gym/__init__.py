@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pats_jax.data.builtin.draw import Draw
 from pats_jax.data.builtin_gym import forms, meanings, opinions, reading, topics, vocabulary
 from pats_jax.data.builtin_gym.shapes import Classification, Grammar
-from pats_jax.data.few_shot import FewShotTask, Row, Sample, build_task
+from pats_jax.data.few_shot import FewShotTask, Row, Sample, build_task, chosen_names
 from pats_jax.errors import InputError
 
 SEEDS = (13, 21, 42, 87, 100)
@@ -47,13 +47,10 @@ def generate_gym(
     Raises:
       InputError: there is no such task or sample.
     """
-    missing = sorted(set(tasks or ()) - set(GRAMMARS))
-    if missing:
-        raise InputError(f"builtin: no task {missing[0]!r}; its tasks are {', '.join(sorted(GRAMMARS))}")
+    names = chosen_names(GRAMMARS, tasks, "builtin")
     missing_seeds = sorted(set(seeds or ()) - set(SEEDS))
     if missing_seeds:
         raise InputError(f"builtin: no sample of seed {missing_seeds[0]}; there are {', '.join(map(str, SEEDS))}")
-    names = sorted(GRAMMARS if tasks is None else set(tasks))
     wanted = SEEDS if seeds is None else seeds
     return {name: _task(name, GRAMMARS[name], seed, wanted) for name in names}
 
