@@ -52,7 +52,7 @@ def test_seed_decides_the_rows_and_a_choice_does_not_change_them(gym):
     assert {name: task.samples for name, task in chosen.items()} == {name: (gym[name].sample(87),) for name in names}
     with pytest.raises(InputError, match="builtin: no task 'mode'; its tasks are 'adjective_relation', 'agreement'"):
         load_gym("builtin", tasks=["mode", "mood"])
-    with pytest.raises(InputError, match="builtin: no sample of seed 7; there are 13, 21, 42, 87, 100"):
+    with pytest.raises(InputError, match="adjective_relation: no sample of seed 7; there are 13, 21, 42, 87, 100"):
         load_gym("builtin", seeds=[7, 13])
     with pytest.raises(InputError, match="builtin: there are samples of 16 shots only"):
         load_gym("builtin", shots=32)

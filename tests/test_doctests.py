@@ -11,7 +11,9 @@ import pytest
     [
         "anchors",
         "concentration",
+        "data.few_shot",
         "data.low_resource",
+        "data.partitions",
         "evaluation",
         "objectives",
         "random",

@@ -101,10 +101,15 @@ class FewShotTask:
         seeds = ", ".join(str(sample.seed) for sample in self.samples)
         raise InputError(f"{self.name}: no sample of seed {seed}; there are {seeds}")
 
-    def first_test_rows(self, count: int | None) -> "FewShotTask":
-        """The same with the first ``count`` test rows of every sample; None keeps all."""
-        samples = tuple(Sample(own.seed, own.train, own.dev, own.test[:count]) for own in self.samples)
-        return FewShotTask(self.name, self.options, samples)
+    def choose(self, seeds: Sequence[int] | None) -> "FewShotTask":
+        """The same with the samples of these seeds only; None keeps all.
+
+        Raises:
+          InputError: the task has no sample of one of them.
+        """
+        if seeds is None:
+            return self
+        return FewShotTask(self.name, self.options, tuple(map(self.sample, sorted(set(seeds)))))
 
 
 def task_metric(name: str) -> str:

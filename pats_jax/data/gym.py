@@ -75,7 +75,9 @@ def load_gym(
             raise InputError(f"builtin: there are samples of {BUILTIN_SHOTS} shots only, not {shots}")
         return generate_gym(tasks=tasks, seeds=seeds)
     found = _find_files(Path(source), shots)
-    return {name: _read_task(name, found[name], seeds) for name in chosen_names(found, tasks, str(source))}
+    names = chosen_names(found, tasks, str(source))
+    # All samples are read: which options a task has, and their order, must not depend on those that are asked for.
+    return {name: _read_task(name, found[name]).choose(seeds) for name in names}
 
 
 def _find_files(folder: Path, shots: int) -> dict[str, dict[tuple[int, str], Path]]:
@@ -102,12 +104,12 @@ def _find_files(folder: Path, shots: int) -> dict[str, dict[tuple[int, str], Pat
     return found
 
 
-def _read_task(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequence[int] | None) -> FewShotTask:
+def _read_task(name: str, files: Mapping[tuple[int, str], Path]) -> FewShotTask:
     """Reads the files of one task."""
-    seeds = _checked_seeds(name, files, wanted)
-    tests = [seed for seed, split in files if split == "test"]
+    seeds = _seeds(name, files)
+    tests = [path for (_, split), path in files.items() if split == "test"]
     if len(tests) == 1:
-        files = {**files, **{(seed, "test"): files[tests[0], "test"] for seed in seeds}}
+        files = {**files, **{(seed, "test"): tests[0] for seed in seeds}}
     files = {(seed, split): files[seed, split] for seed in seeds for split in SPLITS if (seed, split) in files}
     paths = list(dict.fromkeys(files.values()))
     other = next((path for path in paths if path.suffix != paths[0].suffix), None)
@@ -124,19 +126,15 @@ def _read_task(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequenc
     )
 
 
-def _checked_seeds(name: str, files: Mapping[tuple[int, str], Path], wanted: Sequence[int] | None) -> list[int]:
-    """The seeds to read, each with a train and a dev file, and a test file if there are several in all."""
-    there = sorted({seed for seed, split in files if split != "test"})
+def _seeds(name: str, files: Mapping[tuple[int, str], Path]) -> list[int]:
+    """The seeds, each of which must have a train and a dev file, and a test file where there are several of them."""
+    seeds = sorted({seed for seed, split in files if split != "test"})
     place = next(iter(files.values())).parent
-    if not there:
+    if not seeds:
         raise InputError(f"{place}: {name} has a test file only; it needs train and dev files")
-    missing = sorted(set(wanted or ()) - set(there))
-    if missing:
-        raise InputError(f"{place}: {name} has no sample of seed {missing[0]}; there are {', '.join(map(str, there))}")
-    seeds = there if wanted is None else sorted(set(wanted))
-    tests = [seed for seed, split in files if split == "test"]
+    needed = SPLITS if sum(split == "test" for _, split in files) > 1 else SPLITS[:2]
     for seed in seeds:
-        for split in SPLITS if len(tests) > 1 else SPLITS[:2]:
+        for split in needed:
             if (seed, split) not in files:
                 raise InputError(f"{place}: {name} has no {split} file of seed {seed}, but other files of it")
     return seeds
