@@ -117,13 +117,12 @@ def odd_one_out(kinds: Kinds, wording: str) -> MultipleChoice:
     return MultipleChoice(ask)
 
 
-def synonym_choice(triples: tuple[tuple[str, str, str], ...], wording: str, *, opposite: bool) -> MultipleChoice:
-    """Asks for the synonym or the opposite of a word; the other of the two is offered too."""
+def synonym_choice(triples: tuple[tuple[str, str, str], ...], wordings: tuple[str, ...]) -> MultipleChoice:
+    """Asks for the synonym of a word; its opposite is offered too."""
 
     def ask(draw: Draw) -> Question:
-        (word, synonym, antonym), other = draw.words(triples, 2)
-        right, wrong = (antonym, synonym) if opposite else (synonym, antonym)
-        return Question(wording.format(word), right, (wrong, draw.pick(other)))
+        (word, synonym, opposite), other = draw.words(triples, 2)
+        return Question(draw.pick(wordings).format(word), synonym, (opposite, draw.pick(other)))
 
     return MultipleChoice(ask)
 
@@ -158,8 +157,10 @@ TASKS = {
     "thing_for_use": word_of_kind(USES, ("Which of these is made for {}?", "What do you need for {}?")),
     "odd_nature": odd_one_out(NATURE, "Which word does not belong to the others? {}"),
     "odd_life": odd_one_out(LIFE, "Find the odd one out: {}"),
-    "synonym_adjective": synonym_choice(ADJECTIVES, "Which word means the same as {}?", opposite=False),
-    "opposite_verb": synonym_choice(VERBS, "Which word means the opposite of {}?", opposite=True),
+    "synonym_adjective": synonym_choice(
+        ADJECTIVES, ("Which word means the same as {}?", "What is another word for {}?")
+    ),
+    "synonym_verb": synonym_choice(VERBS, ("Instead of {}, one can say", "Choose the best replacement: to {}")),
     "adjective_relation": same_or_opposite(
         ADJECTIVES, "they call it a {word} {it}", THINGS, ("same meaning", "opposite meaning")
     ),
