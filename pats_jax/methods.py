@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import rich.markup
 import rich.table
@@ -148,7 +149,7 @@ def make_optimizer(
     optimizer = optax.chain(
         *(method.first(context) for method in methods if method.first),
         optax.chain(
-            optax.clip_by_global_norm(settings.max_grad_norm),
+            _clip_by_global_norm(settings.max_grad_norm),
             optax.chain(
                 optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
                 *(method.scaling(context) for method in methods if method.scaling),
@@ -164,6 +165,19 @@ def make_optimizer(
     if settings.freeze_unselected:
         optimizer = _freeze_unselected(optimizer, settings)
     return transforms.with_raw_gradient(optimizer)
+
+
+def _clip_by_global_norm(max_norm):
+    """As `optax.clip_by_global_norm`, but for rounding: one factor for all, so that XLA fuses it into what follows.
+
+    Optax's division of every entry is written to memory first, a copy of the gradient.
+    """
+
+    def update(updates, state, params=None):
+        factor = jnp.minimum(1.0, max_norm / jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny))
+        return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def trainable_mask(settings: Settings, params: Any) -> Any:

@@ -130,7 +130,9 @@ def make_train_step(
             metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
         metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         if skip_nonfinite:
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            # Parameters that are not finite give no finite loss; but asked for their norm here, XLA knows that it is
+            # computed before they are overwritten, and need not copy them.
+            finite = jnp.all(jnp.isfinite(jnp.stack([metrics[n] for n in ("loss", "grad_norm", "param_norm")])))
             metrics["skipped"] = 1.0 - finite
             params, opt_state, metrics["update_norm"] = _update_if(finite, state, grads)
         else:
@@ -211,13 +213,10 @@ def _update_if(finite, state, grads):
     shapes = jax.eval_shape(state.tx.update, *arguments)[0]
 
     def keep(grads, opt_state, params):
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), opt_state
+        return jax.tree.map(lambda s: jnp.full(s.shape, -0.0, s.dtype), shapes), opt_state  # x + -0 is x, 0 or -0 too
 
     updates, opt_state = jax.lax.cond(finite, state.tx.update, keep, *arguments)
-    moved = optax.apply_updates(state.params, updates)
-    # chosen once more, as adding 0 would turn -0 into 0
-    params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.params)
-    return params, opt_state, optax.tree.norm(updates)
+    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(updates)
 
 
 def _total_weight(batch):

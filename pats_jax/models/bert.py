@@ -40,9 +40,29 @@ def _dense(config: EncoderConfig, features: int, dtype: DTypeLike, name: str) ->
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(config.initializer_range), name=name)
 
 
-def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> nn.LayerNorm:
-    # Flax computes the statistics in float32 whatever dtype is; the two-pass variance is the accurate one.
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name="LayerNorm")
+class _LayerNorm(nn.Module):
+    """Normalises each token over its units, with learned scale and bias; statistics and result in float32.
+
+    Flax's own multiplies scale and standard deviation first, an array of the hidden states' size that XLA writes to
+    memory for the backward pass.
+    """
+
+    config: EncoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.config.hidden_size,)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        centred = x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + self.config.layer_norm_eps)
+        return (normal * scale + bias).astype(self.dtype)
+
+
+def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> _LayerNorm:
+    return _LayerNorm(config, dtype, name="LayerNorm")
 
 
 class Embeddings(nn.Module):
