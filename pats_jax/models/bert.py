@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
 
         def project(tokens: Array, name: str) -> Array:
             projected = _dense(config, config.hidden_size, self.dtype, name)(tokens)
-            return projected.reshape(*tokens.shape[:2], heads, width)
+            return projected.reshape(*projected.shape[:2], heads, width)
 
         query = project(queries_from, "query")
         key = project(hidden, "key")
@@ -125,7 +125,12 @@ class ResidualOutput(nn.Module):
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
         x = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(x)
         x = nn.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
-        return _layer_norm(self.config, self.dtype)(residual + x)
+        norm = _layer_norm(self.config, self.dtype)
+        return norm(residual + self.adapt(x, residual, norm))
+
+    def adapt(self, x: Array, residual: Array, norm: nn.LayerNorm) -> Array:
+        """The place of bottleneck adapters (`pats_jax.models.peft`); without them x, (batch, length, hidden)."""
+        return x
 
 
 class Attention(nn.Module):
@@ -286,6 +291,11 @@ class SequenceClassifier(nn.Module):
     dtype: DTypeLike = jnp.float32
     first_token_only: bool = True
     gradient_checkpointing: bool = False
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        return self.config.max_length
 
     @nn.compact
     def __call__(
