@@ -1,6 +1,7 @@
 """Median time of a training step by method, against plain AdamW, one step of each in turns in one process.
 
-``python benchmarks/steps.py --methods finetune pats dps-dense bitfit`` prints a table and perhaps writes JSON.
+``python benchmarks/steps.py --methods finetune pats dps-dense bitfit lora/finetune`` prints a table and perhaps writes
+JSON.
 """
 
 import functools
@@ -18,7 +19,8 @@ from random_batch import random_batch
 
 import pats_jax
 from pats_jax import methods as all_methods
-from pats_jax import models, parallel, run_folder, trees
+from pats_jax import models, parallel, pe_modules, run_folder, trees
+from pats_jax.models import peft
 from pats_jax.objectives import with_objectives
 from pats_jax.settings import Settings
 from pats_jax.train_state import TrainState, make_loss_fn, make_train_step
@@ -36,7 +38,7 @@ def main(
     """Measures, prints and perhaps writes JSON.
 
     Args:
-      methods: of METHODS; the first is what the others are compared with
+      methods: of METHODS, or KIND/METHOD with a kind of PE module; the first is what the others are compared with
       model: folder, hub id or package
       rows: rows of a batch
       length: tokens of a row
@@ -56,9 +58,12 @@ def main(
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     baseline = medians[methods[0]]
-    table = rich.table.Table("method", "median step, s", f"ratio to {methods[0]}", "slowest step / median")
+    state_bytes = {name: run.state_bytes for name, run in runs.items()}
+    headers = ("method", "median step, s", f"ratio to {methods[0]}", "slowest step / median", "optimizer state, MB")
+    table = rich.table.Table(*headers)
     for name, median in medians.items():
-        table.add_row(name, f"{median:.4f}", f"{median / baseline:.3f}", f"{max(seconds[name]) / median:.2f}")
+        slowest, megabytes = max(seconds[name]) / median, state_bytes[name] / 1e6
+        table.add_row(name, f"{median:.4f}", f"{median / baseline:.3f}", f"{slowest:.2f}", f"{megabytes:.2f}")
     rich.console.Console().print(table)
     if output_file:
         results = {
@@ -66,6 +71,7 @@ def main(
             "rows": rows,
             "length": length,
             "median_seconds": medians,
+            "optimizer_state_bytes": state_bytes,
             "ratios": {name: median / baseline for name, median in medians.items()},
             "all_seconds": seconds,
             "machine": {"system": platform.platform(), "devices": [str(device) for device in jax.devices()]},
@@ -76,9 +82,13 @@ def main(
 
 def make_run(name, network, params, batch, rounds, update_ratio):
     """A function that makes one step of a method and waits for it; compiled already."""
-    settings = Settings(task_name="mrpc", method=name, update_ratio=update_ratio)
+    kind, _, method = name.rpartition("/")
+    settings = Settings(task_name="mrpc", method=method, peft=kind or None, update_ratio=update_ratio)
     runner = parallel.make_runner()
     trainable = all_methods.trainable_mask(settings, params)
+    if kind:
+        network, params = peft.add_peft(network, params, pe_modules.chosen_config(settings), key=0)
+        trainable = peft.trainable_mask(network, params)
     trained = params if trainable is None else trees.partition(trainable, params)[0]
     without_dropout = make_loss_fn(network.apply, deterministic=True)
 
@@ -95,6 +105,7 @@ def make_run(name, network, params, batch, rounds, update_ratio):
     def run():
         held[0], _ = jax.block_until_ready(step(held[0], batch))
 
+    run.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     run()
     return run
 

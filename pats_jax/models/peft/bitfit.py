@@ -35,8 +35,7 @@ class BitFitConfig(PeftConfig):
     merges: ClassVar[bool] = True
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
-        biases = [path for path in base if path[-1] == "bias" and path[0] != "classifier"]
-        return {(*path[:-1], "bitfit", "bias"): jnp.zeros(base[path].shape) for path in biases}
+        return {(*path[:-1], "bitfit", "bias"): jnp.zeros(x.shape) for path, x in base.items() if path[-1] == "bias"}
 
     def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
         added = nodes_with(tree, "bitfit")

@@ -55,8 +55,12 @@ class PeftConfig:
         """Positions that it takes away from the longest text."""
         return 0
 
+    def trains_whole(self, path: ParameterPath) -> bool:
+        """Whether a parameter of the model itself is trained, and saved, with the modules: head and pooler."""
+        return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
+
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
-        """New parameters, flat, for a model with the flat parameters ``base``.
+        """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
 
         Raises:
             InputError: The settings do not fit the model, as layers that it does not have.
@@ -109,7 +113,7 @@ def check(what: str, value: Any, holds: bool, expected: str) -> None:
 
 
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
-    """The paths of the linear layers below the head whose names, joined by dots, match a regex.
+    """The paths of the linear layers whose names, joined by dots, match a regex.
 
     Args:
         base: The model's parameters, flat.
@@ -123,7 +127,7 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
         matches = re.compile(pattern).search
     except re.error as error:
         raise InputError(f"{what} {pattern!r}: not a regular expression: {error}") from None
-    layers = [path[:-1] for path in base if path[-1] == "kernel" and path[0] != "classifier"]
+    layers = [path[:-1] for path in base if path[-1] == "kernel"]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
         raise InputError(f"{what} {pattern!r}: matches no linear layer; one is called {'.'.join(layers[0])}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -22,7 +23,7 @@ from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
-from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft
+from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, draw
 from pats_jax.models.pretrained import from_pretrained
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +58,7 @@ def save_peft(
     if config is None or model.merged:
         raise ValueError("the modules are merged; unmerge them first")
     tree = flatten_dict(params["peft"])
-    head = {path: x for path, x in flatten_dict(params).items() if _is_saved_whole(path, config)}
+    head = {path: x for path, x in _own(params).items() if config.trains_whole(path)}
     tensors = config.to_tensors(tree)
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
     values = {
@@ -109,33 +110,19 @@ def load_peft(
             f"{folder}: is for the base model {own_name}, not for {base_model_name_or_path}; load that one, "
             "or give no base_model_name_or_path if both are the same"
         )
-    tensors = weights.read_tensors(dict.fromkeys(weights.names(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE))
-    kind = _kind(values, folder)
-    whole = {
-        kind.prefix + convert.tensor_name(path): path
-        for path in flatten_dict(params)
-        if _is_saved_whole(path, kind(train_pooler=not model.config.is_roberta))
-    }
-    own = {name: np.asarray(x, np.float32) for name, x in tensors.items() if name not in whole}
+    kind, source = _kind(values, folder), folder / WEIGHTS_FILE
+    tensors = weights.read_tensors(dict.fromkeys(weights.names(source), source))
+    whole = _take_whole(tensors, kind, params, source)
     try:
-        config = kind.from_dict(values, own, str(folder / CONFIG_FILE))
+        config = kind.from_dict(values, tensors, str(folder / CONFIG_FILE))
     except (TypeError, AttributeError) as error:
         raise InputError(f"{folder / CONFIG_FILE}: a field is of the wrong type ({error})") from None
-    pooler_is_saved = any(path[0] != "classifier" for name, path in whole.items() if name in tensors)
-    config = dataclasses.replace(config, train_pooler=pooler_is_saved)
-    tree = config.from_tensors(own)
-    _check_shapes(config, tree, params, model.config, folder)
+    config = dataclasses.replace(config, train_pooler=any(path[0] != "classifier" for path in whole))
+    tree = config.from_tensors({name: np.asarray(x, np.float32) for name, x in tensors.items()})
+    _check_shapes(config, tree, model, params, source)
     model, params = add_peft(model, params, config, key=0)
-    flat = flatten_dict(params)
-    for name, path in whole.items():
-        if name in tensors:
-            flat[path] = jax.numpy.array(
-                convert.to_parameter(path, flat[path].shape, tensors[name], source=str(folder / WEIGHTS_FILE))
-            )
-        elif path[0] == "classifier":
-            raise InputError(f"{folder / WEIGHTS_FILE}: lacks the head's tensor {name}; save a SEQ_CLS adapter")
-    flat |= {("peft", *path): jax.numpy.array(x) for path, x in tree.items()}
-    return model, unflatten_dict(flat)
+    loaded = whole | {("peft", *path): x for path, x in tree.items()}
+    return model, unflatten_dict(flatten_dict(params) | {path: jnp.array(x) for path, x in loaded.items()})
 
 
 def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifier, Parameters, EncoderConfig]:
@@ -169,8 +156,9 @@ def is_peft_folder(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG_FILE).exists()
 
 
-def _is_saved_whole(path: tuple[str, ...], config: PeftConfig) -> bool:
-    return path[0] == "classifier" or (config.train_pooler and path[0] != "peft" and path[1] == "pooler")
+def _own(params: Parameters) -> FlatTree:
+    """The model's own parameters, flat."""
+    return flatten_dict({name: tree for name, tree in params.items() if name != "peft"})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -196,12 +184,26 @@ def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
     )
 
 
-def _check_shapes(config: PeftConfig, tree: FlatTree, params: Parameters, encoder: EncoderConfig, folder: Path) -> None:
+def _take_whole(tensors: dict[str, np.ndarray], kind: type[PeftConfig], params: Parameters, source: Path) -> FlatTree:
+    """Takes the head, and the pooler where it was trained, out of a file's tensors."""
+    everything = kind(train_pooler=True)
+    taken = {}
+    for path, parameter in _own(params).items():
+        name = kind.prefix + convert.tensor_name(path)
+        if everything.trains_whole(path) and name in tensors:
+            taken[path] = convert.to_parameter(path, np.shape(parameter), tensors.pop(name), source=str(source))
+        elif path[0] == "classifier":
+            raise InputError(f"{source}: lacks the head's tensor {name}; save a {_TASK} adapter")
+    return taken
+
+
+def _check_shapes(
+    config: PeftConfig, tree: FlatTree, model: SequenceClassifier, params: Parameters, source: Path
+) -> None:
     """Raises InputError unless the tree is what the config gives this base model."""
-    source, other_model = folder / WEIGHTS_FILE, "it is for another base model"
-    base = flatten_dict({name: part for name, part in params.items() if name != "peft"})
+    other_model = "it is for another base model"
     try:
-        drawn = jax.eval_shape(lambda base: config.draw(base, encoder, jax.random.key(0)), base)
+        drawn = jax.eval_shape(lambda params: draw(model, params, config, jax.random.key(0)), params)
     except InputError:
         raise InputError(f"{source}: changes layers that this model does not have; {other_model}") from None
     expected = {path: leaf.shape for path, leaf in drawn.items()}

@@ -89,9 +89,14 @@ def add_peft(
         raise ValueError("the model has PE modules already; merge or disable them first")
     if config.train_pooler and model.config.is_roberta:
         raise InputError("train_pooler: RoBERTa has no pooler; the layer in its place is part of the head")
-    base = flatten_dict(params)
-    tree = config.draw(base, model.config, trees.own_key(key, f"peft.{config.kind}"))
+    tree = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return _with_modules(model, config), {**params, "peft": unflatten_dict(tree)}
+
+
+def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
+    """The parameters of new modules, flat."""
+    held = {path: x for path, x in flatten_dict(params).items() if not config.trains_whole(path)}
+    return config.draw(held, model.config, key)
 
 
 def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
@@ -100,7 +105,7 @@ def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
 
     def is_trained(path, _):
         names = tuple(entry.key for entry in path)
-        return names[0] in ("peft", "classifier") or (config.train_pooler and names[1] == "pooler")
+        return names[0] == "peft" or config.trains_whole(names)
 
     return jax.tree_util.tree_map_with_path(is_trained, params)
 
