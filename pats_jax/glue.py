@@ -226,7 +226,7 @@ def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
       InputError: if virtual tokens leave no room for a text.
     """
     longest = model.max_length
-    if longest < _SHORTEST_TEXT:
+    if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
         raise InputError(
             f"--prompt_length, --prefix_length: of the model's positions they leave {longest} for the text"
         )

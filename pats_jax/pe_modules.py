@@ -41,10 +41,12 @@ def check_methods(settings: Settings, params: Any) -> None:
     """Raises InputError if a method of ``settings.method`` does not go with the PE modules among ``params``."""
     leaves = jax.tree_util.tree_leaves_with_path(params["peft"])
     names = [f"peft.{parameter_name(path)}" for path, _ in leaves]
-    for name in settings.method.split("+"):
-        where = f"--peft {settings.peft} --method {name}"
+    chosen = settings.method.split("+")
+    for name in chosen:
         if name in _WHY_NOT:
-            raise InputError(f"{where}: {_WHY_NOT[name]}")
+            raise InputError(f"--peft {settings.peft} --method {name}: {_WHY_NOT[name]}")
+    for name in chosen:
+        where = f"--peft {settings.peft} --method {name}"
         if (settings.peft, name) == ("prompt", "lnsr"):
             raise InputError(f"{where}: the prompt's tokens are among the hidden states that LNSR goes on from")
         method = METHODS[name]

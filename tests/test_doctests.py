@@ -13,6 +13,7 @@ import pytest
         "concentration",
         "data.low_resource",
         "evaluation",
+        "models.peft.model",
         "objectives",
         "random",
         "subnetworks",

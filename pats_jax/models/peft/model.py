@@ -83,7 +83,7 @@ def add_peft(
         >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3), int))["params"]
         >>> model, params = peft.add_peft(model, params, peft.LoraConfig(rank=2), key=0)
         >>> peft.count_parameters(model, params)
-        (42, 31838)
+        (42, 29910)
     """
     if "peft" in params:
         raise ValueError("the model has PE modules already; merge or disable them first")
@@ -101,7 +101,7 @@ def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key:
 
 def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
     """A tree of bools like params: the modules, the head, and the pooler where the config says so."""
-    config = _config_of(model)
+    config = config_of(model)
 
     def is_trained(path, _):
         names = tuple(entry.key for entry in path)
@@ -125,7 +125,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     Raises:
         ValueError: They are merged already, or the kind is no change of weights.
     """
-    config = _config_of(model)
+    config = config_of(model)
     if model.merged:
         raise ValueError(f"the {config.kind} modules are merged already")
     if not config.merges:
@@ -139,7 +139,7 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     Raises:
         ValueError: They are not merged, or a scale of IA3 is zero.
     """
-    config = _config_of(model)
+    config = config_of(model)
     if not model.merged:
         raise ValueError(f"the {config.kind} modules are not merged")
     return model.clone(merged=False), _replace_base(params, config.unmerge(*_parts(params)))
@@ -151,8 +151,9 @@ def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifi
     Raises:
         ValueError: The modules are merged.
     """
+    config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {_config_of(model).kind} modules are merged; unmerge them first")
+        raise ValueError(f"the {config.kind} modules are merged; unmerge them first")
     return _plain(model, params)
 
 
@@ -162,7 +163,8 @@ def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[Sequenc
     Raises:
         ValueError: The kind is no change of weights.
     """
-    return _plain(*(merge(model, params) if not model.merged else (model, params)))
+    config_of(model)
+    return _plain(*((model, params) if model.merged else merge(model, params)))
 
 
 def _with_modules(model: SequenceClassifier, config: PeftConfig) -> PeftClassifier:
@@ -176,15 +178,21 @@ def _plain(model, params):
     return plain, {name: tree for name, tree in params.items() if name != "peft"}
 
 
-def _config_of(model: SequenceClassifier) -> PeftConfig:
+def config_of(model: SequenceClassifier) -> PeftConfig:
+    """The kind of a model's modules; a ValueError if it has none."""
     if not isinstance(model, PeftClassifier) or model.peft is None:
         raise ValueError("the model has no PE modules; add_peft or load_peft gives it some")
     return model.peft
 
 
+def own_parameters(params: Parameters) -> FlatTree:
+    """The parameters of the model itself, flat."""
+    return flatten_dict({name: tree for name, tree in params.items() if name != "peft"})
+
+
 def _parts(params: Parameters) -> tuple[FlatTree, FlatTree]:
     """The model's own parameters and the modules', both flat."""
-    return flatten_dict({name: tree for name, tree in params.items() if name != "peft"}), flatten_dict(params["peft"])
+    return own_parameters(params), flatten_dict(params["peft"])
 
 
 def _replace_base(params: Parameters, base: FlatTree) -> Parameters:
