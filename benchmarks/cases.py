@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import methods, models, objectives, parallel, subnetworks, train_state, trees
+from pats_jax import methods, models, objectives, parallel, pe_modules, subnetworks, train_state, trees
 from pats_jax.errors import InputError
+from pats_jax.models import peft
 from pats_jax.models.config import EncoderConfig
 from pats_jax.settings import Settings
 
@@ -35,6 +36,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "threefry2x32": lambda: {"seed": jax.random.key(0, impl="threefry2x32")},
     "rbg": lambda: {"seed": jax.random.key(0, impl="rbg")},
     "philox4x32": lambda: {"seed": jax.random.key(0, impl="philox4x32")},
+    **{kind: functools.partial(dict, peft=kind) for kind in peft.KINDS},
 }
 
 
@@ -163,8 +165,11 @@ class Training:
     """
 
     def __init__(self, model: Any, params: Any, settings: Settings, total_steps: int, batch: dict[str, np.ndarray]):
+        modules = pe_modules.chosen_config(settings)
+        if modules:
+            model, params = peft.add_peft(model, params, modules, key=0)
         self._model, self._params, self._settings = model, methods.starting_params(settings, params), settings
-        self._trainable = methods.trainable_mask(settings, params)
+        self._trainable = peft.trainable_mask(model, params) if modules else methods.trainable_mask(settings, params)
         self.trained = params if self._trainable is None else trees.partition(self._trainable, params)[0]
         self._batch = batch
         self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)

@@ -24,6 +24,7 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.evaluation import Predictor
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
+from pats_jax.models.peft import PeftClassifier, trainable_mask
 from pats_jax.objectives import with_objectives
 from pats_jax.profiling import Profiler, seconds_since_process_start
 from pats_jax.settings import Settings
@@ -76,8 +77,11 @@ class Training:
         )
         params = runner.place(methods.starting_params(settings, params))
         trainable = methods.trainable_mask(settings, params)
-        trained = params if trainable is None else trees.partition(trainable, params)[0]
-        tx = methods.make_optimizer(settings, total, trained, functools.partial(self._fisher_mask, params))
+        if isinstance(model, PeftClassifier):
+            trainable = trainable_mask(model, params)
+        trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
+        self.num_trained = sum(p.size for p in jax.tree.leaves(trained))
+        tx = methods.make_optimizer(settings, total, trained, functools.partial(self._fisher_mask, trained, frozen))
         create = functools.partial(
             train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
         )
@@ -124,10 +128,14 @@ class Training:
         measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample, in_turn)
         return concentration.selected(self.runner.to_host(measured), self.mask)
 
-    def _fisher_mask(self, params, keep_fraction, mask):
+    def _fisher_mask(self, trained, frozen, keep_fraction, mask):
         """The mask of Child-Tuning D, from one pass over the training data."""
+
+        def loss_fn(params, batch, key):
+            return self.loss_without_dropout(trees.combine(params, frozen), batch, key)
+
         everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
-        return subnetworks.fisher_mask(self.loss_without_dropout, params, everything, keep_fraction, mask=mask)
+        return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
 
     def _planned(self, first_step):
         """Rows and length of every step from one (counted from 0) on, without end."""
@@ -229,8 +237,15 @@ def train(
 ) -> Trained:
     """Trains from the last checkpoint or the start, and fills in results."""
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
-    results |= {"train_examples": len(training.tokens), "steps": rhythm.total_steps}
+    results |= {
+        "train_examples": len(training.tokens),
+        "steps": rhythm.total_steps,
+        "trained_parameters": training.num_trained,
+    }
     logger.info("%s", describe_batch(settings, runner))
+    if training.num_trained < training.num_parameters:
+        share = 100 * training.num_trained / training.num_parameters
+        logger.info("trained: %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
     start = None
     if settings.sensitivity_batches:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))

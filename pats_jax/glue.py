@@ -19,13 +19,14 @@ from typing import Any
 import jax
 import rich.console
 
-from pats_jax import methods, models, parallel, plots, preemption, run_folder, train_state
+from pats_jax import methods, models, parallel, pe_modules, plots, preemption, run_folder, train_state
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
 from pats_jax.fine_tuning import Trained, Training, count_steps, train
 from pats_jax.journal import check_tensorboard
+from pats_jax.models import peft
 from pats_jax.settings import Settings, read_config
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,11 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         task, splits = load_data(settings)
         model, params, config = load_model(settings, task, splits)
         tokenizer = loading.result()
-    max_length = sequence_length(settings.max_seq_length, config)
+    modules = pe_modules.chosen_config(settings)
+    if modules:
+        model, params = peft.add_peft(model, params, modules, key=settings.seed)
+        pe_modules.check_methods(settings, params)
+    max_length = sequence_length(settings.max_seq_length, model)
     for split in splits.values():
         batches.check_room(split, tokenizer, max_length)
     tokenize = functools.cache(lambda name: batches.tokenize(splits[name], tokenizer, max_length))
@@ -118,7 +123,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     if "eval" in settings.phases:
         results |= describe_scores(predictor, trained.records)
     if parallel.is_first():  # the folder that people read
-        models.save_pretrained(folder / "model", params=params, config=config, tokenizer=tokenizer)
+        save_model(folder, settings, model, params, tokenizer)
         if files:
             write_files(folder / "predictions", files)
         draw(folder, task, results, trained.records)
@@ -226,14 +231,25 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     )
 
 
-def sequence_length(asked: int, config: models.EncoderConfig) -> int:
-    """``--max_seq_length``, lowered with a warning to what the model has positions for."""
-    if asked > config.max_length:
-        warnings.warn(
-            f"--max_seq_length {asked} is above the model's {config.max_length} positions; using {config.max_length}",
-            stacklevel=2,
+def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
+    """``--max_seq_length``, lowered with a warning to what the model has positions for.
+
+    Raises:
+      InputError: if virtual tokens leave no room for a text.
+    """
+    longest = model.max_length
+    if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
+        raise InputError(
+            f"--prompt_length, --prefix_length: of the model's positions they leave {longest} for the text"
         )
-    return min(asked, config.max_length)
+    if asked > longest:
+        warnings.warn(
+            f"--max_seq_length {asked} is above the model's {longest} positions; using {longest}", stacklevel=2
+        )
+    return min(asked, longest)
+
+
+_SHORTEST_TEXT = 8  # tokens: a pair of sentences has three special ones
 
 
 def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[str, float | None]:
@@ -246,7 +262,22 @@ def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[
     return chosen | {"classifier_dropout": authors if settings.hidden_dropout is None else None}
 
 
-# reports
+# results
+
+
+def save_model(
+    folder: pathlib.Path, settings: Settings, model: models.SequenceClassifier, params: Any, tokenizer: Any
+) -> None:
+    """Writes ``model/``; with PE modules ``adapter/``, and ``model/`` too where they can be merged into the weights."""
+    if isinstance(model, peft.PeftClassifier):
+        name = settings.model_name_or_path
+        peft.save_peft(
+            folder / "adapter", model=model, params=params, base_model_name_or_path=name, tokenizer=tokenizer
+        )
+        if not model.peft.merges:
+            return
+        model, params = peft.merge_and_unload(model, params)
+    models.save_pretrained(folder / "model", params=params, config=model.config, tokenizer=tokenizer)
 
 
 def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str, Any]:
@@ -256,6 +287,7 @@ def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str,
         "task_name": settings.task_name,
         "data": describe_data(settings),
         "method": settings.method,
+        "peft": settings.peft,
         "seed": settings.seed,
         "num_labels": task.num_labels,
         "num_parameters": sum(p.size for p in jax.tree.leaves(params)),
@@ -277,10 +309,11 @@ def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict
 
 
 def default_folder(settings: Settings) -> str:
-    """``runs/TASK-METHOD-seedSEED``."""
+    """``runs/TASK-METHOD-seedSEED``; with PE modules ``TASK-KIND-METHOD-...``."""
     file = settings.train_file or settings.validation_file or settings.test_file
     name = settings.task_name or pathlib.Path(str(file)).stem
-    return f"runs/{name}-{settings.method}-seed{settings.seed}"
+    kind = f"{settings.peft}-" if settings.peft else ""
+    return f"runs/{name}-{kind}{settings.method}-seed{settings.seed}"
 
 
 def describe_data(settings: Settings) -> str:
@@ -315,7 +348,8 @@ def say(console: rich.console.Console, text: str) -> None:
 
 def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
     """The run in two lines."""
-    title = f"{results['method']} on {results['data']}"
+    kind = f"{results['peft']}, " if results.get("peft") else ""
+    title = f"{kind}{results['method']} on {results['data']}"
     if "final" not in results:
         return f"{title}: done\nresults in {folder}"
     scores = dict(results["final"]["metrics"])

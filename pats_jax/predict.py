@@ -17,6 +17,7 @@ from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
 from pats_jax.evaluation import BUCKETS
 from pats_jax.glue import sequence_length
+from pats_jax.models import peft
 from pats_jax.train_state import make_predict_step
 from pats_jax.trainer import predict_logits
 
@@ -32,14 +33,15 @@ def predict_file(
     """Writes a TSV of labels and probabilities (or scores) for the texts of a file.
 
     Args:
-      model: folder of a trained model, such as RUN/model
+      model: folder of a trained model, such as RUN/model, or of PE modules, such as RUN/adapter
       file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or .txt with one text a line
       output_file: where to write; none: standard output
       max_seq_length: tokens; longer texts are cut
       batch_size: rows
     """
-    if (pathlib.Path(model) / "model" / "config.json").exists():
-        raise InputError(f"{model}: the folder of a run; its model is {pathlib.Path(model) / 'model'}")
+    for part in ("model", "adapter"):
+        if (pathlib.Path(model) / part / "config.json").exists():
+            raise InputError(f"{model}: the folder of a run; its model is {pathlib.Path(model) / part}")
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size}: must be at least 1")
     target = None if output_file is None else pathlib.Path(output_file)
@@ -61,8 +63,11 @@ def predict_texts(
     """
     split = read_texts(file)
     tokenizer = models.load_tokenizer(model)
-    network, params, config = models.from_pretrained(model, num_labels=None)
-    tokens = batches.tokenize(split, tokenizer, sequence_length(max_seq_length, config))
+    if peft.is_peft_folder(model):
+        network, params, config = peft.load_peft_model(model)
+    else:
+        network, params, config = models.from_pretrained(model, num_labels=None)
+    tokens = batches.tokenize(split, tokenizer, sequence_length(max_seq_length, network))
     boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
     rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
     logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))

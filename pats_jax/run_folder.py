@@ -17,6 +17,7 @@ ENTRIES = (
     "results.json",
     "README.md",
     "model",
+    "adapter",
     "checkpoints",
     "predictions",
     "plots",
@@ -99,7 +100,7 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
     lines = [
         f"# {results['model_name_or_path']} fine-tuned on {results['data']}",
         "",
-        f"Trained by `pats-jax glue` with `--method {results['method']}`, seed {results['seed']}"
+        f"Trained by `pats-jax glue` with {_choices(results)}, seed {results['seed']}"
         + (f", {results['steps']} steps." if "steps" in results else "."),
         "",
         *_score_table(results),
@@ -107,12 +108,7 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
         "",
         "## Use",
         "",
-        "```",
-        f"pats-jax predict {folder.name}/model --file texts.tsv",
-        "```",
-        "",
-        "The folder `model/` also loads with `pats_jax.models.from_pretrained("
-        f"..., num_labels={results['num_labels']})` and with Transformers (torch).",
+        *_use(folder, results),
         "",
         "## Repeat",
         "",
@@ -134,7 +130,7 @@ def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: di
 
 def _is_ours(name):
     """Whether a run wrote an entry of its folder, half-written ones included."""
-    return name in ENTRIES or name.removesuffix(".new") in ENTRIES or name.startswith(".model-")
+    return name in ENTRIES or name.removesuffix(".new") in ENTRIES or name.startswith((".model-", ".adapter-"))
 
 
 def _remove(entries):
@@ -173,6 +169,35 @@ def _out_of_domain_table(results):
             for name, scores in results["out_of_domain"].items()
         ),
     ]
+
+
+def _choices(results):
+    """Method, PE modules and what part of the model they are."""
+    method = f"`--method {results['method']}`"
+    if not results.get("peft"):
+        return method
+    share = f" ({results['trained_parameters']} of {results['num_parameters']} parameters)"
+    return f"`--peft {results['peft']}`{share if 'trained_parameters' in results else ''} and {method}"
+
+
+def _use(folder, results):
+    """How the model is loaded: whole, or as PE modules for the base model."""
+    count, whole = results["num_labels"], (folder / "model").exists() or not results.get("peft")
+    lines = ["```", f"pats-jax predict {folder.name}/{'model' if whole else 'adapter'} --file texts.tsv", "```"]
+    if whole:
+        call = f"pats_jax.models.from_pretrained(..., num_labels={count})"
+        lines += ["", f"The folder `model/` also loads with `{call}` and with Transformers (torch)."]
+    if results.get("peft"):
+        lines += [
+            "",
+            f"The folder `adapter/` holds the PE modules ({results['peft']}) and the head, for the base model "
+            f"{results['model_name_or_path']}; `pats_jax.models.peft.load_peft_model` loads both."
+            + (" PEFT (torch) does too." if results["peft"] in _IN_PEFTS_FORMAT else ""),
+        ]
+    return lines
+
+
+_IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 
 
 def _cell(value):

@@ -77,6 +77,20 @@ class Settings:
     lnsr_lambda: float = 1.0  # LNSR: weight of its term
     lnsr_noise_std: float = 0.05  # LNSR: standard deviation of the noise, in units of the hidden states
     sift_rate: float = 0.008  # SIFT: share of the entries of a tensor that is trained
+    peft: Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"] | None = (
+        None  # train these and the head only
+    )
+    peft_pooler: bool = False  # with peft: train and save BERT's pooler as well
+    lora_rank: int = 8  # LoRA: columns of A and rows of B
+    lora_alpha: float = 16.0  # LoRA: the branch is multiplied by alpha / rank
+    lora_dropout: float = 0.0  # LoRA: probability, on the branch's input
+    lora_layers: str = r"\.(query|value)$"  # LoRA: regex over the names of linear layers
+    ia3_output_layers: str = r"\.self\.(key|value)$"  # IA3: regex over linear layers whose outputs are rescaled
+    ia3_input_layers: str = r"\.\d+\.output\.dense$"  # IA3: regex over linear layers whose inputs are rescaled
+    adapter_size: int = 64  # adapters: units of the bottleneck
+    adapter_place: Literal["houlsby", "pfeiffer"] = "houlsby"  # adapters: after both blocks of a layer, or the second
+    prompt_length: int = 20  # prompt: virtual tokens; so many fewer positions for the text
+    prefix_length: int = 20  # prefix: virtual tokens; so many fewer positions for the text
     sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
     length_buckets: int = 6  # shapes that training batches come in, at most
     logging_steps: int = 10  # steps between lines of metrics.jsonl
@@ -122,6 +136,8 @@ class Settings:
         for name in self.out_of_domain or ():
             if name.removesuffix("_mm") == (self.task_name or "").lower():
                 raise InputError(f"--out_of_domain {name}: not out of the domain of --task_name {self.task_name}")
+        if self.peft_pooler and self.peft is None:
+            raise InputError("--peft_pooler: needs --peft")
         if self.task_name and (self.train_file or self.validation_file or self.test_file):
             raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
         if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
@@ -197,13 +213,13 @@ _RULES = (
         "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
-        "num_processes heartbeat_timeout_seconds",
+        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length",
         lambda x: x >= 1,
         "at least 1",
     ),
     (
         "learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size smart_noise_std "
-        "lnsr_noise_std",
+        "lnsr_noise_std lora_alpha",
         lambda x: 0 < x < math.inf,
         "a number above 0",
     ),
@@ -217,7 +233,11 @@ _RULES = (
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
     ("keep_fraction update_ratio sift_rate", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("sage_decay", lambda x: 0 < x < 1, "in (0, 1)"),
-    ("drop_fraction decay adam_beta1 adam_beta2 hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
+    (
+        "drop_fraction decay adam_beta1 adam_beta2 hidden_dropout attention_dropout lora_dropout",
+        lambda x: 0 <= x < 1,
+        "in [0, 1)",
+    ),
 )
 
 # Flags of the run_glue examples that mean nothing here -> what to use instead.

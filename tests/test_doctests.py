@@ -15,6 +15,7 @@ import pytest
         "data.low_resource",
         "data.partitions",
         "evaluation",
+        "models.peft.model",
         "objectives",
         "random",
         "subnetworks",

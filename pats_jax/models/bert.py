@@ -40,7 +40,7 @@ def _dense(config: EncoderConfig, features: int, dtype: DTypeLike, name: str) ->
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(config.initializer_range), name=name)
 
 
-class _LayerNorm(nn.Module):
+class LayerNorm(nn.Module):
     """Normalises each token over its units, with learned scale and bias; statistics and result in float32.
 
     Flax's own multiplies scale and standard deviation first, an array of the hidden states' size that XLA writes to
@@ -61,8 +61,8 @@ class _LayerNorm(nn.Module):
         return (normal * scale + bias).astype(self.dtype)
 
 
-def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> _LayerNorm:
-    return _LayerNorm(config, dtype, name="LayerNorm")
+def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> LayerNorm:
+    return LayerNorm(config, dtype, name="LayerNorm")
 
 
 class Embeddings(nn.Module):
@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
 
         def project(tokens: Array, name: str) -> Array:
             projected = _dense(config, config.hidden_size, self.dtype, name)(tokens)
-            return projected.reshape(*tokens.shape[:2], heads, width)
+            return projected.reshape(*projected.shape[:2], heads, width)
 
         query = project(queries_from, "query")
         key = project(hidden, "key")
@@ -145,7 +145,12 @@ class ResidualOutput(nn.Module):
     def __call__(self, x: Array, residual: Array, *, deterministic: bool) -> Array:
         x = _dense(self.config, self.config.hidden_size, self.dtype, "dense")(x)
         x = nn.Dropout(self.config.hidden_dropout_prob)(x, deterministic=deterministic)
-        return _layer_norm(self.config, self.dtype)(residual + x)
+        norm = _layer_norm(self.config, self.dtype)
+        return norm(residual + self.adapt(x, residual, norm))
+
+    def adapt(self, x: Array, residual: Array, norm: LayerNorm) -> Array:
+        """The place of bottleneck adapters (`pats_jax.models.peft`); without them x, (batch, length, hidden)."""
+        return x
 
 
 class Attention(nn.Module):
@@ -306,6 +311,11 @@ class SequenceClassifier(nn.Module):
     dtype: DTypeLike = jnp.float32
     first_token_only: bool = True
     gradient_checkpointing: bool = False
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        return self.config.max_length
 
     @nn.compact
     def __call__(

@@ -29,7 +29,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     single = folder / WEIGHTS_FILE
     if single.is_file():
-        return dict.fromkeys(_names(single), single)
+        return dict.fromkeys(names(single), single)
     index = folder / INDEX_FILE
     if not index.is_file():
         raise no_safetensors(str(folder), [path.name for path in folder.iterdir()])
@@ -41,7 +41,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for shard in sorted(set(files.values())):
         if not shard.is_file():
             raise InputError(f"{shard}: this shard is named by {INDEX_FILE} and is missing; download it again")
-        absent = {name for name, path in files.items() if path == shard} - _names(shard)
+        absent = {name for name, path in files.items() if path == shard} - names(shard)
         if absent:
             raise InputError(f"{shard}: lacks tensor {min(absent)}, which {INDEX_FILE} places there; download it again")
     return files
@@ -69,7 +69,8 @@ def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
     )
 
 
-def _names(path: Path) -> set[str]:
+def names(path: Path) -> set[str]:
+    """The names of the tensors in a file; only its header is read."""
     with _open(path) as opened:
         return set(opened.keys())
 

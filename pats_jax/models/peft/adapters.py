@@ -1,0 +1,100 @@
+r"""Bottleneck adapters: two small linear layers inside every encoder layer.
+
+::
+
+    A(h) = f(h D + d) U + u        D (hidden, size), U (size, hidden)
+
+    houlsby:   LayerNorm(r + x + A(x))                      after attention and after feed-forward, f = GELU
+    pfeiffer:  LayerNorm(r + x + A(LayerNorm(r + x)))       after feed-forward only, f = ReLU
+
+x is what the block's projection and dropout give, r the residual. D and U start normal (cut off at two standard
+deviations of 1e-3), d and u at zero, so the model starts nearly as it was. Places, f and start of houlsby are those of
+the authors' code, the place and f of pfeiffer those of AdapterHub's configuration of that name; *ours* is that both
+start alike and that the LayerNorms stay frozen, which Houlsby et al. train.
+
+References:
+    Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751); Pfeiffer et al. 2020,
+    MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer (arXiv:2005.00052).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pats_jax.models.bert import ResidualOutput
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, nodes_with
+
+_BLOCKS = {"houlsby": (("attention", "output"), ("output",)), "pfeiffer": (("output",),)}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "houlsby": functools.partial(jax.nn.gelu, approximate=True),
+    "pfeiffer": jax.nn.relu,
+}
+_STANDARD_DEVIATION = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig(PeftConfig):
+    """The adapters' settings.
+
+    Attributes:
+        size: Units of the bottleneck.
+        place: Where they sit.
+    """
+
+    size: int = 64
+    place: Literal["houlsby", "pfeiffer"] = "houlsby"
+
+    kind: ClassVar[str] = "adapters"
+    summary: ClassVar[str] = "two small linear layers inside every encoder layer"
+    source: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
+    peft_type: ClassVar[str] = "PATS_JAX_ADAPTERS"
+
+    def __post_init__(self):
+        check("adapter_size", self.size, isinstance(self.size, int) and self.size >= 1, "a whole number above 0")
+        check("adapter_place", self.place, self.place in _BLOCKS, f"one of {', '.join(_BLOCKS)}")
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        tree = {}
+        for index in range(config.num_hidden_layers):
+            for block in _BLOCKS[self.place]:
+                path = (config.base_prefix, "encoder", "layer", str(index), *block, "adapter")
+                for name, shape in (
+                    ("down", (config.hidden_size, self.size)),
+                    ("up", (self.size, config.hidden_size)),
+                ):
+                    key, own = jax.random.split(key)
+                    normal = jax.random.truncated_normal(own, -2.0, 2.0, shape)
+                    tree[*path, name, "kernel"] = _STANDARD_DEVIATION * normal
+                    tree[*path, name, "bias"] = jnp.zeros(shape[1])
+        return tree
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        adapters = nodes_with(tree, "adapter")
+
+        def insert(next_fun, args, kwargs, context):
+            block = context.module
+            is_place = isinstance(block, ResidualOutput) and context.method_name == "adapt"
+            if not is_place or block.path not in adapters:
+                return next_fun(*args, **kwargs)
+            x, residual, norm = args
+            return x + self._bottleneck(adapters[block.path], x if self.place == "houlsby" else norm(residual + x))
+
+        return insert
+
+    def _bottleneck(self, node, h):
+        """A(h), (batch, length, hidden)."""
+        node = {path: x.astype(h.dtype) for path, x in node.items()}
+        inner = _ACTIVATIONS[self.place](h @ node["down", "kernel"] + node["down", "bias"])
+        return inner @ node["up", "kernel"] + node["up", "bias"]
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        return {"size": self.size, "place": self.place}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "AdapterConfig":
+        return cls(size=values.get("size", 64), place=values.get("place", "houlsby"))

@@ -1,0 +1,68 @@
+r"""BitFit: the biases alone are trained.
+
+::
+
+    y = x W + (b + d)        for every linear layer;    the same for the bias of every LayerNorm
+
+d, what training adds to the pretrained b, is the small tree; it starts at zero. The model's own biases stay as they
+are, so that the module can be taken out again. Training d is training b: gradients and AdamW's steps are the same.
+
+References:
+    Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models
+    (arXiv:2106.10199).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pats_jax.models.bert import LayerNorm
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitFitConfig(PeftConfig):
+    """BitFit has no settings of its own."""
+
+    kind: ClassVar[str] = "bitfit"
+    summary: ClassVar[str] = "something added to every bias"
+    source: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
+    peft_type: ClassVar[str] = "PATS_JAX_BITFIT"
+    merges: ClassVar[bool] = True
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        return {(*path[:-1], "bitfit", "bias"): jnp.zeros(x.shape) for path, x in base.items() if path[-1] == "bias"}
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        added = nodes_with(tree, "bitfit")
+
+        def add_to_bias(next_fun, args, kwargs, context):
+            y = next_fun(*args, **kwargs)
+            layer = context.module
+            if not isinstance(layer, nn.Dense | LayerNorm) or layer.path not in added:
+                return y
+            return y + added[layer.path]["bias",].astype(y.dtype)
+
+        return add_to_bias
+
+    def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        return base | {(*path, "bias"): base[*path, "bias"] + d["bias",] for path, d in _added(tree)}
+
+    def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        return base | {(*path, "bias"): base[*path, "bias"] - d["bias",] for path, d in _added(tree)}
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "BitFitConfig":
+        return cls()
+
+
+def _added(tree):
+    return nodes_with(tree, "bitfit").items()

@@ -1,0 +1,156 @@
+"""What the kinds of parameter-efficient fine-tuning have in common: `PeftConfig`, which each of them fills in.
+
+A kind adds a small tree of parameters under ``params["peft"]`` and changes the forward pass of a `SequenceClassifier`
+by what it finds there; the model's own parameters stay as they are. The small tree's paths mirror the model's, with
+the kind's own leaves below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from pats_jax.errors import InputError
+from pats_jax.models import convert
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.convert import ParameterPath
+
+Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
+FlatTree = dict[ParameterPath, Any]  # path -> array
+
+_PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """A kind and its settings, checked when it is made.
+
+    Attributes:
+        train_pooler: Whether BERT's pooler is trained and saved as well; the head always is.
+
+    Class attributes:
+        kind: Its name.
+        summary: What it does, in a line.
+        source: The paper.
+        peft_type: What ``adapter_config.json`` calls it.
+        merges: Whether it can be merged into the weights.
+        prefix: What stands before every tensor's name in ``adapter_model.safetensors``.
+    """
+
+    train_pooler: bool = False
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    peft_type: ClassVar[str]
+    merges: ClassVar[bool] = False
+    prefix: ClassVar[str] = "base_model.model."
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that it takes away from the longest text."""
+        return 0
+
+    def trains_whole(self, path: ParameterPath) -> bool:
+        """Whether a parameter of the model itself is trained, and saved, with the modules: head and pooler."""
+        return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
+
+        Raises:
+            InputError: The settings do not fit the model, as layers that it does not have.
+        """
+        raise NotImplementedError
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        """What changes the forward pass (see `flax.linen.intercept_methods`), by the flat small tree."""
+        raise NotImplementedError
+
+    def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        """The model's own parameters with the small tree worked into them, both flat."""
+        raise NotImplementedError
+
+    def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        """The inverse of `merge`, up to rounding."""
+        raise NotImplementedError
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        """Its own fields of ``adapter_config.json``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PeftConfig":
+        """The kind's settings from ``adapter_config.json`` and the names of the tensors that lie beside it.
+
+        Raises:
+            InputError: A field has a value that this library has no counterpart of.
+        """
+        raise NotImplementedError
+
+    def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
+        """The small tree by the names, and in the layouts, of ``adapter_model.safetensors``."""
+        return {self.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in tree.items()}
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
+        """The inverse of `to_tensors`; names that are not of this kind come out as paths that no model has."""
+        tree = {}
+        for name, tensor in tensors.items():
+            *parents, leaf = name.removeprefix(self.prefix).split(".")
+            path = (*parents, _PARAMETER_LEAVES.get(leaf, leaf))
+            tree[path] = convert.to_tensor(path, tensor)  # the transpose is its own inverse
+        return tree
+
+
+def check(what: str, value: Any, holds: bool, expected: str) -> None:
+    """Raises InputError unless ``holds``."""
+    if not holds:
+        raise InputError(f"{what} {value!r}: must be {expected}")
+
+
+def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
+    """The paths of the linear layers whose names, joined by dots, match a regex.
+
+    Args:
+        base: The model's parameters, flat.
+        pattern: The regex, searched for.
+        what: What to call it in error messages.
+
+    Raises:
+        InputError: It is no regex, or matches no layer.
+    """
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise InputError(f"{what} {pattern!r}: not a regular expression: {error}") from None
+    layers = [path[:-1] for path in base if path[-1] == "kernel"]
+    found = [path for path in layers if matches(".".join(path))]
+    if not found:
+        raise InputError(f"{what} {pattern!r}: matches no linear layer; one is called {'.'.join(layers[0])}")
+    return found
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A regex that matches these names and nothing else."""
+    return f"^({'|'.join(map(re.escape, sorted(names)))})$"
+
+
+def nodes_with(tree: FlatTree, leaf: str) -> dict[ParameterPath, dict[ParameterPath, Any]]:
+    """Layer path -> its own leaves by their path below ``leaf``, for the layers that have something of that name."""
+    nodes: dict[ParameterPath, dict[ParameterPath, Any]] = {}
+    for path, value in tree.items():
+        if leaf in path:
+            cut = path.index(leaf)
+            nodes.setdefault(path[:cut], {})[path[cut + 1 :]] = value
+    return nodes
+
+
+def refuse_fields(values: Mapping[str, Any], plain: Mapping[str, Any], source: str) -> None:
+    """Raises InputError if a field of ``adapter_config.json`` asks for more than the plain form of the kind."""
+    for name, expected in plain.items():
+        if values.get(name, expected) not in (expected, None):
+            raise InputError(f"{source}: {name} is {values[name]!r}, which is not supported, only {expected!r}")

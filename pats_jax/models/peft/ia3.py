@@ -1,0 +1,139 @@
+r"""IA3: keys, values and the wide half of the feed-forward block are rescaled, unit by unit.
+
+::
+
+    y = (x W + b) * l        for the layers whose outputs are rescaled: keys and values
+    y = (x * l) W + b        for those whose inputs are: the second linear layer of the feed-forward block
+
+l starts at one: the model starts as it was. A trained l can be merged into W (and b).
+
+References:
+    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
+    (arXiv:2205.05638).
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.convert import ParameterPath
+from pats_jax.models.peft.config import (
+    FlatTree,
+    Interceptor,
+    PeftConfig,
+    exactly,
+    linear_layers,
+    refuse_fields,
+)
+
+_INPUT, _OUTPUT = "ia3_input", "ia3_output"
+_PLAIN = {"fan_in_fan_out": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ia3Config(PeftConfig):
+    """IA3's settings: regexes over names such as ``bert.encoder.layer.0.attention.self.key``.
+
+    Attributes:
+        output_layers: The linear layers whose outputs are rescaled.
+        input_layers: Those whose inputs are; a layer that both match is rescaled at its input.
+    """
+
+    output_layers: str = r"\.self\.(key|value)$"
+    input_layers: str = r"\.\d+\.output\.dense$"
+
+    kind: ClassVar[str] = "ia3"
+    summary: ClassVar[str] = "keys, values and the wide feed-forward units are rescaled"
+    source: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
+    peft_type: ClassVar[str] = "IA3"
+    merges: ClassVar[bool] = True
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        scaled_inputs = _layers(base, self.input_layers, "ia3_input_layers")
+        scaled_outputs = _layers(base, self.output_layers, "ia3_output_layers")
+        tree = {(*path, _INPUT): jnp.ones(base[*path, "kernel"].shape[0]) for path in scaled_inputs}
+        scaled_outputs = [path for path in scaled_outputs if path not in scaled_inputs]
+        return tree | {(*path, _OUTPUT): jnp.ones(base[*path, "kernel"].shape[1]) for path in scaled_outputs}
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        def rescale(next_fun, args, kwargs, context):
+            layer = context.module
+            if not isinstance(layer, nn.Dense):
+                return next_fun(*args, **kwargs)
+            if (*layer.path, _INPUT) in tree:
+                (x,) = args
+                return next_fun(x * tree[*layer.path, _INPUT].astype(x.dtype))
+            y = next_fun(*args, **kwargs)
+            return y * tree[*layer.path, _OUTPUT].astype(y.dtype) if (*layer.path, _OUTPUT) in tree else y
+
+        return rescale
+
+    def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        return base | _rescaled(base, tree, operator.mul)
+
+    def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        zeros = [path for path, scale in tree.items() if not np.all(scale)]
+        if zeros:
+            raise ValueError(f"{'.'.join(zeros[0])} holds a zero: what it was merged into cannot be had back")
+        return base | _rescaled(base, tree, operator.truediv)
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        return _PLAIN | {
+            "target_modules": sorted(".".join(path[:-1]) for path in tree),
+            "feedforward_modules": sorted(".".join(path[:-1]) for path in tree if path[-1] == _INPUT),
+            "init_ia3_weights": True,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "Ia3Config":
+        """In PEFT's files ``feedforward_modules`` names the ends of the layers whose inputs are rescaled."""
+        refuse_fields(values, _PLAIN, source)
+        layers = [name.removeprefix(cls.prefix).removesuffix(".ia3_l") for name in names if name.endswith(".ia3_l")]
+        ends = tuple(values.get("feedforward_modules") or ())
+        inputs = [layer for layer in layers if layer.endswith(ends)] if ends else []
+        return cls(input_layers=_regex(inputs), output_layers=_regex(layer for layer in layers if layer not in inputs))
+
+    def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
+        tensors = {}
+        for (*layer, leaf), scale in tree.items():
+            shape = (1, -1) if leaf == _INPUT else (-1, 1)
+            tensors[f"{self.prefix}{'.'.join(layer)}.ia3_l"] = np.asarray(scale, np.float32).reshape(shape)
+        return tensors
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
+        tree: FlatTree = {}
+        for name, tensor in tensors.items():
+            path = tuple(name.removeprefix(self.prefix).split("."))
+            leaf = _INPUT if tensor.shape[0] == 1 else _OUTPUT
+            tree[(*path[:-1], leaf) if path[-1] == "ia3_l" else path] = tensor.reshape(-1)
+        return tree
+
+
+def _layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
+    """As `linear_layers`; an empty pattern stands for no layer."""
+    return linear_layers(base, pattern, what) if pattern else []
+
+
+def _regex(layers: Iterable[str]) -> str:
+    layers = list(layers)
+    return exactly(layers) if layers else ""
+
+
+def _rescaled(base, tree, operation):
+    """The kernels and biases that a small tree changes."""
+    changed = {}
+    for (*layer, leaf), scale in tree.items():
+        kernel, bias = (*layer, "kernel"), (*layer, "bias")
+        if leaf == _INPUT:
+            changed[kernel] = operation(base[kernel], scale[:, None])
+        else:
+            changed[kernel] = operation(base[kernel], scale)
+            changed[bias] = operation(base[bias], scale)
+    return changed

@@ -1,0 +1,135 @@
+r"""LoRA: a low-rank branch beside linear layers.
+
+::
+
+    y = x W + b + (alpha / rank) * dropout(x) A B        A (inputs, rank), B (rank, outputs)
+
+A starts uniform in +-1/sqrt(inputs), as in the authors' code, B at zero: the model starts as it was. The weights of a
+trained branch can be merged: W + (alpha / rank) A B.
+
+References:
+    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.peft.config import (
+    FlatTree,
+    Interceptor,
+    PeftConfig,
+    check,
+    exactly,
+    linear_layers,
+    nodes_with,
+    refuse_fields,
+)
+
+# Variants of LoRA that PEFT's files can hold -> what the plain form has.
+_PLAIN = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "use_rslora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(PeftConfig):
+    """LoRA's settings.
+
+    Attributes:
+        rank: Columns of A and rows of B.
+        alpha: The branch is multiplied by alpha / rank.
+        dropout: Probability, on the branch's input.
+        layers: The linear layers that get a branch: a regex over names such as
+            ``bert.encoder.layer.0.attention.self.query``.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    layers: str = r"\.(query|value)$"
+
+    kind: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "a low-rank branch beside linear layers"
+    source: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    peft_type: ClassVar[str] = "LORA"
+    merges: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check("lora_rank", self.rank, isinstance(self.rank, int) and self.rank >= 1, "a whole number above 0")
+        check("lora_alpha", self.alpha, 0 < self.alpha < float("inf"), "a number above 0")
+        check("lora_dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        tree = {}
+        for path in linear_layers(base, self.layers, "lora_layers"):
+            key, own = jax.random.split(key)
+            inputs, outputs = base[*path, "kernel"].shape
+            bound = inputs**-0.5
+            tree[*path, "lora_A", "kernel"] = jax.random.uniform(own, (inputs, self.rank), minval=-bound, maxval=bound)
+            tree[*path, "lora_B", "kernel"] = jnp.zeros((self.rank, outputs))
+        return tree
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        down, up = (nodes_with(tree, name) for name in ("lora_A", "lora_B"))
+
+        def add_branch(next_fun, args, kwargs, context):
+            y = next_fun(*args, **kwargs)
+            layer = context.module
+            if not isinstance(layer, nn.Dense) or layer.path not in down:
+                return y
+            (x,) = args
+            if self.dropout and not deterministic:
+                kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.dropout), 0)
+            a, b = (node[layer.path]["kernel",].astype(y.dtype) for node in (down, up))
+            return y + (x.astype(y.dtype) @ a) @ b * (self.alpha / self.rank)
+
+        return add_branch
+
+    def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        return self._added(base, tree, self.alpha / self.rank)
+
+    def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        return self._added(base, tree, -self.alpha / self.rank)
+
+    def _added(self, base, tree, scale):
+        """The kernels with ``scale`` A B added."""
+        up = nodes_with(tree, "lora_B")
+        changed = {}
+        for path, node in nodes_with(tree, "lora_A").items():
+            product = jnp.matmul(node["kernel",], up[path]["kernel",], precision="highest")
+            changed[*path, "kernel"] = base[*path, "kernel"] + scale * product
+        return base | changed
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        return _PLAIN | {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": sorted(".".join(path) for path in nodes_with(tree, "lora_A")),
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "LoraConfig":
+        refuse_fields(values, _PLAIN, source)
+        suffix = ".lora_A.weight"
+        layers = [name.removeprefix(cls.prefix).removesuffix(suffix) for name in names if name.endswith(suffix)]
+        return cls(
+            rank=values.get("r", 8),
+            alpha=values.get("lora_alpha", 8),
+            dropout=values.get("lora_dropout", 0.0),
+            layers=exactly(layers),
+        )

@@ -1,0 +1,81 @@
+r"""Prefix tuning: trained keys and values before those of the text, in every layer.
+
+::
+
+    keys = [k_1, ..., k_length, keys of the text];    the same for values;    all queries attend to both
+
+The matrix (length, 2 * layers * hidden) holds, for each virtual token, key and value of layer 0, of layer 1, ... As in
+PEFT, whose files hold prefixes, the text's positions are counted on from the prefix. Entries start normal with the
+model's ``initializer_range``. They are trained themselves: the network that Li and Liang draw them from while training
+is not here (PEFT's ``prefix_projection``; its files, which hold the keys and values that came out, load all the same).
+
+References:
+    Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190); Liu et al. 2021,
+    P-Tuning v2 (arXiv:2110.07602), for encoders.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pats_jax.models.bert import Embeddings, Encoder
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.peft.config import FlatTree, Interceptor
+from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
+
+_PARTS = ("key", "value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixConfig(VirtualTokensConfig):
+    """The prefix's settings: its length."""
+
+    kind: ClassVar[str] = "prefix"
+    summary: ClassVar[str] = "trained keys and values before the text's own, in every layer"
+    source: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+
+    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+        shape = (self.length, config.num_hidden_layers * 2 * config.hidden_size)
+        return {EMBEDDINGS: config.initializer_range * jax.random.normal(key, shape)}
+
+    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        matrix = tree[EMBEDDINGS].reshape(self.length, config.num_hidden_layers, len(_PARTS), config.hidden_size)
+        own = {
+            (config.base_prefix, "encoder", "layer", str(index), "attention", "self", part): matrix[:, index, number]
+            for index in range(config.num_hidden_layers)
+            for number, part in enumerate(_PARTS)
+        }
+
+        def prepend(next_fun, args, kwargs, context):
+            module, method = context.module, context.method_name
+            if isinstance(module, Embeddings) and method == "_positions":
+                (is_token,) = args
+                if is_token.shape[1] + self.length > config.max_length:
+                    raise ValueError(
+                        f"sequences of {is_token.shape[1]} tokens and a prefix of {self.length}, "
+                        f"but the model ends at {config.max_length}"
+                    )
+                return next_fun(*args) + self.length * (is_token if config.is_roberta else 1)
+            if isinstance(module, Encoder):
+                hidden, bias = args
+                return next_fun(hidden, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0))), **kwargs)
+            y = next_fun(*args, **kwargs)
+            if not isinstance(module, nn.Dense) or module.path not in own:
+                return y
+            vectors = own[module.path].astype(y.dtype)
+            return jnp.concatenate([jnp.broadcast_to(vectors, (len(y), *vectors.shape)), y], axis=1)
+
+        return prepend
+
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+        plain = {"encoder_hidden_size": config.hidden_size, "prefix_projection": False}
+        return super().to_dict(tree, config) | plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PrefixConfig":
+        return cls(length=values.get("num_virtual_tokens", 0))

@@ -1,0 +1,87 @@
+"""BERT's classifier in NumPy, float64, from tensors by their Hugging Face names, with places for PE modules."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import scipy.special
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
+
+
+class NumpyBert:
+    """The forward pass, of which a test replaces parts.
+
+    Attributes:
+        linear: ``linear(name, x)``: the layer of that name.
+        norm: ``norm(name, x)``: the LayerNorm of that name.
+        block_end: ``block_end(name, x, residual)``: what closes a block, given its projection's output.
+        prompt: word embeddings before the text's, (tokens, hidden), or None.
+        prefix: ``prefix[layer] = (keys, values)``, (tokens, hidden) each, or None.
+    """
+
+    def __init__(self, tensors: Tensors, config):
+        self.tensors = {name: np.float64(x) for name, x in tensors.items()}
+        self.config = config
+        self.linear: Callable = self.plain_linear
+        self.norm: Callable = self.plain_norm
+        self.block_end: Callable = lambda name, x, residual: self.norm(f"{name}.LayerNorm", residual + x)
+        self.prompt: np.ndarray | None = None
+        self.prefix: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    def plain_linear(self, name, x):
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
+
+    def plain_norm(self, name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.config.layer_norm_eps)
+        return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+
+    def logits(self, input_ids, attention_mask, token_type_ids):
+        """(batch, labels)"""
+        tables = {name: self.tensors[f"bert.embeddings.{name}_embeddings.weight"] for name in _TABLES}
+        words, first = tables["word"][input_ids], 0
+        if self.prompt is not None:
+            rows, count = len(input_ids), len(self.prompt)
+            words = np.concatenate([np.broadcast_to(self.prompt, (rows, *self.prompt.shape)), words], axis=1)
+            attention_mask = np.concatenate([np.ones((rows, count)), attention_mask], axis=1)
+            token_type_ids = np.concatenate([np.zeros((rows, count), int), token_type_ids], axis=1)
+        if self.prefix is not None:
+            first = len(self.prefix[0][0])
+            attention_mask = np.concatenate([np.ones((len(input_ids), first)), attention_mask], axis=1)
+        positions = first + np.arange(words.shape[1])
+        hidden = words + tables["token_type"][token_type_ids] + tables["position"][positions]
+        hidden = self.norm("bert.embeddings.LayerNorm", hidden)
+        for index in range(self.config.num_hidden_layers):
+            hidden = self._layer(index, hidden, attention_mask)
+        return self.linear("classifier", np.tanh(self.linear("bert.pooler.dense", hidden[:, 0])))
+
+    def _layer(self, index, hidden, attention_mask):
+        name = f"bert.encoder.layer.{index}"
+        query, key, value = (self.linear(f"{name}.attention.self.{part}", hidden) for part in _PROJECTIONS)
+        if self.prefix is not None:
+            own_key, own_value = self.prefix[index]
+            key = np.concatenate([np.broadcast_to(own_key, (len(key), *own_key.shape)), key], axis=1)
+            value = np.concatenate([np.broadcast_to(own_value, (len(value), *own_value.shape)), value], axis=1)
+        heads = [
+            self._attend(*parts, attention_mask) for parts in zip(*map(self._split, (query, key, value)), strict=True)
+        ]
+        attended = self.linear(f"{name}.attention.output.dense", np.concatenate(heads, axis=-1))
+        attended = self.block_end(f"{name}.attention.output", attended, hidden)
+        wide = gelu(self.linear(f"{name}.intermediate.dense", attended))
+        return self.block_end(f"{name}.output", self.linear(f"{name}.output.dense", wide), attended)
+
+    def _split(self, x):
+        return np.split(x, self.config.num_attention_heads, axis=-1)
+
+    def _attend(self, query, key, value, attention_mask):
+        scores = query @ key.swapaxes(1, 2) / np.sqrt(query.shape[-1])
+        scores = np.where(attention_mask[:, None, :] != 0, scores, -np.inf)
+        return scipy.special.softmax(scores, axis=-1) @ value
+
+
+_TABLES = ("word", "position", "token_type")
+_PROJECTIONS = ("query", "key", "value")
