@@ -127,17 +127,17 @@ def test_bytes_of_trees():
 
 
 def test_step_tells_methods_and_stages_apart(checkpoint):
-    subject = step.Step(cases=(f"{checkpoint}:8x8",), methods=("finetune", "dps-dense", "pats", "bitfit"), rounds=4,
-                        together=3)  # fmt: skip
+    subject = step.Step(cases=(f"{checkpoint}:8x8",), methods=("finetune", "dps-dense", "pats"), rounds=4,
+                        together=2)  # fmt: skip
     results = subject.run()
     key = f"{checkpoint} 8x8"
-    assert set(results.ratios) == {f"{key} {name}" for name in ("dps-dense", "dps-dense stage start", "pats", "bitfit")}
+    assert set(results.ratios) == {f"{key} {name}" for name in ("dps-dense", "dps-dense stage start", "pats")}
     for name in subject.methods:
         figures = results.measured[f"{key} {name}"]
         assert figures["compilations"] == 1 and len(figures["seconds"]) == 4
         assert figures["examples_per_second"] == pytest.approx(8 / figures["median_seconds"])
     state = {name: results.measured[f"{key} {name}"]["state_bytes"] for name in subject.methods}
-    assert state["bitfit"] < state["finetune"] < state["pats"]
+    assert state["finetune"] < state["pats"]
 
 
 def test_steps_in_which_dps_chooses():
@@ -215,7 +215,6 @@ def test_pipeline_reads_tiny_data(checkpoint, tmp_path):
         batch_size=1,
         max_seq_length=16,
         rounds=1,
-        whole_epoch=True,
     )
     results = subject.run()
     bucketed, padded = (results.measured[f"sst2 {side}"] for side in ("bucketed", "padded"))
@@ -242,7 +241,8 @@ def test_devices_and_checkpoint_run(checkpoint):
     assert results.measured["checkpoint"]["bytes_per_parameter"] > 4
 
 
-def test_first_step_in_a_new_process(checkpoint, tmp_path):
+def test_first_step_in_a_new_process(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     figures = compilation.first_step_in_new_process(Case(checkpoint, 4, 8), "pats", 6, str(tmp_path))
     assert figures["total"] == pytest.approx(sum(figures[part] for part in ("trace", "lower", "compile")))
     assert figures["second_shape"] > 0 and figures["instructions"] > 100
@@ -365,11 +365,11 @@ def test_goals_are_drawn_and_written(tmp_path):
         held |= {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "sizes": {}}
         (results / f"{name}.json").write_text(json.dumps(held))
     (results / "torch_curves.json").write_text("{}")  # of another program
-    page.write_text(f"before\n{goals.BEGIN}\nold\n{goals.END}\nafter\n")
+    page.write_text(f"before\n{goals.BEGIN}\nof yesterday\n{goals.END}\nafter\n")
     for _ in range(2):  # the second time nothing changes
         assert goals.Plot(results, images, page).run(silent_console()) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:4] for row in text.splitlines() if row.startswith("| ")}
     assert rows["PATS's update alone / AdamW's, MiniLM, default layers"] == ["1.3", "1.29", "reached"]
     assert rows["the same with noise on all leaves"] != ["1.05", "1.66", "missed"]
