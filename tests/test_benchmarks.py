@@ -1,6 +1,7 @@
 """The benchmarks: measuring in turns, the guard, the table of goals, and every subject once on a tiny model."""
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.checkpointing import Checkpoint
 from benchmarks.devices import Devices
 from benchmarks.turns import Turns, take_turns
+from pats_jax import parallel
 from pats_jax.errors import InputError
 
 MACHINE = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2, "processor": "x", "system": "y"}
@@ -28,6 +30,13 @@ MACHINE = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2, "p
 def checkpoint(tmp_path_factory, quick_compilation):
     """The folder of a tiny model, and programs compiled quickly."""
     return str(tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", 2))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runners take one of the eight virtual devices, for which programs compile in half the time."""
+    make_runner = functools.partial(parallel.make_runner, num_devices=1)
+    monkeypatch.setattr(parallel, "make_runner", make_runner)
 
 
 def silent_console():
@@ -126,7 +135,7 @@ def test_bytes_of_trees():
 # subjects
 
 
-def test_step_tells_methods_and_stages_apart(checkpoint):
+def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
     subject = step.Step(cases=(f"{checkpoint}:8x8",), methods=("finetune", "dps-dense", "pats"), rounds=4,
                         together=2)  # fmt: skip
     results = subject.run()
@@ -206,19 +215,19 @@ def test_memory_counts_state_and_temporaries(checkpoint):
     assert results.sizes[f"{checkpoint} 8x8 finetune step temporaries"] > 0
 
 
-def test_pipeline_reads_tiny_data(checkpoint, tmp_path):
+def test_pipeline_reads_tiny_data(checkpoint, one_device, tmp_path):
     subject = pipeline.Pipeline(
         data_dir=str(tiny.write_sst2(tmp_path)),
         model=checkpoint,
         epoch_task="sst2",
         waiting_steps=3,
-        batch_size=1,
+        batch_size=8,
         max_seq_length=16,
         rounds=1,
     )
     results = subject.run()
     bucketed, padded = (results.measured[f"sst2 {side}"] for side in ("bucketed", "padded"))
-    assert padded["steps_by_length"] == {16: 3}  # 22 rows on eight devices
+    assert padded["steps_by_length"] == {16: 3}  # 22 rows
     assert sum(bucketed["steps_by_length"].values()) == 3 and bucketed["padding_share"] < padded["padding_share"] < 1
     assert results.ratios["sst2 epoch bucketed / padded"] > 0
     assert 0 <= results.measured["sst2 waiting"]["waiting_share"] < 1
@@ -259,7 +268,7 @@ def test_torch_makes_the_same_steps(checkpoint, tmp_path):
     batch = cases.random_batch(config.vocab_size, 8, 8)
     settings = cases.settings_of("finetune", learning_rate=1e-2, max_steps=4)
     model = pats_jax.models.SequenceClassifier(config)
-    ours = cases.Training(model, params, settings, 4, batch).start(pats_jax.parallel.make_runner(num_devices=1))
+    ours = cases.Training(model, params, settings, 4, batch).start(parallel.make_runner(num_devices=1))
     expected = [float(ours()[1]["loss"]) for _ in range(4)]
     assert abs(expected[0] - expected[-1]) > 0.01
     for attention, fused in (("sdpa", True), ("eager", False)):
