@@ -425,7 +425,10 @@ def test_compiled_programs_are_kept_in_a_private_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting))
     chosen = []
     glue.keep_compiled_programs(str(tmp_path / "a" / "cache"))
-    assert chosen == [("jax_compilation_cache_dir", str(tmp_path / "a" / "cache"))]
+    assert dict(chosen) == {
+        "jax_compilation_cache_dir": str(tmp_path / "a" / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
 
 

@@ -88,6 +88,7 @@ def noisy(base, tmp_path_factory):
 
 def test_the_folder_holds_all_that_people_look_for(noisy):
     assert {path.name for path in noisy.iterdir()} == set(run_folder.ENTRIES) - {
+        "adapter",
         "checkpoints",
         "tensorboard",
         "profile",

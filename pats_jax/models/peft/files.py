@@ -186,9 +186,14 @@ def _take_whole(tensors: dict[str, np.ndarray], kind: type[PeftConfig], params: 
     for path, parameter in own_parameters(params).items():
         name = kind.prefix + convert.tensor_name(path)
         if everything.trains_whole(path) and name in tensors:
-            taken[path] = convert.to_parameter(path, np.shape(parameter), tensors.pop(name), source=str(source))
+            try:
+                taken[path] = convert.to_parameter(path, np.shape(parameter), tensors.pop(name), source=str(source))
+            except InputError as error:
+                raise InputError(f"{error}; it is for another base model or number of labels") from None
         elif path[0] == "classifier":
-            raise InputError(f"{source}: lacks the head's tensor {name}; save a {_TASK} adapter")
+            raise InputError(
+                f"{source}: lacks the head's tensor {name}; it is for another base model, or no {_TASK} adapter"
+            )
     return taken
 
 
