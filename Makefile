@@ -31,6 +31,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Huge pages: see "On CPU" in docs/performance.md.
+bench bench-check: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 bench: $(VENV)/.torch
 	$(BIN)/python -m benchmarks all $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 	$(BIN)/python -m benchmarks plot

@@ -174,6 +174,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(broken):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(pats_jax.sensitivity(state.opt_state)))
 
 
+def test_a_skipped_step_changes_no_bit():
+    """Not even the sign of a zero, which adding an update of 0 would change."""
+    tx = pats_jax.pats(ADAMW, noise_scale=0.01, key=3)
+    state = pats_jax.TrainState.create(apply_fn=None, params={"w": jnp.array([-0.0, 0.0, 1.5])}, tx=tx, key=0)
+    step = jax.jit(make_train_step(lambda params, batch, key: (jnp.sum(params["w"]) / 0.0, {}), skip_nonfinite=True))
+    after, metrics = step(state, {"x": np.zeros(2)})
+    assert float(metrics["skipped"]) == 1 and float(metrics["update_norm"]) == 0
+
+    def bits(tree):
+        arrays = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in tree)
+        return [np.asarray(x).tobytes() for x in arrays]
+
+    assert bits(jax.tree.leaves(after.params)) == bits(jax.tree.leaves(state.params))
+    assert bits(jax.tree.leaves(after.opt_state)) == bits(jax.tree.leaves(state.opt_state))
+
+
 def test_a_batch_of_filler_only_gives_no_gradient():
     batch = make_batch() | {"weights": np.zeros(ROWS, np.float32)}
     for step in (plain_step, jax.jit(make_train_step(LOSS, accumulation_steps=4))):
