@@ -450,9 +450,11 @@ def _response(response):
 
 
 def _relative(sensitivity):
-    """r = S / mean(S) of one leaf, float32; 0 where the mean is 0."""
+    """r = S / mean(S) of one leaf, float32; 0 where the mean is 0 (or below float32's normal numbers)."""
     mean = jnp.sum(sensitivity) / max(sensitivity.size, 1)
-    return sensitivity / jnp.where(mean > 0, mean, 1.0)
+    positive = mean >= jnp.finfo(jnp.float32).tiny
+    # one division for the leaf, not one for each entry
+    return sensitivity * jnp.where(positive, 1.0 / jnp.where(positive, mean, 1.0), 0.0)
 
 
 def _require(transform, params, grad):
