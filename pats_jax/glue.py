@@ -76,10 +76,6 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         task, splits = load_data(settings)
         model, params, config = load_model(settings, task, splits)
         tokenizer = loading.result()
-    modules = pe_modules.chosen_config(settings)
-    if modules:
-        model, params = peft.add_peft(model, params, modules, key=settings.seed)
-        pe_modules.check_methods(settings, params)
     max_length = sequence_length(settings.max_seq_length, model)
     for split in splits.values():
         batches.check_room(split, tokenizer, max_length)
@@ -218,8 +214,8 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
-    """The model, its parameters and its config, for the task's labels."""
-    return models.from_pretrained(
+    """The model, its parameters and its config, for the task's labels, with the PE modules of ``--peft``."""
+    model, params, config = models.from_pretrained(
         settings.model_name_or_path,
         num_labels=task.num_labels,
         dtype=settings.dtype,
@@ -229,6 +225,11 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    modules = pe_modules.chosen_config(settings)
+    if modules:
+        model, params = peft.add_peft(model, params, modules, key=settings.seed)
+        pe_modules.check_methods(settings, params)
+    return model, params, config
 
 
 def sequence_length(asked: int, model: models.SequenceClassifier) -> int:

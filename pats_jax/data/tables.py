@@ -218,6 +218,7 @@ def read_json_lines(path: Path, wanted: Collection[str]) -> Table:
 
 
 def json_object(path: Path, number: int, line: str) -> dict:
+    """One line of a file of JSON lines, which must be an object; the number is for the error message."""
     try:
         record = json.loads(line)
     except ValueError as error:
