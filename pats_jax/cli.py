@@ -58,7 +58,7 @@ def glue(args: list[str]) -> None:
     """Fine-tune on a GLUE task or on files of your own, evaluate, predict."""
     from pats_jax import settings
 
-    parsed = settings.parse(args, "pats-jax glue")
+    parsed = settings.parse(args, "pats-jax glue", settings.Settings)
     import rich.console
 
     from pats_jax import glue as program

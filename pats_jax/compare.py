@@ -147,7 +147,7 @@ def check(grid: Grid, flags: list[str]) -> Settings:
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
     root, runs = pathlib.Path(grid.output_dir), grid.runs()
-    first = run_settings.parse([*flags, *flags_of(runs[0], root)], "pats-jax compare")
+    first = run_settings.parse([*flags, *flags_of(runs[0], root)], "pats-jax compare", Settings)
     if not {"train", "eval"} <= first.phases:
         raise InputError("--do_train and --do_eval: a comparison needs both; leave all --do_... out, or give both")
     for run in runs:
@@ -168,7 +168,7 @@ def check_runs_of_before(grid: Grid, settings: Settings) -> list[str]:
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
-        saved = read_config(str(path))
+        saved = read_config(str(path), Settings)
         try:
             settings_of(run, root, settings).resuming(saved)
         except InputError as error:

@@ -64,7 +64,7 @@ class FinishedRun:
             return None
         if "final" not in results or "steps" not in results:
             raise InputError(f"{folder}: the run has no training or no score; compare trained and evaluated runs")
-        return cls(run, results, run_folder.read_metrics(folder), read_config(str(folder / "config.json")))
+        return cls(run, results, run_folder.read_metrics(folder), read_config(str(folder / "config.json"), Settings))
 
     @property
     def score(self) -> float:

@@ -59,7 +59,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     folder = pathlib.Path(str(settings.output_dir))
     resuming = settings.resume and (folder / "config.json").exists()
     if resuming:
-        settings = settings.resuming(read_config(str(folder / "config.json")))
+        settings = settings.resuming(read_config(str(folder / "config.json"), Settings))
         finished = run_folder.read_results(folder)
         if finished:
             say(console, f"finished already: {summary(finished, folder)}")

