@@ -1,5 +1,6 @@
 """The fine-tuning of one run: what it needs, the loop with its logging and checkpoints, what it leaves."""
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -10,7 +11,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,13 +22,12 @@ from pats_jax import concentration, methods, parallel, plots, preemption, subnet
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
 from pats_jax.data.prefetch import prefetch
-from pats_jax.evaluation import Predictor
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.models.peft import PeftClassifier, trainable_mask
 from pats_jax.objectives import with_objectives
 from pats_jax.profiling import Profiler, seconds_since_process_start
-from pats_jax.settings import Settings
+from pats_jax.settings import Settings, TrainingSettings
 from pats_jax.trainer import Hooks, Progress, Rhythm, fit
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,100 @@ def count_steps(settings: Settings, rows: int) -> int:
     return math.ceil(settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1)))
 
 
-class Training:
-    """Everything that one training needs, built and checked before anything is written."""
+class Evaluator(Protocol):
+    """What scores parameters on the way."""
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """Scores by name. May raise `Preempted`."""
+
+
+class Training(abc.ABC):
+    """Everything that one training needs, built and checked before anything is written.
+
+    Attributes:
+      examples: rows that are learnt from.
+      measures_sensitivity: whether `sensitivity` is asked for, before and after training.
+    """
+
+    examples: int
+    measures_sensitivity = False
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        runner: parallel.MeshRunner,
+        model,
+        params,
+        loss_fn: train_state.LossFn,
+        trainable,
+        *,
+        metric: str,
+        total_steps: int,
+        eval_steps: int,
+    ):
+        """Builds optimizer, state and step.
+
+        Args:
+          settings: of this training.
+          runner: where it runs.
+          model: gives the state its ``apply_fn``.
+          params: where it starts.
+          loss_fn: what is minimised.
+          trainable: a tree of bools like params, which are trained; None: all.
+          metric: the score that picks the best evaluation.
+          total_steps: its length.
+          eval_steps: steps between evaluations, where the settings do not say.
+        """
+        self.settings, self.runner, self.metric = settings, runner, metric
+        self.rhythm = Rhythm(
+            total_steps=total_steps,
+            logging_steps=settings.logging_steps,
+            eval_steps=settings.eval_steps or eval_steps,
+            save_steps=settings.save_steps,
+            save_best=settings.load_best_model_at_end,
+            patience=settings.early_stopping_patience,
+            max_nonfinite_steps=settings.max_nonfinite_steps,
+        )
+        self.schedule = learning_rate_schedule(settings, total_steps)
+        self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
+        trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
+        self.num_trained = sum(p.size for p in jax.tree.leaves(trained))
+        tx = methods.make_optimizer(settings, total_steps, trained, self.fisher_measure(trained, frozen))
+        create = functools.partial(
+            train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
+        )
+        self.state = runner.create_state(create, params)
+        self.step = runner.compile_step(
+            train_state.make_train_step(
+                loss_fn,
+                axis_name=runner.axis_name,
+                accumulation_steps=settings.gradient_accumulation_steps,
+                skip_nonfinite=True,
+            ),
+            self.state,
+        )
+        self.learning_rate = jax.jit(self.schedule)
+        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
+
+    @abc.abstractmethod
+    def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
+        """The batches from a step (counted from 0) on, as `MeshRunner.put_ahead` gives them, and their counts."""
+
+    def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
+        """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
+        return iter(())
+
+    def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any] | None:
+        """``fisher(keep_fraction, mask)``, see `methods.Context`; None where nothing can be measured."""
+        return None
+
+    def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
+        """Sensitivity of the layers that take noise, by tensor."""
+        return {}
+
+
+class GlueTraining(Training):
+    """The training of a task that is one table of rows."""
 
     def __init__(
         self,
@@ -53,25 +145,15 @@ class Training:
         model,
         params,
     ):
-        self.settings, self.runner, self.metric = settings, runner, task.main_metric
         self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.batch_size *= runner.num_devices
-        self.labels, self.tokens = split.labels, tokens
+        self.labels, self.tokens, self.examples = split.labels, tokens, len(tokens)
         self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+        self.settings, self.runner = settings, runner
         self.plan = self._plan(epoch=0)
-        total = count_steps(settings, len(tokens))
-        self.rhythm = Rhythm(
-            total_steps=total,
-            logging_steps=settings.logging_steps,
-            eval_steps=settings.eval_steps or len(self.plan),
-            save_steps=settings.save_steps,
-            save_best=settings.load_best_model_at_end,
-            patience=settings.early_stopping_patience,
-            max_nonfinite_steps=settings.max_nonfinite_steps,
-        )
-        self.schedule = learning_rate_schedule(settings, total)
         self.mask = layer_mask(params, settings.noise_layers)
-        self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
+        self.sensitivity_batches = settings.sensitivity_batches
+        self.measures_sensitivity = settings.sensitivity_batches > 0
         self.loss_without_dropout = train_state.make_loss_fn(
             model.apply, regression=task.is_regression, deterministic=True
         )
@@ -79,27 +161,19 @@ class Training:
         trainable = methods.trainable_mask(settings, params)
         if isinstance(model, PeftClassifier):
             trainable = trainable_mask(model, params)
-        trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
-        self.num_trained = sum(p.size for p in jax.tree.leaves(trained))
-        tx = methods.make_optimizer(settings, total, trained, functools.partial(self._fisher_mask, trained, frozen))
-        create = functools.partial(
-            train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
+        super().__init__(
+            settings,
+            runner,
+            model,
+            params,
+            with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
+            trainable,
+            metric=task.main_metric,
+            total_steps=count_steps(settings, len(tokens)),
+            eval_steps=len(self.plan),
         )
-        self.state = runner.create_state(create, params)
-        self.step = runner.compile_step(
-            train_state.make_train_step(
-                with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
-                axis_name=runner.axis_name,
-                accumulation_steps=settings.gradient_accumulation_steps,
-                skip_nonfinite=True,
-            ),
-            self.state,
-        )
-        self.learning_rate = jax.jit(self.schedule)
-        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
 
-    def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
-        """The batches from a step (counted from 0) on, as `MeshRunner.put_ahead` gives them, and their counts."""
+    def batches(self, first_step):
         lengths = self.tokens.lengths
         for rows, length in self._planned(first_step):
             counts = {
@@ -109,8 +183,7 @@ class Training:
             }
             yield self.runner.put_ahead(self._fill(rows, length)), counts
 
-    def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
-        """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
+    def one_of_each_shape(self, first_step):
         met: set[int] = set()
         for rows, length in itertools.islice(self._planned(first_step), self.rhythm.total_steps - first_step):
             if length not in met:
@@ -119,23 +192,26 @@ class Training:
             if len(met) == len(self.boundaries):
                 return
 
-    def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
-        """Sensitivity of the layers that take noise, measured on some batches of the first epoch, all of one shape."""
+    def sensitivity(self, params):
+        """Measured on some batches of the first epoch, all of one shape."""
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
-        chosen = [rows for rows, length in self.plan if length == common][: self.settings.sensitivity_batches]
+        chosen = [rows for rows, length in self.plan if length == common][: self.sensitivity_batches]
         sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
         in_turn = self.runner.in_turn
         measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample, in_turn)
         return concentration.selected(self.runner.to_host(measured), self.mask)
 
-    def _fisher_mask(self, trained, frozen, keep_fraction, mask):
+    def fisher_measure(self, trained, frozen):
         """The mask of Child-Tuning D, from one pass over the training data."""
 
         def loss_fn(params, batch, key):
             return self.loss_without_dropout(trees.combine(params, frozen), batch, key)
 
-        everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
-        return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
+        def measure(keep_fraction, mask):
+            everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
+            return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
+
+        return measure
 
     def _planned(self, first_step):
         """Rows and length of every step from one (counted from 0) on, without end."""
@@ -183,14 +259,14 @@ class TrainingHooks(Hooks):
     def __init__(
         self,
         training: Training,
-        predictor: Predictor,
+        evaluator: Evaluator,
         checkpoints: Checkpoints,
         show: Callable[..., None],
         journal: Journal | None,
         profiler: Profiler | None,
     ):
         self.metric, self.evaluates = training.metric, "eval" in training.settings.phases
-        self._training, self._predictor, self._checkpoints = training, predictor, checkpoints
+        self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None
 
@@ -218,7 +294,7 @@ class TrainingHooks(Hooks):
         self._checkpoints.check()
 
     def evaluate(self, state):
-        return self._predictor.evaluate(self._training.runner.view(state.all_params))
+        return self._evaluator.evaluate(self._training.runner.view(state.all_params))
 
     def save(self, state, progress):
         best = progress.best(self.metric) if self._training.rhythm.save_best else None
@@ -228,7 +304,7 @@ class TrainingHooks(Hooks):
 
 def train(
     training: Training,
-    predictor: Predictor,
+    evaluator: Evaluator,
     checkpoints: Checkpoints,
     folder: pathlib.Path,
     results: dict[str, Any],
@@ -238,7 +314,7 @@ def train(
     """Trains from the last checkpoint or the start, and fills in results."""
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {
-        "train_examples": len(training.tokens),
+        "train_examples": training.examples,
         "steps": rhythm.total_steps,
         "trained_parameters": training.num_trained,
     }
@@ -247,7 +323,7 @@ def train(
         share = 100 * training.num_trained / training.num_parameters
         logger.info("trained: %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
     start = None
-    if settings.sensitivity_batches:  # a copy: the steps take the state's own buffers
+    if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
     state, progress = training.state, Progress()
     restored = checkpoints.restore(runner.view(state)) if settings.resume else None
@@ -267,7 +343,7 @@ def train(
         if settings.profile:
             profiler = stack.enter_context(Profiler(folder / "profile", first_step, rhythm.total_steps))
         show = functools.partial(bar.update, number)
-        hooks = TrainingHooks(training, predictor, checkpoints, show, journal, profiler)
+        hooks = TrainingHooks(training, evaluator, checkpoints, show, journal, profiler)
         state, progress = fit(
             state,
             training.step,
@@ -321,7 +397,7 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
     )
 
 
-def describe_batch(settings: Settings, runner: parallel.MeshRunner) -> str:
+def describe_batch(settings: TrainingSettings, runner: parallel.MeshRunner) -> str:
     """The global batch and what it is made of."""
     micro_batches = settings.gradient_accumulation_steps
     return (

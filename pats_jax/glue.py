@@ -6,28 +6,24 @@ before the folder is touched.
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 import logging
-import os
 import pathlib
 import shlex
-import stat
 import warnings
 from typing import Any
 
 import jax
 import rich.console
 
-from pats_jax import methods, models, parallel, pe_modules, plots, preemption, run_folder, train_state
+from pats_jax import methods, models, parallel, pe_modules, plots, preemption, run_folder, run_start, train_state
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
-from pats_jax.fine_tuning import Trained, Training, count_steps, train
-from pats_jax.journal import check_tensorboard
+from pats_jax.fine_tuning import GlueTraining, Trained, count_steps, train
 from pats_jax.models import peft
-from pats_jax.settings import Settings, read_config
+from pats_jax.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +32,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     """Runs the program.
 
     Args:
-      settings: what to do; `Settings.check` is called first.
+      settings: what to do.
       console: where progress and scores go; none: nowhere.
 
     Returns:
@@ -47,28 +43,11 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         training diverges, or the disk is full.
       Preempted: if the run was asked to end; it has been saved then.
     """
-    settings.check()
-    methods.get_methods(settings.method)
-    keep_compiled_programs(settings.compilation_cache_dir)
-    parallel.initialize(
-        settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
-    )
-    runner = parallel.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
-    console = console if console and parallel.is_first() else rich.console.Console(quiet=True)
-    settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder(settings))
-    folder = pathlib.Path(str(settings.output_dir))
-    resuming = settings.resume and (folder / "config.json").exists()
-    if resuming:
-        settings = settings.resuming(read_config(str(folder / "config.json"), Settings))
-        finished = run_folder.read_results(folder)
-        if finished:
-            say(console, f"finished already: {summary(finished, folder)}")
-            return finished
-    else:
-        run_folder.check_free(folder, settings.overwrite)
-    settings = settings.with_batch_size(runner.num_devices)
-    if settings.report_to == "tensorboard":
-        check_tensorboard()
+    start = run_start.begin(settings, default_folder(settings), console)
+    settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
+    if start.finished:
+        say(console, f"finished already: {summary(start.finished, folder)}")
+        return start.finished
 
     # data and model; Transformers, which the tokenizer needs, is imported meanwhile
     with concurrent.futures.ThreadPoolExecutor(1) as background:
@@ -87,12 +66,9 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         predictor = Predictor(predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check)
         training = None
         if "train" in splits:
-            training = Training(settings, runner, task, splits["train"], tokenize("train"), model, params)
+            training = GlueTraining(settings, runner, task, splits["train"], tokenize("train"), model, params)
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
-        parallel.wait_for_all("every process has checked its input")
-        if parallel.is_first():
-            run_folder.remove_leftovers(folder) if resuming else run_folder.start(folder, settings.to_dict())
-        parallel.wait_for_all("the run's folder is there")
+        start.open_folder()
 
         # train, evaluating on the way; predict
         files: dict[str, str] = {}
@@ -127,26 +103,6 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         run_folder.write_results(folder, results)
     say(console, summary(results, folder))
     return results
-
-
-def keep_compiled_programs(directory: str | None) -> None:
-    """Turns on JAX's cache on disk, in a folder that nobody else can write: what lies in it will be executed.
-
-    Raises:
-      InputError: if the folder cannot be made, or others can write in it.
-    """
-    if directory is None:
-        return
-    path = pathlib.Path(directory).absolute()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--compilation_cache_dir {directory}: {error.strerror}") from None
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError(f"--compilation_cache_dir {directory}: others can write in it; chmod 700, or another folder")
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second each by default, for some thirty
 
 
 # data

@@ -13,7 +13,7 @@ import rich.table
 
 from pats_jax import anchors, objectives, sparse_updates, subnetworks, transforms
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
 
@@ -29,7 +29,7 @@ class Context:
       fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
     """
 
-    settings: Settings
+    settings: TrainingSettings
     total_steps: int
     schedule: optax.Schedule
     params: Any
@@ -71,10 +71,10 @@ class Method:
     last: Callable[[Context], optax.GradientTransformation] | None = None
     around: Callable[[Context, optax.GradientTransformation], optax.GradientTransformation] | None = None
     trainable: str | None = None
-    start: Callable[[Any, Settings], Any] | None = None
-    objective: Callable[[Settings], objectives.Objective] | None = None
+    start: Callable[[Any, TrainingSettings], Any] | None = None
+    objective: Callable[[TrainingSettings], objectives.Objective] | None = None
     without_dropout: Callable[[int], bool] = lambda total_steps: False
-    statistics: Callable[[Any, optax.Schedule, Settings], dict[str, jax.Array]] | None = None
+    statistics: Callable[[Any, optax.Schedule, TrainingSettings], dict[str, jax.Array]] | None = None
 
 
 def get_methods(names: str) -> list[Method]:
@@ -118,7 +118,7 @@ _WHY_ONE = {
 }
 
 
-def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(settings: TrainingSettings, total_steps: int) -> optax.Schedule:
     """Linear warmup from 0 over ``warmup_ratio`` of the steps, then linear decay to 0 at the end of training."""
     warmup_steps = int(settings.warmup_ratio * total_steps)
     peak = settings.learning_rate
@@ -128,14 +128,14 @@ def learning_rate_schedule(settings: Settings, total_steps: int) -> optax.Schedu
 
 
 def make_optimizer(
-    settings: Settings, total_steps: int, params: Any, fisher: Callable[[float, Any], Any] | None = None
+    settings: TrainingSettings, total_steps: int, params: Any, fisher: Callable[[float, Any], Any] | None = None
 ) -> optax.GradientTransformation:
     """AdamW with clipping and the linear schedule, and what ``settings.method`` adds to it.
 
     Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
 
     Args:
-      settings: see `Settings`.
+      settings: see `TrainingSettings`.
       total_steps: optimizer steps of the training.
       params: the parameters that are trained.
       fisher: see `Context`; Child-Tuning D needs it.
@@ -180,13 +180,13 @@ def _clip_by_global_norm(max_norm):
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def trainable_mask(settings: Settings, params: Any) -> Any:
+def trainable_mask(settings: TrainingSettings, params: Any) -> Any:
     """A tree of bools like params: which of them ``settings.method`` trains; None where it trains all."""
     patterns = [method.trainable for method in get_methods(settings.method) if method.trainable]
     return layer_mask(params, patterns[0], "--method") if patterns else None
 
 
-def starting_params(settings: Settings, params: Any) -> Any:
+def starting_params(settings: TrainingSettings, params: Any) -> Any:
     """The parameters that training starts from."""
     for method in get_methods(settings.method):
         if method.start:
@@ -194,17 +194,17 @@ def starting_params(settings: Settings, params: Any) -> Any:
     return params
 
 
-def chosen_objectives(settings: Settings) -> list[objectives.Objective]:
+def chosen_objectives(settings: TrainingSettings) -> list[objectives.Objective]:
     """The terms that ``settings.method`` adds to the loss."""
     return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
 
 
-def turns_dropout_off(settings: Settings, total_steps: int) -> bool:
+def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:
     """Whether the authors of ``settings.method`` train without dropout."""
     return any(method.without_dropout(total_steps) for method in get_methods(settings.method))
 
 
-def statistics(settings: Settings, schedule: optax.Schedule, opt_state: Any) -> dict[str, jax.Array]:
+def statistics(settings: TrainingSettings, schedule: optax.Schedule, opt_state: Any) -> dict[str, jax.Array]:
     """Figures of what the methods did in the last step."""
     found = [m.statistics(opt_state, schedule, settings) for m in get_methods(settings.method) if m.statistics]
     return {name: value for figures in found for name, value in figures.items()}
@@ -232,7 +232,7 @@ def as_table() -> rich.table.Table:
     table = rich.table.Table(show_lines=True)
     for title in ("method", "what it does", "settings", "beyond AdamW"):
         table.add_column(title, overflow="fold")
-    defaults = Settings()
+    defaults = TrainingSettings()
     for name, method in METHODS.items():
         what = f"{method.summary}\n{method.layers or 'all parameters'}\n{method.source}"
         flags = "\n".join(f"--{flag} {getattr(defaults, flag)}" for flag in method.flags)

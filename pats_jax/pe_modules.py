@@ -8,7 +8,7 @@ import jax
 from pats_jax.errors import InputError
 from pats_jax.methods import METHODS
 from pats_jax.models import peft
-from pats_jax.settings import Settings
+from pats_jax.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
 _WHY_NOT = {
@@ -18,7 +18,7 @@ _WHY_NOT = {
 }
 
 
-def chosen_config(settings: Settings) -> peft.PeftConfig | None:
+def chosen_config(settings: TrainingSettings) -> peft.PeftConfig | None:
     """The kind of ``settings.peft`` with its flags; None without one."""
     flags: dict[str, dict[str, Any]] = {
         "lora": {
@@ -37,7 +37,7 @@ def chosen_config(settings: Settings) -> peft.PeftConfig | None:
     return peft.KINDS[settings.peft](**flags.get(settings.peft, {}), train_pooler=settings.peft_pooler)
 
 
-def check_methods(settings: Settings, params: Any) -> None:
+def check_methods(settings: TrainingSettings, params: Any) -> None:
     """Raises InputError if a method of ``settings.method`` does not go with the PE modules among ``params``."""
     leaves = jax.tree_util.tree_leaves_with_path(params["peft"])
     names = [f"peft.{parameter_name(path)}" for path, _ in leaves]

@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import cli, glue
+from pats_jax import cli, run_start
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -424,7 +424,7 @@ def test_importing_is_light_and_starts_no_backend():
 def test_compiled_programs_are_kept_in_a_private_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting))
     chosen = []
-    glue.keep_compiled_programs(str(tmp_path / "a" / "cache"))
+    run_start.keep_compiled_programs(str(tmp_path / "a" / "cache"))
     assert dict(chosen) == {
         "jax_compilation_cache_dir": str(tmp_path / "a" / "cache"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
