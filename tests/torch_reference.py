@@ -29,15 +29,15 @@ _TINY_KINDS = {
 KINDS = tuple(_TINY_KINDS)
 
 
-def tiny_model(kind: str, seed: int = 0):
-    """A classifier with every parameter random (LayerNorm's too) and large enough for gradients to be felt."""
+def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
+    """A model, a classifier if not told, with all parameters random (LayerNorm's too) and large enough to be felt."""
     prefix, options = _TINY_KINDS[kind]
     config = getattr(transformers, f"{prefix}Config")(**_TINY, **options)
-    model = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+    model = getattr(transformers, f"{prefix}For{task}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            centre = 1.0 if name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 

@@ -10,7 +10,9 @@ _HOMES = {
     "SequenceClassifier": "bert",
     "checkpoint_folder": "sources",
     "from_pretrained": "pretrained",
+    "load_mlm_head": "masked_lm",
     "load_tokenizer": "tokenizer",
+    "mlm_logits": "masked_lm",
     "save_pretrained": "pretrained",
 }
 

@@ -29,7 +29,7 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -177,7 +177,7 @@ class Intermediate(nn.Module):
     @nn.compact
     def __call__(self, hidden: Array) -> Array:
         wide = _dense(self.config, self.config.intermediate_size, self.dtype, "dense")(hidden)
-        return _ACTIVATIONS[self.config.hidden_act](wide)
+        return ACTIVATION_FUNCTIONS[self.config.hidden_act](wide)
 
 
 class Layer(nn.Module):

@@ -82,6 +82,22 @@ def canonical_name(name: str, config: EncoderConfig) -> str:
     return f"{config.base_prefix}.{name}" if name.startswith(tuple(f"{part}." for part in _ENCODER_PARTS)) else name
 
 
+def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: str) -> dict[str, str]:
+    """Each :func:`canonical_name` with the checkpoint's own name for it.
+
+    Raises:
+        InputError: Two tensors have one canonical name.
+    """
+    own: dict[str, str] = {}
+    for name in sorted(names):
+        other = own.setdefault(canonical_name(name, config), name)
+        if other != name:
+            raise InputError(
+                f"{source}: tensors {other} and {name} fill the same parameter; keep one of them in the checkpoint"
+            )
+    return own
+
+
 def match(
     names: Iterable[str], paths: Iterable[ParameterPath], config: EncoderConfig, *, new_head: bool, source: str
 ) -> Matched:
@@ -97,13 +113,7 @@ def match(
     Raises:
         InputError: A tensor is missing that no rule starts afresh, or two fill one parameter.
     """
-    unused: dict[str, str] = {}
-    for name in sorted(names):
-        other = unused.setdefault(canonical_name(name, config), name)
-        if other != name:
-            raise InputError(
-                f"{source}: tensors {other} and {name} fill the same parameter; keep one of them in the checkpoint"
-            )
+    unused = by_canonical_name(names, config, source=source)
     by_path = {path: tensor_name(path) for path in paths}
     sources = {path: unused.pop(name) for path, name in by_path.items() if name in unused}
 

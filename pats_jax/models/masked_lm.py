@@ -1,0 +1,152 @@
+"""The masked-language-model head of BERT and RoBERTa checkpoints: its parameters, and the logits of every word.
+
+References:
+    Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import ArrayLike
+
+from pats_jax.errors import InputError
+from pats_jax.models import convert, weights
+from pats_jax.models.bert import ACTIVATION_FUNCTIONS, LayerNorm
+from pats_jax.models.config import EncoderConfig
+from pats_jax.models.sources import checkpoint_folder
+
+
+class MaskedLanguageModelHead(nn.Module):
+    """A dense layer with activation and LayerNorm, and a decoder tied to the word embeddings with a bias of its own."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array, word_embeddings: Array) -> Array:
+        config, dtype = self.config, hidden.dtype
+        # RoBERTa's head takes the exact GELU whatever hidden_act is
+        activation = ACTIVATION_FUNCTIONS["gelu" if config.is_roberta else config.hidden_act]
+        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
+        hidden = activation(nn.Dense(config.hidden_size, dtype=dtype, name="dense")(hidden))
+        hidden = LayerNorm(config, dtype, name="LayerNorm")(hidden)
+        words = word_embeddings.astype(dtype)
+        return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias
+
+
+def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: str | None = None) -> dict[str, Any]:
+    """Loads the masked-language-model head of a checkpoint, for :func:`mlm_logits`.
+
+    The decoder's matrix is not among the parameters: it is the word embeddings, which the encoder has.
+
+    Args:
+        name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
+        config: The checkpoint's config, as ``from_pretrained`` returns it.
+        revision: The branch, tag or commit of a hub repository.
+
+    Returns:
+        float32, for ``params["mlm"]``: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,), ``LayerNorm``
+        with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
+
+    Raises:
+        InputError: The checkpoint cannot be had or read, has no such head or only a part of it, holds a tensor of
+            another shape than the config says, or has a decoder that is not tied to the word embeddings.
+    """
+    folder = checkpoint_folder(name_or_dir, revision=revision)
+    source = str(folder)
+    files = weights.tensor_files(folder)
+    own_names = convert.by_canonical_name(files, config, source=source)
+    shapes = _parameter_shapes(config)
+    in_checkpoint = {path: _checkpoint_path(path, config) for path in shapes}
+    names = {path: convert.tensor_name(there) for path, there in in_checkpoint.items()}
+    missing = [name for name in names.values() if name not in own_names]
+    if len(missing) == len(names):
+        raise InputError(
+            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); "
+            "use the pair score in its place"
+        )
+    if missing:
+        raise InputError(f"{source}: the masked-language-model head lacks {', '.join(missing)}; it is incomplete")
+    _check_tied(files, own_names, config, source)
+    tensors = weights.read_tensors({own_names[name]: files[own_names[name]] for name in names.values()})
+    loaded = {
+        path: convert.to_parameter(there, shapes[path], tensors[own_names[names[path]]], source=source)
+        for path, there in in_checkpoint.items()
+    }
+    return jax.device_put(unflatten_dict(loaded), may_alias=False)
+
+
+def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike, word_embeddings: ArrayLike) -> Array:
+    """The logits of every word of the vocabulary at each of some tokens::
+
+        logits = LayerNorm(activation(hidden W + b)) E^T + c
+
+    with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. BERT's activation is the config's
+    ``hidden_act``; RoBERTa's is the exact GELU always. A softmax over the last axis gives the probability of each word
+    in the token's place. The arithmetic is in the dtype of ``hidden``, the sums of the last product in float32.
+
+    Args:
+        head: The head's parameters, see :func:`load_mlm_head`.
+        config: The config of the encoder.
+        hidden: Outputs of the encoder's last layer, (..., hidden): the last of the hidden states of a model with
+            ``first_token_only=False``, at all tokens or only at the masked ones, which is cheaper.
+        word_embeddings: The encoder's, (vocab_size, hidden):
+            ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
+
+    Returns:
+        float32 (..., vocab_size)
+
+    Raises:
+        ValueError: The word embeddings have another shape than the config says.
+    """
+    words = jnp.asarray(word_embeddings)
+    if words.shape != (config.vocab_size, config.hidden_size):
+        raise ValueError(
+            f"word_embeddings have shape {words.shape}; by the config it is {(config.vocab_size, config.hidden_size)}"
+        )
+    logits = MaskedLanguageModelHead(config).apply({"params": head}, jnp.asarray(hidden), words)
+    assert isinstance(logits, Array)
+    return logits
+
+
+def _parameter_shapes(config: EncoderConfig) -> dict[convert.ParameterPath, tuple[int, ...]]:
+    """The shape of each of the head's parameters by its path; computes nothing."""
+    hidden, words = jnp.zeros((1, config.hidden_size)), jnp.zeros((1, config.hidden_size))
+    tree = jax.eval_shape(lambda: MaskedLanguageModelHead(config).init(jax.random.key(0), hidden, words))["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+
+
+def _prefix(config: EncoderConfig) -> str:
+    """The first part of the names of the head's tensors."""
+    return "lm_head" if config.is_roberta else "cls.predictions"
+
+
+def _checkpoint_path(path: convert.ParameterPath, config: EncoderConfig) -> convert.ParameterPath:
+    """Where a checkpoint has a parameter of the head."""
+    if config.is_roberta:
+        return ("lm_head", *("layer_norm" if part == "LayerNorm" else part for part in path))
+    return ("cls", "predictions", *(path if path == ("bias",) else ("transform", *path)))
+
+
+def _check_tied(files: Mapping[str, Path], own_names: Mapping[str, str], config: EncoderConfig, source: str) -> None:
+    """Some checkpoints hold the decoder's matrix and bias a second time; they must be the same then."""
+    prefix = _prefix(config)
+    twins = {
+        f"{prefix}.decoder.weight": f"{config.base_prefix}.embeddings.word_embeddings.weight",
+        f"{prefix}.decoder.bias": f"{prefix}.bias",
+    }
+    for decoder, twin in twins.items():
+        if decoder not in own_names or twin not in own_names:
+            continue
+        pair = (own_names[decoder], own_names[twin])
+        tensors = weights.read_tensors({name: files[name] for name in pair})
+        if not np.array_equal(tensors[pair[0]], tensors[pair[1]]):
+            raise InputError(
+                f"{source}: tensor {decoder} differs from {twin}; only heads tied to the word embeddings are supported"
+            )
