@@ -75,6 +75,16 @@ def compare(args: list[str]) -> None:
     program.run(args, rich.console.Console())
 
 
+def prime(args: list[str]) -> None:
+    """Prime a model or PE modules on the upstream tasks of a few-shot gym."""
+    from pats_jax import settings, upstream
+
+    parsed = settings.parse(args, "pats-jax prime", upstream.PrimingSettings)
+    import rich.console
+
+    upstream.run(parsed, rich.console.Console())
+
+
 def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
     import tyro
@@ -121,6 +131,7 @@ def methods(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "glue": glue,
     "compare": compare,
+    "prime": prime,
     "predict": predict,
     "submission": submission,
     "methods": methods,

@@ -52,10 +52,12 @@ class Training(abc.ABC):
 
     Attributes:
       examples: rows that are learnt from.
+      evaluates: whether it is scored on the way.
       measures_sensitivity: whether `sensitivity` is asked for, before and after training.
     """
 
     examples: int
+    evaluates: bool
     measures_sensitivity = False
 
     def __init__(
@@ -85,6 +87,7 @@ class Training(abc.ABC):
           eval_steps: steps between evaluations, where the settings do not say.
         """
         self.settings, self.runner, self.metric = settings, runner, metric
+        self.evaluates = "eval" in settings.phases
         self.rhythm = Rhythm(
             total_steps=total_steps,
             logging_steps=settings.logging_steps,
@@ -265,7 +268,7 @@ class TrainingHooks(Hooks):
         journal: Journal | None,
         profiler: Profiler | None,
     ):
-        self.metric, self.evaluates = training.metric, "eval" in training.settings.phases
+        self.metric, self.evaluates = training.metric, training.evaluates
         self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None

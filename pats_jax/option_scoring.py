@@ -5,9 +5,9 @@ teach a model tasks that it then meets others of. They differ in how a batch of 
 from it; loss and decision are the same.
 """
 
-import dataclasses
+import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ SHORTEST_TEXT, SHORTEST_OPTION, FEWEST_OPTIONS = 32, 8, 3
 _NO_OPTION = -1e9
 
 
-class Head(Protocol):
+class Head(abc.ABC):
     """A way to score options.
 
     Attributes:
@@ -36,21 +36,23 @@ class Head(Protocol):
     """
 
     summary: str
-    trains: tuple[str, ...]
-    for_all_tasks: bool
+    trains: tuple[str, ...] = ()
+    for_all_tasks = True
 
     def slots(self, options: int) -> int:
         """How many options a batch has room for whose rows have so many at most."""
+        return options
 
+    @abc.abstractmethod
     def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
         """What `scores` takes of some rows: arrays (rows, ...), padded to few shapes."""
 
+    @abc.abstractmethod
     def scores(self, model: models.SequenceClassifier, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Scores (rows, options) float32; key for dropout, None for none."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingHead:
+class EmbeddingHead(Head):
     """Input and option are embedded apart: score = 20 cos(e(input), e(option)), e the mean of the last hidden states.
 
     The similarity by which sentence encoders like all-MiniLM-L6-v2 are trained, at their scale of 20 (Reimers and
@@ -58,8 +60,6 @@ class EmbeddingHead:
     """
 
     summary = "similarity of the embeddings of input and option"
-    trains = ()
-    for_all_tasks = True
 
     def slots(self, options):
         return padded(options, FEWEST_OPTIONS)  # short texts: those too many cost little, a shape more costs seconds
@@ -80,16 +80,11 @@ class EmbeddingHead:
         return 20.0 * jnp.einsum("rh,roh->ro", inputs, options.reshape(*ids.shape[:2], -1))
 
 
-@dataclasses.dataclass(frozen=True)
-class PairHead:
+class PairHead(Head):
     """Input and option are read as a pair of sentences: score = the only logit of a classification head."""
 
     summary = "the classification head on input and option as a pair"
     trains = ("classifier", "pooler")
-    for_all_tasks = True
-
-    def slots(self, options):
-        return options
 
     def encode(self, rows, tokenizer, max_length):
         encoded = _pairs(rows, _options(rows, self), tokenizer, max_length)
@@ -102,8 +97,7 @@ class PairHead:
         return logits[:, 0].reshape(rows, options)
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedLanguageModelHead:
+class MaskedLanguageModelHead(Head):
     """The option is masked: score = mean of log p(token) over the option's tokens, by the model's own head.
 
     The text is the input and, as second sentence, as many masks as the option has tokens. The mean makes options of
@@ -112,11 +106,6 @@ class MaskedLanguageModelHead:
     """
 
     summary = "log probability of the option's tokens in the place of masks"
-    trains = ()
-    for_all_tasks = True
-
-    def slots(self, options):
-        return options
 
     def encode(self, rows, tokenizer, max_length):
         spelt = tokenizer(_options(rows, self), add_special_tokens=False)["input_ids"]
@@ -147,8 +136,7 @@ class MaskedLanguageModelHead:
         return mean.reshape(batch["input_ids"].shape[:2])
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassesHead:
+class ClassesHead(Head):
     """A head of its own for every classification task: score = the logit of the class. The baseline.
 
     It reads nothing of what the options say, so it has to learn them from the task's few rows, cannot be primed, and
@@ -158,9 +146,6 @@ class ClassesHead:
     summary = "a classification head of its own for every task"
     trains = ("classifier", "pooler")
     for_all_tasks = False
-
-    def slots(self, options):
-        return options
 
     def encode(self, rows, tokenizer, max_length):
         return _pad(_ids(tokenizer, [row.input for row in rows], max_length), SHORTEST_TEXT, max_length)
@@ -301,6 +286,29 @@ def choose(
     for index, part in parts:  # fetched when all have been dispatched
         chosen[index] = np.argmax(np.asarray(part), axis=1)[: len(index)]
     return chosen
+
+
+def pad_to(batch: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A batch whose arrays (rows, ...) are filled up with zeros to these shapes (...), each at least its own."""
+    return {
+        name: np.pad(x, [(0, 0), *((0, size - own) for size, own in zip(shapes[name], x.shape[1:], strict=True))])
+        for name, x in batch.items()
+    }
+
+
+def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
+    """The row with the right option and others drawn at random, ``most`` in all, in their order; itself if it has less.
+
+    Example:
+      >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
+      >>> with_fewer_options(row, 2, np.random.default_rng(0))
+      Row(input='2 + 2', options=('4', '6'), answer=0)
+    """
+    if len(row.options) <= most:
+        return row
+    others = [index for index in range(len(row.options)) if index != row.answer]
+    kept = sorted([row.answer, *rng.choice(others, most - 1, replace=False).tolist()])
+    return Row(row.input, tuple(row.options[index] for index in kept), kept.index(row.answer))
 
 
 def check_tasks(head: str, tasks: Sequence[FewShotTask]) -> None:

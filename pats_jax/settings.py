@@ -228,13 +228,15 @@ _RULES = (
         "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
-        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length",
+        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length "
+        "shots tasks_per_step inner_steps inner_batch_size query_batch_size",
         lambda x: x >= 1,
         "at least 1",
     ),
+    ("max_options", lambda x: x >= 2, "at least 2"),
     (
-        "learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size smart_noise_std "
-        "lnsr_noise_std lora_alpha",
+        "learning_rate inner_learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size "
+        "smart_noise_std lnsr_noise_std lora_alpha",
         lambda x: 0 < x < math.inf,
         "a number above 0",
     ),

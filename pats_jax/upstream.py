@@ -1,0 +1,376 @@
+"""The upstream stage, `pats-jax prime`: a pretrained encoder, PE modules or both learn the upstream tasks of a gym.
+
+The loop, its logging, checkpoints, resuming and early stop are those of the GLUE program (`fine_tuning.train`); here
+stand the batches of tasks, the score by which the stage is watched, and what it leaves.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import rich.console
+
+from pats_jax import (
+    methods,
+    models,
+    option_scoring,
+    parallel,
+    pe_modules,
+    plots,
+    preemption,
+    priming,
+    run_folder,
+    run_start,
+)
+from pats_jax.checkpoints import Checkpoints
+from pats_jax.data import load_gym, load_partition
+from pats_jax.data.few_shot import FewShotTask, Row
+from pats_jax.data.gym import SHOTS
+from pats_jax.errors import InputError, Preempted
+from pats_jax.fine_tuning import Training, train
+from pats_jax.metrics import accuracy
+from pats_jax.models import peft
+from pats_jax.settings import TrainingSettings
+
+_DEV_ROWS = 64  # of every dev task
+
+
+@dataclasses.dataclass(frozen=True)
+class PrimingSettings(TrainingSettings):
+    """Prime a pretrained encoder, PE modules or both on the upstream tasks of a few-shot gym."""
+
+    learning_rate: float = 3e-5  # of the outer optimizer: linear warmup, then linear decay to 0
+    max_grad_norm: float = 0.1  # clipping by global norm
+    max_steps: int = 1000  # outer steps
+    per_device_train_batch_size: int = 32  # mtl: rows of a device and micro-batch; meta-learners: see tasks_per_step
+    data_dir: str = "builtin"  # folder of few-shot tasks, or "builtin" for generated ones
+    partition: str = "builtin"  # builtin, metaicl or a JSON file: train (upstream), dev and test lists of tasks
+    share_sources: bool = False  # take a partition with tasks of two lists that are built on the same source set
+    shots: int = SHOTS  # the number in the files' names
+    algorithm: Literal["mtl", "maml", "fomaml", "reptile"] = "mtl"  # multi-task learning, or a meta-learner
+    train: Literal["plm", "pe", "plm+pe"] = "plm"  # the pretrained model, the PE modules of --peft, or both
+    head: Literal["embedding", "pair", "mlm"] = "embedding"  # how options are scored
+    max_options: int = 6  # of a training row with more: the right one and others drawn at random
+    tasks_per_step: int = 4  # meta-learners: tasks of an outer step, over all devices
+    inner_learning_rate: float = 1e-5  # meta-learners: of the inner steps, plain SGD
+    inner_steps: int = 1  # meta-learners: steps on a task's training rows
+    inner_batch_size: int = 16  # meta-learners: rows of an inner step
+    query_batch_size: int = 16  # maml, fomaml: dev rows that the adapted parameters are judged by
+
+    def check(self) -> None:
+        super().check()
+        if self.max_steps < 1:
+            raise InputError(f"--max_steps {self.max_steps}: must be at least 1")
+        if ("pe" in self.train.split("+")) != (self.peft is not None):
+            missing = "needs the PE modules of --peft" if self.peft is None else "there are no PE modules upstream"
+            raise InputError(f"--train {self.train}: {missing}")
+        for name in self.method.split("+"):
+            method = methods.get_methods(name)[0]
+            if method.objective or method.trainable or method.around:
+                raise InputError(f"--method {name}: not for the upstream stage, only for fine-tuning on one task")
+        if self.algorithm != "mtl" and self.gradient_accumulation_steps > 1:
+            raise InputError("--gradient_accumulation_steps: not with meta-learners; use fewer --tasks_per_step")
+
+    def with_batch_size(self, num_devices: int) -> "PrimingSettings":
+        if self.algorithm == "mtl":
+            return super().with_batch_size(num_devices)
+        if self.tasks_per_step % num_devices:
+            raise InputError(f"--tasks_per_step {self.tasks_per_step}: not a multiple of the {num_devices} devices")
+        size = self.tasks_per_step // num_devices
+        return dataclasses.replace(self, train_batch_size=self.tasks_per_step, per_device_train_batch_size=size)
+
+
+def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> dict[str, Any]:
+    """Runs the stage; see `pats_jax.glue.run` for what it may raise.
+
+    Returns:
+      What results.json holds.
+    """
+    start = run_start.begin(settings, default_folder(settings), console)
+    settings, runner, folder = start.settings, start.runner, start.folder
+    if start.finished:
+        _say(start.console, f"finished already: {summary(start.finished, folder)}")
+        return start.finished
+    gym = load_gym(settings.data_dir, shots=settings.shots)
+    partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
+    tokenizer = models.load_tokenizer(settings.model_name_or_path)
+    model, params = option_scoring.load_scorer(
+        settings.model_name_or_path,
+        settings.head,
+        pe_modules.chosen_config(settings),
+        key=settings.seed,
+        dtype=settings.dtype,
+        hidden_dropout=settings.hidden_dropout,
+        attention_dropout=settings.attention_dropout,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    results: dict[str, Any] = {
+        "model_name_or_path": settings.model_name_or_path,
+        "data_dir": settings.data_dir,
+        **{name: getattr(settings, name) for name in ("algorithm", "train", "peft", "head", "method", "seed")},
+        "upstream_tasks": list(partition.train),
+        "num_parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "versions": run_folder.versions(),
+        "timing": {},
+    }
+    with preemption.watch() as asked:
+        training = UpstreamTraining(settings, runner, [gym[name] for name in partition.train], tokenizer, model, params)
+        score = UpstreamScore(training, [gym[name] for name in partition.dev], asked)
+        checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
+        start.open_folder()
+        with checkpoints:
+            try:
+                trained = train(training, score, checkpoints, folder, results, start.console, asked)
+            except Preempted as error:
+                checkpoints.wait()
+                config = shlex.quote(str(folder / "config.json"))
+                raise Preempted(
+                    f"interrupted and saved; go on with: pats-jax prime --config {config} --resume",
+                    error.signal_number,
+                ) from None
+        primed = runner.to_host(trained.params)
+    scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
+    if scores:
+        results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
+    if parallel.is_first():
+        save(folder, settings, model, primed, tokenizer)
+        plots.plot_loss(folder / "plots" / "loss.png", trained.records)
+        run_folder.write_results(folder, results)
+    _say(start.console, summary(results, folder))
+    return results
+
+
+class UpstreamTraining(Training):
+    """The training on upstream tasks: batches of rows of all tasks, or of whole tasks for the meta-learners."""
+
+    def __init__(
+        self,
+        settings: PrimingSettings,
+        runner: parallel.MeshRunner,
+        tasks: Sequence[FewShotTask],
+        tokenizer,
+        model,
+        params,
+    ):
+        self.settings: PrimingSettings = settings
+        self.runner, self.tokenizer, self.model = runner, tokenizer, model
+        self.head = option_scoring.get_head(settings.head)
+        self.max_length = min(settings.max_seq_length, model.max_length)
+        self.groups = self._by_shape(tasks)
+        self.examples = sum(len(s.train) + len(s.dev) for task in tasks for s in task.samples)
+        self.loss_fn = option_scoring.make_option_loss(self.head, model)
+        params = runner.place(methods.starting_params(settings, params))
+        self.trainable = option_scoring.trainable_mask(params, settings.train, settings.head)
+        super().__init__(
+            settings,
+            runner,
+            model,
+            params,
+            priming.make_meta_loss(
+                settings.algorithm,
+                self.loss_fn,
+                inner_learning_rate=settings.inner_learning_rate,
+                trainable=self.trainable,
+                remat=settings.gradient_checkpointing,
+            ),
+            self.trainable,
+            metric="accuracy",
+            total_steps=settings.max_steps,
+            eval_steps=max(1, settings.max_steps // 5),
+        )
+
+    def batches(self, first_step):
+        for step in itertools.count(first_step):
+            batch = self._draw(step)
+            masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
+            counts = {
+                "examples": float(sum(x.size for name, x in batch.items() if name.endswith("answers"))),
+                "tokens": float(sum(x.sum() for x in masks)),
+                "computed_tokens": float(sum(x.size for x in masks)),
+            }
+            own = self.runner.own_rows(len(masks[0]))
+            yield self.runner.put_ahead({name: x[own] for name, x in batch.items()}), counts
+
+    def one_of_each_shape(self, first_step):
+        met: set[int] = set()
+        for step in range(first_step, self.rhythm.total_steps):
+            group = self._group(np.random.default_rng([self.settings.seed, step]))
+            if group not in met:
+                met.add(group)
+                batch = self._draw(step)
+                own = self.runner.own_rows(len(batch[next(iter(batch))]))
+                yield self.runner.put_ahead({name: x[own] for name, x in batch.items()})
+            if len(met) == len(self.groups):
+                return
+
+    def encode(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """A batch of rows, padded as `option_scoring.encode_rows` does."""
+        return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length)
+
+    def _by_shape(self, tasks):
+        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis)."""
+        rng = np.random.default_rng(0)
+        groups: dict[tuple, list[FewShotTask]] = {}
+        for task in tasks:
+            rows = [
+                option_scoring.with_fewer_options(row, self.settings.max_options, rng)
+                for sample in task.samples
+                for row in (*sample.train, *sample.dev)
+            ]
+            widest = max(len(row.options) for row in rows)
+            # the widest row comes along, so that all parts have room for as many options
+            first = next(row for row in rows if len(row.options) == widest)
+            encoded = self.encode([first, *rows])
+            shapes = {name: x.shape[1:] for name, x in encoded.items()}
+            groups.setdefault(tuple(sorted(shapes.items())), []).append(task)
+        return [(members, dict(shapes)) for shapes, members in groups.items()]
+
+    def _group(self, rng):
+        """Number of the group of a step: as often as it has rows, or tasks for a meta-learner."""
+        sizes = np.array([len(members) for members, _ in self.groups], float)
+        return int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+
+    def _draw(self, step):
+        """The batch of a step, a pure function of the seed and its number."""
+        rng = np.random.default_rng([self.settings.seed, step])
+        members, shapes = self.groups[self._group(rng)]
+        if self.settings.algorithm == "mtl":
+            rows = [self._row(rng, members) for _ in range(self.settings.train_batch_size or 1)]
+            return self._padded(rows, rng, shapes)
+        count = self.settings.tasks_per_step
+        chosen = rng.choice(len(members), count, replace=len(members) < count)
+        support, query = zip(*(self._task(rng, members[index], shapes) for index in chosen), strict=True)
+        stacked: dict[str, np.ndarray] = {}
+        for prefix, parts in ((priming.SUPPORT, support), (priming.QUERY, query)):
+            stacked |= {prefix + name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return stacked
+
+    def _row(self, rng, members):
+        task = members[rng.integers(len(members))]
+        sample = task.samples[rng.integers(len(task.samples))]
+        rows = (*sample.train, *sample.dev)
+        return rows[rng.integers(len(rows))]
+
+    def _task(self, rng, task, shapes):
+        """Training rows of one sample for the inner steps (steps, rows, ...), and dev rows of it."""
+        settings = self.settings
+        sample = task.samples[rng.integers(len(task.samples))]
+        count = settings.inner_steps * settings.inner_batch_size
+        support = self._padded(_take(rng, sample.train, count), rng, shapes)
+        query = self._padded(_take(rng, sample.dev, settings.query_batch_size), rng, shapes)
+        by_step = {name: x.reshape(settings.inner_steps, -1, *x.shape[1:]) for name, x in support.items()}
+        return by_step, query
+
+    def _padded(self, rows, rng, shapes):
+        rows = [option_scoring.with_fewer_options(row, self.settings.max_options, rng) for row in rows]
+        return option_scoring.pad_to(self.encode(rows), shapes)
+
+
+class UpstreamScore:
+    """How the stage is watched: accuracy on dev tasks, by the primed parameters as they are (multi-task learning), or
+    after the inner steps on each task's training rows (meta-learners)."""
+
+    def __init__(self, training: UpstreamTraining, tasks: Sequence[FewShotTask], asked: preemption.Preemption):
+        """Compiles nothing yet.
+
+        Args:
+          training: what is watched.
+          tasks: the dev tasks; none: nothing is scored.
+          asked: tells that the run is asked to end.
+
+        Raises:
+          InputError: early stop or the best model are asked for, and there are no dev tasks.
+        """
+        settings, training.evaluates = training.settings, bool(tasks)
+        if not tasks and (settings.early_stopping_patience or settings.load_best_model_at_end):
+            raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
+        self._training, self._tasks, self._asked = training, tasks, asked
+        head, model = training.head, training.model
+        runner = training.runner
+        self._scores = runner.compile_predict(functools.partial(option_scoring.option_scores, head, model))
+        self._adapt = jax.jit(
+            lambda params, rows: priming.adapt(
+                option_scoring.make_option_loss(head, model, deterministic=True),
+                params,
+                jax.tree.map(lambda x: x[None].repeat(settings.inner_steps, axis=0), rows),
+                jax.random.key(0),
+                learning_rate=settings.inner_learning_rate,
+                trainable=training.trainable,
+            )[0]
+        )
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """``accuracy``, the mean over the dev tasks."""
+        return {"accuracy": float(np.mean([self._score(params, task) for task in self._tasks]))}
+
+    def _score(self, params, task):
+        self._asked.check()
+        training, sample = self._training, task.samples[0]
+        rows = sample.test[:_DEV_ROWS]
+        if training.settings.algorithm != "mtl":
+            params = self._adapt(params, training.encode(sample.train))
+        devices = training.runner.num_devices
+        size = -(-training.settings.per_device_eval_batch_size // devices) * devices
+        own = training.runner.own_rows(size)
+        chosen = option_scoring.choose(
+            lambda params, batch: self._scores(params, {name: x[own] for name, x in batch.items()}),
+            training.head,
+            params,
+            rows,
+            training.tokenizer,
+            training.max_length,
+            size,
+        )
+        return accuracy(chosen, np.array([row.answer for row in rows]))
+
+
+def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: Any, tokenizer: Any) -> None:
+    """Writes what was trained: ``model/``, the primed model as Transformers loads it; ``adapter/``, the PE modules.
+
+    Args:
+      folder: the run's.
+      settings: its settings.
+      model: the scorer.
+      params: its parameters on the host.
+      tokenizer: saved along.
+    """
+    params = {name: tree for name, tree in params.items() if name != "mlm"}  # the base model's own, not trained
+    base = settings.model_name_or_path
+    if settings.train != "pe":
+        base = str(folder / "model")
+        plain = {name: tree for name, tree in params.items() if name != "peft"}
+        models.save_pretrained(folder / "model", params=plain, config=model.config, tokenizer=tokenizer)
+    if settings.peft:
+        peft.save_peft(
+            folder / "adapter", model=model, params=params, base_model_name_or_path=base, tokenizer=tokenizer
+        )
+
+
+def default_folder(settings: PrimingSettings) -> str:
+    """``runs/prime-ALGORITHM-TRAIN[-KIND]-seedSEED``."""
+    kind = f"-{settings.peft}" if settings.peft else ""
+    return f"runs/prime-{settings.algorithm}-{settings.train}{kind}-seed{settings.seed}"
+
+
+def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
+    """The stage in two lines."""
+    kind = f" ({results['peft']})" if results["peft"] else ""
+    title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"
+    score = f": dev accuracy {results['final']['metrics']['accuracy']:.4f}" if "final" in results else ""
+    return f"{title}{score}\nresults in {folder}"
+
+
+def _take(rng, rows, count):
+    """So many of the rows in random order, from the start again where there are fewer."""
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
+    return [rows[index] for index in order[:count]]
+
+
+def _say(console, text):
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
