@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pats_jax import plots
-from pats_jax.relative_gain import ALGORITHMS, TRAINED
+from pats_jax.relative_gain import stage_place
 from pats_jax.report_page import Page, aligned
 
 Summary = dict[str, Any]
@@ -50,7 +50,7 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
 
 
 def table_lines(summary: Summary) -> list[str]:
-    """The tables of gains as lines for a console, those against direct tuning first; a line says it where there are none.
+    """The tables of gains as lines for a console, those against direct tuning first.
 
     Args:
       summary: what `relative_gain.summarise` gives.
@@ -71,10 +71,10 @@ def gain_table(summary: Summary, key: str) -> Table:
       summary: what `relative_gain.summarise` gives.
       key: ``against_direct`` or ``against_full``.
     """
-    arms = _compared(summary, key)
+    arms = _compared(summary, key).values()
     kinds = list(dict.fromkeys(arm["peft"] for arm in arms))
     cells = {(_stage(arm), arm["peft"]): _gain_cell(arm[key]) for arm in arms}
-    stages = sorted({(arm["algorithm"], arm["trained"]) for arm in arms}, key=_place)
+    stages = sorted({(arm["algorithm"], arm["trained"]) for arm in arms}, key=lambda stage: stage_place(*stage))
     rows = [
         [_stage_name(*stage), *(cells.get((_stage_name(*stage), kind), _NONE) for kind in kinds)] for stage in stages
     ]
@@ -85,11 +85,9 @@ def arm_table(summary: Summary) -> Table:
     """Header and rows of the details of the gains, a row for each arm and baseline."""
     header = ["arm", "against", "ARG", "sd of seeds", "seeds", "tasks", "left out", "tunings", "wins/ties/losses"]
     rows = []
-    for name, arm in summary["arms"].items():
-        for key, baseline in (("against_direct", f"direct/{arm['peft']}"), ("against_full", "direct/full")):
-            found = arm[key]
-            if found is None or name == baseline or (key == "against_direct" and arm["peft"] == "full"):
-                continue
+    for key in _BASELINES:
+        for name, arm in _compared(summary, key).items():
+            found, baseline = arm[key], "direct/full" if key == "against_full" else f"direct/{arm['peft']}"
             counts = [len(found["seeds"]), found["tasks"], len(found["left_out"]), found["shared"]]
             balance = f"{found['wins']}/{found['ties']}/{found['losses']}"
             spread = _NONE if found["sd_seeds"] is None else f"{found['sd_seeds']:.1f}"
@@ -142,9 +140,10 @@ def time_table(summary: Summary) -> Table:
 
 def _write_gains(page, folder, summary):
     page.paragraph(
-        f"{summary['tunings']} few-shot tunings on {len(summary['tasks'])} tasks. ARG is the average relative gain, the "
-        "mean over tasks of (P - P0)/P0 in percent: P is a task's mean test score over its samples, P0 that of the "
-        "baseline. In brackets, its 95 % bootstrap interval over tasks. Only tasks and samples that both have are in it."
+        f"{summary['tunings']} few-shot tunings on {len(summary['tasks'])} tasks. ARG is the average relative gain: "
+        "the mean over tasks of (P - P0)/P0 in percent, where P is a task's mean test score over its samples and P0 "
+        "that of the baseline. In brackets, its 95 % bootstrap interval over tasks. Only tasks and samples that both "
+        "have are in it."
     )
     for key, baseline in _BASELINES.items():
         page.heading(f"ARG against {baseline}")
@@ -154,8 +153,8 @@ def _write_gains(page, folder, summary):
             page.paragraph("Nothing to compare: no arm shares a task and sample with it.")
     panels = {
         f"against {baseline}": {
-            _name(arm): (arm[key]["arg"], arm[key]["interval"])
-            for arm in _compared(summary, key)
+            name: (arm[key]["arg"], arm[key]["interval"])
+            for name, arm in _compared(summary, key).items()
             if arm[key]["arg"] is not None
         }
         for key, baseline in _BASELINES.items()
@@ -172,14 +171,14 @@ def _write_arms(page, summary):
         return
     page.heading("What the gains are made of")
     page.paragraph(
-        "ARG is computed for every upstream seed and then averaged. `tunings` are those that have a partner of the same "
-        "task and sample in the baseline. Wins, ties and losses count tasks, those left out of the ARG included."
+        "ARG is computed for every upstream seed and then averaged. `tunings` are those that have a partner of the "
+        "same task and sample in the baseline. Wins, ties and losses count tasks, those left out of the ARG included."
     )
     page.table(header, rows)
     left_out = [
-        f"`{_name(arm)}` against {baseline}: " + ", ".join(f"`{task}`" for task in arm[key]["left_out"])
+        f"`{name}` against {baseline}: " + ", ".join(f"`{task}`" for task in arm[key]["left_out"])
         for key, baseline in _BASELINES.items()
-        for arm in _compared(summary, key)
+        for name, arm in _compared(summary, key).items()
         if arm[key]["left_out"]
     ]
     if left_out:
@@ -218,7 +217,7 @@ def _write_tasks(page, folder, summary):
         page.table(*task_table(summary, kind))
         gains = {
             _stage(arm): arm["against_direct"]["gains"]
-            for arm in _compared(summary, "against_direct")
+            for arm in _compared(summary, "against_direct").values()
             if arm["peft"] == kind and arm["against_direct"]["gains"]
         }
         if gains:
@@ -239,9 +238,11 @@ def _write_limits(page, summary):
     page.heading("What this shows, and what it does not")
     seeds = {len(arm["seeds"]) for arm in summary["arms"].values() if arm["algorithm"] != "direct"}
     texts = [
-        "The interval resamples tasks: it says what other tasks like these might give, nothing of other upstream seeds.",
-        "A task with a low baseline weighs much in an ARG: from 5 to 10 points counts as 100 %. Look at the gains by task.",
-        "Scores of different metrics are averaged in the mean of a column; compare such means within a row only.",
+        "The interval resamples tasks: it says what other tasks like these might give, nothing of other upstream "
+        "seeds.",
+        "A task with a low baseline weighs much in an ARG: from 5 to 10 points counts as 100 %. Look at the gains by "
+        "task.",
+        "The mean of a column mixes metrics, and is over the tasks that the arm has.",
         "No number is corrected for the number of arms on this page.",
     ]
     if 1 in seeds:
@@ -258,23 +259,16 @@ def _lacks_something(arm, tasks):
 
 
 def _compared(summary, key):
-    """The arms that have a gain against the baseline of the key, without that baseline itself."""
-    direct = key == "against_direct"
-    return [
-        arm
-        for arm in summary["arms"].values()
-        if arm[key] is not None and arm["peft"] != "full" and not (direct and arm["algorithm"] == "direct")
-    ]
+    """Name -> arm, of those that are compared with the baseline of the key, without that baseline itself."""
+    return {
+        name: arm
+        for name, arm in summary["arms"].items()
+        if arm[key] is not None and arm["peft"] != "full" and (key, arm["algorithm"]) != ("against_direct", "direct")
+    }
 
 
 def _kinds(summary):
     return list(dict.fromkeys(arm["peft"] for arm in summary["arms"].values() if arm["peft"] != "full"))
-
-
-def _place(stage):
-    algorithm, trained = stage
-    known = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else len(ALGORITHMS)
-    return known, algorithm, TRAINED.index(trained)
 
 
 def _stage(arm):
@@ -283,10 +277,6 @@ def _stage(arm):
 
 def _stage_name(algorithm, trained):
     return algorithm if trained is None else f"{algorithm}, {trained}"
-
-
-def _name(arm):
-    return "/".join(part for part in (arm["algorithm"], arm["trained"], arm["peft"]) if part)
 
 
 def _file_name(kind):

@@ -12,7 +12,7 @@ Works on records, one a tuning, as plain dicts::
      "step": 50, "dev": 0.7, "test": 0.66, "seconds": 12.3}
 
 The ARG is that of CrossFit (https://arxiv.org/abs/2104.08835), which the work on priming
-(https://arxiv.org/abs/2212.01032) uses. The treatment of baselines at 0, the intervals, and the steps to a score are ours.
+(https://arxiv.org/abs/2212.01032) uses. What is done about baselines at 0, intervals and steps to a score are ours.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ class AverageRelativeGain:
 def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, float]) -> AverageRelativeGain:
     """ARG = 100/n · Σ_i (P_i - P0_i) / P0_i over n tasks, in percent.
 
-    A task with P0 <= 0, such as a Matthews correlation of 0, has no relative gain. It is left out and named; this rule is
-    ours, the paper has none.
+    A task with P0 <= 0, such as a Matthews correlation of 0, has no relative gain. It is left out and named; this rule
+    is ours, the paper has none.
 
     Args:
       scores: task -> P, its mean test score over its few-shot samples.
@@ -79,8 +79,8 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
       ValueError: if there is no task, the tasks are not the same, or a score is not finite.
 
     Example:
-      >>> average_relative_gain({"a": 0.6, "b": 0.5, "c": 0.1}, {"a": 0.5, "b": 0.4, "c": 0.0})
-      AverageRelativeGain(value=22.5, by_task={'a': 20.0, 'b': 25.0}, left_out=('c',))
+      >>> average_relative_gain({"a": 0.75, "b": 0.625, "c": 0.1}, {"a": 0.5, "b": 0.5, "c": 0.0})
+      AverageRelativeGain(value=37.5, by_task={'a': 50.0, 'b': 25.0}, left_out=('c',))
 
     References:
       Ye et al., CrossFit, EMNLP 2021, https://arxiv.org/abs/2104.08835
@@ -100,9 +100,9 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
 def arg_interval(gains: np.ndarray) -> list[float] | None:
     """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy), or None for fewer than 3 tasks.
 
-    Tasks are drawn with replacement, each with its gains of all upstream seeds; the ARG of such a draw is computed as that
-    of the tasks themselves: by seed, then the mean over seeds. So the interval shows what other tasks might give, not what
-    other seeds might. The draws start from a fixed seed: the same gains give the same interval.
+    Tasks are drawn with replacement, each with its gains of all upstream seeds; the ARG of such a draw is computed as
+    that of the tasks themselves: by seed, then the mean over seeds. So the interval shows what other tasks might give,
+    not what other seeds might. The draws start from a fixed seed: the same gains give the same interval. It is ours.
 
     Args:
       gains: (tasks,) relative gains in percent, or (seeds, tasks) with NaN where a seed lacks a task.
@@ -200,8 +200,8 @@ def summarise_arm(
       full: those of the whole model without an upstream stage, or None.
 
     Returns:
-      ``algorithm``, ``trained``, ``peft``, ``seeds`` (upstream), ``tasks``: task -> see `task_scores`, ``mean_test`` and
-      ``mean_chance`` (over tasks), ``against_direct`` and ``against_full``: see `compare_with`, None without such
+      ``algorithm``, ``trained``, ``peft``, ``seeds`` (upstream), ``tasks``: task -> see `task_scores`, ``mean_test``
+      and ``mean_chance`` (over tasks), ``against_direct`` and ``against_full``: see `compare_with`, None without such
       tunings, ``steps``: see `steps_to_direct`, and ``seconds``: ``median`` and ``total`` of the tunings, ``tunings``
       their number, None where no record has them.
     """
@@ -233,9 +233,9 @@ def task_scores(records: Sequence[Record]) -> dict[str, Any]:
       records: the arm's tunings on that task, at least one.
 
     Returns:
-      ``mean`` over upstream seeds of the mean over samples; ``sd_samples``: the standard deviation over samples (n - 1)
-      within a seed, averaged over the seeds that have two samples or more; ``sd_seeds``: that of the seeds' means (n - 1);
-      both None where there is one only; ``samples``, the numbers of the samples, and ``seeds``.
+      ``mean`` over upstream seeds of the mean over samples; ``sd_samples``: the standard deviation over samples
+      (n - 1) within a seed, averaged over the seeds that have two samples or more; ``sd_seeds``: that of the seeds'
+      means (n - 1); both None where there is one only; ``samples``, the numbers of the samples, and ``seeds``.
     """
     by_seed = [np.array([r["test"] for r in records if r["upstream_seed"] == seed]) for seed in _seeds(records)]
     spreads = [np.std(scores, ddof=1) for scores in by_seed if len(scores) > 1]
@@ -262,8 +262,8 @@ def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> dict[
 
       - ``arg``, ``interval`` (see `arg_interval`), ``sd_seeds`` (n - 1; None for one seed);
       - ``seeds``: a list of ``seed``, ``arg`` and ``tasks``, the number of tasks it is over;
-      - ``gains``: task -> relative gain, the mean over seeds; ``tasks``: their number; ``left_out``: names of tasks whose
-        baseline is 0 or below (for one seed at least, where seeds share different samples with the baseline);
+      - ``gains``: task -> relative gain, the mean over seeds; ``tasks``: their number; ``left_out``: names of tasks
+        whose baseline is 0 or below (for one seed at least, where seeds share different samples with the baseline);
       - ``wins``, ``ties``, ``losses``: numbers of tasks by the difference in mean score, tasks left out included;
       - ``shared``: the number of tunings that had a partner in the baseline.
     """
@@ -309,9 +309,9 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
       direct: those of the same PE kind without an upstream stage.
 
     Returns:
-      None if they have no task and sample in common. Else ``first``: the step at which each tuning reached the score, None
-      for never; ``reached``: the share that did; ``median`` over those, or None; ``median_direct``: the same of direct
-      tuning on the same tasks and samples; ``last``: the last step of any curve.
+      None if they have no task and sample in common. Else ``first``: the step at which each tuning reached the score,
+      None for never; ``reached``: the share that did; ``median`` over those, or None; ``median_direct``: the same of
+      direct tuning on the same tasks and samples; ``last``: the last step of any curve.
     """
     partners = {(record["task"], record["sample"]): record["curve"] for record in direct}
     curves = [
@@ -322,7 +322,7 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
     if not curves:
         return None
     first = [steps_to_score(curve, max(partner["dev"])) for curve, partner in curves]
-    of_direct = [steps_to_score(partner, max(partner["dev"])) for _, partner in curves]
+    of_direct = [partner["step"][int(np.argmax(partner["dev"]))] for _, partner in curves]
     reached = [step for step in first if step is not None]
     return {
         "first": first,
@@ -333,10 +333,16 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
     }
 
 
+def stage_place(algorithm: str, trained: str | None) -> tuple[int, str, int]:
+    """A key that sorts upstream stages: by algorithm, those of no list last, then by what was trained."""
+    known = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else len(ALGORITHMS)
+    return known, algorithm, TRAINED.index(trained)
+
+
 def _check(records):
     if not records:
         raise InputError("no tuning to report on: no record was given")
-    seen, facts = set(), {}
+    seen, facts = set(), dict[str, tuple[str, float]]()
     for number, record in enumerate(records, 1):
         missing = [field for field in _FIELDS if field not in record]
         if missing:
@@ -365,6 +371,8 @@ def _check_one(number, record):
     curve = record["curve"]
     if not curve.get("step") or len(curve["step"]) != len(curve.get("dev", ())):
         raise InputError(f"record {number}: its curve needs as many steps as dev scores, at least one")
+    if list(curve["step"]) != sorted(set(curve["step"])):
+        raise InputError(f"record {number}: the steps of its curve must ascend")
     if not all(map(math.isfinite, (record["test"], record["chance"], *curve["dev"]))):
         raise InputError(f"record {number}: test, chance and the dev scores of the curve must be finite")
 
@@ -374,9 +382,8 @@ def _arm(record):
 
 
 def _place(arm):
-    """Where an arm stands in tables: by PE kind, the whole model first, then by algorithm and what was trained."""
-    known = ALGORITHMS.index(arm.algorithm) if arm.algorithm in ALGORITHMS else len(ALGORITHMS)
-    return arm.peft != "full", arm.peft, known, arm.algorithm, TRAINED.index(arm.trained)
+    """Where an arm stands: by PE kind, the whole model first, then by upstream stage."""
+    return arm.peft != "full", arm.peft, stage_place(arm.algorithm, arm.trained)
 
 
 def _seeds(records):
