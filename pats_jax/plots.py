@@ -133,7 +133,9 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
 
 
 def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[float, list[float] | None]]]) -> None:
-    """Average relative gains as bars with their intervals, one panel a baseline; all panels have the same rows.
+    """Average relative gains as bars with their intervals, one panel a baseline.
+
+    All panels have the same rows, in the order of the panel with the most arms, and the same scale.
 
     Args:
       path: the PNG file to write.
@@ -141,9 +143,12 @@ def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[flo
     """
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for arms in panels.values() for name in arms))
+    longest_first = sorted(panels.values(), key=len, reverse=True)
+    names = list(dict.fromkeys(name for arms in longest_first for name in arms))
     figure = Figure(figsize=(3.0 + 4.0 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
-    for axes, (title, arms) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, arms) in zip(
+        figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
+    ):
         axes.set(title=title, xlabel="ARG in percent, 95 % interval over tasks")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), names)

@@ -123,7 +123,8 @@ def tables(folder):
 
 
 def starts(cell, text):
-    return re.fullmatch(re.escape(text) + r" \[[+-]\d+\.\d, [+-]\d+\.\d\]", cell) is not None
+    found = re.fullmatch(re.escape(text) + r" \[([+-]\d+\.\d), ([+-]\d+\.\d)\]", cell)
+    return found is not None and float(found[1]) < float(text) < float(found[2])
 
 
 def test_the_main_tables(reported):
@@ -252,14 +253,14 @@ def test_the_steps_are_an_empirical_distribution(monkeypatch):
 
 
 def test_bars_and_intervals_stand_at_their_names(monkeypatch):
-    panels = {"one": {"a": (10.0, [5.0, 20.0]), "c": (-4.0, None)}, "two": {"b": (1.0, None)}}
-    figure = drawn(monkeypatch, plots.plot_average_gains, panels)
-    left, right = figure.axes
-    names = [label.get_text() for label in left.get_yticklabels()]
-    assert names == ["a", "c", "b"] and left.get_ylim() == right.get_ylim()
-    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in left.patches] == [(0, 10), (1, -4)]
-    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in right.patches] == [(2, 1)]
-    (segment,) = left.collections[0].get_segments()
+    panels = {"two": {"b": (1.0, None)}, "one": {"a": (10.0, [5.0, 20.0]), "c": (-4.0, None)}}
+    first, second = drawn(monkeypatch, plots.plot_average_gains, panels).axes
+    assert second.get_xlim() == first.get_xlim()
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert names == ["a", "c", "b"] and second.get_ylim() == first.get_ylim()
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in second.patches] == [(0, 10), (1, -4)]
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in first.patches] == [(2, 1)]
+    (segment,) = second.collections[0].get_segments()
     assert segment.tolist() == [[5, 0], [20, 0]]
 
 
