@@ -32,6 +32,7 @@ from pats_jax.comparison import FinishedRun, Run
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import get_methods
+from pats_jax.report_page import aligned
 from pats_jax.settings import Settings, read_config
 
 logger = logging.getLogger(__name__)
@@ -277,12 +278,6 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
         for line in aligned([header, *rows]):
             _say(console, f"  {line}")
     _say(console, f"report in {root / 'report.html'}")
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table with its columns aligned, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 # running

@@ -1,4 +1,4 @@
-"""Pictures of a run and of a comparison of runs: losses, scores, distributions of sensitivity."""
+"""Pictures of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
 
 import itertools
 import pathlib
@@ -8,6 +8,8 @@ import numpy as np
 
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
+# Color, line and marker, for more arms than there are colors.
+_STYLES = [(color, line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for color in _COLORS]
 
 
 def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
@@ -128,6 +130,93 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     axes.set_xscale("log")
     axes.legend()
     _save(figure, path)
+
+
+def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[float, list[float] | None]]]) -> None:
+    """Average relative gains as bars with their intervals, one panel a baseline.
+
+    All panels have the same rows, in the order of the panel with the most arms, and the same scale.
+
+    Args:
+      path: the PNG file to write.
+      panels: title -> name of an arm -> ARG in percent, and its interval (low, high) or None.
+    """
+    from matplotlib.figure import Figure
+
+    longest_first = sorted(panels.values(), key=len, reverse=True)
+    names = list(dict.fromkeys(name for arms in longest_first for name in arms))
+    figure = Figure(figsize=(3.0 + 4.0 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
+    for axes, (title, arms) in zip(
+        figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        axes.set(title=title, xlabel="ARG in percent, 95 % interval over tasks")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), names)
+        axes.label_outer()
+        axes.grid(alpha=0.3, axis="x")
+        axes.axvline(0, color=_BEFORE)
+        for name, (gain, interval) in arms.items():
+            place = names.index(name)
+            axes.barh(place, gain, color=_AFTER if gain >= 0 else _COLORS[1], alpha=0.7, height=0.6)
+            if interval is not None:
+                axes.hlines(place, *interval, color="black", linewidth=1)
+                axes.plot(interval, [place, place], "|", color="black")
+    _save(figure, path)
+
+
+def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], title: str) -> None:
+    """Relative gain by task, a dot an arm; tasks stand in the order of their mean gain over the arms that have them.
+
+    Args:
+      path: the PNG file to write.
+      gains: name of an arm -> task -> relative gain in percent.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    by_task: dict[str, list[float]] = {}
+    for arm in gains.values():
+        for task, gain in arm.items():
+            by_task.setdefault(task, []).append(gain)
+    tasks = sorted(by_task, key=lambda task: float(np.mean(by_task[task])))
+    figure = Figure(figsize=(8.0, 1.8 + 0.2 * len(tasks)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="relative gain in percent")
+    axes.axvline(0, color=_BEFORE)
+    axes.grid(alpha=0.3)
+    for (name, arm), (color, _, marker) in zip(gains.items(), itertools.cycle(_STYLES), strict=False):
+        places = [tasks.index(task) for task in arm]
+        axes.plot(list(arm.values()), places, linestyle="", marker=marker, color=color, alpha=0.8, label=name)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_ylim(-0.5, len(tasks) - 0.5)
+    _legend_beside(figure, axes)
+    _save(figure, path)
+
+
+def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], last: int, title: str) -> None:
+    """By step, the share of tunings that have reached a dev score: the empirical distribution of the steps it takes.
+
+    Args:
+      path: the PNG file to write.
+      first: name of an arm -> the step at which each of its tunings reached the score, None for never.
+      last: the last step of any tuning, where the lines end.
+      title: of the picture.
+    """
+    figure, axes = _figure(title, "step", "share of tunings that have reached it")
+    figure.set_size_inches(8.0, 4.5)
+    for (name, steps), (color, line, _) in zip(first.items(), itertools.cycle(_STYLES), strict=False):
+        reached = sorted(step for step in steps if step is not None)
+        shares = [count / len(steps) for count in range(len(reached) + 1)]
+        axes.step([0, *reached, last], [*shares, shares[-1]], where="post", color=color, linestyle=line, label=name)
+    axes.set_ylim(-0.02, 1.02)
+    _legend_beside(figure, axes)
+    _save(figure, path)
+
+
+def _legend_beside(figure, axes):
+    """Beside the axes, where it hides nothing; the order is that of the drawing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")
 
 
 def _figure(title, xlabel, ylabel):

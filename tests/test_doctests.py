@@ -18,6 +18,7 @@ import pytest
         "models.peft.model",
         "objectives",
         "random",
+        "relative_gain",
         "subnetworks",
         "transforms",
     ],
