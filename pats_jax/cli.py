@@ -85,6 +85,16 @@ def prime(args: list[str]) -> None:
     upstream.run(parsed, rich.console.Console())
 
 
+def gym(args: list[str]) -> None:
+    """Tune on the target tasks of a few-shot gym, and report what priming gains."""
+    from pats_jax import downstream, settings
+
+    parsed = settings.parse(args, "pats-jax gym", downstream.GymSettings)
+    import rich.console
+
+    downstream.run(parsed, args, rich.console.Console())
+
+
 def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
     import tyro
@@ -132,6 +142,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "glue": glue,
     "compare": compare,
     "prime": prime,
+    "gym": gym,
     "predict": predict,
     "submission": submission,
     "methods": methods,

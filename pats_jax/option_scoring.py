@@ -6,6 +6,7 @@ from it; loss and decision are the same.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,7 +177,13 @@ def get_head(name: str) -> Head:
 
 
 def load_scorer(
-    name_or_dir: str, head: str, config: peft.PeftConfig | None, *, key: int, **options: Any
+    name_or_dir: str,
+    head: str,
+    config: peft.PeftConfig | None,
+    *,
+    key: int,
+    mlm_head_from: str | None = None,
+    **options: Any,
 ) -> tuple[models.SequenceClassifier, Any]:
     """A pretrained encoder that scores options, with PE modules if a config is given, and its parameters.
 
@@ -185,6 +192,7 @@ def load_scorer(
       head: name of one of ``HEADS``.
       config: kind and settings of the PE modules.
       key: for what is new: modules and head.
+      mlm_head_from: checkpoint with the masked-language-model head, which training leaves as it is; None: name_or_dir.
       **options: further arguments of `pats_jax.models.from_pretrained`.
 
     Raises:
@@ -193,9 +201,11 @@ def load_scorer(
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
     model, params, _ = models.from_pretrained(name_or_dir, num_labels=labels, key=key, **options)
     if config is not None:
+        if "pooler" in get_head(head).trains and not model.config.is_roberta:
+            config = dataclasses.replace(config, train_pooler=True)
         model, params = peft.add_peft(model, params, config, key=key)
     if head == "mlm":
-        params = {**params, "mlm": models.load_mlm_head(name_or_dir, model.config)}
+        params = {**params, "mlm": models.load_mlm_head(mlm_head_from or name_or_dir, model.config)}
     return model.clone(first_token_only=head in ("pair", "classes")), params
 
 
@@ -294,6 +304,11 @@ def pad_to(batch: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> 
         name: np.pad(x, [(0, 0), *((0, size - own) for size, own in zip(shapes[name], x.shape[1:], strict=True))])
         for name, x in batch.items()
     }
+
+
+def row_shapes(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int) -> dict[str, tuple[int, ...]]:
+    """The shapes that a batch of any of the rows fits in, without the rows' axis, as `pad_to` takes them."""
+    return {name: x.shape[1:] for name, x in encode_rows(head, rows, tokenizer, max_length).items()}
 
 
 def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:

@@ -223,11 +223,7 @@ class UpstreamTraining(Training):
                 for sample in task.samples
                 for row in (*sample.train, *sample.dev)
             ]
-            widest = max(len(row.options) for row in rows)
-            # the widest row comes along, so that all parts have room for as many options
-            first = next(row for row in rows if len(row.options) == widest)
-            encoded = self.encode([first, *rows])
-            shapes = {name: x.shape[1:] for name, x in encoded.items()}
+            shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
             groups.setdefault(tuple(sorted(shapes.items())), []).append(task)
         return [(members, dict(shapes)) for shapes, members in groups.items()]
 
