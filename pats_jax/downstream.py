@@ -117,7 +117,7 @@ class GymSettings(TrainingSettings):
         Raises:
           InputError: ``--grid`` is written otherwise than as KIND=RATE,RATE.
         """
-        rates = {name: (rate,) for name, rate in LEARNING_RATES.items()}
+        rates: dict[str, tuple[float, ...]] = {name: (rate,) for name, rate in LEARNING_RATES.items()}
         for text in self.grid:
             name, _, values = text.partition("=")
             try:
@@ -131,8 +131,10 @@ class GymSettings(TrainingSettings):
 
 
 # What may differ between starts of one folder: it does not change any tuning.
-_FREE = ("output_dir", "primed", "kinds", "direct", "tasks", "samples", "jobs", "share", "report_only", "grid")
-_FREE += ("per_device_eval_batch_size", "compilation_cache_dir", "num_devices", "parallel", "learning_rate")
+_FREE = frozenset(
+    "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
+    "compilation_cache_dir num_devices parallel".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
