@@ -372,7 +372,14 @@ class Tuner:
         best = max(tried, key=lambda one: one["place"])
         rows = self._test_rows(task, sample)
         chosen = option_scoring.choose(
-            self._scores, self._head, best.pop("params"), rows, self._tokenizer, self._max_length, self._eval_rows
+            self._scores,
+            self._head,
+            best.pop("params"),
+            rows,
+            self._tokenizer,
+            self._max_length,
+            self._settings.per_device_eval_batch_size,
+            share_options=task.options is not None,
         )
         start = self._start
         return {
@@ -390,10 +397,6 @@ class Tuner:
             "seconds": time.perf_counter() - since,
         }
 
-    @property
-    def _eval_rows(self):
-        return self._settings.per_device_eval_batch_size
-
     def _tune(self, rate, task, sample, shapes, asked):
         """One learning rate: the curve on the dev rows and what does best there.
 
@@ -407,7 +410,7 @@ class Tuner:
             key=settings.seed,
             trainable=self._trainable,
         )
-        dev = self._encode(sample.dev, shapes)
+        dev = self._encode(task, sample.dev, shapes)
         answers = np.array([row.answer for row in sample.dev])
         steps, scores, best = [], [], None
         for step, rows in enumerate(self._batches(task, sample)):
@@ -423,7 +426,7 @@ class Tuner:
                 if best is None or (score, -loss) > best["place"]:
                     best = {"place": (score, -loss), "params": state.all_params, "step": step, "dev": score}
             if step < settings.max_steps:
-                state, _ = self._step(state, self._encode(rows, shapes))
+                state, _ = self._step(state, self._encode(task, rows, shapes))
         assert best is not None
         return best | {"learning_rate": rate, "curve": {"step": steps, "dev": scores}}
 
@@ -438,8 +441,8 @@ class Tuner:
             yield [sample.train[index] for index in order[:size]]
             order = order[size:]
 
-    def _encode(self, rows, shapes):
-        encoded = option_scoring.encode_rows(self._head, rows, self._tokenizer, self._max_length)
+    def _encode(self, task, rows, shapes):
+        encoded = option_scoring.encode_rows(self._head, rows, self._tokenizer, self._max_length, share_options=True)
         return option_scoring.pad_to(encoded, shapes)
 
     def _shapes(self, task):

@@ -45,8 +45,10 @@ class Head(abc.ABC):
         return options
 
     @abc.abstractmethod
-    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-        """What `scores` takes of some rows: arrays (rows, ...), padded to few shapes."""
+    def encode(
+        self, rows: Sequence[Row], tokenizer: Any, max_length: int, share_options: bool = False
+    ) -> dict[str, np.ndarray]:
+        """What `scores` takes of some rows: arrays (rows, ...), padded to few shapes; see `encode_rows`."""
 
     @abc.abstractmethod
     def scores(self, model: models.SequenceClassifier, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -65,12 +67,12 @@ class EmbeddingHead(Head):
     def slots(self, options):
         return padded(options, FEWEST_OPTIONS)  # short texts: those too many cost little, a shape more costs seconds
 
-    def encode(self, rows, tokenizer, max_length):
-        texts = _options(rows, self)
+    def encode(self, rows, tokenizer, max_length, share_options=False):
         inputs = _pad(_ids(tokenizer, [row.input for row in rows], max_length), SHORTEST_TEXT, max_length)
-        choices = _pad(_ids(tokenizer, texts, max_length), SHORTEST_OPTION, max_length)
-        by_row = {f"option_{name}": x.reshape(len(rows), -1, x.shape[1]) for name, x in choices.items()}
-        return inputs | by_row
+        if share_options and len({row.options for row in rows}) == 1:
+            rows = rows[:1]
+        choices = _pad(_ids(tokenizer, _options(rows, self), max_length), SHORTEST_OPTION, max_length)
+        return inputs | {f"option_{name}": x.reshape(len(rows), -1, x.shape[1]) for name, x in choices.items()}
 
     def scores(self, model, params, batch, key):
         keys = (None, None) if key is None else jax.random.split(key)
@@ -78,7 +80,8 @@ class EmbeddingHead(Head):
         ids, mask = batch["option_input_ids"], batch["option_attention_mask"]
         length = ids.shape[-1]
         options = _embed(model, params, ids.reshape(-1, length), mask.reshape(-1, length), keys[1])
-        return 20.0 * jnp.einsum("rh,roh->ro", inputs, options.reshape(*ids.shape[:2], -1))
+        options = options.reshape(*ids.shape[:2], -1)
+        return 20.0 * jnp.sum(inputs[:, None, :] * options, axis=2)  # options (rows, ...) or (1, ...)
 
 
 class PairHead(Head):
@@ -87,7 +90,7 @@ class PairHead(Head):
     summary = "the classification head on input and option as a pair"
     trains = ("classifier", "pooler")
 
-    def encode(self, rows, tokenizer, max_length):
+    def encode(self, rows, tokenizer, max_length, share_options=False):
         encoded = _pairs(rows, _options(rows, self), tokenizer, max_length)
         return {name: x.reshape(len(rows), -1, x.shape[1]) for name, x in encoded.items()}
 
@@ -108,7 +111,7 @@ class MaskedLanguageModelHead(Head):
 
     summary = "log probability of the option's tokens in the place of masks"
 
-    def encode(self, rows, tokenizer, max_length):
+    def encode(self, rows, tokenizer, max_length, share_options=False):
         spelt = tokenizer(_options(rows, self), add_special_tokens=False)["input_ids"]
         targets = _pad([ids or [tokenizer.unk_token_id] for ids in spelt], SHORTEST_OPTION, max_length)
         masks = [tokenizer.mask_token * max(1, len(ids)) for ids in spelt]
@@ -148,7 +151,7 @@ class ClassesHead(Head):
     trains = ("classifier", "pooler")
     for_all_tasks = False
 
-    def encode(self, rows, tokenizer, max_length):
+    def encode(self, rows, tokenizer, max_length, share_options=False):
         return _pad(_ids(tokenizer, [row.input for row in rows], max_length), SHORTEST_TEXT, max_length)
 
     def scores(self, model, params, batch, key):
@@ -230,8 +233,18 @@ def trainable_mask(params: Any, trained: str, head: str) -> Any:
     return jax.tree_util.tree_map_with_path(is_trained, params)
 
 
-def encode_rows(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+def encode_rows(
+    head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int, *, share_options: bool = False
+) -> dict[str, np.ndarray]:
     """A batch of rows: what the head takes, ``option_mask`` (rows, options) 1 where there is one, ``answers`` (rows,).
+
+    Args:
+      head: reads the batch.
+      rows: at least one.
+      tokenizer: the model's.
+      max_length: of a text, in tokens.
+      share_options: let arrays of the options have a first axis of 1, where all rows have the same and the head can do
+        with it: less work for the same scores. Such a batch cannot be dealt out to devices by its rows.
 
     Raises:
       InputError: rows without the same options, for the head of one task's classes.
@@ -241,7 +254,7 @@ def encode_rows(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int
     counts = np.array([len(row.options) for row in rows])
     mask = (np.arange(head.slots(counts.max())) < counts[:, None]).astype(np.int32)
     answers = np.array([row.answer for row in rows], np.int32)
-    return head.encode(rows, tokenizer, max_length) | {"option_mask": mask, "answers": answers}
+    return head.encode(rows, tokenizer, max_length, share_options) | {"option_mask": mask, "answers": answers}
 
 
 def option_scores(head: Head, model: Any, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
@@ -275,6 +288,7 @@ def choose(
     tokenizer: Any,
     max_length: int,
     batch_size: int,
+    share_options: bool = False,
 ) -> np.ndarray:
     """The option with the highest score, int64 (rows,), of rows in batches of one size, those of like length together.
 
@@ -286,13 +300,16 @@ def choose(
       tokenizer: the model's.
       max_length: of a text, in tokens.
       batch_size: rows of a batch; the last one is filled up with the row before.
+      share_options: see `encode_rows`.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].options), len(rows[i].input)))
     chosen, parts = np.empty(len(rows), np.int64), []
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         filled = [rows[i] for i in index] + [rows[index[-1]]] * (batch_size - len(index))
-        parts.append((index, scores(params, encode_rows(head, filled, tokenizer, max_length))))
+        parts.append(
+            (index, scores(params, encode_rows(head, filled, tokenizer, max_length, share_options=share_options)))
+        )
     for index, part in parts:  # fetched when all have been dispatched
         chosen[index] = np.argmax(np.asarray(part), axis=1)[: len(index)]
     return chosen

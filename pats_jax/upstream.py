@@ -209,9 +209,14 @@ class UpstreamTraining(Training):
             if len(met) == len(self.groups):
                 return
 
-    def encode(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    def encode(self, rows: Sequence[Row], share_options: bool = False) -> dict[str, np.ndarray]:
         """A batch of rows, padded as `option_scoring.encode_rows` does."""
-        return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length)
+        return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length, share_options=share_options)
+
+    def share_options(self, task: FewShotTask) -> bool:
+        """Whether rows of the task are encoded with their options once: those of a meta-learner's inner batches are."""
+        most = self.settings.max_options
+        return self.settings.algorithm != "mtl" and task.options is not None and len(task.options) <= most
 
     def _by_shape(self, tasks):
         """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis)."""
@@ -224,8 +229,8 @@ class UpstreamTraining(Training):
                 for row in (*sample.train, *sample.dev)
             ]
             shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
-            groups.setdefault(tuple(sorted(shapes.items())), []).append(task)
-        return [(members, dict(shapes)) for shapes, members in groups.items()]
+            groups.setdefault((self.share_options(task), *sorted(shapes.items())), []).append(task)
+        return [(members, dict(shapes)) for (_, *shapes), members in groups.items()]
 
     def _group(self, rng):
         """Number of the group of a step: as often as it has rows, or tasks for a meta-learner."""
@@ -238,7 +243,7 @@ class UpstreamTraining(Training):
         members, shapes = self.groups[self._group(rng)]
         if self.settings.algorithm == "mtl":
             rows = [self._row(rng, members) for _ in range(self.settings.train_batch_size or 1)]
-            return self._padded(rows, rng, shapes)
+            return self._padded(rows, rng, shapes, share_options=False)
         count = self.settings.tasks_per_step
         chosen = rng.choice(len(members), count, replace=len(members) < count)
         support, query = zip(*(self._task(rng, members[index], shapes) for index in chosen), strict=True)
@@ -258,14 +263,16 @@ class UpstreamTraining(Training):
         settings = self.settings
         sample = task.samples[rng.integers(len(task.samples))]
         count = settings.inner_steps * settings.inner_batch_size
-        support = self._padded(_take(rng, sample.train, count), rng, shapes)
-        query = self._padded(_take(rng, sample.dev, settings.query_batch_size), rng, shapes)
-        by_step = {name: x.reshape(settings.inner_steps, -1, *x.shape[1:]) for name, x in support.items()}
-        return by_step, query
+        share = self.share_options(task)
+        rows = _take(rng, sample.train, count)
+        parts = [rows[first :: settings.inner_steps] for first in range(settings.inner_steps)]
+        support = [self._padded(part, rng, shapes, share) for part in parts]
+        query = self._padded(_take(rng, sample.dev, settings.query_batch_size), rng, shapes, share)
+        return {name: np.stack([part[name] for part in support]) for name in support[0]}, query
 
-    def _padded(self, rows, rng, shapes):
+    def _padded(self, rows, rng, shapes, share_options):
         rows = [option_scoring.with_fewer_options(row, self.settings.max_options, rng) for row in rows]
-        return option_scoring.pad_to(self.encode(rows), shapes)
+        return option_scoring.pad_to(self.encode(rows, share_options), shapes)
 
 
 class UpstreamScore:
@@ -310,7 +317,7 @@ class UpstreamScore:
         training, sample = self._training, task.samples[0]
         rows = sample.test[:_DEV_ROWS]
         if training.settings.algorithm != "mtl":
-            params = self._adapt(params, training.encode(sample.train))
+            params = self._adapt(params, training.encode(sample.train, training.share_options(task)))
         devices = training.runner.num_devices
         size = -(-training.settings.per_device_eval_batch_size // devices) * devices
         own = training.runner.own_rows(size)
