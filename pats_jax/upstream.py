@@ -228,9 +228,12 @@ class UpstreamTraining(Training):
         return task.options is not None and len(task.options) <= self.settings.max_options
 
     def _by_shape(self, tasks):
-        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis)."""
+        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis).
+
+        Options that a batch holds once are so little work that those of all tasks are padded alike.
+        """
         rng = np.random.default_rng(0)
-        groups: dict[tuple, list[FewShotTask]] = {}
+        groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
         for task in tasks:
             rows = [
                 option_scoring.with_fewer_options(row, self.settings.max_options, rng)
@@ -238,8 +241,12 @@ class UpstreamTraining(Training):
                 for row in (*sample.train, *sample.dev)
             ]
             shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
-            groups.setdefault((self.share_options(task), *sorted(shapes.items())), []).append(task)
-        return [(members, dict(shapes)) for (_, *shapes), members in groups.items()]
+            shared = self.share_options(task)
+            deciding = sorted(item for item in shapes.items() if not (shared and item[0].startswith("option_")))
+            members, widest = groups.setdefault((shared, *deciding), ([], shapes))
+            members.append(task)
+            widest |= {name: tuple(map(max, shape, widest[name])) for name, shape in shapes.items()}
+        return list(groups.values())
 
     def _group(self, rng):
         """Number of the group of a step: as often as it has rows, or tasks for a meta-learner."""
