@@ -155,8 +155,7 @@ def reptile(loss_fn: LossFn, *, inner_learning_rate: float, trainable: Any = Non
         start = jax.lax.stop_gradient(params)
         total, losses = _descend(loss_fn, start, support, key, inner_learning_rate, trainable, first_order=True)
         taken, _ = _partition(params, trainable)
-        inner = jax.tree.map(lambda p, g: jnp.vdot(p.astype(jnp.float32), g.astype(jnp.float32)), taken, total)
-        direction = sum(jax.tree.leaves(inner))  # linear in params: its gradient is the sum
+        direction = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, taken, total)))  # linear: its gradient is the total
         return jnp.mean(losses) + direction - jax.lax.stop_gradient(direction), {"support_loss": losses[0]}
 
     return _mean_over_tasks(one_task, SUPPORT)
