@@ -254,7 +254,7 @@ def test_reptile_with_sgd_goes_part_of_the_way_to_the_mean_of_the_adapted_parame
     expected = jax.tree.map(lambda p, a: p + part * (a - p), start(), adapted)
     step = jax.jit(make_train_step(priming.reptile(loss_fn, inner_learning_rate=RATE)))
     state, metrics = step(new_state(optax.sgd(part * RATE)), in_float32(batch))
-    assert_close(jax.device_get(state.params), expected)
+    assert_close(jax.device_get(state.params), expected, 1e-5)
     assert float(metrics["grad_norm"]) > 0
 
 
@@ -271,7 +271,7 @@ def test_one_step_of_reptile_is_multi_task_learning_at_any_inner_rate(rate):
             (priming.make_meta_loss("mtl", loss_fn), same_rows),
         )
     )
-    assert_close(jax.device_get(reptile), jax.device_get(mtl))
+    assert_close(jax.device_get(reptile), jax.device_get(mtl), 1e-5)
 
 
 # multi-task learning
@@ -357,7 +357,7 @@ def test_noise_changes_its_own_leaves_only(algorithm):
     step = jax.jit(make_train_step(priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)))
     states = [step(new_state(noisy(scale)), in_float32(make_batch()))[0] for scale in (0.05, 0.0)]
     with_noise, without = (jax.device_get(state.params) for state in states)
-    assert (with_noise["first"]["kernel"] != without["first"]["kernel"]).mean() > 0.5
+    assert (with_noise["first"]["kernel"] != without["first"]["kernel"]).mean() > 0.25  # those of low sensitivity
     without["first"]["kernel"] = with_noise["first"]["kernel"]
     assert all(map(np.array_equal, jax.tree.leaves(with_noise), jax.tree.leaves(without)))
 
