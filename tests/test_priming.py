@@ -1,5 +1,7 @@
 """Multi-task and meta-learning as losses: gradients against NumPy's, and their training on one device and several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -320,9 +322,7 @@ def train(algorithm, devices=1, steps=4, **options):
     meta_loss = priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)
     runner = parallel.make_runner(num_devices=devices)
 
-    def create(params):
-        return pats_jax.TrainState.create(apply_fn=None, params=params, tx=noisy(), key=0)
-
+    create = functools.partial(pats_jax.TrainState.create, apply_fn=None, tx=noisy(), key=0)
     state = runner.create_state(create, in_float32(start()))
     step = runner.compile_step(make_train_step(meta_loss, **options), state)
     for number in range(steps):
