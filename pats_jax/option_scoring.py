@@ -112,15 +112,17 @@ class MaskedLanguageModelHead(Head):
     summary = "log probability of the option's tokens in the place of masks"
 
     def encode(self, rows, tokenizer, max_length, share_options=False):
-        spelt = tokenizer(_options(rows, self), add_special_tokens=False)["input_ids"]
-        targets = _pad([ids or [tokenizer.unk_token_id] for ids in spelt], SHORTEST_OPTION, max_length)
-        masks = [tokenizer.mask_token * max(1, len(ids)) for ids in spelt]
-        encoded = _pairs(rows, masks, tokenizer, max_length)
+        spelt = tokenizer(_options(rows, self), add_special_tokens=False, truncation=True, max_length=max_length)
+        spelt = [ids or [tokenizer.unk_token_id] for ids in spelt["input_ids"]]
+        targets = _pad(spelt, SHORTEST_OPTION, max_length)
+        encoded = _pairs(rows, [tokenizer.mask_token * len(ids) for ids in spelt], tokenizer, max_length)
+        is_mask, ends = encoded["input_ids"] == tokenizer.mask_token_id, encoded["attention_mask"].sum(axis=1) - 1
         places = np.zeros_like(targets["input_ids"])
-        for place, asked, ids in zip(places, targets["attention_mask"], encoded["input_ids"], strict=True):
-            found = np.flatnonzero(ids == tokenizer.mask_token_id)[-asked.sum() :]  # the text may hold masks, too
-            asked[len(found) :] = 0  # an option too long for the model
-            place[: len(found)] = found
+        for place, asked, masked, end in zip(places, targets["attention_mask"], is_mask, ends, strict=True):
+            # the last ones in a row: the text may hold masks, too, and long options lose some to truncation
+            count = np.cumprod(masked[:end][::-1]).sum()
+            asked[count:] = 0
+            place[:count] = np.arange(end - count, end)
         encoded |= {
             "target_ids": targets["input_ids"],
             "target_mask": targets["attention_mask"],
@@ -202,7 +204,10 @@ def load_scorer(
       InputError: the checkpoint cannot be had, or lacks the masked-language-model head that is asked for.
     """
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
-    model, params, _ = models.from_pretrained(name_or_dir, num_labels=labels, key=key, **options)
+    unused = "classifier" not in get_head(head).trains  # whatever the checkpoint's own classification head is, then
+    model, params, _ = models.from_pretrained(
+        name_or_dir, **{"num_labels": labels, "key": key, "new_head": unused} | options
+    )
     if config is not None:
         if "pooler" in get_head(head).trains and not model.config.is_roberta:
             config = dataclasses.replace(config, train_pooler=True)
@@ -329,7 +334,8 @@ def row_shapes(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int)
 
 
 def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
-    """The row with the right option and others drawn at random, ``most`` in all, in their order; itself if it has less.
+    """The row with the right option and others drawn at random, ``most`` in all, in their order; or itself if it has
+    no more than that.
 
     Example:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
@@ -364,7 +370,7 @@ def _ids(tokenizer, texts, max_length):
 
 
 def _pad(ids, smallest, largest):
-    """Ids and attention mask (rows, length), for a length of few."""
+    """Ids and attention mask (rows, length), for a length of few; padding is 0 for all models, for none reads it."""
     length = min(padded(max(map(len, ids)), smallest), largest)
     mask = np.array([[1] * len(own) + [0] * (length - len(own)) for own in ids], np.int32)
     return {"input_ids": np.array([own + [0] * (length - len(own)) for own in ids], np.int32), "attention_mask": mask}

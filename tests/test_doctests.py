@@ -17,6 +17,8 @@ import pytest
         "evaluation",
         "models.peft.model",
         "objectives",
+        "option_scoring",
+        "priming",
         "random",
         "relative_gain",
         "subnetworks",
