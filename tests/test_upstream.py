@@ -1,4 +1,4 @@
-"""`pats-jax prime` on a random checkpoint and a gym of a handful of tasks: what it trains, draws, watches and leaves."""
+"""`pats-jax prime` on a random checkpoint and a handful of tasks: what it trains, draws, watches and leaves."""
 
 import dataclasses
 import itertools

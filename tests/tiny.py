@@ -165,7 +165,7 @@ SEEDS = (13, 21)
 
 
 def write_gym(folder: Path) -> Path:
-    """Writes few-shot tasks as JSON lines: samples 13 and 21 of 6 training and 5 dev rows, and 12 test rows for both."""
+    """Writes few-shot tasks as JSON lines: samples 13 and 21 of 6 training and 5 dev rows, 12 test rows for both."""
     for number, name in enumerate(name for names in PARTITION.values() for name in names):
         rng = np.random.default_rng(number)
         who = NAMES[4:] if name in PARTITION["test"] else NAMES[:4]
@@ -176,7 +176,7 @@ def write_gym(folder: Path) -> Path:
 
 
 def _line(name, rng, who):
-    """A row: in the one kind of task a word like the right option stands in the text, in the other the option itself."""
+    """A row: in tasks with classes a word like the right one stands in the text, else the option itself."""
     if name in GYM_CLASSES:
         options = list(GYM_CLASSES[name])
         right = str(rng.choice(options))
