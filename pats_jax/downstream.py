@@ -96,7 +96,7 @@ class GymSettings(TrainingSettings):
             ("max_steps", self.max_steps >= 1, "at least 1"),
             ("jobs", self.jobs >= 1, "at least 1"),
             ("kinds", len(set(self.kinds)) == len(self.kinds) > 0, "different kinds, one at least"),
-            ("max_test_rows", (self.max_test_rows or 1) >= 1, "at least 1"),
+            ("max_test_rows", self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
         ):
             if not holds:
                 raise InputError(f"--{name} {getattr(self, name)}: must be {expected}")

@@ -1,6 +1,7 @@
 """`pats-jax gym` on a random checkpoint and a handful of tasks: what a tuning is, where it starts, what is kept."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-RATE = 2e-2
+RATES = {"full": 2e-3, "lora": 2e-2, "bitfit": 1e-2}
 QUICK = {
     "max_seq_length": 16,
     "max_steps": 3,
@@ -35,7 +36,7 @@ QUICK = {
     "per_device_eval_batch_size": 5,
     "lora_rank": 2,
 }
-GRID = tuple(f"{kind}={RATE}" for kind in ("full", "lora", "bitfit"))
+GRID = tuple(f"{kind}={rate}" for kind, rate in RATES.items())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_the_records_are_complete(whole, home):
         assert record["curve"]["step"] == [0, 1, 2, 3] and len(record["curve"]["dev"]) == 4
         assert record["dev"] == max(record["curve"]["dev"])
         assert record["dev"] == record["curve"]["dev"][record["step"]]
-        assert record["learning_rate"] == RATE and record["learning_rates"] == [RATE]
+        assert record["learning_rate"] == RATES[record["peft"]] and record["learning_rates"] == [RATES[record["peft"]]]
         assert record["test_rows"] == 12 and record["test"] * 12 == pytest.approx(round(record["test"] * 12))
     assert len({record["test"] for record in found.values()}) > 3
 
@@ -177,7 +178,7 @@ def plain_tuning(start_folder, kind, sample, steps=3, seed=42):
         path.append((dev, float(dev_loss(values)), model, unflatten(values)))
         grads = [np.asarray(g) * keep for g, keep in zip(value_and_grad(values), trained, strict=True)]
         factor = min(1.0, 1.0 / math.sqrt(sum(float((g.astype(float) ** 2).sum()) for g in grads)))
-        rate = RATE * (1 - step / steps)
+        rate = RATES[kind] * (1 - step / steps)
         for i, g in enumerate(grads):
             if trained[i]:
                 first[i] = 0.9 * first[i] + 0.1 * factor * g
@@ -213,6 +214,13 @@ def test_of_equal_scores_that_of_the_lower_loss_is_kept(base, home, tmp_path, mo
 
 
 @pytest.fixture
+def later_is_better(monkeypatch):
+    """The dev score rises with every step, so that the last parameters are kept."""
+    counter = itertools.count()
+    monkeypatch.setitem(metrics.METRICS, "accuracy", lambda chosen, right: float(next(counter)))
+
+
+@pytest.fixture
 def best_params(monkeypatch):
     """The parameters that test rows are scored by, as they come."""
     kept, real = [], option_scoring.choose
@@ -225,8 +233,7 @@ def best_params(monkeypatch):
     return kept
 
 
-def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, best_params, monkeypatch):
-    monkeypatch.setitem(metrics.METRICS, "accuracy", lambda chosen, right: float(len(best_params) == 0))
+def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, best_params, later_is_better):
     one = {"tasks": ("manners",), "samples": (13,)}
     run(base, tmp_path / "gym", kinds=("full", "lora"), **one)
     for kind, after in zip(("full", "lora"), best_params, strict=True):
@@ -236,7 +243,7 @@ def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, bes
         names = {path: jax.tree_util.keystr(path, simple=True, separator=".") for path in before}
         moved = {name for path, name in names.items() if not np.array_equal(before[path], after[path])}
         if kind == "lora":
-            assert moved and all(name.startswith("peft.") for name in moved)
+            assert moved == {name for name in names.values() if name.startswith("peft.")}
         else:
             encoder = {name for name in names.values() if name.startswith("bert.") and "pooler" not in name}
             assert moved | {name for name in encoder if name.endswith("key.bias")} == encoder
@@ -257,11 +264,11 @@ def test_the_grid_takes_what_does_better_on_dev(base, whole, tmp_path):
     """Against tunings with each rate alone."""
     other, one = f"lora={1e-9}", {"tasks": ("manners",)}
     alone = run(base, tmp_path / "alone", grid=(other,), **one)
-    both = run(base, tmp_path / "both", grid=(f"lora={1e-9},{RATE}",), **one)
+    both = run(base, tmp_path / "both", grid=(f"lora={1e-9},{RATES['lora']}",), **one)
     told = 0
     for key, record in both.items():
-        candidates = {1e-9: alone[key], RATE: records(whole)[key]}
-        assert record["learning_rates"] == [1e-9, RATE]
+        candidates = {1e-9: alone[key], RATES["lora"]: records(whole)[key]}
+        assert record["learning_rates"] == [1e-9, RATES["lora"]]
         assert record["dev"] == max(one["dev"] for one in candidates.values())
         chosen = candidates[record["learning_rate"]]
         assert {k: record[k] for k in ("curve", "step", "test")} == {k: chosen[k] for k in ("curve", "step", "test")}
@@ -269,26 +276,24 @@ def test_the_grid_takes_what_does_better_on_dev(base, whole, tmp_path):
     assert told > 0
 
 
-def test_fewer_test_rows(base, home, whole, tmp_path, best_params):
-    """They are the same for all samples and starts, and not simply the first."""
-    settings = dataclasses.replace(base, max_test_rows=4, output_dir=str(tmp_path / "gym"), tasks=("choice",))
+def test_fewer_test_rows(base, home, whole, tmp_path, monkeypatch):
+    """They are the same for all samples, and not simply the first."""
     seen, real = [], option_scoring.choose
 
     def choose(scores, head, params, rows, *args, **options):
         seen.append(list(rows))
         return real(scores, head, params, rows, *args, **options)
 
-    option_scoring.choose = choose  # best_params puts the real one back
-    downstream.run(settings, [], rich.console.Console(quiet=True))
+    monkeypatch.setattr(option_scoring, "choose", choose)
+    found = run(base, tmp_path / "gym", max_test_rows=4, tasks=("choice",))
     rows = load_gym(home / "gym")["choice"].sample(13).test
     assert seen[0] == seen[1] and len(seen[0]) == 4 and set(seen[0]) <= set(rows) and seen[0] != list(rows[:4])
-    found = records(tmp_path / "gym")
-    assert {record["test_rows"] for record in found.values()} == {4}
     for key, record in found.items():
-        assert record["curve"] == records(whole)[key]["curve"] and record["test"] in (0, 0.25, 0.5, 0.75, 1)
+        assert record["curve"] == records(whole)[key]["curve"]
+        assert record["test_rows"] == 4 and record["test"] in (0, 0.25, 0.5, 0.75, 1)
 
 
-def test_pats_is_an_optimizer_here_too(base, whole, tmp_path, best_params):
+def test_pats_is_an_optimizer_here_too(base, tmp_path, best_params, later_is_better):
     one = {"tasks": ("manners",), "samples": (13,), "kinds": ("full",)}
     run(base, tmp_path / "gym", method="pats", noise_scale=0.5, **one)
     run(base, tmp_path / "plain", **one)

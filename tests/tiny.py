@@ -206,6 +206,7 @@ def write_gym_home(home: Path) -> Path:
 def embed(model, params, texts: list[str], max_length: int = 16):
     """Texts -> (texts, hidden) of length 1: the mean of the last hidden states, as sentence encoders have it."""
     encoded = dict(tokenizer()(texts, padding=True, truncation=True, max_length=max_length, return_tensors="np"))
+    model = model.clone(first_token_only=False)
     _, states = model.apply({"params": params}, **encoded, output_hidden_states=True)
     mask = encoded["attention_mask"][:, :, None]
     mean = jnp.sum(states[-1] * mask, axis=1) / mask.sum(axis=1)
