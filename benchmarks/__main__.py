@@ -22,6 +22,7 @@ from benchmarks.goals import Plot
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.pipeline import Pipeline
+from benchmarks.priming import Priming
 from benchmarks.random_numbers import Random
 from benchmarks.step import Step
 from pats_jax.errors import InputError
@@ -33,6 +34,7 @@ SUBJECTS: dict[str, type[report.Subject]] = {
     "compile": Compile,
     "memory": Memory,
     "pipeline": Pipeline,
+    "priming": Priming,
     "devices": Devices,
     "random": Random,
     "checkpoint": Checkpoint,

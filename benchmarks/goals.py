@@ -98,6 +98,12 @@ GOALS = (
         "time that the device waits for data, SST-2",
         *("pipeline", 0.01, _figure("sst2 waiting", "waiting_share"), ".2%"),
     ),
+    Goal("second-order MAML's step / first-order's, MiniLM", "priming", 3.5, _ratio("minilm 16x64 maml")),
+    Goal(
+        "memory of a MAML step, BERT-base, 4 tasks of 16 rows, remat, GB",
+        *("priming", 16.0, lambda results: results["measured"]["bert-base 16x64 maml remat"]["total"] / 1e9, ".1f"),
+    ),
+    Goal("step with LoRA / of the whole model, MiniLM", "step", 0.80, _ratio("minilm 32x64 finetune:lora")),
     Goal("PATS's extra time for each parameter, most / least of all sizes", "optimizer", 1.20, _spread),
 )
 
@@ -227,6 +233,7 @@ DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "optimizer": _draw_growth,
     "memory": _draw_state,
     "compile": _draw_ratios("Trace, lower, compile", "plain AdamW = 1"),
+    "priming": _draw_ratios("Upstream step by algorithm", "first-order MAML = 1"),
     "devices": _draw_ratios("Runners on virtual devices, the same global batch", "plain jit on one device = 1"),
     "random": _draw_ratios("11 million random numbers added to an array", "adding 1 = 1", log=True),
 }

@@ -126,6 +126,10 @@ class Training(abc.ABC):
         """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
         return iter(())
 
+    @abc.abstractmethod
+    def describe_batch(self) -> str:
+        """What a step learns from, in a line."""
+
     def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any] | None:
         """``fisher(keep_fraction, mask)``, see `methods.Context`; None where nothing can be measured."""
         return None
@@ -215,6 +219,15 @@ class GlueTraining(Training):
             return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
 
         return measure
+
+    def describe_batch(self):
+        settings, runner = self.settings, self.runner
+        micro_batches = settings.gradient_accumulation_steps
+        return (
+            f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
+            f"x {runner.num_devices} devices of {jax.process_count()} processes"
+            + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+        )
 
     def _planned(self, first_step):
         """Rows and length of every step from one (counted from 0) on, without end."""
@@ -321,7 +334,7 @@ def train(
         "steps": rhythm.total_steps,
         "trained_parameters": training.num_trained,
     }
-    logger.info("%s", describe_batch(settings, runner))
+    logger.info("%s", training.describe_batch())
     if training.num_trained < training.num_parameters:
         share = 100 * training.num_trained / training.num_parameters
         logger.info("trained: %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
@@ -397,14 +410,4 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
         rich.progress.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
-    )
-
-
-def describe_batch(settings: TrainingSettings, runner: parallel.MeshRunner) -> str:
-    """The global batch and what it is made of."""
-    micro_batches = settings.gradient_accumulation_steps
-    return (
-        f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
-        f"x {runner.num_devices} devices of {jax.process_count()} processes"
-        + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
     )

@@ -4,8 +4,8 @@ Each algorithm turns the loss of a batch of rows into the loss of a batch of tas
 algorithm makes. So all of them are trained by `make_train_step`, on any mesh, with any Optax chain as outer optimizer.
 
 A batch of tasks has arrays with two leading axes more than those of rows: ``support_<name>`` (tasks, inner steps, rows,
-...) for the inner steps, and ``query_<name>`` (tasks, rows, ...) for what the adapted parameters are judged by (Reptile
-needs none). Multi-task learning takes plain batches of rows, mixed from all tasks.
+...) for the inner steps, and ``query_<name>`` (tasks, rows, ...) for what the adapted parameters are judged by. Reptile
+needs no query, multi-task learning no support.
 
 References:
     Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
@@ -83,6 +83,18 @@ def adapt(
     return trees.combine(taken, left), losses
 
 
+def multi_task(loss_fn: LossFn) -> LossFn:
+    """The mean over tasks of the loss on their query rows; on one task it is that task's own training.
+
+    Args:
+      loss_fn: the loss of a batch of rows.
+
+    Returns:
+      ``meta_loss(params, batch, key) -> (loss, metrics)``, all means over the tasks.
+    """
+    return _mean_over_tasks(lambda params, support, query, key: loss_fn(params, query, key), QUERY)
+
+
 def maml(
     loss_fn: LossFn,
     *,
@@ -127,7 +139,7 @@ def maml(
         loss, metrics = (jax.checkpoint(loss_fn) if remat else loss_fn)(adapted, query, outer_key)
         return loss, {**metrics, "support_loss": losses[0]}
 
-    return _mean_over_tasks(one_task)
+    return _mean_over_tasks(one_task, SUPPORT, QUERY)
 
 
 def reptile(loss_fn: LossFn, *, inner_learning_rate: float, trainable: Any = None) -> LossFn:
@@ -162,7 +174,7 @@ def reptile(loss_fn: LossFn, *, inner_learning_rate: float, trainable: Any = Non
         losses = jax.lax.stop_gradient(losses)
         return jnp.mean(losses) + direction - jax.lax.stop_gradient(direction), {"support_loss": losses[0]}
 
-    return _mean_over_tasks(one_task)
+    return _mean_over_tasks(one_task, SUPPORT)
 
 
 def make_meta_loss(
@@ -173,13 +185,13 @@ def make_meta_loss(
     trainable: Any = None,
     remat: bool = False,
 ) -> LossFn:
-    """The loss of an algorithm of ``ALGORITHMS``; see `maml` and `reptile`. Multi-task learning is loss_fn itself.
+    """The loss of an algorithm of ``ALGORITHMS``; see `multi_task`, `maml` and `reptile`.
 
     Raises:
       ValueError: there is no such algorithm.
     """
     makers: dict[str, Callable[..., LossFn]] = {
-        "mtl": lambda loss_fn, **_: loss_fn,
+        "mtl": lambda loss_fn, **_: multi_task(loss_fn),
         "maml": functools.partial(maml, remat=remat),
         "fomaml": functools.partial(maml, first_order=True, remat=remat),
         "reptile": reptile,
@@ -189,19 +201,18 @@ def make_meta_loss(
     return makers[algorithm](loss_fn, inner_learning_rate=inner_learning_rate, trainable=trainable)
 
 
-def _mean_over_tasks(one_task):
+def _mean_over_tasks(one_task, *needed):
     def meta_loss(params, batch, key):
+        for prefix in needed:
+            if not any(name.startswith(prefix) for name in batch):
+                raise ValueError(f"the batch has no arrays named {prefix}..., only {', '.join(batch)}")
         support, query = _part(batch, SUPPORT), _part(batch, QUERY)
-        tasks = jax.tree.leaves(support)[0].shape[0]
-        over_tasks = jax.vmap(one_task, in_axes=(None, 0, 0, 0))
-        loss, metrics = over_tasks(params, support, query, jax.random.split(key, tasks))
+        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        loss, metrics = jax.vmap(one_task, in_axes=(None, 0, 0, 0))(params, support, query, keys)
         return jnp.mean(loss), jax.tree.map(jnp.mean, metrics)
 
     return meta_loss
 
 
 def _part(batch, prefix):
-    part = {name.removeprefix(prefix): x for name, x in batch.items() if name.startswith(prefix)}
-    if not part and prefix == SUPPORT:
-        raise ValueError(f"a batch of tasks has arrays named {SUPPORT}... and {QUERY}..., not {', '.join(batch)}")
-    return part
+    return {name.removeprefix(prefix): x for name, x in batch.items() if name.startswith(prefix)}

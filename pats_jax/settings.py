@@ -229,7 +229,7 @@ _RULES = (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
         "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length "
-        "shots tasks_per_step inner_steps inner_batch_size query_batch_size",
+        "shots tasks_per_step inner_steps inner_batch_size task_batch_size",
         lambda x: x >= 1,
         "at least 1",
     ),

@@ -48,7 +48,6 @@ class PrimingSettings(TrainingSettings):
     learning_rate: float = 3e-5  # of the outer optimizer: linear warmup, then linear decay to 0
     max_grad_norm: float = 0.1  # clipping by global norm
     max_steps: int = 1000  # outer steps
-    per_device_train_batch_size: int = 32  # mtl: rows of a device and micro-batch; meta-learners: see tasks_per_step
     data_dir: str = "builtin"  # folder of few-shot tasks, or "builtin" for generated ones
     partition: str = "builtin"  # builtin, metaicl or a JSON file: train (upstream), dev and test lists of tasks
     share_sources: bool = False  # take a partition with tasks of two lists that are built on the same source set
@@ -57,11 +56,11 @@ class PrimingSettings(TrainingSettings):
     train: Literal["plm", "pe", "plm+pe"] = "plm"  # the pretrained model, the PE modules of --peft, or both
     head: Literal["embedding", "pair", "mlm"] = "embedding"  # how options are scored
     max_options: int = 6  # of a training row with more: the right one and others drawn at random
-    tasks_per_step: int = 4  # meta-learners: tasks of an outer step, over all devices
+    tasks_per_step: int = 4  # tasks of a step, over all devices and micro-batches
+    task_batch_size: int = 8  # rows of a task: that mtl learns from, that maml and fomaml judge adapted parameters by
     inner_learning_rate: float = 1e-5  # meta-learners: of the inner steps, plain SGD
     inner_steps: int = 1  # meta-learners: steps on a task's training rows
     inner_batch_size: int = 16  # meta-learners: rows of an inner step
-    query_batch_size: int = 16  # maml, fomaml: dev rows that the adapted parameters are judged by
 
     def check(self) -> None:
         super().check()
@@ -74,16 +73,19 @@ class PrimingSettings(TrainingSettings):
             method = methods.get_methods(name)[0]
             if method.objective or method.trainable or method.around:
                 raise InputError(f"--method {name}: not for the upstream stage, only for fine-tuning on one task")
-        if self.algorithm != "mtl" and self.gradient_accumulation_steps > 1:
-            raise InputError("--gradient_accumulation_steps: not with meta-learners; use fewer --tasks_per_step")
+        if self.per_device_train_batch_size != TrainingSettings.per_device_train_batch_size or self.train_batch_size:
+            raise InputError(
+                "--per_device_train_batch_size, --train_batch_size: use --tasks_per_step, --task_batch_size"
+            )
 
     def with_batch_size(self, num_devices: int) -> "PrimingSettings":
-        if self.algorithm == "mtl":
-            return super().with_batch_size(num_devices)
-        if self.tasks_per_step % num_devices:
-            raise InputError(f"--tasks_per_step {self.tasks_per_step}: not a multiple of the {num_devices} devices")
-        size = self.tasks_per_step // num_devices
-        return dataclasses.replace(self, train_batch_size=self.tasks_per_step, per_device_train_batch_size=size)
+        parts = num_devices * self.gradient_accumulation_steps
+        if self.tasks_per_step % parts:
+            raise InputError(
+                f"--tasks_per_step {self.tasks_per_step}: cannot be dealt out evenly to {num_devices} devices "
+                f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return self
 
 
 def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> dict[str, Any]:
@@ -213,19 +215,29 @@ class UpstreamTraining(Training):
             if len(met) == len(self.groups):
                 return
 
+    def describe_batch(self):
+        settings = self.settings
+        micro_batches = settings.gradient_accumulation_steps
+        return (
+            f"{settings.tasks_per_step} tasks a step, on {self.runner.num_devices} devices of {jax.process_count()} "
+            "processes" + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
+        )
+
     def encode(self, rows: Sequence[Row], share_options: bool = False) -> dict[str, np.ndarray]:
         """A batch of rows, padded as `option_scoring.encode_rows` does."""
         return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length, share_options=share_options)
 
     def share_options(self, task: FewShotTask) -> bool:
-        """Whether rows of the task are encoded with their options once: those of a meta-learner's inner batches are."""
-        most = self.settings.max_options
-        return self.settings.algorithm != "mtl" and task.options is not None and len(task.options) <= most
+        """Whether the rows of a batch of the task all have the same options."""
+        return task.options is not None and len(task.options) <= self.settings.max_options
 
     def _by_shape(self, tasks):
-        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis)."""
+        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis).
+
+        Options that a batch holds once are so little work that those of all tasks are padded alike.
+        """
         most = self.settings.max_options
-        groups: dict[tuple, list[FewShotTask]] = {}
+        groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
         for task in tasks:
             rows = [  # with every option once, for any of them may be drawn
                 Row(row.input, row.options[first : first + most], 0)
@@ -234,8 +246,12 @@ class UpstreamTraining(Training):
                 for first in range(0, len(row.options), most)
             ]
             shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
-            groups.setdefault((self.share_options(task), *sorted(shapes.items())), []).append(task)
-        return [(members, dict(shapes)) for (_, *shapes), members in groups.items()]
+            shared = self.share_options(task)
+            deciding = sorted(item for item in shapes.items() if not (shared and item[0].startswith("option_")))
+            members, widest = groups.setdefault((shared, *deciding), ([], shapes))
+            members.append(task)
+            widest |= {name: tuple(map(max, shape, widest[name])) for name, shape in shapes.items()}
+        return list(groups.values())
 
     def _group(self, rng):
         """Number of the group of a step: as often as it has tasks."""
@@ -246,34 +262,33 @@ class UpstreamTraining(Training):
         """The batch of a step, a pure function of the seed and its number."""
         rng = np.random.default_rng([self.settings.seed, step])
         members, shapes = self.groups[self._group(rng)]
-        if self.settings.algorithm == "mtl":
-            rows = [self._row(rng, members) for _ in range(self.settings.train_batch_size or 1)]
-            return self._padded(rows, rng, shapes, share_options=False)
         count = self.settings.tasks_per_step
         chosen = rng.choice(len(members), count, replace=len(members) < count)
-        support, query = zip(*(self._task(rng, members[index], shapes) for index in chosen), strict=True)
-        stacked = {priming.SUPPORT + name: np.stack([part[name] for part in support]) for name in support[0]}
-        if self.settings.algorithm != "reptile":  # which does not look at them
-            stacked |= {priming.QUERY + name: np.stack([part[name] for part in query]) for name in query[0]}
-        return stacked
-
-    def _row(self, rng, members):
-        task = members[rng.integers(len(members))]
-        sample = task.samples[rng.integers(len(task.samples))]
-        rows = (*sample.train, *sample.dev)
-        return rows[rng.integers(len(rows))]
+        parts = [self._task(rng, members[index], shapes) for index in chosen]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _task(self, rng, task, shapes):
-        """Training rows of one sample for the inner steps (steps, rows, ...), and dev rows of it."""
+        """One task's part of a batch, without the axis of tasks: rows of one of its samples.
+
+        A meta-learner takes its inner rows from the training rows and is judged by dev rows; multi-task learning
+        takes both kinds.
+        """
         settings = self.settings
         sample = task.samples[rng.integers(len(task.samples))]
-        count = settings.inner_steps * settings.inner_batch_size
         share = self.share_options(task)
-        rows = _take(rng, sample.train, count)
-        parts = [rows[first :: settings.inner_steps] for first in range(settings.inner_steps)]
-        support = [self._padded(part, rng, shapes, share) for part in parts]
-        query = self._padded(_take(rng, sample.dev, settings.query_batch_size), rng, shapes, share)
-        return {name: np.stack([part[name] for part in support]) for name in support[0]}, query
+        if settings.algorithm == "mtl":
+            rows = _take(rng, (*sample.train, *sample.dev), settings.task_batch_size)
+            return _named(priming.QUERY, self._padded(rows, rng, shapes, share))
+        rows = _take(rng, sample.train, settings.inner_steps * settings.inner_batch_size)
+        steps = [
+            self._padded(rows[first :: settings.inner_steps], rng, shapes, share)
+            for first in range(settings.inner_steps)
+        ]
+        part = _named(priming.SUPPORT, {name: np.stack([step[name] for step in steps]) for name in steps[0]})
+        if settings.algorithm == "reptile":
+            return part
+        rows = _take(rng, sample.dev, settings.task_batch_size)
+        return part | _named(priming.QUERY, self._padded(rows, rng, shapes, share))
 
     def _padded(self, rows, rng, shapes, share_options):
         rows = [option_scoring.with_fewer_options(row, self.settings.max_options, rng) for row in rows]
@@ -381,6 +396,10 @@ def _with_dropout_of(name_or_dir, config):
     own = models.EncoderConfig.from_folder(models.checkpoint_folder(name_or_dir))
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
+
+
+def _named(prefix, batch):
+    return {prefix + name: x for name, x in batch.items()}
 
 
 def _take(rng, rows, count):

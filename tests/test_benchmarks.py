@@ -14,7 +14,19 @@ import rich.console
 import tiny
 
 import pats_jax
-from benchmarks import against_torch, cases, check, compilation, goals, memory, optimizer, pipeline, report, step
+from benchmarks import (
+    against_torch,
+    cases,
+    check,
+    compilation,
+    goals,
+    memory,
+    optimizer,
+    pipeline,
+    priming,
+    report,
+    step,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.checkpointing import Checkpoint
@@ -147,6 +159,16 @@ def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
         assert figures["examples_per_second"] == pytest.approx(8 / figures["median_seconds"])
     state = {name: results.measured[f"{key} {name}"]["state_bytes"] for name in subject.methods}
     assert state["finetune"] < state["pats"]
+
+
+def test_priming_measures_every_algorithm_and_what_remat_saves(checkpoint, one_device):
+    subject = priming.Priming(case=f"{checkpoint}:4x8", tasks=2, variants=("maml", "maml:lora"), rounds=2,
+                              memory_case=f"{checkpoint}:64x16")  # fmt: skip
+    results = subject.run()
+    assert set(results.ratios) == {f"{checkpoint} 4x8 {name}" for name in ("fomaml", "maml", "maml:lora")}
+    assert results.ratios[f"{checkpoint} 4x8 fomaml"] == 1.0
+    kept, remat = (results.sizes[f"{checkpoint} 64x16 maml {name}"] for name in ("kept", "remat"))
+    assert 0 < remat < kept
 
 
 def test_steps_in_which_dps_chooses():

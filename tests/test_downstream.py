@@ -44,13 +44,14 @@ def home(tmp_path_factory):
     """Model, gym and partition; and two folders of `pats-jax prime`: the model primed, and LoRA modules."""
     home = tiny.write_gym_home(tmp_path_factory.mktemp("home"))
     (home / "short.json").write_text(json.dumps(tiny.PARTITION | {"train": ["weather", "voice"], "dev": []}))
-    quick = {name: value for name, value in QUICK.items() if name != "eval_steps"}
+    quick = {name: value for name, value in QUICK.items() if name not in ("eval_steps", "per_device_train_batch_size")}
     settings = upstream.PrimingSettings(
         model_name_or_path=str(home / "model"),
         data_dir=str(home / "gym"),
         partition=str(home / "short.json"),
         num_devices=1,
         learning_rate=1e-2,
+        tasks_per_step=2,
         seed=1,
         **quick,
     )

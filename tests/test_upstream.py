@@ -26,12 +26,11 @@ QUICK = {
     "max_steps": 4,
     "learning_rate": 1e-2,
     "warmup_ratio": 0.0,
-    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "tasks_per_step": 2,
     "inner_learning_rate": 0.1,
     "inner_batch_size": 4,
-    "query_batch_size": 4,
+    "task_batch_size": 4,
     "logging_steps": 2,
     "eval_steps": 2,
     "save_steps": 0,
@@ -150,7 +149,7 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     cli.main(["prime", *args, "--partition", watched.partition, "--output_dir", str(tmp_path / "run")])
     assert f"results in {tmp_path / 'run'}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved == dataclasses.replace(watched, output_dir=str(tmp_path / "run"), train_batch_size=8).to_dict()
+    assert saved == dataclasses.replace(watched, output_dir=str(tmp_path / "run")).to_dict()
     found, records = results(tmp_path / "run"), lines(tmp_path / "run")
     assert [(line["step"], "eval" in line) for line in records] == [(2, False), (2, True), (4, False), (4, True)]
     assert records[0].keys() >= {"loss", "accuracy", "learning_rate", "padding_share", "grad_norm"}
@@ -299,7 +298,7 @@ def test_a_batch_is_a_function_of_seed_and_step(base, algorithm):
     first = drawn(training, 0, 5)
     for ours, again in zip(drawn(training, 3, 2), first[3:], strict=True):
         assert ours.keys() == again.keys() and all(np.array_equal(ours[name], again[name]) for name in ours)
-    inputs = "input_ids" if algorithm == "mtl" else "support_input_ids"
+    inputs = "query_input_ids" if algorithm == "mtl" else "support_input_ids"
     assert not np.array_equal(first[0][inputs], first[1][inputs])
     other = drawn(make_training(dataclasses.replace(settings, seed=1)), 0, 5)
     assert any(
@@ -314,7 +313,7 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
     gym = load_gym(base.data_dir)
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2)
     training = make_training(settings)
-    parts = {"mtl": ("train", "dev"), "reptile": ("train",)}.get(algorithm, ("train", "dev"))
+    parts = ("train",) if algorithm == "reptile" else ("train", "dev")
     upstream_inputs = {
         row.input
         for name in tiny.PARTITION["train"]
@@ -325,7 +324,7 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
     ids = {tuple(own) for own in tiny.tokenizer()(sorted(upstream_inputs))["input_ids"]}
     met = set()
     for batch in drawn(training, 0, 150):
-        assert ("query_input_ids" in batch) == (algorithm in ("maml", "fomaml"))
+        assert ("query_input_ids" in batch) == (algorithm != "reptile")
         for name in [name for name in batch if name.endswith("input_ids") and "option" not in name]:
             met |= {tuple(int(x) for x in row if x) for row in batch[name].reshape(-1, batch[name].shape[-1])}
         if "support_input_ids" in batch:
@@ -346,10 +345,12 @@ def test_options_too_many_are_cut_and_the_right_one_kept(base):
     right = {(tuple(a), tuple(b)) for a, b in zip(inputs, outputs, strict=True)}
     met = set()
     for batch in drawn(training, 0, 60):
-        assert set(batch["option_mask"].sum(1)) == {2}
-        for own, options, answer in zip(batch["input_ids"], batch["option_input_ids"], batch["answers"], strict=True):
+        assert set(batch["query_option_mask"].sum(-1).ravel()) == {2}
+        for task, row in np.ndindex(batch["query_answers"].shape):
+            options, answer = batch["query_option_input_ids"][task], batch["query_answers"][task, row]
             assert answer < 2
-            met.add((tuple(int(x) for x in own if x), tuple(int(x) for x in options[answer] if x)))
+            right_one = options[row if len(options) > 1 else 0, answer]  # options of all rows may stand there once
+            met.add((tuple(x for x in batch["query_input_ids"][task, row] if x), tuple(x for x in right_one if x)))
     assert met == right
 
 
@@ -359,8 +360,8 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
     rows = tuple(Row("ann is warm .", (*tiny.GOOD, *tiny.BAD, long), number) for number in range(2))
     task = FewShotTask("many", None, (Sample(13, rows, rows),))
     training = make_training(dataclasses.replace(base, max_options=2), [task])
-    (shape,) = {batch["option_input_ids"].shape for batch in drawn(training, 0, 40)}
-    assert shape[2] >= 10
+    (shape,) = {batch["query_option_input_ids"].shape for batch in drawn(training, 0, 40)}
+    assert shape[-1] >= 10
 
 
 # how it is watched
@@ -395,7 +396,7 @@ def test_without_dev_tasks_nothing_is_watched(one_shape, tmp_path):
 
 def test_two_devices_compute_what_one_does(watched, tmp_path):
     run(watched, tmp_path / "one", max_steps=2)
-    run(watched, tmp_path / "two", max_steps=2, num_devices=2, per_device_train_batch_size=4)
+    run(watched, tmp_path / "two", max_steps=2, num_devices=2)
     ours, theirs = lines(tmp_path / "two"), lines(tmp_path / "one")
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-4)
     assert ours[0]["grad_norm"] == pytest.approx(theirs[0]["grad_norm"], rel=1e-3)
@@ -441,8 +442,9 @@ def refused(home, tmp_path, capsys, **changes):
         ({"method": "child-d"}, "--method child-d: needs the training data"),
         ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the weights of the base model"),
         ({"train": "pe", "peft": "bitfit", "method": "pats"}, "touches no PE module"),
-        ({"algorithm": "maml", "gradient_accumulation_steps": 2}, "--gradient_accumulation_steps: not with meta-"),
-        ({"algorithm": "maml", "num_devices": 8}, "--tasks_per_step 2: not a multiple of the 8 devices"),
+        ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be dealt out evenly to 1 devices"),
+        ({"num_devices": 8}, "--tasks_per_step 2: cannot be dealt out evenly to 8 devices"),
+        ({"train_batch_size": 8}, "--train_batch_size: use --tasks_per_step, --task_batch_size"),
         ({"train": "pe", "peft": "prompt"}, "--max_seq_length, --prompt_length, --prefix_length: they leave 4 of 24"),
         ({"max_seq_length": 5}, "they leave 5 of 24 tokens for a text; it needs 8"),
         ({"head": "mlm"}, "the checkpoint has no masked-language-model head"),
