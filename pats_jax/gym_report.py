@@ -1,6 +1,6 @@
 """The report on priming: relative gains over direct tuning, by algorithm, what was trained, PE kind and task.
 
-What its numbers mean is said in docs/priming_report.md.
+What its numbers mean is said in docs/priming.md.
 """
 
 import json
