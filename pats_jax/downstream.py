@@ -36,15 +36,17 @@ from pats_jax import (
     pe_modules,
     preemption,
     relative_gain,
+    run_folder,
     run_start,
 )
 from pats_jax.data import load_gym, load_partition
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.data.gym import SHOTS
+from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted
-from pats_jax.models import peft
-from pats_jax.settings import TrainingSettings
+from pats_jax.settings import TrainingSettings, read_config
 from pats_jax.train_state import TrainState, make_train_step
+from pats_jax.upstream import PrimingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class GymSettings(TrainingSettings):
             ("max_steps", self.max_steps >= 1, "at least 1"),
             ("jobs", self.jobs >= 1, "at least 1"),
             ("kinds", len(set(self.kinds)) == len(self.kinds) > 0, "different kinds, one at least"),
-            ("max_test_rows", (self.max_test_rows or 1) >= 1, "at least 1"),
+            ("max_test_rows", self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
         ):
             if not holds:
                 raise InputError(f"--{name} {getattr(self, name)}: must be {expected}")
@@ -103,11 +105,18 @@ class GymSettings(TrainingSettings):
                 raise InputError(f"--{name}: finished tunings are kept, and the same command makes the others")
         if self.peft:
             raise InputError("--peft: use --kinds")
+        for names, instead in _NOT_HERE.items():
+            for name in names.split():
+                if getattr(self, name) != getattr(GymSettings, name):
+                    raise InputError(f"--{name}: {instead}")
+        if not (self.direct or self.primed or self.report_only):
+            raise InputError("--no_direct: nothing is left to tune; give --primed")
         if not self.output_dir:
             raise InputError("--output_dir is missing")
         parse_share(self.share)
         for name in self.method.split("+"):
-            if methods.get_methods(name)[0].objective or methods.get_methods(name)[0].trainable:
+            method = methods.get_methods(name)[0]
+            if method.objective or method.trainable or method.start:
                 raise InputError(f"--method {name}: needs the GLUE program; here it must be a change of the optimizer")
         self.learning_rates("full")
 
@@ -130,7 +139,15 @@ class GymSettings(TrainingSettings):
         return rates[kind]
 
 
-# What may differ between starts of one folder: it does not change any tuning.
+# Flags of all trainings that no tuning reads -> what there is in their place.
+_NOT_HERE = {
+    "learning_rate": "use --grid, which has the learning rates by kind",
+    "train_batch_size gradient_accumulation_steps": "a step takes one batch of --per_device_train_batch_size rows",
+    "early_stopping_patience load_best_model_at_end": "a tuning makes all its steps, and keeps what is best on dev",
+    "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs or --share",
+}
+
+# What may differ between starts of one folder: it does not change any tuning (`check_rates` sees to the grid).
 _FREE = frozenset(
     "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
     "compilation_cache_dir num_devices parallel".split()
@@ -175,7 +192,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
       console: where scores and tables go.
 
     Raises:
-      InputError: on wrong input, before anything is tuned.
+      InputError: on wrong input, mostly before anything is tuned; what is finished is kept.
       Preempted: the program was asked to end; what is finished is kept.
     """
     settings.check()
@@ -183,50 +200,84 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     if not settings.report_only:
         gym = load_gym(settings.data_dir, shots=settings.shots)
         partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
-        names = settings.tasks or partition.test
+        names = tuple(dict.fromkeys(settings.tasks)) or partition.test
         missing = [name for name in names if name not in partition.test]
         if missing:
             raise InputError(f"--tasks {missing[0]}: not among the target tasks {', '.join(partition.test)}")
-        tasks = [gym[name].choose(settings.samples or None) for name in names]
+        tasks = [gym[name] for name in names]
         option_scoring.check_tasks(settings.head, tasks)
-        starts = list(find_starts(settings))
+        starts = find_starts(settings, names)
+        check_rates(settings, starts, tasks, folder)
         open_folder(folder, settings)
         if settings.jobs > 1:
             run_jobs(settings, args)
         else:
-            with preemption.watch() as asked:
-                tune_all(settings, starts, tasks, folder, console, asked)
-    if settings.share == "1/1":
+            try:
+                with preemption.watch() as asked:
+                    tune_all(settings, starts, tasks, folder, console, asked)
+            except Preempted as error:
+                raise Preempted("interrupted; the same command goes on", error.signal_number) from None
+    if settings.report_only or settings.share == "1/1":
         report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def find_starts(settings: GymSettings) -> Iterator[Start]:
+def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
     """The starts of the settings: the unprimed model by kind, then every primed one by the kinds that it goes with.
 
+    Args:
+      settings: name them.
+      tasks: the target tasks.
+
     Raises:
-      InputError: a folder is no finished run of `pats-jax prime`, of another head, or of PE modules of no kind asked.
+      InputError: a folder is no finished run of `pats-jax prime`, of another model or head, has learnt a target task,
+        or holds PE modules of no kind asked or of other sizes; two folders are of the same stage.
     """
     model = settings.model_name_or_path
-    if settings.direct:
-        yield from (Start("direct", None, None, model, None, model, kind) for kind in settings.kinds)
+    starts = [Start("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
+    folders: dict[str, str] = {}
     for name in settings.primed:
-        folder = pathlib.Path(name)
-        path = folder / "results.json"
-        if not path.exists():
-            raise InputError(f"--primed {name}: no results.json there; give the folder of a finished pats-jax prime")
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if "algorithm" not in results:
-            raise InputError(f"--primed {name}: not a run of pats-jax prime")
-        if results["head"] != settings.head:
-            raise InputError(f"--primed {name}: was primed with --head {results['head']}, not {settings.head}")
-        kinds = [kind for kind in settings.kinds if kind != "full" and results["peft"] in (None, kind)]
-        if not kinds:
-            raise InputError(f"--primed {name}: holds {results['peft']} modules; put them among --kinds")
-        base = results["model_name_or_path"]
+        results = _read_primed(name, settings, tasks)
+        folder, base = pathlib.Path(name), results["model_name_or_path"]
         encoder = base if results["train"] == "pe" else str(folder / "model")
         adapter = str(folder / "adapter") if results["peft"] else None
-        for kind in kinds:
-            yield Start(results["algorithm"], results["train"], results["seed"], encoder, adapter, base, kind)
+        for kind in settings.kinds:
+            if kind != "full" and results["peft"] in (None, kind):
+                start = Start(results["algorithm"], results["train"], results["seed"], encoder, adapter, base, kind)
+                if folders.setdefault(start.name, name) != name:
+                    raise InputError(f"--primed {name}: {start.name} is {folders[start.name]} already; keep one")
+                starts.append(start)
+    return list(dict.fromkeys(starts))
+
+
+def _read_primed(name, settings, tasks):
+    """The results of a folder that tunings of these settings may start from."""
+    folder, where = pathlib.Path(name), f"--primed {name}"
+    results = run_folder.read_results(folder)
+    if results is None:
+        raise InputError(f"{where}: no results.json there; give the folder of a finished pats-jax prime")
+    if "algorithm" not in results:
+        raise InputError(f"{where}: not a run of pats-jax prime")
+    if results["head"] != settings.head:
+        raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.head}")
+    base, model = results["model_name_or_path"], settings.model_name_or_path
+    if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
+        raise InputError(f"{where}: was primed from {base}, not from --model_name_or_path {model}")
+    learnt = {task for task in results["upstream_tasks"] if task in tasks}
+    if not settings.share_sources:
+        learnt |= {task for task in results["upstream_tasks"] if source_set(task) in map(source_set, tasks)}
+    if learnt:
+        raise InputError(f"{where}: has learnt {min(learnt)}, which is a target task or built on the sources of one")
+    kind = results["peft"]
+    if kind is None and set(settings.kinds) == {"full"}:
+        raise InputError(f"{where}: full tuning is never primed; put a PE kind among --kinds")
+    if kind is not None and kind not in settings.kinds:
+        raise InputError(f"{where}: holds {kind} modules; put {kind} among --kinds")
+    if kind is not None:
+        theirs = pe_modules.chosen_config(read_config(str(folder / "config.json"), PrimingSettings))
+        ours = pe_modules.chosen_config(_with_peft(settings, kind))
+        if ours != theirs:
+            raise InputError(f"{where}: holds {theirs}, and other tunings would have {ours}")
+    return results
 
 
 def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
@@ -235,7 +286,7 @@ def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
     Raises:
       InputError: its tunings were made with other settings.
     """
-    path = folder / "config.json"
+    path, made = folder / "config.json", folder / "config.json.new"
     ours = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     ours = json.loads(json.dumps(ours))
     if path.exists():
@@ -247,9 +298,38 @@ def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        made.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        made.replace(path)
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def check_rates(
+    settings: GymSettings, starts: Sequence[Start], tasks: Sequence[FewShotTask], folder: pathlib.Path
+) -> None:
+    """Raises InputError if a tuning that is there already has tried other learning rates."""
+    for start in starts:
+        rates = list(settings.learning_rates(start.kind))
+        for _, _, path in places(settings, start, tasks, folder):
+            tried = json.loads(path.read_text(encoding="utf-8")).get("learning_rates") if path.exists() else rates
+            if tried and tried != rates:
+                raise InputError(
+                    f"--grid: {path} has tried {', '.join(map(str, tried))}, not {', '.join(map(str, rates))}; "
+                    "give the same grid or another --output_dir"
+                )
+
+
+def places(
+    settings: GymSettings, start: Start, tasks: Sequence[FewShotTask], folder: pathlib.Path
+) -> list[tuple[FewShotTask, Sample, pathlib.Path]]:
+    """The tunings of a start: task, sample and the file of the record.
+
+    Raises:
+      InputError: a task lacks a sample that is asked for.
+    """
+    samples = [(task, sample) for task in tasks for sample in task.choose(settings.samples or None).samples]
+    records = folder / "tunings" / start.name
+    return [(task, sample, records / f"{task.name}-{sample.seed}.json") for task, sample in samples]
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -259,7 +339,7 @@ def parse_share(text: str) -> tuple[int, int]:
       InputError: it is written otherwise.
     """
     first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise InputError(f"--share {text}: write I/N with 1 <= I <= N")
     return int(first), int(last)
 
@@ -277,7 +357,8 @@ def run_jobs(settings: GymSettings, args: Sequence[str]) -> None:
     folder, first, last = pathlib.Path(str(settings.output_dir)), *parse_share(settings.share)
     command = [sys.executable, "-m", "pats_jax.cli", "gym", *args, "--jobs", "1", "--share"]
     logs = [folder / f"job{number + 1}.log" for number in range(settings.jobs)]
-    processes = []
+    processes: list[subprocess.Popen] = []
+    failed: list[int] = []
     with compare.note_signals() as asked:
         try:
             for number, cores in enumerate(compare.shares_of_cores(settings.jobs)):
@@ -287,18 +368,19 @@ def run_jobs(settings: GymSettings, args: Sequence[str]) -> None:
                 if cores is not None:
                     os.sched_setaffinity(process.pid, cores)
                 processes.append(process)
-            while asked.signal_number is None and any(process.poll() is None for process in processes):
-                time.sleep(0.1)
-                if any(process.poll() for process in processes):
+            while asked.signal_number is None and not failed:
+                codes = [process.poll() for process in processes]
+                failed = [number for number, code in enumerate(codes) if code]
+                if None not in codes:
                     break
+                time.sleep(0.1)
         finally:
             compare.end([process for process in processes if process.poll() is None])
     if asked.signal_number is not None:
         raise Preempted("interrupted; the same command goes on", asked.signal_number)
-    for process, log in zip(processes, logs, strict=True):
-        if process.returncode:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            raise InputError(f"{log}: {lines[-1].removeprefix('pats-jax: error: ')}")
+    for number in failed:  # the others have been told to end
+        text = logs[number].read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
+        raise InputError(f"{logs[number]}: {text.splitlines()[-1].removeprefix('pats-jax: error: ')}")
 
 
 # one process
@@ -317,9 +399,8 @@ def tune_all(
     number, count = parse_share(settings.share)
     tokenizer = None
     for start in starts:
-        pairs = [(task, sample) for task in tasks for sample in task.samples][number - 1 :: count]
-        places = [folder / "tunings" / start.name / f"{task.name}-{sample.seed}.json" for task, sample in pairs]
-        wanted = [(*pair, path) for pair, path in zip(pairs, places, strict=True) if not path.exists()]
+        own = places(settings, start, tasks, folder)[number - 1 :: count]
+        wanted = [(task, sample, path) for task, sample, path in own if not path.exists()]
         if not wanted:
             continue
         tokenizer = tokenizer or models.load_tokenizer(settings.model_name_or_path)
@@ -352,7 +433,9 @@ class Tuner:
         self._settings, self._start, self._tokenizer = settings, start, tokenizer
         self._head = option_scoring.get_head(settings.head)
         self._model, self._params = load_start(settings, start)
-        self._max_length = min(settings.max_seq_length, self._model.max_length)
+        self._max_length = option_scoring.text_length(settings.max_seq_length, self._model)
+        if start.kind != "full":
+            pe_modules.check_methods(_with_peft(settings, start.kind), self._params)
         part = "plm" if start.kind == "full" else "pe"
         self._trainable = option_scoring.trainable_mask(self._params, part, settings.head)
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, self._params)
@@ -391,6 +474,7 @@ class Tuner:
             "sample": sample.seed,
             "metric": task.metric,
             "chance": chance(task),
+            "learning_rates": list(self._optimizers),
             **{name: best[name] for name in ("learning_rate", "curve", "step", "dev")},
             "test": metrics.METRICS[task.metric](chosen, np.array([row.answer for row in rows])),
             "test_rows": len(rows),
@@ -442,7 +526,9 @@ class Tuner:
             order = order[size:]
 
     def _encode(self, task, rows, shapes):
-        encoded = option_scoring.encode_rows(self._head, rows, self._tokenizer, self._max_length, share_options=True)
+        encoded = option_scoring.encode_rows(
+            self._head, rows, self._tokenizer, self._max_length, share_options=task.options is not None
+        )
         return option_scoring.pad_to(encoded, shapes)
 
     def _shapes(self, task):
@@ -460,23 +546,25 @@ class Tuner:
 
 def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
-    config = None
+    config, dropout = None, dict[str, Any](methods.dropout_rates(settings, settings.max_steps))
     if start.adapter is None and start.kind != "full":
-        config = pe_modules.chosen_config(dataclasses.replace(settings, peft=start.kind))  # type: ignore[arg-type]
-    model, params = option_scoring.load_scorer(
+        config = pe_modules.chosen_config(_with_peft(settings, start.kind))
+    return option_scoring.load_scorer(
         start.model,
         settings.head,
         config,
         key=settings.seed,
+        adapter=start.adapter,
         mlm_head_from=start.base,
         dtype=settings.dtype,
-        hidden_dropout=settings.hidden_dropout,
-        attention_dropout=settings.attention_dropout,
         gradient_checkpointing=settings.gradient_checkpointing,
+        **dropout,
     )
-    if start.adapter:
-        model, params = peft.load_peft(start.adapter, model, params)
-    return model, params
+
+
+def _with_peft(settings, kind):
+    """The settings of a program that has one kind, for the rooms that read ``--peft``."""
+    return dataclasses.replace(settings, peft=kind)
 
 
 def chance(task: FewShotTask) -> float:

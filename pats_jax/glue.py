@@ -211,12 +211,8 @@ _SHORTEST_TEXT = 8  # tokens: a pair of sentences has three special ones
 
 def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[str, float | None]:
     """The rates for `models.from_pretrained`: as typed, else 0 where the method's authors do without, else None."""
-    authors = None
-    if "train" in splits and methods.turns_dropout_off(settings, count_steps(settings, len(splits["train"]))):
-        authors = 0.0
-    typed = {"hidden_dropout": settings.hidden_dropout, "attention_dropout": settings.attention_dropout}
-    chosen = {name: authors if rate is None else rate for name, rate in typed.items()}
-    return chosen | {"classifier_dropout": authors if settings.hidden_dropout is None else None}
+    steps = count_steps(settings, len(splits["train"])) if "train" in splits else None
+    return methods.dropout_rates(settings, steps)
 
 
 # results

@@ -187,6 +187,7 @@ def load_scorer(
     config: peft.PeftConfig | None,
     *,
     key: int,
+    adapter: str | None = None,
     mlm_head_from: str | None = None,
     **options: Any,
 ) -> tuple[models.SequenceClassifier, Any]:
@@ -195,13 +196,15 @@ def load_scorer(
     Args:
       name_or_dir: as `pats_jax.models.from_pretrained` takes it.
       head: name of one of ``HEADS``.
-      config: kind and settings of the PE modules.
+      config: kind and settings of new PE modules; None: none.
       key: for what is new: modules and head.
+      adapter: folder of saved PE modules, in place of new ones.
       mlm_head_from: checkpoint with the masked-language-model head, which training leaves as it is; None: name_or_dir.
       **options: further arguments of `pats_jax.models.from_pretrained`.
 
     Raises:
-      InputError: the checkpoint cannot be had, or lacks the masked-language-model head that is asked for.
+      InputError: the checkpoint cannot be had, lacks the masked-language-model head that is asked for, or is not what
+        the saved modules are for.
     """
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
     unused = "classifier" not in get_head(head).trains  # whatever the checkpoint's own classification head is, then
@@ -212,9 +215,26 @@ def load_scorer(
         if "pooler" in get_head(head).trains and not model.config.is_roberta:
             config = dataclasses.replace(config, train_pooler=True)
         model, params = peft.add_peft(model, params, config, key=key)
-    if head == "mlm":
+    if adapter is not None:
+        model, params = peft.load_peft(adapter, model, params)
+    if head == "mlm":  # after the modules, which are for the encoder alone
         params = {**params, "mlm": models.load_mlm_head(mlm_head_from or name_or_dir, model.config)}
     return model.clone(first_token_only=head in ("pair", "classes")), params
+
+
+def text_length(asked: int, model: models.SequenceClassifier) -> int:
+    """``--max_seq_length``, lowered to what the model has positions for beside virtual tokens.
+
+    Raises:
+      InputError: that is too little for an input and an option.
+    """
+    length = min(asked, model.max_length)
+    if length < SHORTEST_OPTION:
+        raise InputError(
+            f"--max_seq_length, --prompt_length, --prefix_length: they leave {length} of {model.config.max_length} "
+            f"tokens for a text; it needs {SHORTEST_OPTION}"
+        )
+    return length
 
 
 def trainable_mask(params: Any, trained: str, head: str) -> Any:

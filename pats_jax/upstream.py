@@ -102,16 +102,18 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     gym = load_gym(settings.data_dir, shots=settings.shots)
     partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
     tokenizer = models.load_tokenizer(settings.model_name_or_path)
+    dropout: dict[str, Any] = methods.dropout_rates(settings, settings.max_steps)
     model, params = option_scoring.load_scorer(
         settings.model_name_or_path,
         settings.head,
         pe_modules.chosen_config(settings),
         key=settings.seed,
         dtype=settings.dtype,
-        hidden_dropout=settings.hidden_dropout,
-        attention_dropout=settings.attention_dropout,
         gradient_checkpointing=settings.gradient_checkpointing,
+        **dropout,
     )
+    if settings.train == "pe":
+        pe_modules.check_methods(settings, params)
     results: dict[str, Any] = {
         "model_name_or_path": settings.model_name_or_path,
         "data_dir": settings.data_dir,
@@ -163,11 +165,13 @@ class UpstreamTraining(Training):
         self.settings: PrimingSettings = settings
         self.runner, self.tokenizer, self.model = runner, tokenizer, model
         self.head = option_scoring.get_head(settings.head)
-        self.max_length = min(settings.max_seq_length, model.max_length)
+        self.max_length = option_scoring.text_length(settings.max_seq_length, model)
         self.groups = self._by_shape(tasks)
         self.examples = sum(len(s.train) + len(s.dev) for task in tasks for s in task.samples)
         self.loss_fn = option_scoring.make_option_loss(self.head, model)
-        params = runner.place(methods.starting_params(settings, params))
+        added = {name: params[name] for name in ("peft", "mlm") if name in params}
+        own = {name: tree for name, tree in params.items() if name not in added}  # NoisyTune is for pretrained weights
+        params = runner.place({**methods.starting_params(settings, own), **added})
         self.trainable = option_scoring.trainable_mask(params, settings.train, settings.head)
         super().__init__(
             settings,
@@ -232,13 +236,14 @@ class UpstreamTraining(Training):
 
         Options that a batch holds once are so little work that those of all tasks are padded alike.
         """
-        rng = np.random.default_rng(0)
+        most = self.settings.max_options
         groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
         for task in tasks:
-            rows = [
-                option_scoring.with_fewer_options(row, self.settings.max_options, rng)
+            rows = [  # with every option once, for any of them may be drawn
+                Row(row.input, row.options[first : first + most], 0)
                 for sample in task.samples
                 for row in (*sample.train, *sample.dev)
+                for first in range(0, len(row.options), most)
             ]
             shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
             shared = self.share_options(task)
@@ -249,7 +254,7 @@ class UpstreamTraining(Training):
         return list(groups.values())
 
     def _group(self, rng):
-        """Number of the group of a step: as often as it has rows, or tasks for a meta-learner."""
+        """Number of the group of a step: as often as it has tasks."""
         sizes = np.array([len(members) for members, _ in self.groups], float)
         return int(rng.choice(len(sizes), p=sizes / sizes.sum()))
 
@@ -298,14 +303,15 @@ class UpstreamScore:
         """Compiles nothing yet.
 
         Args:
-          training: what is watched.
+          training: what is watched; it is told whether there is anything to score.
           tasks: the dev tasks; none: nothing is scored.
           asked: tells that the run is asked to end.
 
         Raises:
           InputError: early stop or the best model are asked for, and there are no dev tasks.
         """
-        settings, training.evaluates = training.settings, bool(tasks)
+        settings = training.settings
+        training.evaluates = bool(tasks)
         if not tasks and (settings.early_stopping_patience or settings.load_best_model_at_end):
             raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
         self._training, self._tasks, self._asked = training, tasks, asked
@@ -363,7 +369,8 @@ def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: An
     if settings.train != "pe":
         base = str(folder / "model")
         plain = {name: tree for name, tree in params.items() if name != "peft"}
-        models.save_pretrained(folder / "model", params=plain, config=model.config, tokenizer=tokenizer)
+        config = _with_dropout_of(settings.model_name_or_path, model.config)
+        models.save_pretrained(folder / "model", params=plain, config=config, tokenizer=tokenizer)
     if settings.peft:
         peft.save_peft(
             folder / "adapter", model=model, params=params, base_model_name_or_path=base, tokenizer=tokenizer
@@ -382,6 +389,13 @@ def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
     title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"
     score = f": dev accuracy {results['final']['metrics']['accuracy']:.4f}" if "final" in results else ""
     return f"{title}{score}\nresults in {folder}"
+
+
+def _with_dropout_of(name_or_dir, config):
+    """The config with a checkpoint's own dropout: that of the upstream stage is not what tuning shall start with."""
+    own = models.EncoderConfig.from_folder(models.checkpoint_folder(name_or_dir))
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+    return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
 
 
 def _named(prefix, batch):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -149,3 +150,122 @@ def quick_settings(folder: Path, **changes) -> Settings:
         data_dir=str(write_sst2(folder / "data")),
         **quick | changes,
     )
+
+
+# A gym of a handful of tasks: upstream ones with two, three and up to five options, one to watch them by, two targets.
+# Only the targets' rows speak of eve and fay.
+GYM_CLASSES = {
+    "weather": ("warm", "cold"),
+    "voice": ("calm", "loud", "dull"),
+    "watched": ("bright", "dull"),
+    "manners": ("kind", "rude"),
+}
+PARTITION = {"train": ["weather", "voice", "riddle"], "dev": ["watched"], "test": ["manners", "choice"]}
+SEEDS = (13, 21)
+
+
+def write_gym(folder: Path) -> Path:
+    """Writes few-shot tasks as JSON lines: samples 13 and 21 of 6 training and 5 dev rows, 12 test rows for both."""
+    for number, name in enumerate(name for names in PARTITION.values() for name in names):
+        rng = np.random.default_rng(number)
+        who = NAMES[4:] if name in PARTITION["test"] else NAMES[:4]
+        rows = {(seed, split): size for seed in SEEDS for split, size in (("train", 6), ("dev", 5))}
+        for (seed, split), size in (rows | {(SEEDS[0], "test"): 12}).items():
+            write_lines(folder / name / f"{name}_16_{seed}_{split}.jsonl", (_line(name, rng, who) for _ in range(size)))
+    return folder
+
+
+def _line(name, rng, who):
+    """A row: in tasks with classes a word like the right one stands in the text, else the option itself."""
+    if name in GYM_CLASSES:
+        options = list(GYM_CLASSES[name])
+        right = str(rng.choice(options))
+        word = rng.choice(GOOD if right in GOOD else BAD)
+    else:
+        options = [str(word) for word in rng.permutation((*GOOD, *BAD))[: 5 if name == "riddle" else 3]]
+        word = right = str(rng.choice(options))
+    end = " ".join(["and", str(rng.choice(who)), "."]) if rng.random() < 0.5 else "."
+    return {"task": name, "input": f"{rng.choice(who)} is {word} {end}", "output": right, "options": options}
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> Path:
+    """Writes JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_gym_home(home: Path) -> Path:
+    """A folder with the checkpoint ``model``, the tasks ``gym`` and the partition ``partition.json``."""
+    save_checkpoint(home / "model")
+    write_gym(home / "gym")
+    (home / "partition.json").write_text(json.dumps(PARTITION, indent=1), encoding="utf-8")
+    return home
+
+
+def embed(model, params, texts: list[str], max_length: int = 16):
+    """Texts -> (texts, hidden) of length 1: the mean of the last hidden states, as sentence encoders have it."""
+    encoded = dict(tokenizer()(texts, padding=True, truncation=True, max_length=max_length, return_tensors="np"))
+    model = model.clone(first_token_only=False)
+    _, states = model.apply({"params": params}, **encoded, output_hidden_states=True)
+    mask = encoded["attention_mask"][:, :, None]
+    mean = jnp.sum(states[-1] * mask, axis=1) / mask.sum(axis=1)
+    return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def option_logits(model, params, rows) -> list:
+    """For every row the scores of its options by the similarity of embeddings, written from its formula."""
+    texts = sorted({text for row in rows for text in (row.input, *row.options)})
+    vectors = embed(model, params, texts)
+    place = {text: number for number, text in enumerate(texts)}
+    return [20 * vectors[np.array([place[text] for text in row.options])] @ vectors[place[row.input]] for row in rows]
+
+
+def option_loss(model, params, rows):
+    """The mean of the cross-entropies."""
+    scores = option_logits(model, params, rows)
+    losses = [jax.nn.logsumexp(one) - one[row.answer] for one, row in zip(scores, rows, strict=True)]
+    return jnp.mean(jnp.stack(losses))
+
+
+def chosen(model, params, rows) -> np.ndarray:
+    """The option with the highest score for each row."""
+    scores = jax.jit(lambda params: option_logits(model, params, rows))(params)
+    return np.array([np.argmax(one) for one in scores])
+
+
+def refused(capsys, *args) -> str:
+    """The line that `pats-jax` ends with, with code 2, where it has nothing else to say."""
+    from pats_jax import cli
+
+    capsys.readouterr()
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as exit:
+        out, error = capsys.readouterr()
+        assert exit.code == 2 and out == "", (exit.code, out, error)
+        assert error.startswith("pats-jax: error: ") and error.endswith("\n") and error.count("\n") == 1, error
+        return error.removeprefix("pats-jax: error: ").strip()
+    raise AssertionError("it was not refused")
+
+
+def flags(**given) -> list[str]:
+    """``--name value`` of each; None leaves a flag out, True is a bare one, a tuple has its values one by one."""
+    words = []
+    for name, value in given.items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        words += [] if value is None else [f"--{name}", *map(str, values)]
+    return words
+
+
+def mlm_tensors() -> dict[str, np.ndarray]:
+    """A random masked-language-model head by the names of a checkpoint."""
+    size, rng, head = CONFIG.hidden_size, np.random.default_rng(3), "cls.predictions"
+    shapes = {
+        f"{head}.transform.dense.weight": (size, size),
+        f"{head}.transform.dense.bias": (size,),
+        f"{head}.transform.LayerNorm.weight": (size,),
+        f"{head}.transform.LayerNorm.bias": (size,),
+        f"{head}.bias": (CONFIG.vocab_size,),
+    }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
