@@ -23,14 +23,15 @@ class Priming(report.Subject):
     """Upstream step of each algorithm against first-order MAML's: tasks of so many rows, options given once a task.
 
     Each variant is ALGORITHM[:KIND], the model or the PE modules of a kind alone being trained. Memory is XLA's own
-    figure, for one device; nothing is run for it.
+    figure, for one device; nothing is run for it. Tasks are taken together, or one after the other by
+    accumulation.
     """
 
     case: str = "minilm:16x64"  # MODEL:ROWSxLENGTH, the rows of a task in the inner step and again in the query
     tasks: int = 4  # of a step
     variants: tuple[str, ...] = ("mtl", "fomaml", "maml", "reptile", "fomaml:lora", "maml:lora")  # ALGORITHM[:KIND]
     rounds: int = 7  # timed steps of each
-    memory_case: str = "bert-base:16x64"  # MODEL:ROWSxLENGTH, MAML on the whole model, with and without remat
+    memory_case: str = "bert-base:16x64"  # MODEL:ROWSxLENGTH, MAML on the whole model
 
     def run(self) -> report.Results:
         results = report.Results()
@@ -54,17 +55,21 @@ class Priming(report.Subject):
 
     def _memory(self, results: report.Results) -> None:
         case = Case.parse(self.memory_case)
-        table = report.table(f"Second-order MAML, {self.tasks} tasks, {case}, GB", "remat", "temporaries", "in all")
-        for remat in (False, True):
-            training = Upstream("maml", case, self.tasks, remat=remat)
+        table = report.table(f"Second-order MAML, {self.tasks} tasks, {case}, GB", "", "temporaries", "in all")
+        for name, micro_batches, remat in MEMORY:
+            training = Upstream("maml", case, self.tasks, remat=remat, micro_batches=micro_batches or self.tasks)
             shapes = jax.eval_shape(training.create, training.params)
             compiled = jax.jit(training.step, donate_argnums=0).lower(shapes, training.batch).compile()
             figures = figures_of(compiled)
-            key = f"{case} maml {'remat' if remat else 'kept'}"
+            key = f"{case} maml {name}"
             results.measured[key] = figures
             results.sizes[key] = figures["total"]
-            table.add_row("yes" if remat else "no", *(f"{figures[n] / 1e9:.2f}" for n in ("temporaries", "total")))
+            table.add_row(name, *(f"{figures[n] / 1e9:.2f}" for n in ("temporaries", "total")))
         results.tables.append(table)
+
+
+# Name, micro-batches (0: one for each task), remat.
+MEMORY = (("together", 1, False), ("in turn", 0, False), ("in turn, remat", 0, True))
 
 
 class Upstream:
@@ -76,7 +81,7 @@ class Upstream:
       step: the pure step.
     """
 
-    def __init__(self, variant: str, case: Case, tasks: int, *, remat: bool = False):
+    def __init__(self, variant: str, case: Case, tasks: int, *, remat: bool = False, micro_batches: int = 1):
         algorithm, _, kind = variant.partition(":")
         model, params, config = cases.load_model(case.model)
         model = model.clone(first_token_only=False, gradient_checkpointing=remat)
@@ -95,7 +100,7 @@ class Upstream:
         )
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, params)
         self._tx = methods.make_optimizer(settings, 1000, trained)
-        self.step = train_state.make_train_step(loss_fn, skip_nonfinite=True)
+        self.step = train_state.make_train_step(loss_fn, accumulation_steps=micro_batches, skip_nonfinite=True)
         self.batch = random_tasks(config.vocab_size, tasks, case.rows, case.length)
 
     def create(self, params: Any) -> train_state.TrainState:
