@@ -52,6 +52,7 @@ def save(folder, config=CONFIG, *, mlm=True, labels=None, tokenizer=None):
         folder, params=tiny.random_params(config), config=config, tokenizer=tokenizer or tiny.tokenizer()
     )
     tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: x / 8 for name, x in tensors.items() if "pooler" in name}  # or its tanh saturates
     if labels is None:
         tensors = {name: x for name, x in tensors.items() if not name.startswith("classifier")}
     if mlm:
@@ -188,7 +189,7 @@ def test_scores_are_those_of_numpy_option_by_option(scorer, head, kind):
     found = compiled_scores(head, model, params, encode(head, rows))
     assert found.dtype == jnp.float32
     assert_scores(found, expected)
-    assert all(np.ptp(own) > 0.01 for own in expected)
+    assert np.ptp(np.concatenate(expected)) > 0.1
 
 
 @pytest.mark.parametrize("head", HEADS)
