@@ -126,9 +126,9 @@ class Prepared:
         self.params = jax.device_get(params)
         self.tokens = batches.tokenize(self.split, self.tokenizer, settings.max_seq_length)
 
-    def training(self, padded_to: int | None = None) -> fine_tuning.Training:
+    def training(self, padded_to: int | None = None) -> fine_tuning.GlueTraining:
         """The GLUE program's training of it, bucketed, or with every row padded to one length."""
-        made = fine_tuning.Training(
+        made = fine_tuning.GlueTraining(
             self.settings, self.runner, self.task, self.split, self.tokens, self.model, self.params
         )
         if padded_to:
@@ -137,7 +137,7 @@ class Prepared:
         return made
 
 
-def step_by_length(prepared: Prepared, training: fine_tuning.Training) -> Callable[[int], Any]:
+def step_by_length(prepared: Prepared, training: fine_tuning.GlueTraining) -> Callable[[int], Any]:
     """A function that makes one step on a batch of real rows padded to a length."""
     held = [training.state]
 
@@ -157,13 +157,13 @@ def step_by_length(prepared: Prepared, training: fine_tuning.Training) -> Callab
     return run
 
 
-def padding_share(training: fine_tuning.Training) -> float:
+def padding_share(training: fine_tuning.GlueTraining) -> float:
     """Share of the computed tokens of an epoch that are padding or filler."""
     computed = sum(training.batch_size * length for _, length in training.plan)
     return 1 - int(training.tokens.lengths.sum()) / computed
 
 
-def run_epoch(training: fine_tuning.Training, steps: int, warm_up: bool = False) -> tuple[float, float]:
+def run_epoch(training: fine_tuning.GlueTraining, steps: int, warm_up: bool = False) -> tuple[float, float]:
     """Trains by the program's own loop, without evaluation.
 
     Args:

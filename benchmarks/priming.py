@@ -56,8 +56,8 @@ class Priming(report.Subject):
     def _memory(self, results: report.Results) -> None:
         case = Case.parse(self.memory_case)
         table = report.table(f"Second-order MAML, {self.tasks} tasks, {case}, GB", "", "temporaries", "in all")
-        for name, micro_batches, remat in MEMORY:
-            training = Upstream("maml", case, self.tasks, remat=remat, micro_batches=micro_batches or self.tasks)
+        for name, micro_batches in {"together": 1, "in turn": self.tasks}.items():
+            training = Upstream("maml", case, self.tasks, micro_batches=micro_batches)
             shapes = jax.eval_shape(training.create, training.params)
             compiled = jax.jit(training.step, donate_argnums=0).lower(shapes, training.batch).compile()
             figures = figures_of(compiled)
@@ -66,10 +66,6 @@ class Priming(report.Subject):
             results.sizes[key] = figures["total"]
             table.add_row(name, *(f"{figures[n] / 1e9:.2f}" for n in ("temporaries", "total")))
         results.tables.append(table)
-
-
-# Name, micro-batches (0: one for each task), remat.
-MEMORY = (("together", 1, False), ("in turn", 0, False), ("in turn, remat", 0, True))
 
 
 class Upstream:
@@ -81,10 +77,10 @@ class Upstream:
       step: the pure step.
     """
 
-    def __init__(self, variant: str, case: Case, tasks: int, *, remat: bool = False, micro_batches: int = 1):
+    def __init__(self, variant: str, case: Case, tasks: int, *, micro_batches: int = 1):
         algorithm, _, kind = variant.partition(":")
         model, params, config = cases.load_model(case.model)
-        model = model.clone(first_token_only=False, gradient_checkpointing=remat)
+        model = model.clone(first_token_only=False)
         settings = PrimingSettings(algorithm=algorithm, peft=kind or None, train="pe" if kind else "plm")  # type: ignore[arg-type]
         modules = pe_modules.chosen_config(settings)
         if modules:
@@ -96,7 +92,6 @@ class Upstream:
             option_scoring.make_option_loss(option_scoring.get_head(settings.head), model),
             inner_learning_rate=settings.inner_learning_rate,
             trainable=self._trainable,
-            remat=remat,
         )
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, params)
         self._tx = methods.make_optimizer(settings, 1000, trained)

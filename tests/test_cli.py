@@ -172,7 +172,7 @@ def test_unknown_names(shell):
     shell.refuses("--method sgd: no such method; choose of finetune, pats", method="sgd")
     shell.refuses("--method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
-    shell.refuses("fit: no such command; there are glue, compare, predict", args=["fit"])
+    shell.refuses("fit: no such command; there are glue, compare, prime, gym, predict", args=["fit"])
 
 
 def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
