@@ -50,7 +50,7 @@ from pats_jax.upstream import PrimingSettings
 
 logger = logging.getLogger(__name__)
 
-# By what is tuned; chosen on upstream tasks of the MetaICL partition with MiniLM, see docs/priming.md.
+# By what is tuned: usual values, not searched for.
 LEARNING_RATES = {
     "full": 5e-5,
     "lora": 1e-3,
