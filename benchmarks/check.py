@@ -10,6 +10,7 @@ from benchmarks import report
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.step import Step
+from pats_jax.console import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +101,6 @@ class Check:
         for one in losses:
             say(console, f"LOSS {one.name}: {_spell(one.stored)} stored, {_spell(one.now)} now ({one.change})")
         return 1 if losses else 0
-
-
-def say(console: rich.console.Console, text: str) -> None:
-    """Prints a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _spell(figure):

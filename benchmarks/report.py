@@ -1,5 +1,6 @@
 """What a subject is and leaves: its flags, a table on the screen, a JSON file of what was measured and on what."""
 
+import abc
 import dataclasses
 import json
 import os
@@ -39,15 +40,15 @@ class Results:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Subject(abc.ABC):
     """Something to measure; its fields are its flags."""
 
     output_file: pathlib.Path | None = None  # the JSON; none: benchmarks/results/SUBJECT.json
     add: bool = False  # keep what the file holds of other cases
 
+    @abc.abstractmethod
     def run(self) -> Results:
         """Measures."""
-        raise NotImplementedError
 
 
 def table(title: str, *columns: str) -> rich.table.Table:

@@ -29,6 +29,7 @@ import tyro
 from pats_jax import comparison, comparison_page, preemption, run_folder
 from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
+from pats_jax.console import say
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import get_methods
@@ -274,10 +275,10 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
     comparison_page.write_report(root, summary, known["commands"], known["machines"])
     for task, numbers in summary["tasks"].items():
         header, rows = comparison_page.score_table(numbers, summary["baseline"])
-        _say(console, f"{task}, {numbers['metric']} x 100")
+        say(console, f"{task}, {numbers['metric']} x 100")
         for line in aligned([header, *rows]):
-            _say(console, f"  {line}")
-    _say(console, f"report in {root / 'report.html'}")
+            say(console, f"  {line}")
+    say(console, f"report in {root / 'report.html'}")
 
 
 # running
@@ -310,7 +311,7 @@ def run_all(grid: Grid, flags: list[str], command: str, console: rich.console.Co
     slots, jobs = collections.deque(shares_of_cores(grid.jobs)), list[Job]()
     failures: dict[Run, str] = {}
     if len(waiting) < len(runs):
-        _say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+        say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
     with note_signals() as asked, progress(console, len(waiting)) as show:
         try:
             while (waiting or jobs) and asked.signal_number is None:
@@ -323,7 +324,7 @@ def run_all(grid: Grid, flags: list[str], command: str, console: rich.console.Co
                     reason = failure(job.run, root, job.process.returncode)
                     if reason:
                         failures[job.run] = reason
-                    _say(console, f"{outcome(job.run, root)} ({time.perf_counter() - job.since:.0f} s)")
+                    say(console, f"{outcome(job.run, root)} ({time.perf_counter() - job.since:.0f} s)")
                     show(jobs, 1)
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -440,7 +441,3 @@ def _processor():
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "unknown")
-
-
-def _say(console, text):
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ never made again; the report is on all records of the folder.
 import dataclasses
 import functools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -39,6 +38,7 @@ from pats_jax import (
     run_folder,
     run_start,
 )
+from pats_jax.console import say
 from pats_jax.data import load_gym, load_partition
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.data.gym import SHOTS
@@ -47,8 +47,6 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.settings import TrainingSettings, read_config
 from pats_jax.train_state import TrainState, make_train_step
 from pats_jax.upstream import PrimingSettings
-
-logger = logging.getLogger(__name__)
 
 # By what is tuned: usual values, not searched for.
 LEARNING_RATES = {
@@ -413,7 +411,7 @@ def tune_all(
             made.write_text(json.dumps(record) + "\n", encoding="utf-8")
             made.replace(path)
             text = f"{start.name} {task.name}-{sample.seed}: dev {record['dev']:.3f} test {record['test']:.3f}"
-            console.print(f"{text} ({record['seconds']:.0f} s)", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{text} ({record['seconds']:.0f} s)")
 
 
 class Tuner:
@@ -595,5 +593,5 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
     )
     for line in gym_report.table_lines(summary):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report in {folder / 'report' / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
+    say(console, f"report in {folder / 'report' / 'report.html'}")

@@ -18,6 +18,7 @@ import rich.console
 
 from pats_jax import methods, models, parallel, pe_modules, plots, preemption, run_folder, run_start, train_state
 from pats_jax.checkpoints import Checkpoints
+from pats_jax.console import say
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
@@ -292,11 +293,6 @@ def how_to_go_on(folder: pathlib.Path, saved: bool) -> str:
     """What to type after an interruption."""
     config = shlex.quote(str(folder / "config.json"))
     return f"interrupted{' and saved' if saved else ''}; go on with: pats-jax glue --config {config} --resume"
-
-
-def say(console: rich.console.Console, text: str) -> None:
-    """Prints text as it is, without markup and line breaks."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(results: dict[str, Any], folder: pathlib.Path) -> str:

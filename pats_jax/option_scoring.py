@@ -31,12 +31,10 @@ class Head(abc.ABC):
     """A way to score options.
 
     Attributes:
-      summary: what it does, in a line.
       trains: the parts of the model's own parameters that belong to it, of "classifier" and "pooler".
       for_all_tasks: whether it is the same head for all tasks, so that it can be primed.
     """
 
-    summary: str
     trains: tuple[str, ...] = ()
     for_all_tasks = True
 
@@ -62,8 +60,6 @@ class EmbeddingHead(Head):
     Gurevych 2019, arXiv 1908.10084). It adds no parameter.
     """
 
-    summary = "similarity of the embeddings of input and option"
-
     def slots(self, options):
         return padded(options, FEWEST_OPTIONS)  # short texts: those too many cost little, a shape more costs seconds
 
@@ -87,7 +83,6 @@ class EmbeddingHead(Head):
 class PairHead(Head):
     """Input and option are read as a pair of sentences: score = the only logit of a classification head."""
 
-    summary = "the classification head on input and option as a pair"
     trains = ("classifier", "pooler")
 
     def encode(self, rows, tokenizer, max_length, share_options=False):
@@ -108,8 +103,6 @@ class MaskedLanguageModelHead(Head):
     several lengths comparable (ours; a sum would favour the short ones). The head itself is not trained, but it reads
     the word embeddings, which are where the model is.
     """
-
-    summary = "log probability of the option's tokens in the place of masks"
 
     def encode(self, rows, tokenizer, max_length, share_options=False):
         spelt = tokenizer(_options(rows, self), add_special_tokens=False, truncation=True, max_length=max_length)
@@ -149,7 +142,6 @@ class ClassesHead(Head):
     has no answer to multiple choice.
     """
 
-    summary = "a classification head of its own for every task"
     trains = ("classifier", "pooler")
     for_all_tasks = False
 

@@ -29,6 +29,7 @@ from pats_jax import (
     run_start,
 )
 from pats_jax.checkpoints import Checkpoints
+from pats_jax.console import say
 from pats_jax.data import load_gym, load_partition
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.data.gym import SHOTS
@@ -97,7 +98,7 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     start = run_start.begin(settings, default_folder(settings), console)
     settings, runner, folder = start.settings, start.runner, start.folder
     if start.finished:
-        _say(start.console, f"finished already: {summary(start.finished, folder)}")
+        say(start.console, f"finished already: {summary(start.finished, folder)}")
         return start.finished
     gym = load_gym(settings.data_dir, shots=settings.shots)
     partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
@@ -146,12 +147,12 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
         save(folder, settings, model, primed, tokenizer)
         plots.plot_loss(folder / "plots" / "loss.png", trained.records)
         run_folder.write_results(folder, results)
-    _say(start.console, summary(results, folder))
+    say(start.console, summary(results, folder))
     return results
 
 
 class UpstreamTraining(Training):
-    """The training on upstream tasks: batches of rows of all tasks, or of whole tasks for the meta-learners."""
+    """The training on upstream tasks: each step takes a batch of tasks."""
 
     def __init__(
         self,
@@ -200,8 +201,7 @@ class UpstreamTraining(Training):
                 "tokens": float(sum(x.sum() for x in masks)),
                 "computed_tokens": float(sum(x.size for x in masks)),
             }
-            own = self.runner.own_rows(len(masks[0]))
-            yield self.runner.put_ahead({name: x[own] for name, x in batch.items()}), counts
+            yield self._put(batch), counts
 
     def one_of_each_shape(self, first_step):
         met: set[int] = set()
@@ -209,9 +209,7 @@ class UpstreamTraining(Training):
             group = self._group(np.random.default_rng([self.settings.seed, step]))
             if group not in met:
                 met.add(group)
-                batch = self._draw(step)
-                own = self.runner.own_rows(len(batch[next(iter(batch))]))
-                yield self.runner.put_ahead({name: x[own] for name, x in batch.items()})
+                yield self._put(self._draw(step))
             if len(met) == len(self.groups):
                 return
 
@@ -252,6 +250,11 @@ class UpstreamTraining(Training):
             members.append(task)
             widest |= {name: tuple(map(max, shape, widest[name])) for name, shape in shapes.items()}
         return list(groups.values())
+
+    def _put(self, batch):
+        """This process's own tasks of a batch, on the way to the devices."""
+        own = self.runner.own_rows(self.settings.tasks_per_step)
+        return self.runner.put_ahead({name: x[own] for name, x in batch.items()})
 
     def _group(self, rng):
         """Number of the group of a step: as often as it has tasks."""
@@ -406,7 +409,3 @@ def _take(rng, rows, count):
     """So many of the rows in random order, from the start again where there are fewer."""
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
     return [rows[index] for index in order[:count]]
-
-
-def _say(console, text):
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

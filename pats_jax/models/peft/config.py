@@ -5,6 +5,7 @@ by what it finds there; the model's own parameters stay as they are. The small t
 the kind's own leaves below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
 """
 
+import abc
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeftConfig:
+class PeftConfig(abc.ABC):
     """A kind and its settings, checked when it is made.
 
     Attributes:
@@ -59,38 +60,38 @@ class PeftConfig:
         """Whether a parameter of the model itself is trained, and saved, with the modules: head and pooler."""
         return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
 
+    @abc.abstractmethod
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
 
         Raises:
             InputError: The settings do not fit the model, as layers that it does not have.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
         """What changes the forward pass (see `flax.linen.intercept_methods`), by the flat small tree."""
-        raise NotImplementedError
 
     def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        """The model's own parameters with the small tree worked into them, both flat."""
+        """The model's own parameters with the small tree worked into them, both flat; only of kinds that merge."""
         raise NotImplementedError
 
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        """The inverse of `merge`, up to rounding."""
+        """The inverse of `merge`, up to rounding; only of kinds that merge."""
         raise NotImplementedError
 
+    @abc.abstractmethod
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
         """Its own fields of ``adapter_config.json``."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PeftConfig":
         """The kind's settings from ``adapter_config.json`` and the names of the tensors that lie beside it.
 
         Raises:
             InputError: A field has a value that this library has no counterpart of.
         """
-        raise NotImplementedError
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
         """The small tree by the names, and in the layouts, of ``adapter_model.safetensors``."""
