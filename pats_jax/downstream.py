@@ -7,6 +7,7 @@ never made again; the report is on all records of the folder.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -145,7 +146,7 @@ _NOT_HERE = {
     "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs or --share",
 }
 
-# What may differ between starts of one folder: it does not change any tuning (`check_rates` sees to the grid).
+# What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the primed runs).
 _FREE = frozenset(
     "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
     "compilation_cache_dir num_devices parallel".split()
@@ -164,6 +165,7 @@ class Start:
       adapter: folder of primed PE modules; None: new ones.
       base: name or folder of the model with the masked-language-model head, if any.
       kind: what is tuned: a PE kind, or "full".
+      digest: of the stage's results, which tells its runs apart; None without one.
     """
 
     algorithm: str
@@ -173,6 +175,7 @@ class Start:
     adapter: str | None
     base: str
     kind: str
+    digest: str | None = None
 
     @property
     def name(self) -> str:
@@ -205,7 +208,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         tasks = [gym[name] for name in names]
         option_scoring.check_tasks(settings.head, tasks)
         starts = find_starts(settings, names)
-        check_rates(settings, starts, tasks, folder)
+        check_records(settings, starts, tasks, folder)
         open_folder(folder, settings)
         if settings.jobs > 1:
             run_jobs(settings, args)
@@ -240,7 +243,8 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
         adapter = str(folder / "adapter") if results["peft"] else None
         for kind in settings.kinds:
             if kind != "full" and results["peft"] in (None, kind):
-                start = Start(results["algorithm"], results["train"], results["seed"], encoder, adapter, base, kind)
+                stage = results["algorithm"], results["train"], results["seed"]
+                start = Start(*stage, encoder, adapter, base, kind, _digest(results))
                 if folders.setdefault(start.name, name) != name:
                     raise InputError(f"--primed {name}: {start.name} is {folders[start.name]} already; keep one")
                 starts.append(start)
@@ -302,19 +306,29 @@ def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
 
 
-def check_rates(
+def check_records(
     settings: GymSettings, starts: Sequence[Start], tasks: Sequence[FewShotTask], folder: pathlib.Path
 ) -> None:
-    """Raises InputError if a tuning that is there already has tried other learning rates."""
+    """Raises InputError if a tuning that is there already has tried other learning rates or had another start."""
     for start in starts:
         rates = list(settings.learning_rates(start.kind))
         for _, _, path in places(settings, start, tasks, folder):
-            tried = json.loads(path.read_text(encoding="utf-8")).get("learning_rates") if path.exists() else rates
-            if tried and tried != rates:
+            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            tried, digest = record.get("learning_rates") or rates, record.get("upstream_digest") or start.digest
+            if tried != rates:
                 raise InputError(
                     f"--grid: {path} has tried {', '.join(map(str, tried))}, not {', '.join(map(str, rates))}; "
                     "give the same grid or another --output_dir"
                 )
+            if digest != start.digest:
+                raise InputError(
+                    f"--primed: {path} started from another run of that stage; give that run or another --output_dir"
+                )
+
+
+def _digest(results):
+    """Of a finished run: no other has its results, times included."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def places(
@@ -411,7 +425,8 @@ def tune_all(
             made.write_text(json.dumps(record) + "\n", encoding="utf-8")
             made.replace(path)
             text = f"{start.name} {task.name}-{sample.seed}: dev {record['dev']:.3f} test {record['test']:.3f}"
-            say(console, f"{text} ({record['seconds']:.0f} s)")
+            lost = "".join(f", no finite loss at {rate}" for rate in record["diverged"])
+            say(console, f"{text} ({record['seconds']:.0f} s){lost}")
 
 
 class Tuner:
@@ -451,6 +466,7 @@ class Tuner:
         shapes = self._shapes(task)
         tried = [self._tune(rate, task, sample, shapes, asked) for rate in self._optimizers]
         best = max(tried, key=lambda one: one["place"])
+        diverged = [one["learning_rate"] for one in tried if one["diverged"]]
         rows = self._test_rows(task, sample)
         chosen = option_scoring.choose(
             self._scores,
@@ -467,12 +483,14 @@ class Tuner:
             "algorithm": start.algorithm,
             "trained": start.trained,
             "upstream_seed": start.seed,
+            "upstream_digest": start.digest,
             "peft": start.kind,
             "task": task.name,
             "sample": sample.seed,
             "metric": task.metric,
             "chance": chance(task),
             "learning_rates": list(self._optimizers),
+            "diverged": diverged,
             **{name: best[name] for name in ("learning_rate", "curve", "step", "dev")},
             "test": metrics.METRICS[task.metric](chosen, np.array([row.answer for row in rows])),
             "test_rows": len(rows),
@@ -482,7 +500,8 @@ class Tuner:
     def _tune(self, rate, task, sample, shapes, asked):
         """One learning rate: the curve on the dev rows and what does best there.
 
-        Of equal scores that with the lower loss on the dev rows is kept, for 16 rows have many ties (ours).
+        Of equal scores that with the lower loss on the dev rows is kept, for 16 rows have many ties (ours). A rate
+        whose loss is not finite any more ends there, with what did best before (ours).
         """
         settings = self._settings
         state = TrainState.create(
@@ -494,14 +513,15 @@ class Tuner:
         )
         dev = self._encode(task, sample.dev, shapes)
         answers = np.array([row.answer for row in sample.dev])
-        steps, scores, best = [], [], None
+        steps, scores, best, diverged = [], [], None, False
         for step, rows in enumerate(self._batches(task, sample)):
             if step % (settings.eval_steps or settings.max_steps) == 0 or step == settings.max_steps:
                 asked.check()
                 found = np.asarray(self._scores(state.all_params, dev))
                 loss = float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(found), answers).mean())
-                if not math.isfinite(loss):
-                    raise InputError(f"{task.name}: the loss is not finite at {self._start.kind}={rate}; lower --grid")
+                diverged = not math.isfinite(loss)
+                if diverged:
+                    break
                 score = metrics.METRICS[task.metric](np.argmax(found, axis=1), answers)
                 steps.append(step)
                 scores.append(score)
@@ -509,8 +529,9 @@ class Tuner:
                     best = {"place": (score, -loss), "params": state.all_params, "step": step, "dev": score}
             if step < settings.max_steps:
                 state, _ = self._step(state, self._encode(task, rows, shapes))
-        assert best is not None
-        return best | {"learning_rate": rate, "curve": {"step": steps, "dev": scores}}
+        if best is None:
+            raise InputError(f"{task.name}: the loss of {self._start.name} is not finite before any step")
+        return best | {"learning_rate": rate, "diverged": diverged, "curve": {"step": steps, "dev": scores}}
 
     def _batches(self, task, sample) -> Iterator[list[Row]]:
         """The rows of every step and one more, epoch by epoch in an order of the seed, the task and the sample."""

@@ -21,8 +21,9 @@ from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.train_state import Batch, LossFn, model_inputs, weighted_mean
 
-# Sizes of a batch are rounded up to one of these doubled some times, so that few shapes are compiled.
-SHORTEST_TEXT, SHORTEST_OPTION, FEWEST_OPTIONS = 32, 8, 3
+# Sizes of a batch are rounded up to one of these doubled some times (lengths also to 3/2 of one), so that few shapes
+# are compiled.
+SHORTEST_TEXT, SHORTEST_OPTION, FEWEST_OPTIONS = 16, 8, 3
 # Scores of options that a row does not have; finite, so that no gradient is nan.
 _NO_OPTION = -1e9
 
@@ -382,8 +383,12 @@ def _ids(tokenizer, texts, max_length):
 
 
 def _pad(ids, smallest, largest):
-    """Ids and attention mask (rows, length), for a length of few; padding is 0 for all models, for none reads it."""
-    length = min(padded(max(map(len, ids)), smallest), largest)
+    """Ids and attention mask (rows, length); padding is 0 for all models, for none reads it.
+
+    The length is of few, so that few programs are compiled: 16, 24, 32, 48, 64, 96 ... from 16 on.
+    """
+    longest = max(map(len, ids))
+    length = min(padded(longest, smallest), padded(longest, smallest * 3 // 2), largest)
     mask = np.array([[1] * len(own) + [0] * (length - len(own)) for own in ids], np.int32)
     return {"input_ids": np.array([own + [0] * (length - len(own)) for own in ids], np.int32), "attention_mask": mask}
 

@@ -437,7 +437,7 @@ def test_a_model_primed_by_nothing_gives_the_records_of_the_unprimed_one(base, w
     shutil.copytree(home / "model", folder / "model")
     found = run(base, tmp_path / "gym", primed=(str(folder),), direct=False, tasks=("choice",))
     for (_, task, seed), record in found.items():
-        stage = {"algorithm": "direct", "trained": None, "upstream_seed": None}
+        stage = {"algorithm": "direct", "trained": None, "upstream_seed": None, "upstream_digest": None}
         assert record | stage == records(whole)["direct-lora", task, seed]
     assert len(found) == 2
 
@@ -548,6 +548,28 @@ def test_modules_of_another_base_model(base, home, tmp_path, primed):
         run(base, tmp_path / "gym", primed=(str(folder),), direct=False)
 
 
-def test_a_loss_that_is_not_finite_is_named(base, tmp_path):
-    with pytest.raises(InputError, match=r"manners: the loss is not finite at full=1e\+30; lower --grid"):
-        run(base, tmp_path / "gym", kinds=("full",), grid=("full=1e30",))
+def test_a_rate_that_diverges_loses(base, whole, tmp_path):
+    """It ends where the loss is not finite, and the others' tuning is what it is without it."""
+    rates, one = (1e30, RATES["lora"]), {"tasks": ("manners",)}
+    both = run(base, tmp_path / "both", grid=(f"lora={rates[0]},{rates[1]}",), **one)
+    for key, record in both.items():
+        alone = records(whole)[key]
+        assert record["diverged"] == [1e30] and alone["diverged"] == []
+        if alone["step"] > 0:
+            assert record["learning_rate"] == rates[1]
+        assert {k: record[k] for k in ("dev", "test")} == {k: alone[k] for k in ("dev", "test")}
+    (record,) = run(base, tmp_path / "alone", grid=("lora=1e30",), samples=(13,), **one).values()
+    assert record["step"] == 0 and record["curve"]["step"] == [0]
+
+
+def test_another_run_of_a_stage_does_not_mix(base, home, tmp_path, primed):
+    """Whether it has the same folder or not; the same run at another place may go on."""
+    folder, one = primed("pe"), {"tasks": ("manners",), "samples": (13,), "direct": False}
+    made = run(base, tmp_path / "gym", primed=(str(folder),), **one)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert run(base, tmp_path / "gym", primed=(str(moved),), **one) == made
+    results = json.loads((folder / "results.json").read_text())
+    results["timing"] = {"train_seconds": 1e6}
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"--primed: .*manners-13.json started from another run of that stage; give"):
+        run(base, tmp_path / "gym", primed=(str(folder),), **one)

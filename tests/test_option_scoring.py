@@ -447,6 +447,14 @@ def test_sizes_are_few(size, expected):
     assert option_scoring.padded(size, 8) == expected
 
 
+@pytest.mark.parametrize("words, expected", [(3, 16), (15, 24), (23, 32), (31, 48), (50, 64), (99, 64)])
+def test_lengths_are_few(words, expected):
+    """Two of special tokens are added; none is above the longest allowed."""
+    row = Row(" ".join(["a"] * words), ("b", "c"), 0)
+    batch = encode_rows(get_head("classes"), [row], tiny.tokenizer(), 64)
+    assert batch["input_ids"].shape == (1, expected) and batch["attention_mask"].sum() == min(words + 2, 64)
+
+
 def test_fewer_options_keep_the_right_one_and_the_order():
     row, kept = Row("text", tuple("abcdefgh"), 5), set()
     rng = np.random.default_rng(0)
