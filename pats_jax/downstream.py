@@ -146,7 +146,8 @@ _NOT_HERE = {
     "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs or --share",
 }
 
-# What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the primed runs).
+# What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the
+# primed runs).
 _FREE = frozenset(
     "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
     "compilation_cache_dir num_devices parallel".split()

@@ -16,7 +16,18 @@ from typing import Any
 import jax
 import rich.console
 
-from pats_jax import methods, models, parallel, pe_modules, plots, preemption, run_folder, run_start, train_state
+from pats_jax import (
+    methods,
+    model_card,
+    models,
+    parallel,
+    pe_modules,
+    plots,
+    preemption,
+    run_folder,
+    run_start,
+    train_state,
+)
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.console import say
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
@@ -100,7 +111,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         if files:
             write_files(folder / "predictions", files)
         draw(folder, task, results, trained.records)
-        run_folder.write_model_card(folder, settings.to_dict(), results)
+        model_card.write_fine_tuned(folder, settings.to_dict(), results)
         run_folder.write_results(folder, results)
     say(console, summary(results, folder))
     return results

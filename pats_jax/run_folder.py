@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, when it may be written, and the model card that introduces it."""
+"""A run's folder: what it holds and when it may be written."""
 
 import importlib.metadata
 import json
@@ -95,39 +95,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v}}
 
 
-def write_model_card(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """Writes README.md: what was trained on what, how well it does, how to use it and how to repeat the run."""
-    lines = [
-        f"# {results['model_name_or_path']} fine-tuned on {results['data']}",
-        "",
-        f"Trained by `pats-jax glue` with {_choices(results)}, seed {results['seed']}"
-        + (f", {results['steps']} steps." if "steps" in results else "."),
-        "",
-        *_score_table(results),
-        *_out_of_domain_table(results),
-        "",
-        "## Use",
-        "",
-        *_use(folder, results),
-        "",
-        "## Repeat",
-        "",
-        "```",
-        "pats-jax glue --config config.json --output_dir NEW",
-        "```",
-        "",
-        "| setting | value |",
-        "| --- | --- |",
-        *(f"| {name} | {_cell(value)} |" for name, value in settings.items() if value is not None),
-        "",
-        "Made with " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
-    ]
-    plots = sorted((folder / "plots").glob("*.png"))
-    if plots:
-        lines += ["", "## Plots", "", *(f"![{path.stem}](plots/{path.name})" for path in plots)]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def _is_ours(name):
     """Whether a run wrote an entry of its folder, half-written ones included."""
     return name in ENTRIES or name.removesuffix(".new") in ENTRIES or name.startswith((".model-", ".adapter-"))
@@ -139,70 +106,6 @@ def _remove(entries):
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _score_table(results):
-    if "final" not in results:
-        return ["Not evaluated."]
-    names = list(results["final"]["metrics"])
-    rows = [("best", results["best"]), ("final", results["final"]), ("majority class", results["majority_class"])]
-    return [
-        f"Scores on {results['eval_examples']} validation rows (the best by {results['main_metric']}):",
-        "",
-        "| | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
-        *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
-    ]
-
-
-def _out_of_domain_table(results):
-    if "out_of_domain" not in results:
-        return []
-    return [
-        "",
-        "Out of domain, by the model of this folder:",
-        "",
-        "| set | rows | accuracy |",
-        "| --- | --- | --- |",
-        *(
-            f"| {name} | {scores['examples']} | {scores['metrics']['accuracy']:.4f} |"
-            for name, scores in results["out_of_domain"].items()
-        ),
-    ]
-
-
-def _choices(results):
-    """Method, PE modules and what part of the model they are."""
-    method = f"`--method {results['method']}`"
-    if not results.get("peft"):
-        return method
-    share = f" ({results['trained_parameters']} of {results['num_parameters']} parameters)"
-    return f"`--peft {results['peft']}`{share if 'trained_parameters' in results else ''} and {method}"
-
-
-def _use(folder, results):
-    """How the model is loaded: whole, or as PE modules for the base model."""
-    count, whole = results["num_labels"], (folder / "model").exists() or not results.get("peft")
-    lines = ["```", f"pats-jax predict {folder.name}/{'model' if whole else 'adapter'} --file texts.tsv", "```"]
-    if whole:
-        call = f"pats_jax.models.from_pretrained(..., num_labels={count})"
-        lines += ["", f"The folder `model/` also loads with `{call}` and with Transformers (torch)."]
-    if results.get("peft"):
-        lines += [
-            "",
-            f"The folder `adapter/` holds the PE modules ({results['peft']}) and the head, for the base model "
-            f"{results['model_name_or_path']}; `pats_jax.models.peft.load_peft_model` loads both."
-            + (" PEFT (torch) does too." if results["peft"] in _IN_PEFTS_FORMAT else ""),
-        ]
-    return lines
-
-
-_IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
-
-
-def _cell(value):
-    """A value as code in a Markdown table, where a bar would end the cell (regexes have them)."""
-    return "`" + str(value).replace("|", "\\|") + "`"
 
 
 def _write_json(path, values):

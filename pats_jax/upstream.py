@@ -18,6 +18,7 @@ import rich.console
 
 from pats_jax import (
     methods,
+    model_card,
     models,
     option_scoring,
     parallel,
@@ -146,6 +147,7 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     if parallel.is_first():
         save(folder, settings, model, primed, tokenizer)
         plots.plot_loss(folder / "plots" / "loss.png", trained.records)
+        model_card.write_primed(folder, settings.to_dict(), results)
         run_folder.write_results(folder, results)
     say(start.console, summary(results, folder))
     return results

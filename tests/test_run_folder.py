@@ -11,21 +11,6 @@ import pytest
 from pats_jax import plots, run_folder
 from pats_jax.errors import InputError
 
-RESULTS = {
-    "model_name_or_path": "tiny",
-    "data": "rte from somewhere",
-    "method": "pats",
-    "seed": 3,
-    "steps": 20,
-    "num_labels": 2,
-    "eval_examples": 7,
-    "main_metric": "accuracy",
-    "majority_class": {"metrics": {"accuracy": 0.5}},
-    "final": {"step": 20, "metrics": {"accuracy": 0.75}},
-    "best": {"step": 10, "metrics": {"accuracy": 0.87654}},
-    "versions": {"python": "3.11"},
-}
-
 
 def refuses(folder, overwrite=False):
     with pytest.raises(InputError) as caught:
@@ -94,27 +79,6 @@ def test_metrics_come_back_line_by_line(tmp_path):
     run_folder.write_metrics(tmp_path, records)
     assert run_folder.read_metrics(tmp_path) == records
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_the_model_card(tmp_path):
-    settings = {"seed": 3, "noise_layers": r"query|key\.kernel$", "eval_steps": None}
-    plots.plot_loss(tmp_path / "plots" / "loss.png", [{"step": 1, "loss": 1.0, "learning_rate": 0.0}])
-    run_folder.write_model_card(tmp_path, settings, RESULTS)
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("# tiny fine-tuned on rte from somewhere\n")
-    assert "`--method pats`, seed 3, 20 steps." in card
-    for row in ("| | accuracy |", "| best | 0.8765 |", "| final | 0.7500 |", "| majority class | 0.5000 |"):
-        assert f"\n{row}\n" in card
-    assert "\n| noise_layers | `query\\|key\\.kernel$` |\n" in card and "eval_steps" not in card
-    assert f"pats-jax predict {tmp_path.name}/model --file" in card
-    assert "![loss](plots/loss.png)" in card
-
-
-def test_the_model_card_of_a_run_without_evaluation(tmp_path):
-    results = {name: RESULTS[name] for name in RESULTS if name not in ("final", "best", "majority_class", "steps")}
-    run_folder.write_model_card(tmp_path, {}, results)
-    card = (tmp_path / "README.md").read_text()
-    assert "Not evaluated." in card and "seed 3." in card and "Plots" not in card
 
 
 def test_versions_name_what_results_depend_on():

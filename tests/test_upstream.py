@@ -125,6 +125,8 @@ def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, tr
         again, _, _ = peft.load_peft_model(tmp_path / "adapter")
         assert again.peft.rank == 2
     assert found["trained_parameters"] == sum(sizes[part] for part in train.split("+"))
+    card = (tmp_path / "README.md").read_text()
+    assert f"--algorithm {algorithm} --train {train} --head embedding" in card and "Not watched" in card
 
 
 def tensors_of(folder):
