@@ -87,9 +87,9 @@ def prime(args: list[str]) -> None:
 
 def gym(args: list[str]) -> None:
     """Tune on the target tasks of a few-shot gym, and report what priming gains."""
-    from pats_jax import downstream, settings
+    from pats_jax import downstream, gym_settings, settings
 
-    parsed = settings.parse(args, "pats-jax gym", downstream.GymSettings)
+    parsed = settings.parse(args, "pats-jax gym", gym_settings.GymSettings)
     import rich.console
 
     downstream.run(parsed, args, rich.console.Console())

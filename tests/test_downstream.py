@@ -19,10 +19,10 @@ import rich.console
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, downstream, metrics, models, option_scoring, run_folder, upstream
+from pats_jax import cli, downstream, few_shot_tuning, metrics, models, option_scoring, run_folder, upstream
 from pats_jax.data import load_gym
-from pats_jax.downstream import GymSettings
 from pats_jax.errors import InputError, Preempted
+from pats_jax.gym_settings import GymSettings
 from pats_jax.models import peft
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -356,7 +356,7 @@ def test_a_record_does_not_depend_on_the_samples_asked_for(base, whole, home, tm
 
 
 def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
-    real = downstream.Tuner.tune
+    real = few_shot_tuning.Tuner.tune
 
     def tune(self, task, sample, asked):
         record = real(self, task, sample, asked)
@@ -364,7 +364,7 @@ def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(downstream.Tuner, "tune", tune)
+        patch.setattr(few_shot_tuning.Tuner, "tune", tune)
         with pytest.raises(Preempted, match="interrupted; the same command goes on"):
             run(base, tmp_path / "gym")
     assert len(records(tmp_path / "gym")) == 1
@@ -422,11 +422,11 @@ def test_a_primed_model_goes_with_every_kind_and_modules_with_their_own(base, ho
     assert (pe.model, pe.adapter) == (str(home / "model"), str(home / "pe" / "adapter"))
     assert starts(base, home, kinds=("full", "lora")).keys() == {"direct-full", "direct-lora"}
     settings = dataclasses.replace(base, primed=primed)
-    _, params = downstream.load_start(settings, pe)
+    _, params = few_shot_tuning.load_start(settings, pe)
     saved = load_file(home / "pe" / "adapter" / "adapter_model.safetensors")
     kernels = [x for x in jax.tree.leaves(params["peft"])]
     assert all(any(np.array_equal(x.T, y) for y in saved.values()) for x in kernels)
-    _, params = downstream.load_start(settings, plm)
+    _, params = few_shot_tuning.load_start(settings, plm)
     words = load_file(home / "plm" / "model" / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert np.array_equal(params["bert"]["embeddings"]["word_embeddings"]["embedding"], words)
 
@@ -448,11 +448,11 @@ def test_modules_load_beside_a_masked_language_model_head(base, home, tmp_path):
     save_file(load_file(folder / "model.safetensors") | tiny.mlm_tensors(), folder / "model.safetensors")
     settings = dataclasses.replace(base, model_name_or_path=str(folder), head="mlm", kinds=("bitfit",))
     direct = starts(settings, home)["direct-bitfit"]
-    model, params = downstream.load_start(settings, direct)
+    model, params = few_shot_tuning.load_start(settings, direct)
     params = {**params, "peft": jax.tree.map(lambda x: x + 0.5, params["peft"])}
     own = {name: tree for name, tree in params.items() if name != "mlm"}
     peft.save_peft(tmp_path / "adapter", model=model, params=own)
-    _, again = downstream.load_start(settings, dataclasses.replace(direct, adapter=str(tmp_path / "adapter")))
+    _, again = few_shot_tuning.load_start(settings, dataclasses.replace(direct, adapter=str(tmp_path / "adapter")))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, again))
 
 
