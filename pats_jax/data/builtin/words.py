@@ -61,7 +61,7 @@ ACTIONS = (
     Action("beat", "beaten", "defeated", "defeated"),
     Action("chose", "chosen", "selected", "selected"),
 )
-IRREGULAR_PLURALS = {"fisherman": "fishermen", "secretary": "secretaries", "box": "boxes"}
+IRREGULAR_PLURALS = {"fisherman": "fishermen", "secretary": "secretaries", "box": "boxes", "coach": "coaches"}
 PLACES = (
     "Lisbon Oslo Vienna Boston Madrid Dublin Prague Toronto Chicago Geneva Athens Berlin Sydney Denver Naples Warsaw "
     "Seattle Cairo Lima Munich"
