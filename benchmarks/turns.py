@@ -49,14 +49,17 @@ def take_turns(
     rounds: int,
     *,
     warm_up: int = 1,
+    untimed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
-    """Calls each variant once a round and waits for what it returns.
+    """Times each variant once a round, waiting for what it returns.
 
     Args:
       variants: name -> a function; what it returns may hold arrays that the device is still at work on.
       rounds: rounds that count.
       warm_up: rounds before them, in which things compile.
+      untimed: calls of a variant right before its timed one, so that what the variant before it has left behind (memory
+        that it gave back to the system and that must be cleared, caches) is not in its time.
       clock: seconds.
 
     Returns:
@@ -67,6 +70,8 @@ def take_turns(
     for number in range(-warm_up, rounds):
         generator.shuffle(order)
         for name in order:
+            for _ in range(untimed):
+                jax.block_until_ready(variants[name]())
             started = clock()
             jax.block_until_ready(variants[name]())
             if number >= 0:

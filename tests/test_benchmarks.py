@@ -86,6 +86,14 @@ def test_turns_call_each_variant_once_a_round():
     assert len({tuple(one) for one in rounds}) > 1  # not always one after the same other one
 
 
+def test_untimed_calls_come_right_before_the_timed_one():
+    clock = Clock(a=1.0, b=3.0)
+    turns = take_turns(clock.variants(), 2, untimed=2, clock=clock)
+    assert turns.seconds == {"a": [1.0] * 2, "b": [3.0] * 2}
+    assert all(len(set(clock.calls[begin : begin + 3])) == 1 for begin in range(0, len(clock.calls), 3))
+    assert len(clock.calls) == 3 * 2 * 3  # rounds, variants, calls
+
+
 def test_ratio_is_not_changed_by_a_machine_that_becomes_slower():
     clock = Clock(base=1.0, other=1.25)
     clock.drift = lambda number: 1.5**number

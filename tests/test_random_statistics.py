@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from pats_jax import random
+from pats_jax.transforms import DISTRIBUTIONS
 
 P_BOUND = 1e-5
 KEYS, WORDS = 512, 2048
@@ -194,10 +195,18 @@ def test_equal_shaped_leaves_get_different_noise():
     assert abs(np.corrcoef(np.ravel(noise[0]), np.ravel(noise[1]))[0, 1]) < 4 / 64
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_floats_follow_their_distribution(distribution):
-    draws = np.asarray(getattr(jax.random, distribution)(random.fast_key(11), (2**20,)), np.float64)
-    exact = stats.uniform() if distribution == "uniform" else stats.norm()
+EXACT = {
+    "uniform": (jax.random.uniform, stats.uniform()),
+    "normal": (jax.random.normal, stats.norm()),
+    "uniform of pats_noise": (DISTRIBUTIONS["uniform"], stats.uniform(-np.sqrt(3), 2 * np.sqrt(3))),
+    "normal of pats_noise": (DISTRIBUTIONS["normal"], stats.norm()),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_floats_follow_their_distribution(name):
+    draw, exact = EXACT[name]
+    draws = np.asarray(draw(random.fast_key(11), (2**20,)), np.float64)
     assert stats.kstest(draws, exact.cdf).pvalue > P_BOUND
     for order in (1, 2, 3, 4):
         error = np.sqrt((exact.moment(2 * order) - exact.moment(order) ** 2) / draws.size)
