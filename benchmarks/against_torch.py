@@ -24,8 +24,8 @@ WAYS = {  # to run torch: attention, and whether AdamW is its fused one
 class AgainstTorch(report.Subject):
     """A training step here and in Transformers with torch: the same model, shape, dropout rates and optimizer.
 
-    Torch gets its fastest way of several (attention, fused AdamW or not), found out first. Before a timed step each side
-    makes one that is not timed: the first step after the other library's is longer, for the system clears the memory
+    Torch gets its fastest way of several (attention, fused AdamW or not), found out first. Before a timed step
+    each side makes one that is not timed: the first step after the other library's is longer, for the system clears the memory
     that the other one gave back. Both sides are measured alone as well: a median that differs from the one in turns
     would show that they disturb each other.
     """
