@@ -25,9 +25,9 @@ class AgainstTorch(report.Subject):
     """A training step here and in Transformers with torch: the same model, shape, dropout rates and optimizer.
 
     Torch gets its fastest way of several (attention, fused AdamW or not), found out first. Before a timed step each
-    side makes one that is not timed: the first step after the other library's is longer, for the system clears the
-    memory that the other one gave back. Both sides are measured alone as well: a median that differs from the one in
-    turns would show that they disturb each other.
+    side makes one that is not timed: the first step after the other library's takes longer, most of it in the system.
+    Both sides are measured alone as well: a median that differs from the one in turns would show that they disturb
+    each other.
     """
 
     cases: tuple[str, ...] = ("minilm:32x64", "bert-base:8x128")  # MODEL:ROWSxLENGTH; bert-base and such: random

@@ -58,8 +58,7 @@ def take_turns(
       variants: name -> a function; what it returns may hold arrays that the device is still at work on.
       rounds: rounds that count.
       warm_up: rounds before them, in which things compile.
-      untimed: calls of a variant right before its timed one, so that what the variant before it has left behind (memory
-        that it gave back to the system and that must be cleared, caches) is not in its time.
+      untimed: calls of a variant right before its timed one, so that what another did to memory does not count.
       clock: seconds.
 
     Returns:
