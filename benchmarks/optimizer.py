@@ -1,6 +1,7 @@
 """Subject `optimizer`: the update alone, AdamW against PATS, and both against the memory traffic that they need."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 
 from benchmarks import cases, report
 from benchmarks.step import groups
-from benchmarks.turns import take_turns
+from benchmarks.turns import take_turns_in_set_ups
 from pats_jax.methods import make_optimizer
 
 BASE = "finetune"
 COPY = "x + 1"
 COPY_ENTRIES = 2**27  # float32, 512 MiB: more than any cache holds
+
+Start = Callable[[], Callable[[], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +40,14 @@ class Optimizer(report.Subject):
         "pats:philox4x32",
     )
     growth: tuple[str, ...] = ("bert-tiny", "bert-mini", "bert-small", "bert-medium")  # further models for pats:all
-    rounds: int = 30  # timed updates of each variant
+    set_ups: int = 6  # times that all parameters and states are put into memory anew, in an order drawn anew
+    rounds: int = 10  # timed updates of each variant in each of them
     together: int = 4  # variants whose states are in memory at the same time, AdamW among them
 
     def run(self) -> report.Results:
         results = report.Results()
         table = report.table(
-            f"Update alone, {self.rounds} rounds",
+            f"Update alone, {self.set_ups} x {self.rounds} rounds",
             *("model", "variant", "median, ms", "to AdamW", "by bytes", "MB to move", "share of copy bandwidth"),
         )
         for number, model in enumerate(self.models):
@@ -58,9 +62,9 @@ class Optimizer(report.Subject):
         rng = np.random.default_rng(0)
         grads = jax.tree.map(lambda p: jnp.array(1e-3 * rng.standard_normal(p.shape, np.float32)), params)
         for group in groups(variants, self.together - 1):
-            started = {variant: start_update(variant, params, grads, self.rounds) for variant in (BASE, *group)}
-            turns = take_turns({**started, COPY: start_copy()}, self.rounds)
-            for variant in started:
+            starts = {variant: prepare_update(variant, params, grads, self.rounds) for variant in (BASE, *group)}
+            turns = take_turns_in_set_ups({**starts, COPY: prepare_copy()}, self.set_ups, self.rounds)
+            for variant in starts:
                 key = f"{name} {variant}"
                 if key in results.measured:
                     continue
@@ -81,28 +85,28 @@ class Optimizer(report.Subject):
                 table.add_row(*_row(name, variant, figures))
 
 
-def start_update(variant: str, params: Any, grads: Any, total_steps: int) -> Any:
-    """A function that makes one update, its state and parameters donated."""
+def prepare_update(variant: str, params: Any, grads: Any, total_steps: int) -> Start:
+    """A function that allocates parameters and state; it returns one that makes an update, both donated."""
     tx = make_optimizer(cases.settings_of(variant), total_steps + 1, params)
-    update = jax.jit(cases.update_step(tx), donate_argnums=(0, 1))
-    params = jax.tree.map(jnp.array, params)
-    held = [(params, jax.jit(tx.init)(params))]
+    update, init = jax.jit(cases.update_step(tx), donate_argnums=(0, 1)), jax.jit(tx.init)
 
-    def run():
-        held[0] = update(*held[0], grads)
-        return held[0]
+    def start():
+        return _in_place(lambda held: update(*held, grads), (jax.tree.map(jnp.array, params), init(params)))
 
-    return run
+    return start
 
 
-def start_copy() -> Any:
-    """A function that reads and writes 512 MiB in place."""
+def prepare_copy() -> Start:
+    """The same for reading and writing 512 MiB."""
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    held = [jnp.zeros(COPY_ENTRIES)]
+    return lambda: _in_place(add, jnp.zeros(COPY_ENTRIES))
 
+
+def _in_place(work: Callable[[Any], Any], held: Any) -> Callable[[], Any]:
     def run():
-        held[0] = add(held[0])
-        return held[0]
+        nonlocal held
+        held = work(held)
+        return held
 
     return run
 

@@ -76,3 +76,35 @@ def take_turns(
             if number >= 0:
                 seconds[name].append(clock() - started)
     return Turns(seconds)
+
+
+def take_turns_in_set_ups(
+    starts: Mapping[str, Callable[[], Callable[[], Any]]],
+    set_ups: int,
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Turns:
+    """Times each variant once a round, with its arrays put into memory anew several times.
+
+    Where arrays lie in memory changes how long work that is bound by memory takes, and the order of allocations decides
+    it; so that is drawn anew too, and no ratio rests on one of them.
+
+    Args:
+      starts: name -> a function that allocates what the variant works on and returns what `take_turns` calls. What one
+        set-up holds is free before the next one.
+      set_ups: how many times all variants are started, in an order drawn anew.
+      rounds: rounds that count in each of them, after one that does not.
+      clock: seconds.
+
+    Returns:
+      The seconds of every call, set-up after set-up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    order, generator = list(starts), random.Random(1)
+    for _ in range(set_ups):
+        generator.shuffle(order)
+        turns = take_turns({name: starts[name]() for name in order}, rounds, clock=clock)
+        for name in starts:
+            seconds[name] += turns.seconds[name]
+    return Turns(seconds)

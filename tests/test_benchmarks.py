@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.checkpointing import Checkpoint
 from benchmarks.devices import Devices
-from benchmarks.turns import Turns, take_turns
+from benchmarks.turns import Turns, take_turns, take_turns_in_set_ups
 from pats_jax import parallel
 from pats_jax.errors import InputError
 
@@ -92,6 +93,26 @@ def test_untimed_calls_come_right_before_the_timed_one():
     assert turns.seconds == {"a": [1.0] * 2, "b": [3.0] * 2}
     assert all(len(set(clock.calls[begin : begin + 3])) == 1 for begin in range(0, len(clock.calls), 3))
     assert len(clock.calls) == 3 * 2 * 3  # rounds, variants, calls
+
+
+def test_set_ups_allocate_anew_in_another_order_with_the_last_ones_freed():
+    clock, allocated, alive = Clock(a=1.0, b=3.0, c=2.0), [], weakref.WeakSet()
+    runs = clock.variants()
+
+    class Held:
+        pass
+
+    def start(name):
+        assert len(alive) == len(allocated) % 3
+        held = Held()
+        alive.add(held)
+        allocated.append(name)
+        return lambda: (held, runs[name]())
+
+    turns = take_turns_in_set_ups({name: functools.partial(start, name) for name in runs}, 4, 2, clock=clock)
+    assert turns.seconds == {"a": [1.0] * 8, "b": [3.0] * 8, "c": [2.0] * 8}
+    orders = [tuple(allocated[begin : begin + 3]) for begin in range(0, 12, 3)]
+    assert len(allocated) == 12 and all(sorted(one) == ["a", "b", "c"] for one in orders) and len(set(orders)) > 1
 
 
 def test_ratio_is_not_changed_by_a_machine_that_becomes_slower():
@@ -213,12 +234,18 @@ def test_groups():
 def test_optimizer_measures_against_the_bytes(checkpoint, monkeypatch):
     monkeypatch.setattr(optimizer, "COPY_ENTRIES", 1000)
     subject = optimizer.Optimizer(
-        models=(checkpoint,), variants=("pats:all",), more_variants=("pats:all:bfloat16",), growth=(), rounds=2
+        models=(checkpoint,),
+        variants=("pats:all",),
+        more_variants=("pats:all:bfloat16",),
+        growth=(),
+        set_ups=2,
+        rounds=2,
     )
     results = subject.run()
     assert set(results.ratios) == {f"{checkpoint} pats:all", f"{checkpoint} pats:all:bfloat16"}
     figures = results.measured[f"{checkpoint} pats:all"]
     assert figures["ratio_by_bytes"] == 1.5  # 12 words to 8
+    assert len(figures["seconds"]) == len(figures["base_seconds"]) == 4
     assert figures["bytes"] == 48 * figures["parameters"] and figures["noisy_parameters"] == figures["parameters"]
     assert results.measured[f"{checkpoint} pats:all:bfloat16"]["bytes"] == 42 * figures["parameters"]
     assert results.measured[f"{checkpoint} finetune"]["bytes"] == 32 * figures["parameters"]
