@@ -56,19 +56,15 @@ def _state(variant: str) -> Callable[[dict[str, Any]], float]:
     return value
 
 
-def growth(results: dict[str, Any]) -> dict[int, float]:
-    """Parameters of a model -> seconds that noise on all leaves adds to the update, for each parameter."""
-    found = {key: figures for key, figures in results["measured"].items() if key.endswith(" pats:all")}
-    return {f["parameters"]: f["extra_seconds"] / f["parameters"] for f in sorted(found.values(), key=_parameters)}
-
-
-def _parameters(figures):
-    return figures["parameters"]
+def growth(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of models whose updates were measured in the same rounds, the smallest model first."""
+    found = (figures for key, figures in results["measured"].items() if key.startswith("growth "))
+    return sorted(found, key=lambda figures: figures["parameters"])
 
 
 def _spread(results):
-    """Largest over smallest of `growth`."""
-    values = growth(results).values()
+    """Largest over smallest of the time for each parameter that noise on all leaves adds to the update."""
+    values = [figures["extra_seconds"] / figures["parameters"] for figures in growth(results)]
     return max(values) / min(values) if len(values) > 1 else float("nan")
 
 
@@ -208,15 +204,17 @@ def _draw_ratios(title: str, base: str, log: bool = False) -> Callable[[Any, dic
 
 def _draw_growth(axes, results):
     """Time of an update by size of the model, AdamW and PATS on all leaves."""
-    for variant, label in (("finetune", "AdamW"), ("pats:all", "PATS, all leaves")):
-        rows = [f for key, f in results["measured"].items() if key.endswith(f" {variant}")]
-        rows.sort(key=_parameters)
-        sizes = [row["parameters"] / 1e6 for row in rows]
-        axes.loglog(sizes, [1e3 * row["median_seconds"] for row in rows], "o-", color=COLOURS[variant], label=label)
+    rows = growth(results)
+    sizes = [row["parameters"] / 1e6 for row in rows]
+    for variant, seconds, label in (
+        ("finetune", "base_median_seconds", "AdamW"),
+        ("pats:all", "median_seconds", "PATS, all leaves"),
+    ):
+        axes.loglog(sizes, [1e3 * row[seconds] for row in rows], "o-", color=COLOURS[variant], label=label)
     axes.set(title="Update alone by size of the model", xlabel="million parameters", ylabel="milliseconds")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return True
+    return bool(rows)
 
 
 def _draw_state(axes, results):
