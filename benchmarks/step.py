@@ -28,6 +28,7 @@ METHODS = (
     "l2-sp",
     "r-drop",
     "smart",
+    "finetune:lora",
 )
 
 
