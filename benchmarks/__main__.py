@@ -25,6 +25,7 @@ from benchmarks.pipeline import Pipeline
 from benchmarks.priming import Priming
 from benchmarks.random_numbers import Random
 from benchmarks.step import Step
+from pats_jax.console import say
 from pats_jax.errors import InputError
 
 SUBJECTS: dict[str, type[report.Subject]] = {
@@ -48,13 +49,17 @@ class All:
     data_dir: str | None = None  # folder of GLUE's TSV files; none: the built-in data
 
     def run(self, console: rich.console.Console) -> int:
-        worst = 0
+        failed = {}
         for name in SUBJECTS:
             command = [sys.executable, "-m", "benchmarks", name]
             if self.data_dir and name in ("compile", "pipeline"):
                 command += ["--data_dir", self.data_dir]
-            worst = max(worst, subprocess.run(command).returncode)
-        return worst
+            code = subprocess.run(command).returncode
+            if code:
+                failed[name] = code
+        for name, code in failed.items():
+            say(console, f"FAILED {name}: {f'killed by signal {-code}' if code < 0 else f'exit code {code}'}")
+        return 1 if failed else 0
 
 
 def main(args: list[str] | None = None) -> None:

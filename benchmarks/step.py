@@ -122,19 +122,18 @@ class Counted:
     """
 
     def __init__(self, function: Callable[[], Any]):
-        self._function, self._inside, self.compilations = function, False, 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        self._function, self.compilations = function, 0
 
     def __call__(self) -> Any:
-        self._inside = True
+        # JAX listens for the time of the call only: what it keeps would keep a training state in memory
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
         try:
             return self._function()
         finally:
-            self._inside = False
+            jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event, duration, **_):
-        if self._inside and event == "/jax/core/compile/backend_compile_duration":
-            self.compilations += 1
+        self.compilations += event == "/jax/core/compile/backend_compile_duration"
 
 
 def groups(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

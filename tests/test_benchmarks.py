@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import statistics
+import subprocess
 import time
 import weakref
 
@@ -29,7 +31,7 @@ from benchmarks import (
     report,
     step,
 )
-from benchmarks.__main__ import main
+from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.cases import Case
 from benchmarks.checkpointing import Checkpoint
 from benchmarks.devices import Devices
@@ -225,6 +227,10 @@ def test_compilations_inside_a_function_only():
         counted()
         jax.jit(lambda x: x * 4.5 - 1)(jnp.ones(counted_shape))
     assert counted.compilations == 2
+    freed = weakref.ref(counted)
+    del counted
+    gc.collect()
+    assert freed() is None  # nor the training state that it holds
 
 
 def test_groups():
@@ -347,6 +353,20 @@ def test_torch_subject_runs(checkpoint):
 
 
 # reports and the command line
+
+
+def test_all_runs_every_subject_and_says_which_failed(monkeypatch, capsys):
+    codes, ran = {"step": -9, "memory": 2}, []
+
+    def run(command):
+        ran.append(command[3])
+        return subprocess.CompletedProcess(command, codes.get(command[3], 0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        main(["all"])
+    assert stopped.value.code == 1 and ran == list(SUBJECTS)
+    assert capsys.readouterr().out.splitlines() == ["FAILED step: killed by signal 9", "FAILED memory: exit code 2"]
 
 
 def test_command_line_writes_and_adds(tmp_path, capsys):
