@@ -119,7 +119,8 @@ def pats_noise(
       distribution: "uniform" on [-sqrt(3), sqrt(3)], or "normal".
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside take no noise and hold no
         state. None is every leaf.
-      sensitivity_dtype: dtype in which sensitivity is stored, float32 if None; computed in float32 in any case.
+      sensitivity_dtype: dtype in which S_t is stored, float32 if None; r_t is that of the stored one. All is computed
+        in float32.
 
     Returns:
       A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
@@ -177,11 +178,11 @@ def pats_noise(
         def update_leaf(u, leaf_key, p, g, old, std):
             if old is None or trees.is_masked(u):
                 return u, old
-            new = _moving_average(old, _saliency(p, g), decay)
+            new = _stored(_moving_average(old, _saliency(p, g), decay), sensitivity_dtype)
             if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
-                return u, new.astype(sensitivity_dtype)
+                return u, new
             noise = scale * std * respond(_relative(new)) * draw(leaf_key, u.shape)
-            return (u + noise).astype(u.dtype), new.astype(sensitivity_dtype)
+            return (u + noise).astype(u.dtype), new
 
         columns = [treedef.flatten_up_to(tree) for tree in (keys, params, grad, state.sensitivity, state.initial_std)]
         results = [update_leaf(*row) for row in zip(leaves, *columns, strict=True)]
@@ -319,7 +320,7 @@ def noise_statistics(
         scale = noise_scale(jnp.maximum(state.count - 1, 0)) if callable(noise_scale) else noise_scale
         scale = jnp.where(state.count > 0, scale, 0.0)
         for s, std in zip(jax.tree.leaves(state.sensitivity), jax.tree.leaves(state.initial_std), strict=True):
-            sd = scale * std * respond(_relative(s.astype(jnp.float32)))
+            sd = scale * std * respond(_relative(s))
             square, noisy = square + jnp.sum(sd**2), noisy + jnp.sum(sd > 0)
     return {"noise_norm": jnp.sqrt(square), "noisy_parameters": noisy}
 
@@ -459,12 +460,19 @@ def _response(response):
     return response if callable(response) else choose("response", response, RESPONSES)
 
 
+def _stored(sensitivity, dtype):
+    """S of one leaf as the state holds it. The noise reads the rounded one, so XLA needs no other in memory."""
+    return sensitivity if dtype == jnp.float32 else jax.lax.optimization_barrier(sensitivity.astype(dtype))
+
+
 def _relative(sensitivity):
     """r = S / mean(S) of one leaf, float32; 0 where the mean is 0 (or below float32's normal numbers)."""
-    mean = jnp.sum(sensitivity) / max(sensitivity.size, 1)
+    mean = jnp.sum(sensitivity, dtype=jnp.float32) / max(sensitivity.size, 1)
     positive = mean >= jnp.finfo(jnp.float32).tiny
+    if sensitivity.dtype != jnp.float32:  # read again after the mean: XLA would keep it in float32 in between
+        sensitivity = jax.lax.optimization_barrier(sensitivity)
     # one division for the leaf, not one for each entry
-    return sensitivity * jnp.where(positive, 1.0 / jnp.where(positive, mean, 1.0), 0.0)
+    return sensitivity.astype(jnp.float32) * jnp.where(positive, 1.0 / jnp.where(positive, mean, 1.0), 0.0)
 
 
 def _require(transform, params, grad):

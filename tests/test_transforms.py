@@ -299,6 +299,23 @@ def test_sensitivity_may_be_stored_in_bfloat16():
     )
 
 
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_noise_is_that_of_the_sensitivity_as_stored(jit):
+    def noise_of(response):
+        tx = pats_jax.pats(optax.sgd(0.0), 0.5, key=0, response=response, sensitivity_dtype=jnp.bfloat16)
+        state = tx.init(PARAMS)
+        for seed in range(3):
+            updates, state = jit(tx.update)(gradients(seed), state, PARAMS)
+        return updates, state[-1].sensitivity
+
+    full, _ = noise_of(jnp.ones_like)
+    noise, stored = noise_of("linear")
+    for name, s in stored.items():
+        s = np.asarray(s, np.float64)
+        expected = np.maximum(0, 1 - s / s.mean()) * np.asarray(full[name], np.float64)
+        np.testing.assert_allclose(noise[name], expected, rtol=1e-4, atol=1e-6)
+
+
 # inside and around Optax's wrappers
 
 
