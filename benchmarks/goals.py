@@ -72,8 +72,8 @@ GOALS = (
     *(Goal(f"AdamW's step here / torch's, {s}", "torch", 0.90, _ratio(f"{s} finetune")) for s in SHAPES),
     *(Goal(f"PATS's step / AdamW's, default layers, {s}", "step", 1.02, _ratio(f"{s} pats"), ".3f") for s in SHAPES),
     *(Goal(f"the same with noise on all leaves, {s}", "step", 1.05, _ratio(f"{s} pats:all"), ".3f") for s in SHAPES),
-    Goal("PATS's update alone / AdamW's, MiniLM, default layers", "optimizer", 1.30, _ratio("minilm pats")),
-    Goal("the same with noise on all leaves", "optimizer", 1.65, _ratio("minilm pats:all")),
+    Goal("PATS's update alone / AdamW's, MiniLM, default layers", "optimizer", 1.30, _ratio("minilm pats"), ".3f"),
+    Goal("the same with noise on all leaves", "optimizer", 1.65, _ratio("minilm pats:all"), ".3f"),
     Goal(
         "temporaries that PATS adds to the update, share of the parameters' bytes, default layers",
         *("memory", 0.01, _figure("minilm pats update", "temporaries_beyond_adamw_share"), ".2%"),

@@ -77,7 +77,7 @@ class Step(report.Subject):
                     figures |= {"state_bytes": state_bytes, "compilations": run.compilations, "parameters": size}
                     results.measured[f"{case} {method}"] = figures
                     table.add_row(*_row(method, figures))
-            started = {}  # the states of this group make room for the next
+            del started, run  # the states of this group make room for the next
         for method in self.methods:
             if method != BASE:
                 figures = results.measured[f"{case} {method}"]
