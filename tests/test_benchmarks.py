@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+import logging
 import math
 import statistics
 import subprocess
@@ -40,6 +41,15 @@ from pats_jax import parallel
 from pats_jax.errors import InputError
 
 MACHINE = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2, "processor": "x", "system": "y"}
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """`main` makes the library's log quieter, which other modules' tests read."""
+    logger = logging.getLogger("pats_jax")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +203,11 @@ def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
     assert state["finetune"] < state["pats"]
 
 
-def test_priming_measures_every_algorithm_and_what_tasks_in_turn_save(checkpoint, one_device):
-    subject = priming.Priming(case=f"{checkpoint}:4x8", tasks=2, variants=("maml", "maml:lora"), rounds=2,
+def test_priming_measures_algorithms_and_what_tasks_in_turn_save(checkpoint, one_device):
+    subject = priming.Priming(case=f"{checkpoint}:4x8", tasks=2, variants=("maml:lora",), rounds=2,
                               memory_case=f"{checkpoint}:64x16")  # fmt: skip
     results = subject.run()
-    assert set(results.ratios) == {f"{checkpoint} 4x8 {name}" for name in ("fomaml", "maml", "maml:lora")}
+    assert set(results.ratios) == {f"{checkpoint} 4x8 {name}" for name in ("fomaml", "maml:lora")}
     assert results.ratios[f"{checkpoint} 4x8 fomaml"] == 1.0
     together, in_turn = (results.sizes[f"{checkpoint} 64x16 maml {name}"] for name in ("together", "in turn"))
     assert 0 < in_turn < together
