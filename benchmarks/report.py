@@ -96,7 +96,7 @@ def finish(name: str, results: Results, path: pathlib.Path | None, add: bool, co
         "subject": name,
         "machine": machine(),
         "versions": run_folder.versions() | results.versions,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", *map(_without_folders, sys.argv[1:])]),
         "ratios": results.ratios,
         "sizes": results.sizes,
         "measured": results.measured,
@@ -137,6 +137,12 @@ def _joined(old, new, path):
             raise InputError(f"--add: {path} was measured with other {what}: {old[what]}, and now {new[what]}")
     together = {what: old[what] | new[what] for what in ("ratios", "sizes", "measured")}
     return new | together | {"command": f"{old['command']} && {new['command']}"}
+
+
+def _without_folders(argument: str) -> str:
+    """An absolute path's last part, for what is stored is read on other machines; anything else as it is."""
+    path = pathlib.Path(argument)
+    return path.name if path.is_absolute() else argument
 
 
 def _processor() -> str:
