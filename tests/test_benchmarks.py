@@ -8,6 +8,7 @@ import logging
 import math
 import statistics
 import subprocess
+import sys
 import time
 import weakref
 
@@ -363,6 +364,14 @@ def test_torch_subject_runs(checkpoint):
 
 
 # reports and the command line
+
+
+def test_a_stored_command_has_no_folders_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main", "pipeline", "--data_dir", "/some/where/glue", "--rounds", "2"])
+    report.finish("pipeline", report.Results(), tmp_path / "results.json", False, silent_console())
+    assert (
+        report.read(tmp_path / "results.json")["command"] == "python -m benchmarks pipeline --data_dir glue --rounds 2"
+    )
 
 
 def test_all_runs_every_subject_and_says_which_failed(monkeypatch, capsys):
