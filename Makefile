@@ -31,8 +31,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Huge pages: see "On CPU" in docs/performance.md.
-bench bench-check: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Huge pages, and memory that is kept between steps: see "On CPU" in docs/performance.md.
+KEEP_MEMORY := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+bench bench-check: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:$(KEEP_MEMORY)
 
 bench: $(VENV)/.torch
 	$(BIN)/python -m benchmarks all $(if $(DATA_DIR),--data_dir $(DATA_DIR))

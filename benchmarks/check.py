@@ -46,7 +46,7 @@ class Compared:
 
 # What is measured again; `memory` compiles only.
 QUICK: dict[str, report.Subject] = {
-    "step": Step(cases=("minilm:32x64",), methods=("finetune", "pats", "pats:all", "bitfit"), rounds=8),
+    "step": Step(cases=("minilm:32x64",), methods=("finetune", "pats", "pats:all", "bitfit"), rounds=16),
     "optimizer": Optimizer(models=("minilm",), more_variants=(), growth=(), set_ups=3),
     "memory": Memory(step_methods=("finetune", "pats", "pats:all")),
 }

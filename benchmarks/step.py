@@ -30,7 +30,6 @@ METHODS = (
     "smart",
     "finetune:lora",
 )
-UNTIMED = 1  # steps before each timed one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +37,13 @@ class Step(report.Subject):
     """Median time of a training step by method, model and shape, and its ratio to plain AdamW's.
 
     The step is the GLUE program's: clipping, schedule, dropout as the checkpoint has it (also for methods whose authors
-    do without), steps that are not finite skipped, the state donated. Each timed step follows an untimed one of the
-    same method, as in training; what another method's step leaves behind would count otherwise.
+    do without), steps that are not finite skipped, the state donated.
     """
 
     cases: tuple[str, ...] = ("minilm:32x64", "bert-base:8x128")  # MODEL:ROWSxLENGTH; bert-base and such: random
     methods: tuple[str, ...] = METHODS  # METHOD[:CHANGE...]; changes: all normal bfloat16 threefry2x32 rbg philox4x32
-    rounds: int = 10  # timed steps of each method
-    stage_steps: int = 3  # of DPS; odd, so that first steps of stages that train a subnetwork are timed; told apart
+    rounds: int = 12  # timed steps of each method
+    stage_steps: int = 2  # of DPS, whose first step of a stage that trains a subnetwork is told apart
     together: int = 4  # methods whose states are in memory at the same time, plain AdamW among them
 
     def run(self) -> report.Results:
@@ -72,7 +70,7 @@ class Step(report.Subject):
         base = start(BASE)
         for group in groups([method for method in self.methods if method != BASE], self.together - 1):
             started = {BASE: base} | {method: start(method) for method in group}
-            turns = take_turns({method: run for method, (run, _) in started.items()}, self.rounds, untimed=UNTIMED)
+            turns = take_turns({method: run for method, (run, _) in started.items()}, self.rounds)
             for method, (run, state_bytes) in started.items():
                 if method != BASE or f"{case} {BASE}" not in results.measured:
                     figures = self._describe(turns, method, case)
@@ -91,7 +89,7 @@ class Step(report.Subject):
     def _describe(self, turns: Turns, method: str, case: Case) -> dict[str, Any]:
         usual, first = list(range(self.rounds)), []
         if method.startswith("dps"):
-            first = [number for number in usual if self._starts_subnetwork(self._steps_before(number))]
+            first = [number for number in usual if self._starts_subnetwork(number + 1)]
             usual = [number for number in usual if number not in first]
         median = turns.median(method, usual)
         return {
@@ -107,13 +105,9 @@ class Step(report.Subject):
         """Whether DPS chooses a subnetwork in the step after so many, as in `pats_jax.dps_dense`."""
         return count % self.stage_steps == 0 and count // self.stage_steps % 2 == 1
 
-    def _steps_before(self, number):
-        """Steps of a method before its timed one of a round; one round warms up."""
-        return (number + 1) * (UNTIMED + 1) + UNTIMED
-
     @property
     def _total_steps(self):
-        return self._steps_before(self.rounds - 1) + 1
+        return self.rounds + 1  # one warms up
 
     @property
     def _update_ratio(self):
