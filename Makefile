@@ -31,16 +31,21 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Huge pages, and memory that is kept between steps: see "On CPU" in docs/performance.md.
-KEEP_MEMORY := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-bench bench-check: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:$(KEEP_MEMORY)
+# Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in docs/performance.md.
+LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+KEPT_MEMORY := $(LARGE_PAGES):glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+WHOLE_STEPS := step torch
+REST := optimizer compile memory pipeline priming devices random checkpoint
+BENCH_DATA := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 bench: $(VENV)/.torch
-	$(BIN)/python -m benchmarks all $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(KEPT_MEMORY) $(BIN)/python -m benchmarks all $(BENCH_DATA) --subjects $(WHOLE_STEPS)
+	$(LARGE_PAGES) $(BIN)/python -m benchmarks all $(BENCH_DATA) --subjects $(REST)
 	$(BIN)/python -m benchmarks plot
 
 bench-check: $(VENV)/.ready
-	$(BIN)/python -m benchmarks check
+	$(KEPT_MEMORY) $(BIN)/python -m benchmarks check --subjects step
+	$(LARGE_PAGES) $(BIN)/python -m benchmarks check --subjects optimizer memory
 
 curves: $(VENV)/.torch
 	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))

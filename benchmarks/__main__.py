@@ -46,11 +46,12 @@ SUBJECTS: dict[str, type[report.Subject]] = {
 class All:
     """Run every subject with its defaults, each in a process of its own; the results files are written anew."""
 
+    subjects: tuple[str, ...] = ()  # which of them; none: all
     data_dir: str | None = None  # folder of GLUE's TSV files; none: the built-in data
 
     def run(self, console: rich.console.Console) -> int:
         failed = {}
-        for name in SUBJECTS:
+        for name in report.choose(self.subjects, SUBJECTS):
             command = [sys.executable, "-m", "benchmarks", name]
             if self.data_dir and name in ("compile", "pipeline"):
                 command += ["--data_dir", self.data_dir]

@@ -78,12 +78,13 @@ class Check:
 
     results_dir: pathlib.Path = report.RESULTS  # the stored results
     tolerance: float = 0.10  # by how much a ratio may be worse
+    subjects: tuple[str, ...] = ()  # which of step, optimizer and memory; none: all
 
     def run(self, console: rich.console.Console) -> int:
-        stored = {name: report.read(self.results_dir / f"{name}.json") for name in QUICK}
+        stored = {name: report.read(self.results_dir / f"{name}.json") for name in report.choose(self.subjects, QUICK)}
         compared: list[Compared] = []
-        for name, subject in QUICK.items():
-            now = subject.run()
+        for name in stored:
+            now = QUICK[name].run()
             compared += compare(name, stored[name]["ratios"], now.ratios, self.tolerance)
             compared += compare(name, stored[name]["sizes"], now.sizes, 0.0)
         table = report.table("Stored and now; the less the better", "", "stored", "now", "change")

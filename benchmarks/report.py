@@ -8,6 +8,7 @@ import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +84,18 @@ def describe_machine(described: dict[str, Any], versions: dict[str, str]) -> str
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     kind = f"{described['devices']} x {described['device_kind']} ({described['platform']})"
     return f"on {kind}, {described['cores']} cores of {described['processor']}; {packages}"
+
+
+def choose(subjects: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """The chosen ones of the known subjects, in the latter's order; none chosen: all.
+
+    Raises:
+      InputError: if one is not known.
+    """
+    for name in subjects:
+        if name not in known:
+            raise InputError(f"--subjects {name}: none of {', '.join(known)}")
+    return [name for name in known if not subjects or name in subjects]
 
 
 def finish(name: str, results: Results, path: pathlib.Path | None, add: bool, console: rich.console.Console) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -455,6 +456,26 @@ def test_guard_measures_what_the_stored_results_have():
             chosen, default = getattr(quick, field.name), getattr(full[name], field.name)
             if isinstance(chosen, tuple):
                 assert set(chosen) <= set(default)
+
+
+def test_makefile_names_every_subject_once():
+    """`make bench` and `make bench-check` run them in two processes with other settings of the C library."""
+    makefile = (goals.ROOT / "Makefile").read_text()
+    named = [re.search(rf"^{name} := (.*)$", makefile, re.MULTILINE)[1].split() for name in ("WHOLE_STEPS", "REST")]
+    assert sorted(named[0] + named[1]) == sorted(SUBJECTS)
+    guarded = re.findall(r"benchmarks check --subjects (.*)$", makefile, re.MULTILINE)
+    assert sorted(" ".join(guarded).split()) == sorted(check.QUICK)
+    # what is measured again is measured with the settings that it was stored with
+    assert set(guarded[0].split()) <= set(named[0]) and set(guarded[1].split()) <= set(named[1])
+
+
+def test_subjects_are_chosen(tmp_path, monkeypatch):
+    assert report.choose((), {"a": 1, "b": 2}) == ["a", "b"] and report.choose(("b",), {"a": 1, "b": 2}) == ["b"]
+    with pytest.raises(InputError, match="--subjects c: none of a, b"):
+        report.choose(("b", "c"), {"a": 1, "b": 2})
+    monkeypatch.setattr(check, "QUICK", {"fake": Fake(), "other": None})  # whose run would fail
+    stored_results(tmp_path)
+    assert check.Check(results_dir=tmp_path, subjects=("fake",)).run(silent_console()) == 0
 
 
 # goals and pictures
