@@ -1,0 +1,211 @@
+"""Files from outside read with care, and files of ours written whole.
+
+Every JSON file that the library reads comes in through `read_json` or `read_record`, and every file that it replaces
+goes out through `write_bytes`, `write_text` or `write_json`. All of them raise `InputError`, one line that names the
+file, whatever the file holds and whatever the system refuses.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import stat
+from typing import Any, TypeVar
+
+from pats_jax.errors import InputError, shown
+
+Record = TypeVar("Record")
+
+_NEW = ".new"  # the ending of a file that is being written
+
+
+# reading
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file; links are followed, pipes and devices are not waited for.
+
+    Raises:
+      InputError: there is no such file, it is no regular file, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{path}: not a regular file")
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value that a JSON file holds; see `read_record` for one of a known shape.
+
+    Raises:
+      InputError: as from `read_bytes`; or the file is no UTF-8, no JSON, nested too deeply, or has a number of
+        thousands of digits.
+    """
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The value of a JSON text; source is what to call it in error messages, such as ``FILE`` or ``FILE:LINE``.
+
+    Raises:
+      InputError: as from `read_json`.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise InputError(f"{source}: not valid JSON ({error.msg}{place})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: not UTF-8 text") from None
+    except ValueError:  # Python converts no more than some thousand digits
+        raise InputError(f"{source}: not valid JSON (a number is too long)") from None
+    except RecursionError:
+        raise InputError(f"{source}: not valid JSON (nested too deeply)") from None
+
+
+def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
+    """The record that a JSON file holds, every field checked.
+
+    Args:
+      path: the file.
+      kind: a dataclass, a ``typing_extensions.TypedDict``, or any other type that pydantic validates. Types are
+        strict: a number is no string, a boolean no number. Keys that the kind does not have are ignored in both kinds
+        of record, so that files of other versions load.
+
+    Raises:
+      InputError: as from `read_bytes`, or the file does not hold such a record; the message names the field.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder, "steps.json")
+      ...     path.write_text('{"a": 1}')
+      ...     read_record(path, dict[str, int])
+      8
+      {'a': 1}
+    """
+    return parse_record(read_bytes(path), kind, str(path))
+
+
+def parse_record(text: str | bytes, kind: type[Record], source: str) -> Record:
+    """The record of a JSON text; see `read_record`, and `parse_json` for the source.
+
+    Raises:
+      InputError: as from `read_record`.
+    """
+    import pydantic
+
+    try:
+        return _validator(kind).validate_json(text, strict=True)  # type: ignore[arg-type]
+    except pydantic.ValidationError as failed:
+        first = failed.errors(include_url=False, include_input=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        reason = " ".join(first["msg"].split())
+        raise InputError(f"{source}: {shown(field, 200, quoted=False) + ': ' if field else ''}{reason}") from None
+
+
+@functools.cache
+def _validator(kind: Any) -> Any:
+    import pydantic  # takes a while to import, and most commands read no record
+
+    return pydantic.TypeAdapter(kind)
+
+
+# names
+
+
+def checked_name(name: Any, source: str) -> str:
+    """A name out of a file, once it is found fit to be one part of a path.
+
+    Args:
+      name: what the file has.
+      source: what to call the place in error messages.
+
+    Raises:
+      InputError: it is no text, empty, over 200 bytes, begins with a dot, or holds a slash or a control character.
+
+    Example:
+      >>> checked_name("mrpc", "grid.json")
+      'mrpc'
+    """
+    fits = (
+        isinstance(name, str)
+        and name.isprintable()  # neither control characters nor lone surrogates
+        and not name.startswith(".")
+        and not set(name) & {"/", "\\"}
+        and 0 < len(name.encode()) <= 200
+    )
+    if not fits:
+        raise InputError(f"{source}: {shown(name)} cannot be part of a path; a name without slashes is expected")
+    return name
+
+
+def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A path that is about to be written, once it is found to lie in the folder after links are followed.
+
+    Raises:
+      InputError: a link on the way leads out of the folder.
+    """
+    try:
+        outside = not path.parent.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a circle of links
+        outside = True
+    if outside:
+        raise InputError(f"{path}: leads out of {folder} by a link; remove the link")
+    return path
+
+
+# writing
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value as indented JSON; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text as UTF-8; see `write_bytes`.
+
+    Raises:
+      InputError: as from `write_bytes`, or the text has a lone surrogate, which UTF-8 cannot hold.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: cannot be written (its text has a lone surrogate, which is no character)") from None
+    write_bytes(path, data)
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file whole or not at all: under another name first, which then takes the place of what was there.
+
+    A link in the file's place is replaced, not followed. Nothing half-written is left where the system refuses.
+
+    Raises:
+      InputError: the system refuses, for instance on a full or read-only disk.
+    """
+    made = path.with_name(path.name + _NEW)
+    try:
+        made.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            made.replace(path)
+        except OSError:
+            made.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    except ValueError:
+        raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
