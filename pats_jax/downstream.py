@@ -30,7 +30,7 @@ from pats_jax import (
     run_start,
 )
 from pats_jax.console import say
-from pats_jax.data import load_gym, load_partition
+from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted
@@ -62,8 +62,9 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     settings.check()
     folder = pathlib.Path(str(settings.output_dir))
     if not settings.report_only:
-        gym = load_gym(settings.data_dir, shots=settings.shots)
-        partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
+        gym, partition = load_partitioned_gym(
+            settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
+        )
         names = tuple(dict.fromkeys(settings.tasks)) or partition.test
         missing = [name for name in names if name not in partition.test]
         if missing:

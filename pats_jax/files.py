@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pats_jax.errors import InputError, shown
@@ -54,14 +55,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_bytes(path), str(path))
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
+def parse_json(text: str | bytes, source: str, object_pairs_hook: Callable[[list], Any] | None = None) -> Any:
     """The value of a JSON text; source is what to call it in error messages, such as ``FILE`` or ``FILE:LINE``.
+
+    The hook is that of `json.loads`.
 
     Raises:
       InputError: as from `read_json`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
         place = f", line {error.lineno}" if error.lineno > 1 else ""
         raise InputError(f"{source}: not valid JSON ({error.msg}{place})") from None

@@ -79,6 +79,8 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         training = None
         if "train" in splits:
             training = GlueTraining(settings, runner, task, splits["train"], tokenize("train"), model, params)
+        for name in splits:  # now: a text that the tokenizer cannot take must not cost a finished training its model
+            tokenize(name)
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         start.open_folder()
 
@@ -125,6 +127,9 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
     names = [name for phase, name in _SPLITS.items() if phase in settings.phases]
     if settings.task_name:
         task = tasks.get_task(settings.task_name)
+        if settings.do_regression not in (None, task.is_regression):
+            kind = "scores" if task.is_regression else "classes"
+            raise InputError(f"--do_regression: the labels of --task_name {task.name} are {kind}; leave the flag out")
         splits = readers.load_task(task, settings.data_dir, splits=names)
         if task.name == "mnli" and "predict" in settings.phases:
             splits |= load_diagnostic(settings.data_dir)
@@ -151,10 +156,13 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
                 f"--{name}_file is missing: {', '.join(sorted(settings.phases))} need {', '.join(names)} data"
             )
     if "train" in names:
-        splits = readers.load_files(paths)
+        splits = readers.load_files(paths, regression=settings.do_regression)
         return tasks.own_task(splits["train"].label_names), splits
     config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model_name_or_path))
     labels = None if config.num_labels == 1 else tuple(config.id2label.values())
+    if settings.do_regression not in (None, labels is None):
+        kind = "gives scores" if labels is None else f"has {len(labels)} classes"
+        raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; leave the flag out")
     return tasks.own_task(labels), readers.load_files(paths, label_names=labels, regression=labels is None)
 
 

@@ -10,7 +10,24 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+
+
+def _parse_yes_or_no(words: list[str]) -> bool | None:
+    named = {"true": True, "false": False, "none": None}
+    if [word for word in words[1:]] or (words and words[0].lower() not in named):
+        raise ValueError(f"expected true or false, got {shown(' '.join(words))}")
+    return named[words[0].lower()] if words else True
+
+
+# A flag that may stand alone, or with true or false in any case, as in run_classification.
+_YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[{true,false}]",
+    instance_from_str=_parse_yes_or_no,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [str(value).lower()],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +121,10 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
+        for name, value in dataclasses.asdict(self).items():
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(text, str) and not _can_be_written(text):
+                    raise InputError(f"--{name} {shown(text)}: must be UTF-8 text without null bytes")
         for names, holds, expected in _RULES:
             for name in names.split():
                 value = getattr(self, name, None)
@@ -159,9 +180,10 @@ class Settings(TrainingSettings):
 
     task_name: str | None = None  # cola sst2 mrpc stsb qqp mnli qnli rte wnli; none: --train_file and --validation_file
     data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; none: the hub
-    train_file: str | None = None  # own data: CSV, TSV or JSON lines with sentence1[, sentence2], label
+    train_file: str | None = None  # own data: CSV, TSV or JSON (lines or an array) with sentence1[, sentence2], label
     validation_file: str | None = None  # own data, as train_file
-    test_file: str | None = None  # own data, without labels
+    test_file: str | None = None  # own data, as train_file or .txt with one text a line; labels are not read
+    do_regression: Annotated[bool | None, _YES_OR_NO] = None  # own data: labels are scores; false: classes; none: found
     out_of_domain: list[Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]] | None = None  # scored at the end
     out_of_domain_dir: str | None = None  # folder of the authors' files of SNLI, SICK and SciTail; none: the hub
     do_train: bool = False  # none of do_train, do_eval, do_predict: train and evaluate
@@ -199,6 +221,14 @@ class Settings(TrainingSettings):
         """What the run does, of "train", "eval" and "predict"."""
         chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
         return chosen or {"train", "eval"}
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether UTF-8 can hold a text and the system a path of that name; bytes that are no UTF-8 come as surrogates."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 # Not kept in config.json: they say how the program was started, not what the run is.

@@ -31,7 +31,7 @@ from pats_jax import (
 )
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.console import say
-from pats_jax.data import load_gym, load_partition
+from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.data.gym import SHOTS
 from pats_jax.errors import InputError, Preempted
@@ -101,8 +101,9 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     if start.finished:
         say(start.console, f"finished already: {summary(start.finished, folder)}")
         return start.finished
-    gym = load_gym(settings.data_dir, shots=settings.shots)
-    partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
+    gym, partition = load_partitioned_gym(
+        settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
+    )
     tokenizer = models.load_tokenizer(settings.model_name_or_path)
     dropout: dict[str, Any] = methods.dropout_rates(settings, settings.max_steps)
     model, params = option_scoring.load_scorer(

@@ -7,7 +7,14 @@ import pytest
 
 from pats_jax.data.few_shot import Row, Sample, build_task
 from pats_jax.data.gym import load_gym
-from pats_jax.data.partitions import FOLDER, Partition, load_partition, read_partition, source_set
+from pats_jax.data.partitions import (
+    FOLDER,
+    Partition,
+    load_partition,
+    load_partitioned_gym,
+    read_partition,
+    source_set,
+)
 from pats_jax.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gym"
@@ -35,7 +42,7 @@ def test_crossfits_layout_is_read(tmp_path):
     ("text", "message"),
     [
         ("", r"own.json: the file is empty"),
-        ('{"train": ["a"],\n "dev" []}', r"own.json:2: not readable as JSON \(Expecting ':' delimiter\)"),
+        ('{"train": ["a"],\n "dev" []}', r"own.json: not valid JSON \(Expecting ':' delimiter, line 2\)"),
         ('["a"]', r"own.json:1: a JSON object with the lists 'train', 'dev', 'test' is expected"),
         ('{"train": ["a"],\n "test": ["b"]}', r"own.json:1: no list 'dev'; give one, \[\] if it has no tasks"),
         ('{"train": ["a"], "dev": [],\n "test": []}', r"own.json:2: the list 'test' is empty"),
@@ -114,5 +121,5 @@ def test_the_partition_of_the_real_gym_is_wide_enough():
 
 @needs_shared
 def test_the_partition_of_the_real_gym_fits_it():
-    gym = load_gym(SHARED)
-    assert sorted(load_partition("metaicl", gym).names) == list(gym)
+    gym, partition = load_partitioned_gym(SHARED, "metaicl")
+    assert sorted(partition.names) == list(gym)

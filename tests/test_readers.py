@@ -475,7 +475,7 @@ def test_labels_of_a_saved_model_are_kept_in_its_order(tmp_path):
         ("d.csv", ["body,label", "x,1"], r"d.csv:1: no text column among 'body', 'label'; name it sentence"),
         ("d.tsv", ["text\tlabel", "x\t1", "y\t1"], r"d.tsv: every row has the label '1'"),
         ("d.tsv", ["text\tlabel", "x\t1", "y\t", "z\t2"], r"d.tsv:3: the label is empty"),
-        ("d.jsonl", ['{"text": "x"}', "{"], r"d.jsonl:2: not readable as JSON"),
+        ("d.jsonl", ['{"text": "x"}', "{"], r"d.jsonl:2: not valid JSON"),
         ("d.jsonl", ['["x"]'], r"d.jsonl:1: a JSON object is expected"),
         ("d.jsonl", ['{"text": "x"}', '{"label": 1}'], r"d.jsonl:2: no key 'text', which line 1 has"),
         ("d.jsonl", ['{"text": ["x"]}'], r"d.jsonl:1: 'text' holds a list, not a text"),

@@ -32,6 +32,7 @@ _HOMES = {
     "FewShotTask": "few_shot",
     "load_gym": "gym",
     "load_partition": "partitions",
+    "load_partitioned_gym": "partitions",
     "write_builtin_gym": "builtin_gym.files",
 }
 

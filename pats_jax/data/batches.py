@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pats_jax.data.readers import Split
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 
 Batch = dict[str, np.ndarray]
 Plan = list[tuple[np.ndarray, int]]
@@ -58,23 +58,14 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
       max_length: Longest row in tokens, special tokens included.
 
     Raises:
-      InputError: ``max_length`` leaves no room for a token of each text.
+      InputError: ``max_length`` leaves no room for a token of each text, or the tokenizer cannot take a text.
     """
     check_room(split, tokenizer, max_length)
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(split), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        encoded = tokenizer(
-            split.sentence1[rows],
-            split.sentence2[rows] if split.sentence2 is not None else None,
-            truncation="longest_first",
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=True,
-        )
+        encoded = _encode(split, slice(start, start + _CHUNK), tokenizer, max_length)
         lengths.extend(map(len, encoded["input_ids"]))
         ids.append(np.concatenate(encoded["input_ids"], dtype=np.int32, casting="same_kind"))
         types.append(np.concatenate(encoded["token_type_ids"], dtype=np.uint8, casting="unsafe"))
@@ -84,6 +75,29 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         pad_id=tokenizer.pad_token_id,
     )
+
+
+def _encode(split: Split, rows: slice, tokenizer, max_length: int):
+    try:
+        return tokenizer(
+            split.sentence1[rows],
+            split.sentence2[rows] if split.sentence2 is not None else None,
+            truncation="longest_first",
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=True,
+        )
+    except Exception as error:  # the tokenizers library itself raises bare Exceptions
+        numbers = range(len(split))[rows]
+        if len(numbers) > 1:
+            for row in numbers:  # finds the one
+                _encode(split, slice(row, row + 1), tokenizer, max_length)
+        reason = " ".join(str(error).split())
+        place = f"the row with index {shown(split.ids[numbers[0]])}"
+        raise InputError(
+            f"{place} cannot be tokenised, its text is {shown(split.sentence1[numbers[0]])} ({reason})"
+        ) from None
 
 
 def check_room(split: Split, tokenizer, max_length: int) -> None:

@@ -10,9 +10,10 @@ or beside those of other tasks. Two kinds of files are read:
   alphabetical order. A task whose outputs are too many for that is text generation, which is refused.
 
 Every seed has a train and a dev file. A seed's test rows are those of its own test file or, where a task has one test
-file only, of that one.
+file only, of that one. Hidden files do not count.
 """
 
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task, chosen_names
-from pats_jax.data.tables import json_object, listed, read_text, read_tsv, split_lines
-from pats_jax.errors import InputError
+from pats_jax.data.tables import check_characters, json_lines, listed, read_text, read_tsv
+from pats_jax.errors import InputError, shown
+from pats_jax.files import checked_name
 
 SHOTS = 16
 # More outputs than this are no classes; the most that a classification task of CrossFit has are discovery's 174.
@@ -57,7 +59,7 @@ def load_gym(
 
     Args:
       source: a folder, see above, or ``"builtin"`` for the generated gym.
-      tasks: names of the tasks to read; None reads all.
+      tasks: names of the tasks to read, others may be anything; None reads all.
       shots: the number that the files' names tell, in CrossFit the rows of each class.
       seeds: seeds of the samples to read; None reads all.
 
@@ -74,29 +76,49 @@ def load_gym(
         if shots != BUILTIN_SHOTS:
             raise InputError(f"builtin: there are samples of {BUILTIN_SHOTS} shots only, not {shots}")
         return generate_gym(tasks=tasks, seeds=seeds)
-    found = _find_files(Path(source), shots)
+    found = _find_files(Path(source), shots, tasks)
     names = chosen_names(found, tasks, str(source))
     # All samples are read: which options a task has, and their order, must not depend on those that are asked for.
     return {name: _read_task(name, found[name]).choose(seeds) for name in names}
 
 
-def _find_files(folder: Path, shots: int) -> dict[str, dict[tuple[int, str], Path]]:
-    """The files of every task by seed and split."""
-    if not folder.is_dir():
+def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
+    """Names of the tasks of a gym in alphabetical order; what is in their files is not looked at.
+
+    Raises:
+      InputError: there is no such folder, or no task in it.
+    """
+    if str(source) == "builtin":
+        from pats_jax.data.builtin_gym import GRAMMARS
+
+        return sorted(GRAMMARS)
+    return sorted(_find_files(Path(source), shots, ()))
+
+
+def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[str, dict[tuple[int, str], Path]]:
+    """The files of every task by seed and split; wrong names count for the tasks asked for only."""
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give one with the files of few-shot tasks, or builtin")
     found: dict[str, dict[tuple[int, str], Path]] = {}
     other_shots = set()
-    for path in sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _SUFFIXES):
+    for path in sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern)):
+        if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        place = str(path) if str(path).isprintable() else shown(str(path), 4096)
         match = _FILE_NAME.fullmatch(path.stem)
         if match is None:
-            raise InputError(f"{path}: not named like a few-shot file, <task>_<shots>_<seed>_<{'|'.join(SPLITS)}>")
+            if tasks is None or any(path.parent.name == task or path.stem.startswith(f"{task}_") for task in tasks):
+                raise InputError(f"{place}: not named like a few-shot file, <task>_<shots>_<seed>_<{'|'.join(SPLITS)}>")
+            continue
         name, own_shots, seed, split = match.groups()
         if int(own_shots) != shots:
             other_shots.add(int(own_shots))
             continue
+        if tasks is None or name in tasks:
+            checked_name(name, place)
         files = found.setdefault(name, {})
-        if (int(seed), split) in files:
-            raise InputError(f"{path}: the same split as {files[int(seed), split]}; remove one of them")
+        if (int(seed), split) in files and (tasks is None or name in tasks):
+            raise InputError(f"{place}: the same split as {files[int(seed), split]}; remove one of them")
         files[int(seed), split] = path
     if not found:
         others = f" (there are files of {', '.join(map(str, sorted(other_shots)))} shots)" if other_shots else ""
@@ -141,17 +163,19 @@ def _seeds(name: str, files: Mapping[tuple[int, str], Path]) -> list[int]:
 
 
 def _json_lines(task: str, path: Path) -> Iterator[_Line]:
-    for number, text in enumerate(split_lines(read_text(path)), 1):
+    for number, record in json_lines(path, read_text(path)):
         place = f"{path}:{number}"
-        record = json_object(path, number, text)
+        record.check(place, _KEYS)
         missing = [key for key in _KEYS if key not in record]
         if missing:
             raise InputError(f"{place}: no field {listed(missing)}; a row has {listed(_KEYS)}")
         name, given, output, options = (record[key] for key in _KEYS)
         if not (isinstance(options, list) and all(isinstance(text, str) for text in (name, given, output, *options))):
             raise InputError(f"{place}: 'options' must be a list of texts, and all other fields texts")
+        for text in (given, output, *options):
+            check_characters(text, place)
         if name != task:
-            raise InputError(f"{place}: a row of task {name!r} in a file of {task}")
+            raise InputError(f"{place}: a row of task {shown(name)} in a file of {task}")
         if len(set(options)) < 2:
             raise InputError(f"{place}: a row needs two different options at least; it has {listed(options) or 'none'}")
         yield _Line(place, given, output, tuple(options))
@@ -171,7 +195,7 @@ def _with_options(name: str, files: _Files) -> _Files:
     lines = [line for own in files.values() for line in own]
     classes = tuple(sorted({line.output for line in lines}))
     if len(classes) < 2:
-        raise InputError(f"{lines[0].place}: {name} has one output only, {classes[0]!r}: nothing to choose from")
+        raise InputError(f"{lines[0].place}: {name} has one output only, {shown(classes[0])}: nothing to choose from")
     if len(classes) > min(MAX_CLASSES, len(lines) / 2):
         raise InputError(
             f"{lines[0].place}: {name} has {len(classes)} outputs in {len(lines)} rows, so it is text generation; only "
@@ -190,5 +214,7 @@ def _parted(line: _Line) -> _Line:
 
 def _row(line: _Line) -> Row:
     if line.output not in line.options:
-        raise InputError(f"{line.place}: the output {line.output!r} is not among its options {listed(line.options)}")
+        raise InputError(
+            f"{line.place}: the output {shown(line.output)} is not among its options {listed(line.options)}"
+        )
     return Row(line.input, line.options, line.options.index(line.output))

@@ -10,12 +10,13 @@ References:
     Adaptively", NeurIPS 2022, arXiv 2211.01642.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pats_jax.data.readers import NO_GOLD_LABEL, Split, leave_out_unlabelled, load_task
-from pats_jax.data.tables import INDEX_COLUMNS, Table, listed, read_csv, read_json_lines, read_tsv
+from pats_jax.data.tables import INDEX_COLUMNS, Table, listed, read_csv, read_json_rows, read_tsv
 from pats_jax.errors import InputError
 
 THREE_CLASSES = ("entailment", "neutral", "contradiction")
@@ -32,7 +33,7 @@ def _csv(path: Path) -> Table:
 
 
 def _json_lines(path: Path) -> Table:
-    return read_json_lines(path, _WANTED)
+    return read_json_rows(path, _WANTED)
 
 
 def _tsv(*header: str) -> Callable[[Path], Table]:
@@ -128,12 +129,12 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
 
 
 def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"--out_of_domain_dir {folder}: no such folder; leave it out to read from the hub")
     places = [folder] if folder.name in source.folders else [folder / own for own in source.folders]
     for place in places:
         for file, read in source.files.items():
-            if (place / file).is_file():
+            if os.path.exists(place / file):
                 return read(place / file)
     names = ", ".join(source.files)
     raise InputError(f"{places[0]}: no test file of {name}; it is called one of {names}")

@@ -2,7 +2,7 @@
 
 ``read_glue`` reads the TSV folders of the GLUE distribution, each task with its own quirks; ``read_hub`` the same
 tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads people's own
-CSV, TSV and JSON lines, ``load_files`` those of one task together, ``read_texts`` texts to predict on.
+CSV, TSV and JSON files, ``load_files`` those of one task together, ``read_texts`` texts to predict on.
 
 In people's own files the columns are found by name, the first of these that the file has:
 
@@ -12,25 +12,26 @@ In people's own files the columns are found by name, the first of these that the
 * the label: ``label``; ``gold_label``; ``score``. Rows whose ``gold_label`` is ``-`` are left out: there the annotators
   of SNLI and MNLI did not agree.
 
-CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
+The files of one task have their columns by one rule: those of the training file are looked for first. What labels mean
+is told in ``labels``. CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
 """
 
 import dataclasses
 import logging
-import re
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pats_jax.data.labels import find_classes, has_labels, read_classes
 from pats_jax.data.tables import (
     INDEX_COLUMNS,
     Table,
-    finite_number,
     listed,
     read_csv,
-    read_json_lines,
+    read_json_rows,
     read_text,
     read_tsv,
     split_lines,
@@ -52,7 +53,8 @@ _TEXT_COLUMNS = (
 )
 _LABEL_COLUMNS = ("label", "gold_label", "score")
 NO_GOLD_LABEL = "-"
-_WANTED = {*INDEX_COLUMNS, *_LABEL_COLUMNS, *(name for names in _TEXT_COLUMNS for name in names)}
+_UNLABELLED = {*INDEX_COLUMNS, *(name for names in _TEXT_COLUMNS for name in names)}
+_WANTED = {*_UNLABELLED, *_LABEL_COLUMNS}
 
 # The first release of QQP has some lines broken in two (nyu-mll/GLUE-baselines issue 5); the pieces are left out.
 _BROKEN_ROWS = {"qqp": 1e-3}
@@ -141,7 +143,8 @@ def read_glue(
           bring "validation_mismatched" and "test_mismatched" along where those files exist.
 
     Returns:
-      Split name -> rows. A test split without a label column has ``labels=None``.
+      Split name -> rows. A test split without a label column, or with other labels than the task's (such as -1), has
+      ``labels=None``.
 
     Raises:
       InputError: One line with the file, and the line where it applies.
@@ -153,7 +156,7 @@ def read_glue(
     for split in splits:
         found[split] = _read_glue_file(task, _split_file(task, folder, split), labelled=split != "test")
         mismatched = f"{split}_mismatched"
-        if mismatched in task.files and (folder / task.files[mismatched][0]).exists():
+        if mismatched in task.files and os.path.exists(folder / task.files[mismatched][0]):
             found[mismatched] = _read_glue_file(task, folder / task.files[mismatched][0], labelled=split != "test")
     return found
 
@@ -166,17 +169,17 @@ def _check_splits(task: Task, splits: Sequence[str]) -> None:
 
 
 def _task_folder(task: Task, data_dir: Path) -> Path:
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise InputError(
             f"--data_dir {data_dir}: no such folder; give one with GLUE's TSV files, or builtin for the built-in data"
         )
-    return data_dir / task.folder if (data_dir / task.folder).is_dir() else data_dir
+    return data_dir / task.folder if os.path.isdir(data_dir / task.folder) else data_dir
 
 
 def _split_file(task: Task, folder: Path, split: str) -> Path:
     names = task.files[split]
     for name in names:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             return folder / name
     raise InputError(f"{folder / names[0]}: no such file; the {split} split of {task.name} is read from there")
 
@@ -193,7 +196,13 @@ def _read_glue_file(task: Task, path: Path, *, labelled: bool) -> Split:
         raise InputError(
             f"{path}:1: no column {missing[0]!r}, which {task.name} needs; the header has {listed(table.header)}"
         )
-    return _split(table, task.tsv_texts, _glue_labels(task, table), task.labels)
+    try:
+        labels = _glue_labels(task, table)
+    except InputError:
+        if labelled:
+            raise
+        labels = None  # a test split's are not needed
+    return _split(table, task.tsv_texts, labels, task.labels)
 
 
 def _glue_labels(task: Task, table: Table) -> np.ndarray | None:
@@ -234,6 +243,9 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
 def _hub_split(task: Task, columns: dict[str, list]) -> Split:
     """A split from the columns of a hub dataset, where the label -1 (or none at all) stands for a hidden one."""
     labels = np.asarray(columns.get("label", []), np.float32 if task.is_regression else np.int32)
+    if np.any(labels < 0) and not np.all(labels < 0):
+        row = int(np.argmax(labels < 0))
+        raise InputError(f"nyu-mll/glue, {task.name}: row {row} has the label {labels[row]:g}, other rows have theirs")
     return Split(
         sentence1=columns[task.hub_texts[0]],
         sentence2=columns[task.hub_texts[1]] if len(task.hub_texts) == 2 else None,
@@ -244,35 +256,41 @@ def _hub_split(task: Task, columns: dict[str, list]) -> Split:
 
 
 def load_files(
-    files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool = False
+    files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool | None = None
 ) -> dict[str, Split]:
     """Reads people's own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
 
     The labels of the training file are those of the task. Without a training file they are ``label_names`` or, with
-    ``regression``, scores; else those of the first file.
+    ``regression``, scores; else those of the first file. The columns of that file are used in the other files too,
+    where these have them.
 
     Args:
       files: Split name -> file.
       label_names: Names of the classes by index, for instance those of a saved model.
-      regression: Whether the labels are scores.
+      regression: Whether the labels are scores; None: as `labels.find_classes` finds.
 
     Returns:
-      Split name -> rows, all with the same ``label_names``. Only "test" may come without labels.
+      Split name -> rows, all with the same ``label_names``. "test" is read as ``read_texts`` does, without labels.
 
     Raises:
       InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
     """
     found: dict[str, Split] = {}
-    for name in sorted(files, key=lambda name: name != "train"):
-        split = read_file(files[name], label_names=label_names, regression=regression)
-        if split.labels is None and name != "test":
-            columns = " or ".join(_LABEL_COLUMNS)
-            raise InputError(f"{files[name]}: no labels for the {name} data; their column is called {columns}")
+    columns = _Columns()
+    for name in sorted(files, key=lambda name: {"train": 0, "test": 2}.get(name, 1)):
+        path = Path(files[name])
+        if name == "test":
+            split, columns = _read_unlabelled(path, columns)
+            split = dataclasses.replace(split, label_names=None if label_names is None else tuple(label_names))
+        else:
+            split, columns = _read_labelled(path, columns, label_names, regression)
+            if split.labels is None:
+                told = " or ".join(_LABEL_COLUMNS)
+                raise InputError(f"{path}: no labels for the {name} data; their column is called {told}")
+            label_names, regression = split.label_names, split.label_names is None
         other = next(iter(found), name)
         if (split.sentence2 is None) != (found.get(other, split).sentence2 is None):
-            raise InputError(f"{files[name]}: {_kind(split)} where {files[other]} has {_kind(found[other])}")
-        if split.labels is not None:
-            label_names, regression = split.label_names, split.label_names is None
+            raise InputError(f"{path}: {_kind(split)} where {files[other]} has {_kind(found[other])}")
         found[name] = split
     return {name: found[name] for name in files}
 
@@ -281,15 +299,22 @@ def _kind(split: Split) -> str:
     return "single texts" if split.sentence2 is None else "pairs of texts"
 
 
-def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, regression: bool = False) -> Split:
-    """Reads a CSV, TSV or JSON-lines file (``.csv``, ``.tsv``, ``.jsonl`` or ``.json``).
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Where a file has its texts and labels; nothing is known before the first file."""
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+
+
+def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, regression: bool | None = None) -> Split:
+    """Reads a file of people's own.
 
     Args:
-      path: The file.
-      label_names: Names of the classes by index. Without them, and without ``regression``, the labels are found in
-          the file: all integers are classes in numerical order; all numbers, one of them not an integer, are scores;
-          all else is class names in alphabetical order.
-      regression: Whether the labels are scores.
+      path: A ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
+      label_names: Names of the classes by index.
+      regression: Whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
+          in the file, see `labels.find_classes`.
 
     Returns:
       The rows; ``labels`` is None if there is no label column, or nothing in it.
@@ -297,38 +322,49 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
     Raises:
       InputError: One line with the file, and the line where it applies.
     """
-    table = _read_table(Path(path))
-    texts = _text_columns(table)
-    label = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
+    return _read_labelled(Path(path), _Columns(), label_names, regression)[0]
+
+
+def _read_labelled(
+    path: Path, usual: _Columns, label_names: Sequence[str] | None, regression: bool | None
+) -> tuple[Split, _Columns]:
+    """The rows of a file, and its columns; those of the file before are looked for first."""
+    table = _read_table(path, _WANTED)
+    texts = _text_columns(table, usual.texts)
+    label = next((name for name in (usual.label, *_LABEL_COLUMNS) if name in table.columns), None)
     if label == "gold_label":
         table = leave_out_unlabelled(table, label)
     labels: np.ndarray | None = None
-    if label is not None and any(table.columns[label]):
-        if label_names is None and not regression:
-            label_names = _find_label_names(table, label)
-        labels = table.scores(label) if label_names is None else table.classes(label, label_names)
-    return _split(table, texts, labels, label_names)
+    if label is not None and has_labels(table.columns[label]):
+        if label_names is None:
+            label_names = find_classes(table, label, regression)
+        labels = table.scores(label) if label_names is None else read_classes(table, label, label_names)
+    return _split(table, texts, labels, label_names), _Columns(texts, label)
 
 
 def read_texts(path: str | Path) -> Split:
     """Reads texts to predict on: a file as for ``read_file``, its labels ignored, or a ``.txt`` of one text a line."""
-    path = Path(path)
+    return _read_unlabelled(Path(path), _Columns())[0]
+
+
+def _read_unlabelled(path: Path, usual: _Columns) -> tuple[Split, _Columns]:
     if path.suffix.lower() == ".txt":
         lines = split_lines(read_text(path))
-        return Split(lines, None, None, [str(row) for row in range(len(lines))])
-    table = _read_table(path)
-    return _split(table, _text_columns(table), None, None)
+        return Split(lines, None, None, [str(row) for row in range(len(lines))]), usual
+    table = _read_table(path, _UNLABELLED, ", .txt")
+    texts = _text_columns(table, usual.texts)
+    return _split(table, texts, None, None), _Columns(texts, None)
 
 
-def _read_table(path: Path) -> Table:
+def _read_table(path: Path, wanted: Collection[str], further: str = "") -> Table:
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return read_csv(path, _WANTED)
+        return read_csv(path, wanted)
     if suffix == ".tsv":
-        return read_tsv(path, _WANTED)[0]
+        return read_tsv(path, wanted)[0]
     if suffix in (".jsonl", ".json"):
-        return read_json_lines(path, _WANTED)
-    raise InputError(f"{path}: unknown kind of file {suffix!r}; name it .csv, .tsv or .jsonl")
+        return read_json_rows(path, wanted)
+    raise InputError(f"{path}: unknown kind of file {suffix!r}; name it .csv, .tsv{further} or .jsonl")
 
 
 def leave_out_unlabelled(table: Table, column: str) -> Table:
@@ -346,28 +382,14 @@ def leave_out_unlabelled(table: Table, column: str) -> Table:
     return table
 
 
-def _text_columns(table: Table) -> tuple[str, ...]:
-    for names in _TEXT_COLUMNS:
-        if all(name in table.columns for name in names):
+def _text_columns(table: Table, usual: tuple[str, ...]) -> tuple[str, ...]:
+    for names in (usual, *_TEXT_COLUMNS):
+        if names and all(name in table.columns for name in names):
             return names
     raise InputError(
         f"{table.path}:1: no text column among {listed(table.header)}; name it sentence, or two of them sentence1 and "
         "sentence2"
     )
-
-
-def _find_label_names(table: Table, column: str) -> tuple[str, ...] | None:
-    """Names of the classes in the order of their indices; None if the labels are scores."""
-    labels = set(table.columns[column])
-    if "" in labels:
-        raise InputError(f"{table.place(table.columns[column].index(''))}: the label is empty")
-    if len(labels) == 1:
-        raise InputError(f"{table.path}: every row has the label {labels.pop()!r}; there is nothing to learn")
-    if all(re.fullmatch(r"-?\d+", label) for label in labels):
-        return tuple(sorted(labels, key=int))
-    if all(finite_number(label) is not None for label in labels):
-        return None
-    return tuple(sorted(labels))
 
 
 def _split(table: Table, texts: Sequence[str], labels: np.ndarray | None, label_names: Sequence[str] | None) -> Split:

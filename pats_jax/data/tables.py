@@ -1,21 +1,34 @@
-"""Reading TSV, CSV and JSON-lines files into columns of strings, with a line number for every complaint."""
+"""Reading TSV, CSV and JSON files into columns of strings, with a line number for every complaint."""
 
+import collections
+import contextlib
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import math
+import re
+import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.files import parse_json, read_bytes
 
 INDEX_COLUMNS = ("index", "idx", "id")
 
 # A line number and the cells of that line.
 Row = tuple[int, list[str]]
+
+# float() would also take "1_000", "infinity" and the digits of other scripts.
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -26,20 +39,22 @@ class Table:
       path: The file, for messages.
       header: Names of all columns of the file, also of those that were not kept.
       columns: Column name -> one string a row.
-      lines: Line of the file, counted from 1, on which each row begins.
+      lines: Line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
+      before_line: What stands between the path and such a number in messages.
     """
 
     path: Path
     header: Sequence[str]
     columns: dict[str, list[str]]
     lines: Sequence[int]
+    before_line: str = ":"
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def place(self, row: int) -> str:
         """``file:line`` of a row, as error messages begin."""
-        return f"{self.path}:{self.lines[row]}"
+        return f"{self.path}{self.before_line}{self.lines[row]}"
 
     def ids(self) -> list[str]:
         """The index column, or else row numbers from "0"."""
@@ -51,7 +66,7 @@ class Table:
     def keep(self, rows: Sequence[int]) -> "Table":
         """The same with these rows only, each with the line that it stands on."""
         columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
-        return Table(self.path, self.header, columns, [self.lines[row] for row in rows])
+        return dataclasses.replace(self, columns=columns, lines=[self.lines[row] for row in rows])
 
     def classes(self, column: str, written: Sequence[str]) -> np.ndarray:
         """Class indices int32 (rows,) of a label column.
@@ -67,7 +82,8 @@ class Table:
         indices = np.empty(len(self), np.int32)
         for row, cell in enumerate(self.columns[column]):
             if cell not in index_of:
-                raise InputError(f"{self.place(row)}: unknown label {cell!r}; the labels are {listed(written)}")
+                found = f"unknown label {shown(cell)}" if cell.strip() else "the label is empty"
+                raise InputError(f"{self.place(row)}: {found}; the labels are {listed(written)}")
             indices[row] = index_of[cell]
         return indices
 
@@ -75,44 +91,40 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-          InputError: A score that is no finite number, with file and line.
+          InputError: A score that is no number, or none that float32 can hold, with file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
             score = finite_number(cell)
             if score is None:
-                raise InputError(f"{self.place(row)}: the score {cell!r} is not a number")
+                what = "is too large" if _NUMBER.fullmatch(cell.strip()) else "is not a number"
+                raise InputError(f"{self.place(row)}: the score {shown(cell)} {what}")
             scores[row] = score
         return scores
 
 
 def finite_number(cell: str) -> float | None:
-    """The number that a cell holds, None if it holds none or an infinite one."""
-    try:
-        value = float(cell)
-    except ValueError:
+    """The number that a cell holds, None if it holds none or one that float32 cannot hold."""
+    if not _NUMBER.fullmatch(cell.strip()):
         return None
-    return value if math.isfinite(value) else None
+    value = float(cell)
+    return value if math.isfinite(value) and abs(value) <= _LARGEST else None
 
 
 def listed(names: Sequence[str]) -> str:
     """Names for a message; at most ten, since a file may hold hundreds."""
-    shown = ", ".join(repr(name) for name in names[:10])
-    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown
+    told = ", ".join(map(shown, names[:10]))
+    return f"{told} and {len(names) - 10} more" if len(names) > 10 else told
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-      InputError: The file is missing, unreadable, empty or not UTF-8 (with the line of the first bad byte).
+      InputError: The file is missing, no regular file, unreadable, empty or not UTF-8 (with the line of the first bad
+        byte).
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -121,6 +133,19 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
     return text
+
+
+def check_characters(text: str, place: str) -> None:
+    """Raises InputError if a text has a lone surrogate, which no tokenizer takes and no file holds.
+
+    UTF-8 has none, but the escapes of JSON can spell them.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise InputError(f"{place}: \\u{code:04x} is a lone surrogate, which is no character") from None
 
 
 def split_lines(text: str) -> list[str]:
@@ -177,76 +202,147 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
     reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
-    header = _next_record(path, reader) or []
 
-    def rows() -> Iterator[Row]:
-        begin = reader.line_num + 1
-        while (cells := _next_record(path, reader)) is not None:
-            if cells and len(cells) != len(header):
-                raise InputError(_wrong_count(path, begin, len(cells), len(header), between="commas"))
+    def records() -> Iterator[Row]:
+        while True:
+            begin = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise InputError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
+            if cells is None:
+                return
             if cells:
                 yield begin, cells
-            begin = reader.line_num + 1
-
-    return _collect(path, header, rows(), wanted)
-
-
-def _next_record(path: Path, reader) -> list[str] | None:
-    try:
-        return next(reader, None)
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
-
-
-def read_json_lines(path: Path, wanted: Collection[str]) -> Table:
-    """Reads JSON lines: one object a line, all with the keys of the first one that are wanted.
-
-    Numbers and booleans become their JSON text, null becomes the empty string.
-
-    Raises:
-      InputError: As ``read_text``; a line that is no JSON object, lacks a key or has a list or object as a value.
-    """
-    lines = split_lines(read_text(path))
-    header = list(json_object(path, 1, lines[0]))
 
     def rows() -> Iterator[Row]:
-        for number, line in enumerate(lines, 1):
-            record = json_object(path, number, line)
-            yield number, [_json_cell(path, number, record, key) if key in wanted else "" for key in header]
+        for line, cells in found:
+            if len(cells) != len(header):
+                raise InputError(_wrong_count(path, line, len(cells), len(header), between="commas"))
+            yield line, cells
 
-    return _collect(path, header, rows(), wanted)
-
-
-def json_object(path: Path, number: int, line: str) -> dict:
-    """One line of a file of JSON lines, which must be an object; the number is for the error message."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not readable as JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}: a JSON object is expected on every line")
-    return record
+    with _long_fields():
+        found = records()
+        header_line, header = next(found)  # a text that is not blank has a record
+        return _collect(path, header, rows(), wanted, header_line)
 
 
-def _json_cell(path: Path, number: int, record: dict, key: str) -> str:
+_CSV_LIMIT = threading.Lock()
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lifts the csv module's limit on the length of a field, 131,072 characters, which all its readers share."""
+    with _CSV_LIMIT:
+        limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(limit)
+
+
+class JsonObject(dict):
+    """A JSON object.
+
+    Attributes:
+      twice: The keys that stand in it more than once; their last value counts.
+    """
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = collections.Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.twice = [key for key, count in counts.items() if count > 1]
+
+    def check(self, place: str, wanted: Collection[str]) -> None:
+        """Raises InputError if one of the keys that are wanted stands in the object twice."""
+        for key in self.twice:
+            if key in wanted:
+                raise InputError(f"{place}: two keys are called {shown(key)}; remove one")
+
+
+def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
+    """The objects of a file of JSON lines, each with its line number; blank lines do not count.
+
+    Raises:
+      InputError: A line is no JSON object, with file and line.
+    """
+    for number, line in enumerate(split_lines(text), 1):
+        if line.strip():
+            record = parse_json(line, f"{path}:{number}", JsonObject)
+            if not isinstance(record, JsonObject):
+                raise InputError(f"{path}:{number}: a JSON object is expected on every line")
+            yield number, record
+
+
+def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
+    """Reads JSON lines, one object a line, or a ``.json`` file that is one array of objects.
+
+    All objects have the same of the keys that are wanted. Numbers and booleans become their JSON text, null becomes
+    the empty string.
+
+    Raises:
+      InputError: As ``read_text``; what should be an object is none, lacks a key, has one that the first has not, has
+        one twice, or has a list, an object or a lone surrogate as a value.
+    """
+    text = read_text(path)
+    is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
+    before_line = ", row " if is_array else ":"
+    records = _array_rows(path, text) if is_array else json_lines(path, text)
+    first = next(records, None)
+    header = list(first[1]) if first else []
+    begin = f"{'row' if is_array else 'line'} {first[0] if first else 1}"
+
+    def rows() -> Iterator[Row]:
+        for number, record in itertools.chain([first] if first else [], records):
+            place = f"{path}{before_line}{number}"
+            record.check(place, wanted)
+            cells = [_json_cell(place, record, key, begin) if key in wanted else "" for key in header]
+            added = sorted(set(record) & set(wanted) - kept)
+            if added:
+                raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; give it to all rows or to none")
+            yield number, cells
+
+    kept = set(header)
+    return _collect(path, header, rows(), wanted, before_line=before_line)
+
+
+def _array_rows(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
+    """The objects of a JSON array, numbered from 1."""
+    for number, record in enumerate(parse_json(text, str(path), JsonObject), 1):
+        if not isinstance(record, JsonObject):
+            raise InputError(f"{path}, row {number}: a JSON object is expected in every row")
+        yield number, record
+
+
+def _json_cell(place: str, record: JsonObject, key: str, begin: str) -> str:
     if key not in record:
-        raise InputError(f"{path}:{number}: no key {key!r}, which line 1 has")
+        raise InputError(f"{place}: no key {key!r}, which {begin} has")
     value = record[key]
     if isinstance(value, dict | list):
-        raise InputError(
-            f"{path}:{number}: {key!r} holds a {'list' if isinstance(value, list) else 'object'}, not a text"
-        )
+        raise InputError(f"{place}: {key!r} holds {'a list' if isinstance(value, list) else 'an object'}, not a text")
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value)
+    cell = value if isinstance(value, str) else json.dumps(value)
+    check_characters(cell, f"{place}: {key!r}")
+    return cell
 
 
 def _wrong_count(path: Path, line: int, found: int, expected: int, between: str) -> str:
     return f"{path}:{line}: {found} columns where {expected} are expected (separated by {between})"
 
 
-def _collect(path: Path, header: Sequence[str], rows: Iterable[Row], wanted: Collection[str]) -> Table:
+def _collect(
+    path: Path,
+    header: Sequence[str],
+    rows: Iterable[Row],
+    wanted: Collection[str],
+    header_line: int = 1,
+    before_line: str = ":",
+) -> Table:
     """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
+    for position, name in enumerate(header):
+        if name in wanted and name in header[:position]:
+            raise InputError(f"{path}:{header_line}: two columns are called {name!r}; rename or remove one")
     kept = {name: position for position, name in enumerate(header) if name in wanted}
     columns: dict[str, list[str]] = {name: [] for name in kept}
     lines = []
@@ -255,5 +351,5 @@ def _collect(path: Path, header: Sequence[str], rows: Iterable[Row], wanted: Col
         for name, position in kept.items():
             columns[name].append(cells[position])
     if not lines:
-        raise InputError(f"{path}: no rows below the header")
-    return Table(path, header, columns, lines)
+        raise InputError(f"{path}: no rows{'' if before_line == ', row ' else ' below the header'}")
+    return Table(path, header, columns, lines, before_line)

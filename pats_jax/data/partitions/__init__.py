@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pats_jax.data.few_shot import FewShotTask
-from pats_jax.data.tables import listed, read_text
-from pats_jax.errors import InputError
+from pats_jax.data.gym import SHOTS, load_gym, task_names
+from pats_jax.data.tables import JsonObject, listed, read_text
+from pats_jax.errors import InputError, shown
+from pats_jax.files import checked_name, parse_json
 
 LISTS = ("train", "dev", "test")
 FOLDER = Path(__file__).parent
@@ -82,6 +84,25 @@ class Partition:
         return (*self.train, *self.dev, *self.test)
 
 
+def load_partitioned_gym(
+    source: str | Path, name_or_path: str | Path, *, shots: int = SHOTS, share_sources: bool = False
+) -> tuple[dict[str, FewShotTask], Partition]:
+    """Reads a partition and the tasks of a gym that it names; the gym's other tasks may be anything.
+
+    Args:
+      source: as for `load_gym`.
+      name_or_path: as for `load_partition`.
+      shots: as for `load_gym`.
+      share_sources: as for `load_partition`.
+
+    Raises:
+      InputError: as both of them.
+    """
+    named = set(read_partition(_file(name_or_path)).names)
+    gym = load_gym(source, tasks=sorted(named.intersection(task_names(source, shots=shots))), shots=shots)
+    return gym, load_partition(name_or_path, gym, share_sources=share_sources)
+
+
 def load_partition(
     name_or_path: str | Path, tasks: Mapping[str, FewShotTask], *, share_sources: bool = False
 ) -> Partition:
@@ -97,8 +118,7 @@ def load_partition(
       InputError: one line with file and line: as ``read_partition``; a task that the gym does not have; a dev or test
         task without test rows; a source set with tasks on two lists.
     """
-    path = FOLDER / f"{name_or_path}.json"
-    path = path if path in FOLDER.glob("*.json") else Path(name_or_path)
+    path = _file(name_or_path)
     partition = read_partition(path)
     missing = [name for name in partition.names if name not in tasks]
     if missing:
@@ -111,12 +131,18 @@ def load_partition(
     return partition
 
 
+def _file(name_or_path: str | Path) -> Path:
+    """The file of one of our own partitions by its name, else the path itself."""
+    path = FOLDER / f"{name_or_path}.json"
+    return path if path in FOLDER.glob("*.json") else Path(name_or_path)
+
+
 def read_partition(path: Path) -> Partition:
     """Reads a partition's file.
 
     Raises:
       InputError: it is missing, no JSON, no object with the three lists of names; a list of train or test tasks is
-        empty; a task is named twice.
+        empty; a task is named twice, or cannot be part of a file's name.
     """
     lists = _read_lists(path)
     partition = Partition(*(tuple(lists[key]) for key in LISTS))
@@ -126,6 +152,7 @@ def read_partition(path: Path) -> Partition:
     seen: dict[str, str] = {}
     for key in LISTS:
         for name in lists[key]:
+            checked_name(name, _place(path, name))
             if name in seen:
                 where = f"twice in {key!r}" if seen[name] == key else f"in {seen[name]!r} and in {key!r}"
                 raise InputError(f"{_place(path, name, occurrence=1)}: the task {name} stands {where}; remove one")
@@ -134,16 +161,13 @@ def read_partition(path: Path) -> Partition:
 
 
 def _read_lists(path: Path) -> dict[str, list[str]]:
-    text = read_text(path)
-    try:
-        lists = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not readable as JSON ({error.msg})") from None
-    if not isinstance(lists, dict):
+    lists = parse_json(read_text(path), str(path), JsonObject)
+    if not isinstance(lists, JsonObject):
         raise InputError(f"{path}:1: a JSON object with the lists {listed(LISTS)} is expected")
+    lists.check(f"{path}:1", LISTS)
     unknown = [key for key in lists if key not in (*LISTS, "all")]
     if unknown:
-        raise InputError(f"{_place(path, unknown[0])}: unknown list {unknown[0]!r}; the lists are {listed(LISTS)}")
+        raise InputError(f"{_place(path, unknown[0])}: unknown list {shown(unknown[0])}; the lists are {listed(LISTS)}")
     missing = [key for key in LISTS if key not in lists]
     if missing:
         raise InputError(f"{path}:1: no list {listed(missing)}; give one, [] if it has no tasks")

@@ -1,0 +1,163 @@
+"""What the labels in people's own files mean: scores or classes, and which.
+
+Labels that are numbers may be both. Whole numbers, also written as ``1.0``, are taken as classes, others as scores; the
+log says which, and what to give to have it the other way: ``--do_regression`` or ``--do_regression false``, in Python
+``regression``. Classes that are numbers are compared by value, so that ``1`` and ``1.0`` are one: pandas writes whole
+numbers with a point where one of their column is missing.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+
+import numpy as np
+
+from pats_jax.data.tables import Table, finite_number
+from pats_jax.errors import InputError, shown
+
+logger = logging.getLogger(__name__)
+
+# How programs write a cell that has no value (what pandas reads as one, in any case).
+_MISSING = {"", "#n/a n/a", *"nan -nan none null na n/a <na> #n/a #na 1.#ind -1.#ind 1.#qnan -1.#qnan".split()}
+_INFINITE = re.compile(r"[+-]?inf(inity)?", re.IGNORECASE)
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
+
+Number = Decimal | float
+
+
+def has_labels(cells: Iterable[str]) -> bool:
+    """Whether any cell of a label column has a value."""
+    return not all(_is_missing(cell) for cell in set(cells))
+
+
+def find_classes(table: Table, column: str, regression: bool | None = None) -> tuple[str, ...] | None:
+    """Names of the classes of a label column in the order of their indices, or None if the labels are scores.
+
+    All labels being numbers, whole ones are classes in numerical order, and if one has a fraction or an exponent they
+    are scores. Any other labels are names of classes in alphabetical order.
+
+    Args:
+      table: The file that decides, the training file as a rule.
+      column: Its label column.
+      regression: Whether the labels are scores; None: as above, and the log says so.
+
+    Raises:
+      InputError: A label is missing (with file and line), or there is one class only.
+    """
+    cells = list(dict.fromkeys(table.columns[column]))
+    values = {cell: value for cell in cells if (value := _number(cell)) is not None}
+    _check_cells(table, column, [cell for cell in cells if cell not in values], values, regression)
+    names = _class_names(cells, values)
+    if len(names) == 1 and not regression:
+        raise InputError(f"{table.path}: every row has the label {shown(names[0])}; there is nothing to learn")
+    all_numbers = len(values) == len(cells)
+    if regression is None and all_numbers:
+        regression = not all(_WHOLE.fullmatch(cell.strip()) for cell in cells)
+        _announce(table, names, regression)
+    elif regression is None:
+        logger.info("%s: %s", table.path, _told(names))
+    if all_numbers:
+        _warn_of_hidden(table, column, values)
+    if not regression:
+        _warn_of_blanks(table, cells)
+    return None if regression else names
+
+
+def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
+    """Class indices int32 (rows,) of a label column; see `find_classes` for how labels are compared.
+
+    Raises:
+      InputError: A label that is none of the names, with file and line.
+    """
+    values = {value: name for name in names if (value := _number(name)) is not None}
+    if len(values) < len(names):  # not all of them numbers, or two that are equal
+        return table.classes(column, names)
+    numbers = {cell: _number(cell) for cell in set(table.columns[column])}
+    named = {cell: cell if value is None else values.get(value, cell) for cell, value in numbers.items()}
+    cells = [named[cell] for cell in table.columns[column]]
+    return dataclasses.replace(table, columns={column: cells}).classes(column, names)
+
+
+def _number(cell: str) -> Number | None:
+    """The value of a cell, exact for whole numbers, which are names of classes too; None if it is no finite number."""
+    value = finite_number(cell)
+    return Decimal(cell.strip()) if value is not None and _WHOLE.fullmatch(cell.strip()) else value
+
+
+def _is_missing(cell: str) -> bool:
+    return " ".join(cell.lower().split()) in _MISSING
+
+
+def _class_names(cells: Sequence[str], values: dict[str, Number]) -> tuple[str, ...]:
+    """One name for each class: of numbers that are equal the shortest."""
+    if len(values) < len(cells):
+        return tuple(sorted(cells))
+    names: dict[Number, str] = {}
+    for cell in sorted(cells, key=lambda cell: (len(cell), cell)):
+        names.setdefault(values[cell], cell)
+    return tuple(names[value] for value in sorted(names))
+
+
+def _check_cells(
+    table: Table, column: str, words: Sequence[str], values: dict[str, Number], regression: bool | None
+) -> None:
+    """Among numbers a missing value is an error, and so is an empty cell anywhere; all other words may be classes."""
+
+    def place(cell: str) -> str:
+        return table.place(table.columns[column].index(cell))
+
+    others = [cell for cell in words if not (_is_missing(cell) or _INFINITE.fullmatch(cell.strip()))]
+    mostly_numbers = 2 * sum(cell in values for cell in table.columns[column]) >= len(table)
+    for cell in words:
+        if not cell.strip():
+            raise InputError(f"{place(cell)}: the label is empty; fill it in, or remove the row")
+        if cell not in others and values and (mostly_numbers or not others):
+            what = "is missing" if _is_missing(cell) else "is not a finite number"
+            raise InputError(f"{place(cell)}: the label {what} ({shown(cell)}); correct it, or remove the row")
+    if regression is None and others and mostly_numbers:
+        told = "is not a number, but most labels are; all are taken as names of classes"
+        logger.warning("%s: the label %s %s", place(others[0]), shown(others[0]), told)
+    for cell in filter(_is_missing, () if regression else words):
+        told = "is taken as the name of a class; remove the row if the label is missing"
+        logger.warning("%s: the label %s %s", place(cell), shown(cell), told)
+
+
+def _announce(table: Table, names: Sequence[str], regression: bool) -> None:
+    if regression:
+        told = f"scores from {shown(names[0], quoted=False)} to {shown(names[-1], quoted=False)}"
+        logger.info("%s: %s; for classes give --do_regression false", table.path, told)
+    else:
+        logger.info("%s: %s; for scores give --do_regression", table.path, _told(names))
+
+
+def _told(names: Sequence[str]) -> str:
+    """``3 classes: a, b, c``, the first ten of them."""
+    told = ", ".join(shown(name.strip(), 40, quoted=False) for name in names[:10])
+    return f"{len(names)} classes: {told}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+
+
+def _warn_of_hidden(table: Table, column: str, values: dict[str, Number]) -> None:
+    """-1 marks a hidden label in many data sets; beside other negative numbers it is one of them."""
+    if min(values.values()) == -1:
+        rows = sum(values[cell] == -1 for cell in table.columns[column])
+        logger.warning(
+            "%s: %d rows have the label -1, which often marks a hidden label; remove them if it does", table.path, rows
+        )
+
+
+def _warn_of_blanks(table: Table, cells: Sequence[str]) -> None:
+    """Labels that look the same are rarely meant to differ."""
+    for what, key in (("blanks", _without_blanks), ("case or blanks", lambda cell: _without_blanks(cell).casefold())):
+        groups: dict[str, list[str]] = {}
+        for cell in cells:
+            groups.setdefault(key(cell), []).append(cell)
+        alike = next((sorted(group) for group in groups.values() if len(group) > 1), None)
+        if alike:
+            logger.warning("%s: labels differ in %s only: %s", table.path, what, " and ".join(map(shown, alike[:5])))
+            return
+
+
+def _without_blanks(cell: str) -> str:
+    return "".join(cell.split())
