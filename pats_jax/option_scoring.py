@@ -106,7 +106,7 @@ class MaskedLanguageModelHead(Head):
     """
 
     def encode(self, rows, tokenizer, max_length, share_options=False):
-        spelt = tokenizer(_options(rows, self), add_special_tokens=False, truncation=True, max_length=max_length)
+        spelt = _tokenize(tokenizer, _options(rows, self), add_special_tokens=False, max_length=max_length)
         spelt = [ids or [tokenizer.unk_token_id] for ids in spelt["input_ids"]]
         targets = _pad(spelt, SHORTEST_OPTION, max_length)
         encoded = _pairs(rows, [tokenizer.mask_token * len(ids) for ids in spelt], tokenizer, max_length)
@@ -379,7 +379,14 @@ def padded(size: int, smallest: int) -> int:
 
 
 def _ids(tokenizer, texts, max_length):
-    return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return _tokenize(tokenizer, list(texts), max_length=max_length)["input_ids"]
+
+
+def _tokenize(tokenizer, *texts, **options):
+    try:
+        return tokenizer(*texts, truncation=True, **options)
+    except Exception as error:  # the tokenizers library itself raises bare Exceptions
+        raise InputError(f"the tokenizer cannot take a text of the tasks ({' '.join(str(error).split())})") from None
 
 
 def _pad(ids, smallest, largest):
@@ -402,7 +409,7 @@ def _options(rows, head):
 def _pairs(rows, seconds, tokenizer, max_length):
     """Every row with each of its second sentences, (rows x options, length)."""
     firsts = [row.input for row in rows for _ in range(len(seconds) // len(rows))]
-    found = tokenizer(firsts, seconds, truncation=True, max_length=max_length, return_token_type_ids=True)
+    found = _tokenize(tokenizer, firsts, seconds, max_length=max_length, return_token_type_ids=True)
     batch = _pad(found["input_ids"], SHORTEST_TEXT, max_length)
     length = batch["input_ids"].shape[1]
     types = [own + [0] * (length - len(own)) for own in found["token_type_ids"]]

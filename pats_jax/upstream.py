@@ -314,13 +314,16 @@ class UpstreamScore:
           asked: tells that the run is asked to end.
 
         Raises:
-          InputError: early stop or the best model are asked for, and there are no dev tasks.
+          InputError: early stop or the best model are asked for, and there are no dev tasks; or the tokenizer cannot
+            take a text of theirs, which must not show up in the middle of the training.
         """
         settings = training.settings
         training.evaluates = bool(tasks)
         if not tasks and (settings.early_stopping_patience or settings.load_best_model_at_end):
             raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
         self._training, self._tasks, self._asked = training, tasks, asked
+        for task in tasks:
+            training.encode((*task.samples[0].train, *task.samples[0].test[:_DEV_ROWS]))
         head, model = training.head, training.model
         runner = training.runner
         self._scores = runner.compile_predict(functools.partial(option_scoring.option_scores, head, model))

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from pats_jax.data.tables import Table, finite_number
+from pats_jax.data.tables import NUMBER, Table, finite_number
 from pats_jax.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,13 @@ def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _number(cell: str) -> Number | None:
-    """The value of a cell, exact for whole numbers, which are names of classes too; None if it is no finite number."""
-    value = finite_number(cell)
-    return Decimal(cell.strip()) if value is not None and _WHOLE.fullmatch(cell.strip()) else value
+    """The value of a cell, exact for whole numbers, which may be names of classes; None if it is no finite number."""
+    return Decimal(cell.strip()) if _WHOLE.fullmatch(cell.strip()) else finite_number(cell)
+
+
+def _is_infinite(cell: str) -> bool:
+    """Of a cell without a value: whether it is infinite, or a number that is too large."""
+    return bool(_INFINITE.fullmatch(cell.strip()) or NUMBER.fullmatch(cell.strip()))
 
 
 def _is_missing(cell: str) -> bool:
@@ -108,7 +112,7 @@ def _check_cells(
     def place(cell: str) -> str:
         return table.place(table.columns[column].index(cell))
 
-    others = [cell for cell in words if not (_is_missing(cell) or _INFINITE.fullmatch(cell.strip()))]
+    others = [cell for cell in words if not (_is_missing(cell) or _is_infinite(cell))]
     mostly_numbers = 2 * sum(cell in values for cell in table.columns[column]) >= len(table)
     for cell in words:
         if not cell.strip():

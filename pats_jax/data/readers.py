@@ -287,6 +287,8 @@ def load_files(
             if split.labels is None:
                 told = " or ".join(_LABEL_COLUMNS)
                 raise InputError(f"{path}: no labels for the {name} data; their column is called {told}")
+            if name == "train" and len(np.unique(split.labels)) == 1:
+                raise InputError(f"{path}: every row has the same label; there is nothing to learn")
             label_names, regression = split.label_names, split.label_names is None
         other = next(iter(found), name)
         if (split.sentence2 is None) != (found.get(other, split).sentence2 is None):

@@ -27,7 +27,7 @@ INDEX_COLUMNS = ("index", "idx", "id")
 Row = tuple[int, list[str]]
 
 # float() would also take "1_000", "infinity" and the digits of other scripts.
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -97,7 +97,7 @@ class Table:
         for row, cell in enumerate(self.columns[column]):
             score = finite_number(cell)
             if score is None:
-                what = "is too large" if _NUMBER.fullmatch(cell.strip()) else "is not a number"
+                what = "is too large" if NUMBER.fullmatch(cell.strip()) else "is not a number"
                 raise InputError(f"{self.place(row)}: the score {shown(cell)} {what}")
             scores[row] = score
         return scores
@@ -105,7 +105,7 @@ class Table:
 
 def finite_number(cell: str) -> float | None:
     """The number that a cell holds, None if it holds none or one that float32 cannot hold."""
-    if not _NUMBER.fullmatch(cell.strip()):
+    if not NUMBER.fullmatch(cell.strip()):
         return None
     value = float(cell)
     return value if math.isfinite(value) and abs(value) <= _LARGEST else None
