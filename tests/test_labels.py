@@ -36,13 +36,11 @@ def at_info(caplog):
 # --- missing cells ----------------------------------------------------------------------------------------------------
 
 MISSING = ("", " ", "nan", "NaN", "None", "none", "NULL", "null", "NA", "N/A", "n/a", "<NA>", "#N/A", "-nan", " nan ")
-NO_NUMBERS = ("inf", "-inf", "Infinity", "1e999", "9" * 5000, "1e39")
+NO_NUMBERS = ("inf", "-inf", "Infinity", "1e999", "-1e39")
 
 
 @pytest.mark.parametrize("cell", [*MISSING, *NO_NUMBERS])
-@pytest.mark.parametrize(
-    "labels", [["0.5", "1.25", "3.75"], ["0", "1", "1"], ["1", "2", "3"]], ids=["real", "01", "whole"]
-)
+@pytest.mark.parametrize("labels", [["0.5", "1.25", "3.75"], ["0", "1", "1"]], ids=["scores", "classes"])
 @pytest.mark.parametrize("regression", [None, False, True])
 def test_one_missing_cell_among_numbers_is_named_with_its_line(tmp_path, labels, cell, regression):
     path = write(tmp_path / "train.csv", [*labels[:2], cell, *labels[2:]])
@@ -142,6 +140,7 @@ def test_the_files_of_one_task_agree_on_numbers_by_value(tmp_path):
         load_files({"train": train, "validation": write(dev, ["0.5", "1"])})
     with pytest.raises(InputError, match=r"dev.csv:3: unknown label 'nan'"):
         load_files({"train": train, "validation": write(dev, ["1", "nan"])})
+    assert read_file(write(train, ["7", "9" * 5000])).labels.tolist() == [0, 1]  # a name is as long as it is
     # Beyond 2^53 a float no longer tells whole numbers apart.
     large = ["9007199254740992", "9007199254740993"]
     splits = load_files({"train": write(train, large), "validation": write(dev, large[::-1])})
@@ -152,7 +151,7 @@ def test_a_regression_takes_every_file_as_scores(tmp_path, caplog):
     train, dev = write(tmp_path / "train.csv", [0, 1, 2]), write(tmp_path / "dev.csv", [3, 3])
     splits = load_files({"train": train, "validation": dev}, regression=True)
     assert splits["validation"].labels.tolist() == [3.0, 3.0] and splits["train"].label_names is None
-    with pytest.raises(InputError, match=r"train.csv: every row has the label '7'"):
+    with pytest.raises(InputError, match=r"train.csv: every row has the same label; there is nothing to learn"):
         load_files({"train": write(train, [7, 7]), "validation": dev}, regression=True)
     assert load_files({"train": write(train, ["0.5", "7"]), "validation": dev}, regression=False)["train"].label_names
 
@@ -196,13 +195,10 @@ def test_long_labels_are_cut_in_messages(tmp_path, caplog):
     long = "x" * 100_000
     read_file(write(tmp_path / "train.csv", [long, long + " ", "b"]))
     assert len(told(caplog)) < 2000
-    for labels, names in (([long, long], None), ([long, "a"], ("a", "b")), (["1", "0", "9" * 100_000], None)):
+    for labels, names in (([long, long], None), ([long, "a"], ("a", "b")), (["0.5", "0", "9" * 100_000], None)):
         with pytest.raises(InputError) as caught:
             read_file(write(tmp_path / "train.csv", labels), label_names=names)
         assert len(str(caught.value)) < 400 + len(str(tmp_path))
-
-
-# --- the hub and GLUE's folders ---------------------------------------------------------------------------------------
 
 
 # --- the flag ---------------------------------------------------------------------------------------------------------
