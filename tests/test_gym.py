@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from pats_jax.data.few_shot import KINDS, FewShotTask, Row, Sample, build_task, task_metric
-from pats_jax.data.gym import load_gym
+from pats_jax.data.gym import load_gym, task_names
 from pats_jax.data.partitions import load_partitioned_gym
 from pats_jax.errors import InputError
 from pats_jax.metrics import METRICS, compute_metrics
@@ -73,6 +74,14 @@ def test_json_lines_with_options_of_their_own_are_multiple_choice(tmp_path):
     assert [row.output for row in task.samples[0].test] == ["tea", "a bird"]
 
 
+def test_blank_lines_between_json_lines_do_not_count(tmp_path):
+    write_task(tmp_path, "mood", "jsonl", "", line("a", "a", "b"), " ", "", line("b", "a", "b"), "")
+    assert [row.output for row in load_gym(tmp_path)["mood"].samples[0].test] == ["a", "b"]
+    with pytest.raises(InputError, match=r"mood_16_13_dev.jsonl:4: no field 'task'"):
+        write(tmp_path / "mood/mood_16_13_dev.jsonl", line("a", "a", "b"), "", "", "{}")
+        load_gym(tmp_path)
+
+
 def test_tsv_takes_the_options_from_the_outputs_of_all_splits(tmp_path):
     write(tmp_path / "topic_4_13_train.tsv", 'say "hi"\tsport', "x (A) y\tart")
     write(tmp_path / "topic_4_13_dev.tsv", "z\tsport", "z\tsport")
@@ -134,6 +143,17 @@ def test_the_order_of_the_classes_does_not_depend_on_the_samples_that_are_read(t
         ([], r"mood_16_13_dev.jsonl: the file is empty"),
         ([line("a", "a", "b"), "{task"], r"mood_16_13_dev.jsonl:2: not valid JSON \("),
         ([line("a", "a", "b"), "", "{task"], r"mood_16_13_dev.jsonl:3: not valid JSON \("),
+        (
+            [line("a", "a", "b"), '{"a": ' + "[" * 100_000],
+            r"mood_16_13_dev.jsonl:2: .* \(nested too deeply",
+        ),
+        (
+            [line("a", "a", "b"), '{"a": ' + "9" * 5000],
+            r"mood_16_13_dev.jsonl:2: .* \(a number is too long",
+        ),
+        ([line("a", "a", "b")[:-1] + ', "output": "b"}'], r"mood_16_13_dev.jsonl:1: two keys are called 'output'"),
+        ([line("a", "a", "b", given="x\ud800")], r"mood_16_13_dev.jsonl:1: \\ud800 is a lone surrogate"),
+        ([line("a", "a", "b\udfff")], r"mood_16_13_dev.jsonl:1: \\udfff is a lone surrogate"),
         ([line("a", "a", "b"), "[1]"], r"mood_16_13_dev.jsonl:2: a JSON object is expected"),
         ([line("a", "a", "b"), line("c", "a", "b")], r"jsonl:2: the output 'c' is not among its options 'a', 'b'$"),
         (
@@ -214,6 +234,56 @@ def test_missing_and_superfluous_files_are_named(tmp_path):
         InputError, match=r"mood_16_42_tst.jsonl: not named like a few-shot file, <task>_<shots>_<seed>"
     ):
         load_gym(tmp_path)
+
+
+def test_tasks_that_are_not_asked_for_may_be_anything(tmp_path):
+    write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty")
+    write_task(tmp_path, "long", "tsv", *(f"{n}\t{n}" for n in range(201)))  # text generation
+    write_task(tmp_path, "flat", "jsonl", line("a", task="flat"))  # no options
+    write_task(tmp_path, "torn", "jsonl", "{")
+    write(tmp_path / "half/half_16_13_train.tsv", "a\tx")
+    write(tmp_path / "odd/notes.tsv", "no few-shot file")
+    write(tmp_path / "twin_16_13_dev.jsonl", "{")
+    write(tmp_path / "twin/twin_16_13_dev.tsv", "{")
+    (tmp_path / "wait").mkdir()
+    os.mkfifo(tmp_path / "wait/wait_16_13_train.tsv")
+    assert list(load_gym(tmp_path, tasks=["mood"])) == ["mood"]
+    assert task_names(tmp_path) == ["flat", "half", "long", "mood", "torn", "twin", "wait"]
+    for name, message in {
+        "long": "text generation",
+        "flat": "two different options",
+        "torn": "not valid JSON",
+        "half": "no dev file",
+        "twin": "the same split",
+        "wait": "no dev file",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_gym(tmp_path, tasks=["mood", name])
+    write(tmp_path / "mood/mood_16_21_trian.tsv", "a\tx")
+    with pytest.raises(InputError, match=r"mood_16_21_trian.tsv: not named like a few-shot file"):
+        load_gym(tmp_path, tasks=["mood"])
+
+
+def test_files_that_are_none_and_hidden_ones(tmp_path):
+    write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty")
+    write(tmp_path / "mood/._mood_16_13_train.tsv", "what a file manager leaves")
+    write(tmp_path / ".cache/old_16_13_train.tsv", "")
+    assert list(load_gym(tmp_path)) == ["mood"]
+    (tmp_path / "mood/mood_16_13_test.tsv").unlink()
+    os.mkfifo(tmp_path / "mood/mood_16_13_test.tsv")
+    with pytest.raises(InputError, match=r"mood_16_13_test.tsv: not a regular file"):
+        load_gym(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1bb", "a\udcff", "a\\b"])
+def test_task_names_that_cannot_be_part_of_a_path(tmp_path, name):
+    for split in SPLITS:
+        write(tmp_path / f"{name}_16_13_{split}.tsv", "a\tx", "b\ty")
+    write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty")
+    with pytest.raises(InputError, match="cannot be part of a path|not named like") as caught:
+        load_gym(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+    assert list(load_gym(tmp_path, tasks=["mood"])) == ["mood"]
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -153,7 +153,9 @@ def test_a_regression_takes_every_file_as_scores(tmp_path, caplog):
     assert splits["validation"].labels.tolist() == [3.0, 3.0] and splits["train"].label_names is None
     with pytest.raises(InputError, match=r"train.csv: every row has the same label; there is nothing to learn"):
         load_files({"train": write(train, [7, 7]), "validation": dev}, regression=True)
-    assert load_files({"train": write(train, ["0.5", "7"]), "validation": dev}, regression=False)["train"].label_names
+    write(train, ["0.5", "3"])
+    assert load_files({"train": train, "validation": dev}, regression=False)["train"].label_names == ("0.5", "3")
+    assert load_files({"train": train, "validation": dev})["validation"].labels.tolist() == [3.0, 3.0]
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Partitions: the two that come with the project, CrossFit's layout, and all that can be wrong with one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def test_crossfits_layout_is_read(tmp_path):
     [
         ("", r"own.json: the file is empty"),
         ('{"train": ["a"],\n "dev" []}', r"own.json: not valid JSON \(Expecting ':' delimiter, line 2\)"),
+        ('{"train": ' + "[" * 100_000, r"own.json: not valid JSON \(nested too deeply\)"),
+        ('{"train": ' + "9" * 5000 + "}", r"own.json: not valid JSON \(a number is too long\)"),
+        ('{"train": ["a\x00"]}', r"own.json: not valid JSON \(Invalid control character"),
+        ("null", r"own.json:1: a JSON object with the lists"),
+        ('{"train": ["a"], "dev": [],\n "test": ["b"], "test": ["q"]}', r"own.json:1: two keys are called 'test'"),
+        ('{"train": ["a"], "dev": [],\n "test": ["../b"]}', r"own.json:2: '../b' cannot be part of a path"),
+        ('{"train": ["a"], "dev": [],\n "test": [""]}', r"own.json:2: '' cannot be part of a path"),
+        ('{"train": ["a"], "dev": [],\n "test": ["b\\u0000"]}', r"'b\\x00' cannot be part of a path"),
+        ('{"train": ["a"], "dev": [],\n "test": ["b\\ud800"]}', r"'b\\ud800' cannot be part of a path"),
+        ('{"train": ["a"], "dev": [],\n "test": ["' + "b" * 100_000 + '"]}', r"own.json:2: 'b+'\.\.\. \(100000 char"),
+        (
+            '{"train": ["a"], "dev": [], "' + "k" * 100_000 + '": []}',
+            r"own.json:1: unknown list 'k+'\.\.\. \(100000 ch",
+        ),
         ('["a"]', r"own.json:1: a JSON object with the lists 'train', 'dev', 'test' is expected"),
         ('{"train": ["a"],\n "test": ["b"]}', r"own.json:1: no list 'dev'; give one, \[\] if it has no tasks"),
         ('{"train": ["a"], "dev": [],\n "test": []}', r"own.json:2: the list 'test' is empty"),
@@ -67,7 +82,7 @@ def test_a_wrong_partition_is_one_line_with_file_and_line(tmp_path, text, messag
     tasks = gym("a", "b", "q", "glue-rte", "superglue-rte", "n-1", "n-2", without_test=("q",))
     with pytest.raises(InputError, match=message) as caught:
         load_partition(write(tmp_path / "own.json", text), tasks)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 def test_sources_may_be_shared_where_that_is_asked_for_or_within_a_list(tmp_path):
@@ -117,6 +132,38 @@ def test_the_partition_of_the_built_in_gym_holds_all_of_its_tasks():
 def test_the_partition_of_the_real_gym_is_wide_enough():
     partition = read_partition(FOLDER / "metaicl.json")
     assert len(partition.names) == 46 and len(partition.train) >= 24 and len(partition.test) >= 8 and partition.dev
+
+
+def test_only_the_tasks_that_a_partition_names_are_read(tmp_path):
+    for name in ("a", "b", "c"):
+        for split in ("train", "dev", "test"):
+            (tmp_path / f"{name}_16_13_{split}.tsv").write_text(
+                "x\tyes\ny\tno\n" if name != "c" else "no few-shot file\n"
+            )
+    path = write(tmp_path / "own.json", {"train": ["a"], "dev": [], "test": ["b"], "all": ["a", "b", "c"]})
+    gym, partition = load_partitioned_gym(tmp_path, path)
+    assert list(gym) == ["a", "b"] and partition == Partition(("a",), (), ("b",))
+    assert gym == load_gym(tmp_path, tasks=["a", "b"])
+    write(path, {"train": ["a"], "dev": [], "test": ["b", "d"]})
+    with pytest.raises(InputError, match=r"own.json:\d: the gym has no task 'd'"):
+        load_partitioned_gym(tmp_path, path)
+    write(path, {"train": ["a"], "dev": [], "test": ["c"]})
+    with pytest.raises(InputError, match=r"c_16_13_train.tsv:1: 1 columns where 2 are expected"):
+        load_partitioned_gym(tmp_path, path)
+    with pytest.raises(InputError, match=r"no few-shot task, no file <task>_32"):
+        load_partitioned_gym(tmp_path, path, shots=32)
+
+
+def test_the_built_in_gym_with_a_partition_of_some_of_its_tasks(tmp_path):
+    names = FOLDER / "builtin.json"
+    lists = json.loads(names.read_text())
+    path = write(tmp_path / "own.json", {"train": lists["train"][:1], "dev": [], "test": lists["test"][:1]})
+    gym, partition = load_partitioned_gym("builtin", path)
+    assert sorted(gym) == sorted(partition.names)
+    assert gym == load_gym("builtin", tasks=partition.names)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match="pipe.json: not a regular file"):
+        load_partitioned_gym("builtin", tmp_path / "pipe.json")
 
 
 @needs_shared

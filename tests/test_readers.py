@@ -1,7 +1,10 @@
 """The readers on files laid out as each source lays them out, quirks included, and on everything that can be wrong."""
 
+import concurrent.futures
 import csv
 import json
+import os
+import random
 from pathlib import Path
 
 import datasets
@@ -522,3 +525,245 @@ def test_texts_to_predict_on_need_no_labels_and_ignore_those_there_are(tmp_path)
     assert pairs.sentence2 == ["a\u2028b", ""] and pairs.labels is None
     with pytest.raises(InputError, match="no text column"):
         read_texts(write(tmp_path / "t.tsv", "no header here", "two"))
+
+
+# --- two columns of one name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "twice"),
+    [
+        ("d.csv", ["sentence,label,sentence", "a,1,b"], "1: two columns are called 'sentence'"),
+        ("d.csv", ["", "sentence,label,label", "a,1,2"], "2: two columns are called 'label'"),
+        ("d.csv", ["sentence,label,id,id", "a,1,2,3"], "1: two columns are called 'id'"),
+        ("d.tsv", [row("label", "text", "label"), row(1, "a", 2)], "1: two columns are called 'label'"),
+        ("d.jsonl", ['{"text": "a"}', '{"text": "b", "text": "c"}'], "2: two keys are called 'text'"),
+        ("d.json", ['[{"text": "a", "label": 1, "label": 2}]'], ", row 1: two keys are called 'label'"),
+    ],
+)
+def test_two_columns_of_one_name_are_an_error(tmp_path, name, lines, twice):
+    path = write(tmp_path / name, *lines)
+    with pytest.raises(InputError) as caught:
+        read_file(path)
+    assert str(caught.value).startswith(f"{path}{'' if twice[0] == ',' else ':'}{twice}")
+
+
+def test_two_columns_of_one_name_in_glue_and_those_that_are_not_read(tmp_path):
+    write(tmp_path / "SST-2/train.tsv", row("sentence", "label", "sentence"), row("a", 1, "b"))
+    with pytest.raises(InputError, match=r"train.tsv:1: two columns are called 'sentence'; rename or remove one"):
+        read_glue("sst2", tmp_path, splits=["train"])
+    path = write(tmp_path / "d.csv", "note,text,note,,", "x,a,y,,")
+    assert read_file(path).sentence1 == ["a"]
+    path = write(tmp_path / "d.jsonl", '{"note": 1, "text": "a", "note": {"text": 1, "text": 2}}')
+    assert read_file(path).sentence1 == ["a"]
+    # A test file's labels are not read at all.
+    path = write(tmp_path / "d.csv", "label,text,label", "x,a,y")
+    assert load_files({"test": path})["test"].sentence1 == ["a"]
+
+
+# --- JSON, long fields, what is no text -------------------------------------------------------------------------------
+
+
+def random_text(rng: random.Random) -> str:
+    """Text with everything that quoting and parting of lines can stumble over, now and then very long."""
+    pieces = [
+        '"',
+        '""',
+        ",",
+        "\n",
+        "\n\n",
+        " ",
+        "'",
+        "\\",
+        "\u2028",
+        "\x85",
+        "\x1c",
+        "é",
+        "😀",
+        "\x00",
+        "nan",
+        "[",
+        "{",
+    ]
+    text = "".join(rng.choice([*pieces, "word"]) for _ in range(rng.randrange(12)))
+    return text + "x" * 140_000 if rng.random() < 0.02 else text
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "lines.json"])
+def test_random_tables_are_read_as_the_standard_library_wrote_them(tmp_path, suffix):
+    rng, limit = random.Random(suffix), csv.field_size_limit()
+    for case in range(25):
+        rows = [
+            {"id": f"q{n}", "premise": random_text(rng), "other": random_text(rng), "hypothesis": random_text(rng)}
+            for n in range(rng.randrange(1, 12))
+        ]
+        labels = [rng.choice(["yes", "no"]) for _ in rows]
+        labels[0], labels[-1] = "yes", "no" if len(rows) > 1 else "yes"
+        if suffix == "tsv":
+            rows = [{key: " ".join(cell.split("\n")) for key, cell in r.items()} for r in rows]
+        rows = [r | {"label": label} for r, label in zip(rows, labels, strict=True)]
+        path = tmp_path / f"{case}.{suffix}"
+        if suffix == "json":
+            path.write_text(json.dumps(rows, ensure_ascii=case % 2 == 0, indent=case % 3 or None), encoding="utf-8")
+        elif suffix in ("jsonl", "lines.json"):
+            blank = ["\n" * rng.randrange(3) for _ in rows]
+            write(path, *(before + json.dumps(r) for before, r in zip(blank, rows, strict=True)), "", " ")
+        else:
+            write_rows(path, rows)
+        split = read_file(path, label_names=["no", "yes"])
+        assert split.sentence1 == [r["premise"] for r in rows] and split.sentence2 == [r["hypothesis"] for r in rows]
+        assert split.ids == [r["id"] for r in rows] and [("no", "yes")[x] for x in split.labels] == labels
+        assert read_texts(path).sentence2 == split.sentence2
+    assert csv.field_size_limit() == limit, "the limit is the whole process's"
+
+
+def test_long_fields_in_threads_and_the_limit_after_an_error(tmp_path):
+    limit = csv.field_size_limit()
+    path = write_rows(tmp_path / "d.csv", [{"text": "x" * 200_000, "label": n} for n in range(3)] * 2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        splits = list(pool.map(read_file, [path] * 16))
+    assert all(len(split.sentence1[0]) == 200_000 for split in splits)
+    with pytest.raises(InputError, match="3 columns"):
+        read_file(write(tmp_path / "bad.csv", "text,label", "a,b,c"))
+    assert csv.field_size_limit() == limit
+
+
+DEEP, LONG = "[" * 100_000, "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.jsonl", '{"text": "a"}\n\n{', r"d.jsonl:3: not valid JSON"),
+        ("d.jsonl", '{"text": "a"}\n\n[1]', r"d.jsonl:3: a JSON object is expected on every line"),
+        ("d.jsonl", '{"text": "a"}\n{"text": ' + DEEP, r"d.jsonl:2: not valid JSON \(nested too deeply\)"),
+        ("d.jsonl", '{"text": "a"}\n{"text": ' + LONG + "}", r"d.jsonl:2: not valid JSON \(a number is too long\)"),
+        (
+            "d.jsonl",
+            '{"text": "a"}\n{"text": "a", "label": 1}',
+            r"d.jsonl:2: the key 'label' is not in line 1;",
+        ),
+        ("d.jsonl", '{"text": "a"}\n{"text": "a\x00"}', r"d.jsonl:2: not valid JSON \(Invalid control character"),
+        ("d.json", DEEP, r"d.json: not valid JSON \(nested too deeply\)"),
+        ("d.json", '[{"text": "a"},\n {"text": "b"}', r"d.json: not valid JSON \(Expecting ',' delimiter, line 2\)"),
+        ("d.json", '[{"text": "a"}, "b"]', r"d.json, row 2: a JSON object is expected in every row"),
+        ("d.json", '[{"text": "a"}, {"label": "b"}]', r"d.json, row 2: no key 'text', which row 1 has"),
+        ("d.json", '[{"text": "a"}, {"text": {}}]', r"d.json, row 2: 'text' holds an object, not a text"),
+        ("d.json", " [ ]", r"d.json: no rows$"),
+        ("d.json", "null", r"d.json:1: a JSON object is expected"),
+        (
+            "d.jsonl",
+            '{"text": "a"}\n{"text": "b\\ud800"}',
+            r"d.jsonl:2: 'text': \\ud800 is a lone surrogate, which",
+        ),
+        ("d.json", '[{"text": "a\\udfff", "label": 1}]', r"d.json, row 1: 'text': \\udfff is a lone surrogate"),
+        ("d.jsonl", '{"text": "a", "label": "\\ud83d"}', r"d.jsonl:1: 'label': \\ud83d is a lone surrogate"),
+        ("d.jsonl", '{"text": "a", "id": "\\ud83d"}', r"d.jsonl:1: 'id': \\ud83d is a lone surrogate"),
+    ],
+)
+def test_json_that_is_wrong_is_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as caught:
+        read_file(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_two_halves_of_a_character_are_one(tmp_path):
+    assert read_file(write(tmp_path / "d.jsonl", r'{"text": "\ud83d\ude00"}')).sentence1 == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "d.json", "d.txt"])
+def test_only_regular_files_are_read_and_links_to_them(tmp_path, name):
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"{name}: not a regular file"):
+        read_texts(path)  # would wait for a writer
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{name}: not a regular file"):
+        read_texts(path)
+    path.unlink()
+    there = write_rows(tmp_path / f"there{path.suffix}", [{"text": "a"}]) if name != "d.txt" else tmp_path / "there.txt"
+    there.exists() or there.write_text("a\n")
+    path.symlink_to(there)
+    assert read_texts(path).sentence1 == ["a"]
+
+
+def test_paths_that_no_system_has(tmp_path):
+    for path in ("x" * 300 + ".csv", "a\0b.csv"):
+        with pytest.raises(InputError):
+            read_file(path)
+        with pytest.raises(InputError):
+            read_glue("rte", path)
+    (tmp_path / "RTE").mkdir()
+    os.mkfifo(tmp_path / "RTE/train.tsv")
+    with pytest.raises(InputError, match="RTE/train.tsv: not a regular file"):
+        read_glue("rte", tmp_path, splits=["train"])
+
+
+# --- one rule for the files of a task ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json"])
+@pytest.mark.parametrize(
+    "labels",
+    [{}, {"label": "maybe"}, {"label": ""}, {"label": "-1"}, {"gold_label": "-"}, {"score": "0.5"}, {"target": "x"}],
+    ids=str,
+)
+def test_a_test_file_may_have_any_label_column_or_none(tmp_path, suffix, labels):
+    train = write_rows(tmp_path / "train.csv", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
+    test = write_rows(tmp_path / f"test.{suffix}", [{"text": t, "id": t} | labels for t in ("c", "d")])
+    split = load_files({"train": train, "test": test})["test"]
+    assert split.sentence1 == split.ids == ["c", "d"]  # every row, that of the label "-" too: each gets a prediction
+    assert split.labels is None and split.label_names == ("no", "yes")
+    assert load_files({"test": test}, label_names=("a", "b"))["test"].label_names == ("a", "b")
+
+
+def test_some_rows_of_a_test_file_may_have_labels(tmp_path):
+    path = write(tmp_path / "test.jsonl", '{"text": "a"}', '{"text": "b", "label": ["x"]}', '{"text": "c", "score": 1}')
+    assert load_files({"test": path})["test"].sentence1 == ["a", "b", "c"]
+
+
+def test_a_test_file_may_have_one_text_a_line_as_for_predict(tmp_path):
+    train = write_rows(tmp_path / "train.csv", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
+    test = write(tmp_path / "test.txt", "one", "two")
+    split = load_files({"train": train, "test": test})["test"]
+    assert split.sentence1 == ["one", "two"] and split.label_names == ("no", "yes")
+    with pytest.raises(InputError, match=r"test.txt: unknown kind of file '.txt'; name it .csv, .tsv or .jsonl"):
+        load_files({"train": test})
+    with pytest.raises(InputError, match=r"x.xls: unknown kind of file '.xls'; name it .csv, .tsv, .txt or .jsonl"):
+        load_files({"test": tmp_path / "x.xls"})
+
+
+def test_all_files_of_a_task_have_the_columns_of_the_training_file(tmp_path):
+    train = write_rows(tmp_path / "train.csv", [{"text": "a", "score": "yes"}, {"text": "b", "score": "no"}])
+    other = [{"sentence": "wrong", "text": "c", "label": "0.5", "score": "no"}]
+    splits = load_files(
+        {
+            "train": train,
+            "validation": write_rows(tmp_path / "dev.jsonl", other),
+            "test": write_rows(tmp_path / "test.tsv", other),
+        }
+    )
+    assert splits["validation"].sentence1 == splits["test"].sentence1 == ["c"]
+    assert splits["validation"].labels.tolist() == [0]
+    # Where they have not, by the names that are usual.
+    test = write_rows(tmp_path / "test.tsv", [{"sentence": "d"}])
+    assert load_files({"train": train, "test": test})["test"].sentence1 == ["d"]
+
+
+@pytest.mark.parametrize("label", ["-1", "2", ""])
+def test_a_test_file_of_glue_may_have_hidden_labels(tmp_path, label):
+    for name in ("test", "dev"):
+        write(tmp_path / f"{name}.tsv", row("sentence", "label"), row("a", "1"), row("b", label))
+    split = read_glue("sst2", tmp_path, splits=["test"])["test"]
+    assert split.sentence1 == ["a", "b"] and split.labels is None
+    with pytest.raises(InputError, match=r"dev.tsv:3: "):
+        read_glue("sst2", tmp_path, splits=["validation"])
+
+
+def test_a_hub_set_with_some_labels_hidden_is_refused(hub):
+    hub("sst2", train={"sentence": ["a", "b"], "label": [1, -1], "idx": [0, 1]})
+    with pytest.raises(InputError, match=r"nyu-mll/glue, sst2: row 1 has the label -1"):
+        read_hub("sst2", splits=["train"])

@@ -93,11 +93,8 @@ def _encode(split: Split, rows: slice, tokenizer, max_length: int):
         if len(numbers) > 1:
             for row in numbers:  # finds the one
                 _encode(split, slice(row, row + 1), tokenizer, max_length)
-        reason = " ".join(str(error).split())
-        place = f"the row with index {shown(split.ids[numbers[0]])}"
-        raise InputError(
-            f"{place} cannot be tokenised, its text is {shown(split.sentence1[numbers[0]])} ({reason})"
-        ) from None
+        index, text, reason = split.ids[numbers[0]], split.sentence1[numbers[0]], " ".join(str(error).split())
+        raise InputError(f"the tokenizer cannot take row {shown(index)}, {shown(text)} ({reason})") from None
 
 
 def check_room(split: Split, tokenizer, max_length: int) -> None:

@@ -1,0 +1,135 @@
+"""Everything that a run needs from outside is read and tokenised before it trains: nothing wrong costs a model."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import tiny
+
+from pats_jax import cli, glue, models, settings
+from pats_jax.data import batches
+from pats_jax.data.readers import Split
+from pats_jax.errors import InputError
+from pats_jax.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.quick_settings(tmp_path_factory.mktemp("inputs"), max_steps=1)
+
+
+@pytest.fixture
+def own(base, tmp_path):
+    """Settings of a run on own files that trains, evaluates and predicts; and the path of its test file."""
+    paths = {}
+    for name in ("train", "validation", "test"):
+        texts, labels = tiny.sentences(22, 0)
+        records = [{"text": text, "label": int(label)} for text, label in zip(texts, labels, strict=True)]
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = {f"{name}_file": str(path) for name, path in paths.items()}
+    phases = {"do_train": True, "do_eval": True, "do_predict": True}
+    changes = {"task_name": None, "data_dir": None, "output_dir": str(tmp_path / "run")}
+    return dataclasses.replace(base, **changes, **files, **phases), paths["test"]
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """No training may begin."""
+
+    def train(*_, **__):
+        raise AssertionError("the training has begun")
+
+    monkeypatch.setattr(glue, "train", train)
+
+
+def test_a_lone_surrogate_in_the_test_file_is_told_before_training(own, untrained, tmp_path):
+    chosen, test = own
+    with open(test, "a") as file:
+        file.write("\n" + json.dumps({"text": "ann is \ud800 kind"}) + "\n")
+    with pytest.raises(InputError, match=r"test.jsonl:24: 'text': \\ud800 is a lone surrogate, which is no character"):
+        glue.run(chosen)
+    assert not (tmp_path / "run").exists()
+
+
+class Picky:
+    """A tokenizer that fails on some words, as one does that has no token for what it does not know."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, first, second=None, **options):
+        if any(word in text for text in (*first, *(second or ())) for word in self.words):
+            raise Exception("WordPiece error: Missing [UNK] token\nfrom the vocabulary")  # the class that it raises
+        return tiny.tokenizer()(first, second, **options)
+
+    def __getattr__(self, name):
+        return getattr(tiny.tokenizer(), name)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_text_that_the_tokenizer_cannot_take_is_told_before_training(own, untrained, monkeypatch, tmp_path, name):
+    chosen, _ = own
+    path = getattr(chosen, f"{name}_file")
+    with open(path, "a") as file:
+        file.write(json.dumps({"text": "zoe is odd", "label": 1}) + "\n")
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: Picky(["odd"]))
+    with pytest.raises(InputError) as caught:
+        glue.run(chosen)
+    reason = "WordPiece error: Missing [UNK] token from the vocabulary"
+    assert str(caught.value) == f"the tokenizer cannot take row '22', 'zoe is odd' ({reason})"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_row_that_cannot_be_tokenised_is_found_among_many(monkeypatch):
+    monkeypatch.setattr(batches, "_CHUNK", 7)
+    texts = ["ann is kind"] * 30
+    pairs = Split(texts, [*texts[:17], "odd", *texts[18:]], None, [f"q{n}" for n in range(30)])
+    with pytest.raises(InputError, match=r"cannot take row 'q17', 'ann is kind'"):
+        batches.tokenize(pairs, Picky(["odd"]), 16)
+    with pytest.raises(InputError, match=r"cannot take row '1', 'b\\ud800'"):
+        batches.tokenize(Split(["a", "b\ud800"], None, None, ["0", "1"]), tiny.tokenizer(), 16)
+    assert len(batches.tokenize(pairs.first(17), Picky(["odd"]), 16)) == 17
+
+
+@pytest.mark.parametrize("text", ["", "\x00", "a\x00b", "\ufffe", "\U0010ffff", "\u202e", "\x7f", "x" * 200_000])
+def test_any_other_character_is_taken(text):
+    assert len(batches.tokenize(Split([text], [text], None, ["0"]), tiny.tokenizer(), 16)) == 1
+
+
+def test_labels_of_the_test_file_are_not_read(own):
+    chosen, test = own
+    test.write_text(json.dumps([{"text": "ann is kind", "label": "hidden"}, {"text": "bob is cold"}]))
+    array = test.rename(test.with_suffix(".json"))
+    task, splits = glue.load_data(dataclasses.replace(chosen, test_file=str(array)))
+    assert task.labels == ("0", "1") and splits["train"].labels is not None
+    assert splits["test"].labels is None and splits["test"].sentence1 == ["ann is kind", "bob is cold"]
+
+
+# --- texts that cannot be written -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["output_dir", "train_file", "model_name_or_path", "method", "compilation_cache_dir"])
+@pytest.mark.parametrize("value", ["a\udcff", "a\0b"])
+def test_flags_that_are_no_text_are_refused_first(name, value):
+    with pytest.raises(InputError, match=f"--{name} 'a.*': must be UTF-8 text without null bytes"):
+        dataclasses.replace(Settings(train_file="x.csv"), **{name: value}).check()
+
+
+def test_bytes_on_the_command_line_that_are_no_utf8(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["glue", "--task_name", "rte", "--output_dir", os.fsdecode(b"runs/caf\xe9")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "pats-jax: error: --output_dir 'runs/caf\\udce9': must be UTF-8 text without null bytes\n"
+    )
+
+
+def test_a_saved_run_with_a_null_byte(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"train_file": "a\0b.csv"}))
+    with pytest.raises(InputError, match=r"--train_file 'a\\x00b.csv': must be UTF-8 text"):
+        settings.parse(["--config", str(config)], "pats-jax glue", Settings)
