@@ -31,6 +31,7 @@ from pats_jax import (
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.console import say
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
+from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
 from pats_jax.fine_tuning import GlueTraining, Trained, count_steps, train
@@ -160,6 +161,8 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
         return tasks.own_task(splits["train"].label_names), splits
     config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model_name_or_path))
     labels = None if config.num_labels == 1 else tuple(config.id2label.values())
+    for label in labels or ():
+        check_characters(label, f"{settings.model_name_or_path}: a name in id2label")
     if settings.do_regression not in (None, labels is None):
         kind = "gives scores" if labels is None else f"has {len(labels)} classes"
         raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; leave the flag out")

@@ -5,6 +5,7 @@ import csv
 import fractions
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -469,3 +470,23 @@ def test_the_real_sample_of_mnli_trains_with_a_draw():
     assert {name: len(split) for name, split in splits.items()} == {
         **{"train": 500, "validation": 9815, "snli": 1000, "sick": 4927, "scitail": 2126, "rte": 277}
     }
+
+
+# files that are wrong
+
+
+def test_two_columns_of_one_name_pipes_and_surrogates(tmp_path):
+    write(tmp_path / "SNLI/test.csv", "premise,hypothesis,label,label", "a,b,neutral,entailment")
+    with pytest.raises(InputError, match=r"test.csv:1: two columns are called 'label'"):
+        load_out_of_domain("snli", tmp_path)
+    write(
+        tmp_path / "SNLI/snli_1.0_test.jsonl", snli_json("a", "b", "neutral"), "", snli_json("a\ud800", "b", "neutral")
+    )
+    with pytest.raises(InputError, match=r"snli_1.0_test.jsonl:3: 'sentence1': \\ud800 is a lone surrogate"):
+        load_out_of_domain("snli", tmp_path)
+    write(tmp_path / "SNLI/snli_1.0_test.jsonl", snli_json("a", "b", "neutral"), "", snli_json("c", "d", "neutral"))
+    assert load_out_of_domain("snli", tmp_path).sentence1 == ["a", "c"]
+    (tmp_path / "SNLI/snli_1.0_test.jsonl").unlink()
+    os.mkfifo(tmp_path / "SNLI/snli_1.0_test.jsonl")
+    with pytest.raises(InputError, match=r"snli_1.0_test.jsonl: not a regular file"):
+        load_out_of_domain("snli", tmp_path)

@@ -112,7 +112,7 @@ def _check_cells(
     def place(cell: str) -> str:
         return table.place(table.columns[column].index(cell))
 
-    others = [cell for cell in words if not (_is_missing(cell) or _is_infinite(cell))]
+    others = dict.fromkeys(cell for cell in words if not (_is_missing(cell) or _is_infinite(cell)))
     mostly_numbers = 2 * sum(cell in values for cell in table.columns[column]) >= len(table)
     for cell in words:
         if not cell.strip():
@@ -122,7 +122,8 @@ def _check_cells(
             raise InputError(f"{place(cell)}: the label {what} ({shown(cell)}); correct it, or remove the row")
     if regression is None and others and mostly_numbers:
         told = "is not a number, but most labels are; all are taken as names of classes"
-        logger.warning("%s: the label %s %s", place(others[0]), shown(others[0]), told)
+        first = next(iter(others))
+        logger.warning("%s: the label %s %s", place(first), shown(first), told)
     for cell in filter(_is_missing, () if regression else words):
         told = "is taken as the name of a class; remove the row if the label is missing"
         logger.warning("%s: the label %s %s", place(cell), shown(cell), told)

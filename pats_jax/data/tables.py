@@ -297,12 +297,12 @@ def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
             place = f"{path}{before_line}{number}"
             record.check(place, wanted)
             cells = [_json_cell(place, record, key, begin) if key in wanted else "" for key in header]
-            added = sorted(set(record) & set(wanted) - kept)
+            added = sorted(lacking.intersection(record))
             if added:
                 raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; give it to all rows or to none")
             yield number, cells
 
-    kept = set(header)
+    lacking = set(wanted).difference(header)
     return _collect(path, header, rows(), wanted, before_line=before_line)
 
 
