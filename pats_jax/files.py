@@ -64,7 +64,7 @@ def parse_json(text: str | bytes, source: str, object_pairs_hook: Callable[[list
       InputError: as from `read_json`.
     """
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook)
+        return _decode(object_pairs_hook)(text) if object_pairs_hook else json.loads(text)
     except json.JSONDecodeError as error:
         place = f", line {error.lineno}" if error.lineno > 1 else ""
         raise InputError(f"{source}: not valid JSON ({error.msg}{place})") from None
@@ -74,6 +74,12 @@ def parse_json(text: str | bytes, source: str, object_pairs_hook: Callable[[list
         raise InputError(f"{source}: not valid JSON (a number is too long)") from None
     except RecursionError:
         raise InputError(f"{source}: not valid JSON (nested too deeply)") from None
+
+
+@functools.cache
+def _decode(object_pairs_hook: Callable[[list], Any]) -> Callable[[Any], Any]:
+    """Decodes texts; json.loads would build a decoder for each, which takes longer than most lines."""
+    return json.JSONDecoder(object_pairs_hook=object_pairs_hook).decode
 
 
 def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:

@@ -248,10 +248,13 @@ class JsonObject(dict):
       twice: The keys that stand in it more than once; their last value counts.
     """
 
+    twice: Sequence[str] = ()
+
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
-        counts = collections.Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
-        self.twice = [key for key, count in counts.items() if count > 1]
+        if len(self) < len(pairs):
+            counts = collections.Counter(key for key, _ in pairs)
+            self.twice = [key for key, count in counts.items() if count > 1]
 
     def check(self, place: str, wanted: Collection[str]) -> None:
         """Raises InputError if one of the keys that are wanted stands in the object twice."""
