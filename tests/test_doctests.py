@@ -12,6 +12,7 @@ import pytest
         "anchors",
         "concentration",
         "data.few_shot",
+        "data.labels",
         "data.low_resource",
         "data.partitions",
         "evaluation",

@@ -49,7 +49,7 @@ def find_classes(table: Table, column: str, regression: bool | None = None) -> t
     cells = list(dict.fromkeys(table.columns[column]))
     values = {cell: value for cell in cells if (value := _number(cell)) is not None}
     _check_cells(table, column, [cell for cell in cells if cell not in values], values, regression)
-    names = _class_names(cells, values)
+    names = class_names(cells)
     if len(names) == 1 and not regression:
         raise InputError(f"{table.path}: every row has the label {shown(names[0])}; there is nothing to learn")
     all_numbers = len(values) == len(cells)
@@ -94,13 +94,21 @@ def _is_missing(cell: str) -> bool:
     return " ".join(cell.lower().split()) in _MISSING
 
 
-def _class_names(cells: Sequence[str], values: dict[str, Number]) -> tuple[str, ...]:
-    """One name for each class: of numbers that are equal the shortest."""
-    if len(values) < len(cells):
-        return tuple(sorted(cells))
+def class_names(cells: Iterable[str]) -> tuple[str, ...]:
+    """The names of the classes that labels stand for, in the order of their indices.
+
+    Of numbers that are equal the shortest is the name.
+
+    Example:
+      >>> class_names(["10", "9", "9.0"]), class_names(["10", "9", "x"])
+      (('9', '10'), ('10', '9', 'x'))
+    """
     names: dict[Number, str] = {}
-    for cell in sorted(cells, key=lambda cell: (len(cell), cell)):
-        names.setdefault(values[cell], cell)
+    for cell in sorted(set(cells), key=lambda cell: (len(cell), cell)):
+        value = _number(cell)
+        if value is None:
+            return tuple(sorted(set(cells)))
+        names.setdefault(value, cell)
     return tuple(names[value] for value in sorted(names))
 
 

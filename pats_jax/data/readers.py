@@ -331,7 +331,7 @@ def _read_labelled(
     path: Path, usual: _Columns, label_names: Sequence[str] | None, regression: bool | None
 ) -> tuple[Split, _Columns]:
     """The rows of a file, and its columns; those of the file before are looked for first."""
-    table = _read_table(path, _WANTED)
+    table = _read_table(path)
     texts = _text_columns(table, usual.texts)
     label = next((name for name in (usual.label, *_LABEL_COLUMNS) if name in table.columns), None)
     if label == "gold_label":
@@ -358,7 +358,7 @@ def _read_unlabelled(path: Path, usual: _Columns) -> tuple[Split, _Columns]:
     return _split(table, texts, None, None), _Columns(texts, None)
 
 
-def _read_table(path: Path, wanted: Collection[str], further: str = "") -> Table:
+def _read_table(path: Path, wanted: Collection[str] = _WANTED, further: str = "") -> Table:
     suffix = path.suffix.lower()
     if suffix == ".csv":
         return read_csv(path, wanted)
