@@ -211,7 +211,7 @@ def _glue_labels(task: Task, table: Table) -> np.ndarray | None:
     if task.labels is None:
         return table.scores(task.tsv_label)
     written = task.labels if task.tsv_label_is_name else [str(index) for index in range(len(task.labels))]
-    return table.classes(task.tsv_label, written)
+    return read_classes(table, task.tsv_label, written)
 
 
 def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation")) -> dict[str, Split]:
