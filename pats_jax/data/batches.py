@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pats_jax.data.readers import Split
+from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError, shown
 
 Batch = dict[str, np.ndarray]
@@ -97,8 +98,24 @@ def _encode(split: Split, rows: slice, tokenizer, max_length: int):
         raise InputError(f"the tokenizer cannot take row {shown(index)}, {shown(text)} ({reason})") from None
 
 
+# What hardly any vocabulary holds: the last code point, an emoji, a rare character, a long word.
+_UNKNOWN = ("\U0010ffff", "\U0001fae8", "\u9f98", "q" * 300)
+
+
+def takes_any_text(tokenizer) -> bool:
+    """Whether a tokenizer takes what its vocabulary does not hold; one without an unknown token fails on it."""
+    try:
+        return bool(tokenizer(list(_UNKNOWN)))
+    except Exception:  # the tokenizers library itself raises bare Exceptions
+        return False
+
+
 def check_room(split: Split, tokenizer, max_length: int) -> None:
-    """Raises InputError if ``max_length`` leaves no room for a token of each text."""
+    """Raises InputError if ``max_length`` leaves no room for a token of each text, or a text has a lone surrogate."""
+    for column in (split.sentence1, split.sentence2 or ()):
+        for row, text in enumerate(column):
+            if not text.isascii():
+                check_characters(text, f"row {shown(split.ids[row])}")
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length < special + 1 + pair:
