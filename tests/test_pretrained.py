@@ -117,7 +117,19 @@ def test_damaged_shards(tmp_path):
     shard.unlink()
     refused(tmp_path, "model-00002-of-00002.safetensors", "missing")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    refused(tmp_path, "model.safetensors.index.json", "not an index")
+    for text, part in (
+        ("{}", "weight_map: Field required"),
+        ("null", "Input should be an object"),
+        ('{"weight_map": {}}', "weight_map is empty"),
+        ('{"weight_map": {"classifier.bias": 3}}', "weight_map.classifier.bias: Input should be a valid string"),
+        (
+            '{"weight_map": {"classifier.bias": "../model.safetensors"}}',
+            "'../model.safetensors' cannot be part of a path",
+        ),
+        ('{"weight_map": ' + "[" * 100_000, "model.safetensors.index.json"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        refused(tmp_path, "model.safetensors.index.json", part)
 
 
 @pytest.mark.parametrize("model_type", ("xlm-roberta", "camembert"))
@@ -277,7 +289,7 @@ def test_folder_or_config_missing_or_broken(tmp_path):
     refused(tmp_path, "no config.json")
     config = tmp_path / "config.json"
     config.write_text('{\n  "model_type": "bert",\n  "hidden_size": }')
-    refused(tmp_path, f"{config}, line 3", "not valid JSON")
+    refused(tmp_path, f"{config}: not valid JSON", "line 3")
     config.write_text("[]")
     refused(tmp_path, str(config), "not a JSON object")
     config.write_bytes(b'{"model_type": "\xff"}')
