@@ -96,7 +96,8 @@ class EncoderConfig:
             source: What to call it in error messages.
 
         Raises:
-            InputError: A model type, position embedding or activation that we do not have, or a value of a wrong type or out of range.
+            InputError: A model type, position embedding or activation that we do not have, or a value of a wrong type
+                or out of range.
         """
         rest = dict(values)
         model_type = rest.pop("model_type", None)

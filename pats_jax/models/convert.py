@@ -18,7 +18,7 @@ ParameterPath = tuple[str, ...]
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 _ENCODER_PARTS = ("embeddings", "encoder", "pooler")
 # Tensors that other kinds of checkpoint hold and a classifier has no place for: index buffers and pretraining heads.
 _KNOWN_SURPLUS = re.compile(
@@ -54,8 +54,8 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
         InputError: The tensor is not of floats, not finite or not of the parameter's shape.
     """
     name = tensor_name(path)
-    if tensor.dtype.name not in _FLOATS:
-        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(_FLOATS)}")
+    if tensor.dtype.name not in FLOATS:
+        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(FLOATS)}")
     value = np.asarray(tensor, np.float32)
     value = value.T if path[-1] == "kernel" else value
     if value.shape != shape:

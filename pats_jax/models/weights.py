@@ -48,9 +48,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             raise InputError(f"{shard}: this shard is named by {INDEX_FILE} and is missing; download it again")
         absent = {name for name, path in files.items() if path == shard} - names(shard)
         if absent:
-            raise InputError(
-                f"{shard}: lacks tensor {shown(min(absent), quoted=False)}, which {INDEX_FILE} places there; download it again"
-            )
+            first = shown(min(absent), quoted=False)
+            raise InputError(f"{shard}: lacks tensor {first}, which {INDEX_FILE} places there; download it again")
     return files
 
 
@@ -59,9 +58,8 @@ def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     found = {}
     for path in sorted(set(files.values())):
         with _open(path) as opened:
-            found.update(
-                {name: tuple(opened.get_slice(name).get_shape()) for name, home in files.items() if home == path}
-            )
+            own = sorted(name for name, home in files.items() if home == path)
+            found.update({name: tuple(opened.get_slice(name).get_shape()) for name in own})
     return found
 
 
