@@ -133,6 +133,7 @@ def _hub_folder(repository: str, revision: str | None) -> Path:
         ) from None
     if not (folder / WEIGHTS_FILE).exists() and not (folder / INDEX_FILE).exists():
         raise no_safetensors(repository, _repository_files(repository, revision, folder))
+    _check_regular(folder)
     return folder
 
 

@@ -154,12 +154,10 @@ class LoraConfig(PeftConfig):
     def from_saved(cls, saved: SavedModules) -> "LoraConfig":
         start = saved.get("init_lora_weights", True)
         if (start.lower() if isinstance(start, str) else start) not in _STARTS:
-            changes = (
-                "; it changes the base model's weights: save with path_initial_model_for_weight_conversion in PEFT"
-            )
+            advice = "; it changes the base model's weights; in PEFT, use merge_and_unload and save the whole model"
             raise InputError(
                 f"{saved.source}: init_lora_weights is {shown(start)}, which is not supported"
-                f"{changes if str(start).lower().startswith(_CHANGES_BASE) else ''}"
+                f"{advice if str(start).lower().startswith(_CHANGES_BASE) else ''}"
             )
         layers = saved.changed_layers(".lora_A.weight", _DEFAULT_TARGETS)
         rank = saved.get("r", 8)
