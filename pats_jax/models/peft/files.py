@@ -149,10 +149,11 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
         raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
     if values.get("revision") is not None:
         options = {"revision": values["revision"], **options}
-    labels = None
+    labels, count = None, _count_labels(folder)
     if (folder / "config.json").exists():  # ours; PEFT writes none
         labels = EncoderConfig.from_folder(folder).id2label
-    count = len(labels) if labels else _count_labels(folder)
+        if len(labels) != count:
+            raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the head beside it has {count}")
     base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
     return *load_peft(folder, base, params), config
 
@@ -181,6 +182,9 @@ def _read_settings(
     """The settings of saved modules, and the names of the tensors that hold head and pooler; reads no tensor."""
     source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, folder)
     shapes = weights.shapes(dict.fromkeys(weights.names(source), source))
+    twice = next((name for name in shapes if kind.prefix + name in shapes), None)
+    if twice is not None:
+        raise InputError(f"{source}: tensor {shown(twice, quoted=False)} is there with and without {kind.prefix}")
     own, plain = own_parameters(params), kind(train_pooler=with_pooler and not model.config.is_roberta)
     whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
     lacking = next((name for name in whole.values() if name not in shapes), None)
@@ -243,7 +247,7 @@ def _check_shapes(
 
 
 def _count_labels(folder: Path) -> int:
-    """Labels of the head in a folder without ``config.json``."""
+    """Labels of the head in a folder; reads no tensor."""
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:

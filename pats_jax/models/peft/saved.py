@@ -127,7 +127,7 @@ class SavedModules(NamedTuple):
         indices = self.get("layers_to_transform", [])
         if indices != [] and not isinstance(targets, str):
             indices = [indices] if isinstance(indices, int) else indices
-            named = {layer for layer in named if self._layer_number(layer) in indices}
+            named = {layer for layer in named if layer in targets or self._layer_number(layer) in indices}
         return named - (self._matching(excluded, "exclude_modules") if excluded else set())
 
     def _matching(self, modules: str | list[str], field: str) -> set[str]:
