@@ -486,9 +486,9 @@ def edit(folder, **changes):
         ({"use_dora": True}, "use_dora is True, which is not supported, only False"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-        ({"r": "eight"}, "lora_rank 'eight': must be a whole number"),
-        ({"r": 3}, "lora_A.kernel has shape (16, 2), here it would be (16, 3)"),
-        ({"lora_alpha": "x"}, "a field is of the wrong type"),
+        ({"r": "eight"}, "adapter_config.json: r: Input should be a valid integer"),
+        ({"r": 3}, "r is 3, but tensor bert.encoder.layer.0.attention.self.query.lora_A.weight has shape (2, 16)"),
+        ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha: Input should be a valid number"),
     ],
 )
 def test_what_a_config_may_not_say(changes, part, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from model_parity import logits_of
 
+from pats_jax.errors import InputError
 from pats_jax.models import from_pretrained, load_tokenizer, peft, save_pretrained
 from pats_jax.models.sources import checkpoint_folder
 
@@ -34,7 +35,26 @@ THEIRS = {
     "lora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, lora_dropout=0.1),
     "lora everywhere": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"),
     "lora by a regex": lambda: theirs.LoraConfig(task_type="SEQ_CLS", target_modules=r".*attention.*\.(key|dense)"),
+    "lora of one layer": lambda: theirs.LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["dense", "key"],
+        exclude_modules=r".*\.output\.dense",
+        layers_to_transform=1,
+    ),
+    "lora that starts gaussian": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="gaussian"),
+    "lora that starts orthogonal": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="orthogonal"),
+    "lora that starts mica": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="mica"),
     "ia3": lambda: theirs.IA3Config(task_type="SEQ_CLS"),
+    "ia3 by a regex": lambda: theirs.IA3Config(
+        task_type="SEQ_CLS",
+        target_modules=r".*\.(key|intermediate\.dense|\d+\.output\.dense)",
+        feedforward_modules=r".*\.\d+\.output\.dense",
+    ),
+    "ia3 by lists": lambda: theirs.IA3Config(
+        task_type="SEQ_CLS",
+        target_modules=["value", "attention.output.dense", "intermediate.dense"],
+        feedforward_modules=["intermediate.dense"],
+    ),
     "prompt": lambda: theirs.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
     "prefix": lambda: theirs.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
     "projected prefix": lambda: theirs.PrefixTuningConfig(
@@ -108,13 +128,64 @@ def test_we_load_what_peft_saves(kind, name, made, tmp_path):
     folder = base_folder(name, made)
     torch.manual_seed(0)
     model = theirs.get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), THEIRS[kind]())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+    move(model)
     model.save_pretrained(tmp_path)
 
     loaded, params, _ = peft.load_peft_model(tmp_path)
     ours = logits_of(loaded, params, batch_for(name))
     np.testing.assert_allclose(ours, torch_logits(model, name), rtol=0, atol=1e-4)
     assert np.abs(ours - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2
+
+
+def changed_base(name, made, start):
+    """PEFT's model whose base weights the start of LoRA has changed, and modules moved at random."""
+    torch.manual_seed(0)
+    settings = theirs.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=start)
+    model = theirs.get_peft_model(AutoModelForSequenceClassification.from_pretrained(base_folder(name, made)), settings)
+    return model
+
+
+def move(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+
+
+@pytest.mark.parametrize("start", ("pissa", "pissa_niter_4", "olora"))
+def test_a_start_that_changes_the_base_model_is_refused(start, made, tmp_path):
+    model = changed_base("bert", made, start)
+    stored = torch_reference.tiny_model("bert").state_dict()
+    name = "bert.encoder.layer.0.attention.self.query"
+    changed = model.base_model.model.get_submodule(name).base_layer.weight
+    assert not torch.allclose(changed, stored[f"{name}.weight"], atol=1e-3)  # which is why
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=f"init_lora_weights is '{start}', which is not supported; it changes the base"
+    ):
+        peft.load_peft_model(tmp_path)
+
+
+@pytest.mark.parametrize("start", ("pissa", "olora"))
+def test_merged_by_peft_it_loads_as_a_model(start, made, tmp_path):
+    """What the error advises. (PEFT's own conversion to plain LoRA leaves the head out of the file.)"""
+    model = changed_base("bert", made, start)
+    move(model)
+    expected = torch_logits(model, "bert")
+    model.merge_and_unload().save_pretrained(tmp_path)
+    ours = logits_of(*from_pretrained(tmp_path, num_labels=3)[:2], batch_for("bert"))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_the_plain_fields_are_the_defaults_of_pefts_classes():
+    """A field of a new PEFT with a default that is not null, false or empty would be refused in every file."""
+    for kind, make in (
+        (peft.LoraConfig, theirs.LoraConfig),
+        (peft.Ia3Config, theirs.IA3Config),
+        (peft.PromptConfig, theirs.PromptTuningConfig),
+        (peft.PrefixConfig, theirs.PrefixTuningConfig),
+    ):
+        rules = kind.saved_fields
+        known = {*rules.read.__annotations__, *rules.without_effect, "inference_mode", "auto_mapping"}
+        for field, value in make().to_dict().items():
+            assert field in known or not value or rules.plain[field] == value, field

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from pats_jax import random
 from pats_jax.errors import InputError
-from pats_jax.models import from_pretrained, save_pretrained, sources
+from pats_jax.models import from_pretrained, load_tokenizer, save_pretrained, sources
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("bert", "roberta")
@@ -117,7 +117,19 @@ def test_damaged_shards(tmp_path):
     shard.unlink()
     refused(tmp_path, "model-00002-of-00002.safetensors", "missing")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    refused(tmp_path, "model.safetensors.index.json", "not an index")
+    for text, part in (
+        ("{}", "weight_map: Field required"),
+        ("null", "Input should be an object"),
+        ('{"weight_map": {}}', "weight_map is empty"),
+        ('{"weight_map": {"classifier.bias": 3}}', "weight_map.classifier.bias: Input should be a valid string"),
+        (
+            '{"weight_map": {"classifier.bias": "../model.safetensors"}}',
+            "'../model.safetensors' cannot be part of a path",
+        ),
+        ('{"weight_map": ' + "[" * 100_000, "model.safetensors.index.json"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        refused(tmp_path, "model.safetensors.index.json", part)
 
 
 @pytest.mark.parametrize("model_type", ("xlm-roberta", "camembert"))
@@ -277,9 +289,13 @@ def test_folder_or_config_missing_or_broken(tmp_path):
     refused(tmp_path, "no config.json")
     config = tmp_path / "config.json"
     config.write_text('{\n  "model_type": "bert",\n  "hidden_size": }')
-    refused(tmp_path, f"{config}, line 3", "not valid JSON")
-    config.write_text("[]")
-    refused(tmp_path, str(config), "not a JSON object")
+    refused(tmp_path, f"{config}: not valid JSON", "line 3")
+    for text in ("[]", "null", "3"):
+        config.write_text(text)
+        refused(tmp_path, str(config), "not a JSON object")
+    for text, part in (("", "not valid JSON"), ("[" * 100_000, "nested too deeply"), ("9" * 5000, "too long")):
+        config.write_text(text)
+        refused(tmp_path, str(config), part)
     config.write_bytes(b'{"model_type": "\xff"}')
     refused(tmp_path, str(config), "not UTF-8")
 
@@ -298,11 +314,122 @@ def test_folder_or_config_missing_or_broken(tmp_path):
         ({"layer_norm_eps": 0}, ("layer_norm_eps",)),
         ({"id2label": {"0": "a", "2": "b"}}, ("id2label", "[0, 2]")),
         ({"id2label": ["a", "b"]}, ("id2label",)),
+        ({"id2label": {}}, ("id2label must number its classes 0, 1, ..., got []",)),
+        ({"id2label": {"0": "a", "1": 7}}, ("id2label must map class indices to names",)),
+        ({"id2label": {"0": "a", "1.0": "b"}}, ("id2label must map class indices to names",)),
+        ({"id2label": {"0": "a", "9" * 5000: "b"}}, ("id2label must map class indices to names",)),
+        ({"id2label": {"0": "a", "00": "b"}}, ("id2label must number its classes",)),
+        ({"id2label": None, "num_labels": 10**12}, ("num_labels", "from 1 to 1000000")),
+        ({"id2label": None, "num_labels": True}, ("num_labels", "True")),
+        ({"id2label": None, "num_labels": "3"}, ("num_labels", "'3'")),
+        ({"model_type": ["bert"]}, ("model_type ['bert'] is not supported",)),
+        ({"model_type": "x" * 100_000}, ("(100000 characters) is not supported",)),
+        ({"architectures": 3}, ("architectures must be a list of class names, got 3",)),
+        ({"architectures": [3]}, ("architectures must be a list",)),
+        ({"is_decoder": "no"}, ("is_decoder is 'no'",)),
+        ({"hidden_act": {"a": 1}}, ("hidden_act {'a': 1} is not supported",)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers must be a whole number above 0, got True",)),
+        ({"num_hidden_layers": 2.0}, ("num_hidden_layers must be a whole number above 0, got 2.0",)),
+        ({"intermediate_size": "32"}, ("intermediate_size must be a whole number above 0, got '32'",)),
+        ({"type_vocab_size": 0}, ("type_vocab_size must be a whole number above 0",)),
+        ({"hidden_dropout_prob": False}, ("hidden_dropout_prob", "False")),
+        ({"classifier_dropout": float("nan")}, ("classifier_dropout must be a rate in [0, 1), got nan",)),
+        ({"layer_norm_eps": float("nan")}, ("layer_norm_eps must be a number above 0, got nan",)),
+        ({"layer_norm_eps": float("inf")}, ("layer_norm_eps must be a number above 0, got inf",)),
+        ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps must be a number above 0, got '1e-12'",)),
+        ({"layer_norm_eps": 10**400}, ("layer_norm_eps must be a number above 0",)),
+        ({"initializer_range": float("nan")}, ("initializer_range must be a number, 0 or more, got nan",)),
+        ({"initializer_range": -0.1}, ("initializer_range must be a number, 0 or more, got -0.1",)),
+        ({"initializer_range": [0.1]}, ("initializer_range",)),
+        ({"pad_token_id": 64}, ("pad_token_id must be below vocab_size 64, got 64",)),
+        ({"pad_token_id": -1}, ("pad_token_id must be a whole number, 0 or more, got -1",)),
+        ({"pad_token_id": 23, "model_type": "roberta"}, ("max_position_embeddings must be above pad_token_id 23 + 1",)),
+        ({"problem_type": "ranking"}, ("problem_type must be one of regression, single_label", "'ranking'")),
+        ({"problem_type": ["regression"]}, ("problem_type must be one of",)),
     ),
 )
 def test_config_that_is_not_supported(change, parts, tmp_path):
     tensors, config = stored("bert")
     refused(write(tmp_path, tensors, config | change), str(tmp_path / "config.json"), *parts)
+
+
+@pytest.mark.parametrize("flag", (False, 0, None))
+def test_a_config_says_the_same_in_other_words(flag, tmp_path):
+    tensors, config = stored("bert")
+    changes = {"is_decoder": flag, "position_embedding_type": None, "layer_norm_eps": 1, "architectures": None}
+    assert from_pretrained(write(tmp_path, tensors, config | changes), num_labels=3)[2].layer_norm_eps == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    (
+        ({"num_hidden_layers": 10**7}, ("has 2 encoder layers", "num_hidden_layers", "10000000")),
+        ({"num_hidden_layers": 3}, ("has 2 encoder layers", "should have 3")),
+        ({"vocab_size": 10**12}, ("word_embeddings.weight has shape (64, 16)", "(1000000000000, 16)")),
+        ({"hidden_size": 10**9, "num_attention_heads": 1}, ("word_embeddings.weight", "(64, 1000000000)")),
+        ({"hidden_size": 10**4000, "num_attention_heads": 1}, ("word_embeddings.weight", "characters)")),
+        ({"intermediate_size": 10**9}, ("intermediate.dense.weight has shape (32, 16)", "(1000000000, 16)")),
+        ({"max_position_embeddings": 10**10}, ("position_embeddings.weight", "(10000000000, 16)")),
+        ({"type_vocab_size": 10**10}, ("token_type_embeddings.weight", "(10000000000, 16)")),
+    ),
+)
+@pytest.mark.parametrize("prefix", ("bert.", ""))
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_anything_is_made(
+    change, parts, prefix, tmp_path, monkeypatch
+):
+    tensors, config = stored("bert")
+    bare = {prefix + name.removeprefix("bert.") if name.startswith("bert.") else name: x for name, x in tensors.items()}
+    monkeypatch.setattr(jax, "eval_shape", None)
+    refused(write(tmp_path, bare, config | change), str(tmp_path), "by config.json", *parts)
+
+
+def test_a_head_of_no_labels_is_refused(tmp_path):
+    tensors, config = stored("bert")
+    empty = tensors | {"classifier.weight": np.zeros((0, 16), np.float32)}
+    refused(write(tmp_path, empty, config), "classifier.weight has no labels", num_labels=None)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors", "model.safetensors.index.json", "merges.txt"))
+@pytest.mark.parametrize("kind", ("pipe", "device"))
+def test_what_is_no_regular_file_is_not_opened(name, kind, tmp_path):
+    tensors, config = stored("bert")
+    path = write(tmp_path, tensors, config) / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    refused(tmp_path, f"{path}: not a regular file")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_linked_shard_is_read_and_a_directory_is_none(tmp_path):
+    """As the hub's cache has its files: every one a link out of the snapshot."""
+    tensors, config = stored("bert")
+    write(tmp_path / "blobs", tensors, config)
+    (tmp_path / "snapshot").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
+    assert_same_tensors(from_pretrained(tmp_path / "snapshot", num_labels=3)[1], tensors)
+    (tmp_path / "blobs" / "model.safetensors").unlink()
+    refused(tmp_path / "snapshot", "holds no safetensors weights")
+    (tmp_path / "snapshot" / "model.safetensors").unlink()
+    (tmp_path / "snapshot" / "model.safetensors").mkdir()
+    refused(tmp_path / "snapshot", "model.safetensors: not a regular file")
+
+
+def test_a_tensor_that_numpy_cannot_hold_is_named(tmp_path):
+    tensors, config = stored("bert")
+    path = write(tmp_path, tensors, config) / "model.safetensors"
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["bert.pooler.dense.bias"]["dtype"] = "F8_E4M3"  # one byte each for 16
+    header["bert.pooler.dense.bias"]["shape"] = [64]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+    refused(tmp_path, "tensor bert.pooler.dense.bias of type F8_E4M3 and shape (64,) cannot be read")
 
 
 def test_truncated_or_altered_safetensors(tmp_path):
@@ -399,6 +526,23 @@ def test_hub_id_without_network(offline_hub):
 
 def test_hub_id_that_is_none(offline_hub):
     refused("org/bad name!", "neither a folder nor a hub id")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("", "~nosuchuser/model", "a\0b", "x" * 5000, "/" + "x" * 300, "a\nb", "\ud800/b", "org/\ud800", "..", "a" * 200),
+)
+def test_names_that_no_checkpoint_has_are_one_line(name, offline_hub, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(name)
+    with pytest.raises(InputError):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize("revision", ("../../x", "a//b", "x" * 300, "a\0b", "\ud800"))
+def test_a_revision_that_would_leave_the_cache_is_refused(revision, offline_hub):
+    refused("org/tiny", "org/tiny: revision", revision=revision)
 
 
 def test_hub_repository_with_only_pickled_weights(offline_hub, monkeypatch):

@@ -99,3 +99,16 @@ def test_folder_without_a_usable_tokenizer(tmp_path):
         with pytest.raises(InputError, match="cannot be loaded") as caught:
             load_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("", "{", "null", "[]", '{"tokenizer_class": 3}', "[" * 100_000, '{"a": ' + "9" * 5000, '{"tokenizer_class": []}'),
+)
+def test_a_damaged_tokenizer_config_is_named(text, tmp_path):
+    for name in ("config.json", "vocab.txt"):
+        shutil.copy(checkpoint_folder(MINILM) / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(InputError, match="tokenizer_config.json: ") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,12 +1,12 @@
 """What a Hugging Face ``config.json`` says about a BERT or RoBERTa encoder and its head."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.files import read_json
 
 # The model types that we read: the class prefix in "architectures", and what Transformers takes where config.json is
 # silent (it does not write a value that equals its class's default).
@@ -28,6 +28,9 @@ _SIZES = (
     "type_vocab_size",
 )
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+_MOST_LABELS = 1_000_000  # that a number alone may ask for, without names
+_LARGEST_FLOAT = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,14 @@ class EncoderConfig:
             source: What to call it in error messages.
 
         Raises:
-            InputError: A model type, position embedding or activation that we do not have, or a value out of range.
+            InputError: A model type, position embedding or activation that we do not have, or a value of a wrong type
+                or out of range.
         """
         rest = dict(values)
         model_type = rest.pop("model_type", None)
-        if model_type not in _FAMILIES:
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise InputError(
-                f"{source}: model_type {model_type!r} is not supported; use a checkpoint of type bert or roberta "
+                f"{source}: model_type {shown(model_type)} is not supported; use a checkpoint of type bert or roberta "
                 "(or xlm-roberta or camembert, which are read as RoBERTa)"
             )
         _check_structure(rest, source)
@@ -114,14 +118,9 @@ class EncoderConfig:
     def from_folder(cls, folder: Path) -> "EncoderConfig":
         """Reads ``folder/config.json``; see :meth:`from_dict`."""
         path = folder / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not UTF-8 text") from None
+        if not path.exists():
+            raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint")
+        values = read_json(path)
         if not isinstance(values, dict):
             raise InputError(f"{path}: not a JSON object")
         return cls.from_dict(values, str(path))
@@ -145,13 +144,18 @@ def default_labels(num_labels: int) -> dict[int, str]:
 
 
 def _check_structure(values: Mapping[str, Any], source: str) -> None:
-    """Refuses the variants of BERT whose forward pass is another one."""
-    position_embedding = values.get("position_embedding_type", "absolute")
-    if position_embedding != "absolute":
-        raise InputError(f"{source}: position_embedding_type {position_embedding!r} is not supported, only 'absolute'")
+    """Refuses the variants of BERT whose forward pass is another one, and fields beside our own of a wrong type."""
+    position_embedding = values.get("position_embedding_type")
+    if position_embedding not in ("absolute", None):
+        raise InputError(
+            f"{source}: position_embedding_type {shown(position_embedding)} is not supported, only 'absolute'"
+        )
     for flag in ("is_decoder", "add_cross_attention"):
-        if values.get(flag):
-            raise InputError(f"{source}: {flag} is true; only encoders are supported")
+        if values.get(flag) not in (False, None):
+            raise InputError(f"{source}: {flag} is {shown(values[flag])}; only encoders are supported")
+    classes = values.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise InputError(f"{source}: architectures must be a list of class names, got {shown(classes)}")
 
 
 def _read_labels(rest: dict[str, Any], source: str) -> dict[int, str]:
@@ -159,34 +163,61 @@ def _read_labels(rest: dict[str, Any], source: str) -> dict[int, str]:
     count = rest.pop("num_labels", rest.pop("_num_labels", None))
     rest.pop("label2id", None)
     labels = rest.pop("id2label", None)
+    if count is not None and not (_is_whole(count) and 1 <= count <= _MOST_LABELS):
+        raise InputError(f"{source}: num_labels must be a whole number from 1 to {_MOST_LABELS}, got {shown(count)}")
     if labels is None:
         return default_labels(2 if count is None else count)
-    try:
-        by_index = {int(index): str(label) for index, label in labels.items()}
-    except (AttributeError, ValueError):
-        raise InputError(f"{source}: id2label must map class indices to names, got {labels!r}") from None
-    if sorted(by_index) != list(range(len(by_index))):
-        raise InputError(f"{source}: id2label must number its classes 0, 1, ..., got {sorted(by_index)}")
+    if not isinstance(labels, Mapping) or not all(map(_is_label, labels, labels.values())):
+        raise InputError(f"{source}: id2label must map class indices to names, got {shown(labels)}")
+    by_index = {int(index): label for index, label in labels.items()}
+    if not by_index or sorted(by_index) != list(range(len(labels))):
+        raise InputError(f"{source}: id2label must number its classes 0, 1, ..., got {shown(sorted(by_index))}")
     return dict(sorted(by_index.items()))
 
 
+def _is_label(index: Any, name: Any) -> bool:
+    """Whether index and name are of the types that JSON and Python have them in."""
+    is_index = _is_whole(index) or (isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 20)
+    return is_index and isinstance(name, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether value is a number that float32 holds; NaN and infinities are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_FLOAT < value < _LARGEST_FLOAT
+
+
 def _check_values(config: EncoderConfig, source: str) -> None:
+    """Raises InputError unless every field is of its type and in its range."""
+
+    def check(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{source}: {name} must be {expected}, got {shown(getattr(config, name))}")
+
     for name in _SIZES:
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{source}: {name} must be a whole number above 0, got {value!r}")
+        check(name, _is_whole(value) and value >= 1, "a whole number above 0")
     for name in _RATES:
         value = getattr(config, name)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise InputError(f"{source}: {name} must be a rate in [0, 1), got {value!r}")
-    if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
-        raise InputError(f"{source}: pad_token_id must be a whole number, 0 or more, got {config.pad_token_id!r}")
-    if not isinstance(config.layer_norm_eps, float) or config.layer_norm_eps <= 0:
-        raise InputError(f"{source}: layer_norm_eps must be a number above 0, got {config.layer_norm_eps!r}")
+        check(name, value is None or (_is_number(value) and 0 <= value < 1), "a rate in [0, 1)")
+    eps, deviation, pad = config.layer_norm_eps, config.initializer_range, config.pad_token_id
+    check("layer_norm_eps", _is_number(eps) and eps > 0, "a number above 0")
+    check("initializer_range", _is_number(deviation) and deviation >= 0, "a number, 0 or more")
+    check("pad_token_id", _is_whole(pad) and pad >= 0, "a whole number, 0 or more")
+    check("pad_token_id", pad < config.vocab_size, f"below vocab_size {shown(config.vocab_size)}")
+    check(
+        "max_position_embeddings", config.max_length >= 1, f"above pad_token_id {pad} + 1, or no token has a position"
+    )
+    check("problem_type", config.problem_type in (*_PROBLEM_TYPES, None), f"one of {', '.join(_PROBLEM_TYPES)}")
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
-            f"{source}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
-            f"{config.num_attention_heads}"
+            f"{source}: hidden_size {shown(config.hidden_size)} is not a multiple of num_attention_heads "
+            f"{shown(config.num_attention_heads)}"
         )
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not supported; use {', '.join(ACTIVATIONS)}")
+        raise InputError(
+            f"{source}: hidden_act {shown(config.hidden_act)} is not supported; use {', '.join(ACTIVATIONS)}"
+        )

@@ -6,19 +6,19 @@ Everything here works on names and NumPy arrays; files are read in ``weights.py`
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 
 ParameterPath = tuple[str, ...]
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 _ENCODER_PARTS = ("embeddings", "encoder", "pooler")
 # Tensors that other kinds of checkpoint hold and a classifier has no place for: index buffers and pretraining heads.
 _KNOWN_SURPLUS = re.compile(
@@ -54,13 +54,13 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
         InputError: The tensor is not of floats, not finite or not of the parameter's shape.
     """
     name = tensor_name(path)
-    if tensor.dtype.name not in _FLOATS:
-        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(_FLOATS)}")
+    if tensor.dtype.name not in FLOATS:
+        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(FLOATS)}")
     value = np.asarray(tensor, np.float32)
     value = value.T if path[-1] == "kernel" else value
     if value.shape != shape:
         expected = shape[::-1] if path[-1] == "kernel" else shape
-        raise InputError(f"{source}: tensor {name} has shape {tensor.shape}; by config.json it should be {expected}")
+        raise _other_shape(name, tensor.shape, expected, source)
     if not np.isfinite(value).all():
         raise InputError(
             f"{source}: tensor {name} holds values that are not finite; the file is damaged, download it again"
@@ -98,6 +98,44 @@ def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: st
     return own
 
 
+def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *, source: str) -> None:
+    """Compares the sizes in a config with a checkpoint's tensors, before a model of these sizes is made.
+
+    Args:
+        shapes: The shape of every tensor in the checkpoint by its name there.
+        config: The checkpoint's config.
+        source: What to call the checkpoint in error messages.
+
+    Raises:
+        InputError: The checkpoint has another number of layers than the config, another vocabulary, or another width.
+    """
+    own = by_canonical_name(shapes, config, source=source)
+    encoder = f"{config.base_prefix}.encoder.layer."
+    layers = {name.removeprefix(encoder).split(".")[0] for name in own if name.startswith(encoder)}
+    if len(layers) < config.num_hidden_layers:  # more is allowed: the rest is not used, and named in the log
+        raise InputError(
+            f"{source}: the checkpoint has {len(layers)} encoder layers; by config.json (num_hidden_layers) it should "
+            f"have {shown(config.num_hidden_layers)}"
+        )
+    sizes = {
+        "embeddings.word_embeddings": (config.vocab_size, config.hidden_size),
+        "embeddings.position_embeddings": (config.max_position_embeddings, config.hidden_size),
+        "embeddings.token_type_embeddings": (config.type_vocab_size, config.hidden_size),
+        "encoder.layer.0.intermediate.dense": (config.intermediate_size, config.hidden_size),
+    }
+    for part, expected in sizes.items():
+        name = f"{config.base_prefix}.{part}.weight"
+        if name not in own:
+            raise _incomplete(name, config, source)
+        if shapes[own[name]] != expected:
+            raise _other_shape(name, shapes[own[name]], expected, source)
+    for name in own:
+        if name.startswith("classifier.") and 0 in shapes[own[name]]:
+            raise InputError(
+                f"{source}: tensor {shown(name, quoted=False)} has no labels; a head has at least one label"
+            )
+
+
 def match(
     names: Iterable[str], paths: Iterable[ParameterPath], config: EncoderConfig, *, new_head: bool, source: str
 ) -> Matched:
@@ -126,11 +164,19 @@ def match(
         sources.pop(path, None)
     missing = [name for path, name in by_path.items() if path not in sources and path not in new]
     if missing:
-        raise InputError(
-            f"{source}: the checkpoint lacks {_listing(missing)}; it is incomplete or not a {config.model_type} model"
-        )
+        raise _incomplete(_listing(missing), config, source)
     surplus = [name for canonical, name in unused.items() if not _is_known_surplus(canonical, config)]
     return Matched(sources, new, surplus)
+
+
+def _other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: str) -> InputError:
+    return InputError(
+        f"{source}: tensor {name} has shape {shown(shape)}; by config.json it should be {shown(expected)}"
+    )
+
+
+def _incomplete(missing: str, config: EncoderConfig, source: str) -> InputError:
+    return InputError(f"{source}: the checkpoint lacks {missing}; it is incomplete or not a {config.model_type} model")
 
 
 def _has_no_pooler(names: Iterable[str], config: EncoderConfig) -> bool:
@@ -146,5 +192,5 @@ def _is_known_surplus(name: str, config: EncoderConfig) -> bool:
 
 def _listing(names: list[str]) -> str:
     """At most five names, and how many more there are."""
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more tensors"
+    first = ", ".join(names[:5])
+    return first if len(names) <= 5 else f"{first} and {len(names) - 5} more tensors"

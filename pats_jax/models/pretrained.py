@@ -71,6 +71,7 @@ def from_pretrained(
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
     files = weights.tensor_files(folder)
+    convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
     count = _label_count(own_labels, num_labels, folder)
     config = _with_labels(config, own_labels is not None, count, regression, id2label)

@@ -5,7 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.files import checked_name
 from pats_jax.models.weights import INDEX_FILE, WEIGHTS_FILE, no_safetensors
 
 
@@ -37,6 +38,7 @@ _HUB_FILES = [
     "merges.txt",
     "*.model",
 ]
+_READ_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".jinja")
 
 
 def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, check_weights: bool = True) -> Path:
@@ -53,16 +55,35 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
         InputError: There is no such checkpoint, the hub cannot be reached, or the package's weights are not those
             that were published.
     """
-    folder = Path(name_or_dir).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(name_or_dir)
+    named = shown(name, 300, quoted=False)
+    if not name:
+        raise InputError("the checkpoint's name is empty; give a folder, a package name or a hub id")
+    try:
+        folder = Path(name_or_dir).expanduser()
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name of 300 characters; the home of nobody
+        raise InputError(f"{named}: no such folder ({getattr(error, 'strerror', error)})") from None
+    if is_folder:
+        _check_regular(folder)
+        return folder
     if name in PACKAGES:
         return _package_folder(name, check_weights)
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-    if isinstance(name_or_dir, Path) or is_path or folder.exists():
-        raise InputError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+    if isinstance(name_or_dir, Path) or is_path or exists or not name.isprintable():
+        raise InputError(f"{named}: no such folder; give the folder of a Hugging Face checkpoint")
     return _hub_folder(name, revision)
+
+
+def _check_regular(folder: Path) -> None:
+    """Refuses pipes and devices under the names that we, and Transformers, read: to open one is to wait for ever."""
+    try:
+        entries = [path for path in folder.iterdir() if path.suffix in _READ_SUFFIXES]
+        other = next((path for path in entries if path.exists() and not path.is_file() and not path.is_dir()), None)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
+    if other is not None:
+        raise InputError(f"{other}: not a regular file")
 
 
 def _package_folder(name: str, check_weights: bool) -> Path:
@@ -90,6 +111,8 @@ def _hub_folder(repository: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    for part in (revision or "main").split("/"):  # it becomes a path in the hub's cache
+        checked_name(part, f"{repository}: revision {shown(revision)}")
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
     except errors.HFValidationError:
@@ -110,6 +133,7 @@ def _hub_folder(repository: str, revision: str | None) -> Path:
         ) from None
     if not (folder / WEIGHTS_FILE).exists() and not (folder / INDEX_FILE).exists():
         raise no_safetensors(repository, _repository_files(repository, revision, folder))
+    _check_regular(folder)
     return folder
 
 

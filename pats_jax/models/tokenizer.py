@@ -1,10 +1,12 @@
 """The checkpoint's own fast tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from pats_jax.errors import InputError
+from pats_jax.files import read_record
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.sources import checkpoint_folder
 
@@ -16,6 +18,12 @@ _BY_MODEL_TYPE = {
     "camembert": "CamembertTokenizer",
 }
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+
+
+class _Settings(TypedDict, total=False):
+    """What we read of ``tokenizer_config.json``."""
+
+    tokenizer_class: str | None
 
 
 def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> Any:
@@ -48,7 +56,7 @@ def _tokenizer_class(folder: Path) -> Any:
     import transformers
 
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_record(path, _Settings) if path.exists() else {}
     named = settings.get("tokenizer_class")
     if named is None:
         named = _BY_MODEL_TYPE[EncoderConfig.from_folder(folder).model_type]

@@ -1,18 +1,24 @@
 """Safetensors files of a checkpoint: one file or shards with an index; pickled weights are refused."""
 
-import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.files import checked_name, read_record
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]  # tensor -> the shard that holds it
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -28,32 +34,57 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         InputError: No safetensors, a missing shard, or a file that is damaged.
     """
     single = folder / WEIGHTS_FILE
-    if single.is_file():
+    if single.exists():
         return dict.fromkeys(names(single), single)
     index = folder / INDEX_FILE
-    if not index.is_file():
+    if not index.exists():
         raise no_safetensors(str(folder), [path.name for path in folder.iterdir()])
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / Path(shard).name for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{index}: not an index of safetensors shards; download it again") from None
+    weight_map = read_record(index, _Index)["weight_map"]
+    if not weight_map:
+        raise InputError(f"{index}: weight_map is empty; download it again")
+    files = {name: folder / checked_name(shard, str(index)) for name, shard in weight_map.items()}
     for shard in sorted(set(files.values())):
-        if not shard.is_file():
+        if not shard.exists():
             raise InputError(f"{shard}: this shard is named by {INDEX_FILE} and is missing; download it again")
         absent = {name for name, path in files.items() if path == shard} - names(shard)
         if absent:
-            raise InputError(f"{shard}: lacks tensor {min(absent)}, which {INDEX_FILE} places there; download it again")
+            first = shown(min(absent), quoted=False)
+            raise InputError(f"{shard}: lacks tensor {first}, which {INDEX_FILE} places there; download it again")
     return files
 
 
+def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, given the file that it lies in; only headers are read."""
+    found = {}
+    for path in sorted(set(files.values())):
+        with _open(path) as opened:
+            own = sorted(name for name, home in files.items() if home == path)
+            found.update({name: tuple(opened.get_slice(name).get_shape()) for name in own})
+    return found
+
+
 def read_tensors(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
-    """Reads tensors, each from its file, in the dtype that they are stored in (bfloat16 included)."""
+    """Reads tensors, each from its file, in the dtype that they are stored in (bfloat16 included).
+
+    Raises:
+        InputError: A file is damaged, or has a tensor of a type or shape that NumPy lacks.
+    """
     tensors = {}
     for path in sorted(set(files.values())):
         with _open(path) as opened:
-            tensors.update({name: opened.get_tensor(name) for name, home in files.items() if home == path})
+            tensors.update({name: _read(opened, name, path) for name, home in files.items() if home == path})
     return tensors
+
+
+def _read(opened: Any, name: str, path: Path) -> np.ndarray:
+    try:
+        return opened.get_tensor(name)
+    except (AttributeError, TypeError, ValueError):  # as for float8, and for 0 x 2^62 x 2^62
+        stored = opened.get_slice(name)
+        raise InputError(
+            f"{path}: tensor {shown(name, quoted=False)} of type {stored.get_dtype()} and shape "
+            f"{shown(tuple(stored.get_shape()))} cannot be read"
+        ) from None
 
 
 def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
@@ -80,8 +111,10 @@ def _open(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for ever
+            raise InputError(f"{path}: not a regular file")
         with safe_open(path, framework="np") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = shown(" ".join(str(error).split()), 200, quoted=False)
         raise InputError(f"{path}: truncated or not a safetensors file ({reason}); download it again") from None

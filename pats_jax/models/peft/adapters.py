@@ -19,7 +19,7 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from pats_jax.models.bert import ResidualOutput
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, nodes_with
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, is_whole, nodes_with
+from pats_jax.models.peft.saved import CommonFields, FieldRules, SavedModules
 
 _BLOCKS = {"houlsby": (("attention", "output"), ("output",)), "pfeiffer": (("output",),)}
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,6 +36,13 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "pfeiffer": jax.nn.relu,
 }
 _STANDARD_DEVIATION = 1e-3
+
+
+class _Fields(CommonFields, total=False):
+    """What is read of an adapter's config, beside the common fields."""
+
+    size: int | None
+    place: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +61,10 @@ class AdapterConfig(PeftConfig):
     summary: ClassVar[str] = "two small linear layers inside every encoder layer"
     source: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
     peft_type: ClassVar[str] = "PATS_JAX_ADAPTERS"
+    saved_fields: ClassVar[FieldRules] = FieldRules(_Fields)
 
     def __post_init__(self):
-        check("adapter_size", self.size, isinstance(self.size, int) and self.size >= 1, "a whole number above 0")
+        check("adapter_size", self.size, is_whole(self.size, 1), "a whole number above 0")
         check("adapter_place", self.place, self.place in _BLOCKS, f"one of {', '.join(_BLOCKS)}")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
@@ -96,5 +105,7 @@ class AdapterConfig(PeftConfig):
         return {"size": self.size, "place": self.place}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "AdapterConfig":
-        return cls(size=values.get("size", 64), place=values.get("place", "houlsby"))
+    def from_saved(cls, saved: SavedModules) -> "AdapterConfig":
+        size = saved.get("size", 64)
+        saved.check_size("size", size, ".adapter.down.bias", 0)
+        return cls(size=size, place=saved.get("place", "houlsby"))

@@ -13,7 +13,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from pats_jax.models.bert import LayerNorm
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with
+from pats_jax.models.peft.saved import SavedModules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class BitFitConfig(PeftConfig):
         return {}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "BitFitConfig":
+    def from_saved(cls, saved: SavedModules) -> "BitFitConfig":
         return cls()
 
 

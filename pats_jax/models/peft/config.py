@@ -15,10 +15,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
+from pats_jax.models.peft.saved import FieldRules, SavedModules
+from pats_jax.patterns import compile_pattern
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
@@ -40,6 +42,7 @@ class PeftConfig(abc.ABC):
         peft_type: What ``adapter_config.json`` calls it.
         merges: Whether it can be merged into the weights.
         prefix: What stands before every tensor's name in ``adapter_model.safetensors``.
+        saved_fields: How it treats the fields of ``adapter_config.json``.
     """
 
     train_pooler: bool = False
@@ -50,6 +53,7 @@ class PeftConfig(abc.ABC):
     peft_type: ClassVar[str]
     merges: ClassVar[bool] = False
     prefix: ClassVar[str] = "base_model.model."
+    saved_fields: ClassVar[FieldRules] = FieldRules()
 
     @property
     def virtual_tokens(self) -> int:
@@ -86,11 +90,11 @@ class PeftConfig(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PeftConfig":
-        """The kind's settings from ``adapter_config.json`` and the names of the tensors that lie beside it.
+    def from_saved(cls, saved: SavedModules) -> "PeftConfig":
+        """The kind's settings from ``adapter_config.json``, compared with the tensors that lie beside it.
 
         Raises:
-            InputError: A field has a value that this library has no counterpart of.
+            InputError: A field has a value that this library has no counterpart of, or that the tensors do not have.
         """
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
@@ -110,7 +114,7 @@ class PeftConfig(abc.ABC):
 def check(what: str, value: Any, holds: bool, expected: str) -> None:
     """Raises InputError unless ``holds``."""
     if not holds:
-        raise InputError(f"{what} {value!r}: must be {expected}")
+        raise InputError(f"{what} {shown(value)}: must be {expected}")
 
 
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
@@ -122,17 +126,19 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
         what: What to call it in error messages.
 
     Raises:
-        InputError: It is no regex, or matches no layer.
+        InputError: It is no regex, takes too long, or matches no layer.
     """
-    try:
-        matches = re.compile(pattern).search
-    except re.error as error:
-        raise InputError(f"{what} {pattern!r}: not a regular expression: {error}") from None
+    matches = compile_pattern(pattern, what)
     layers = [path[:-1] for path in base if path[-1] == "kernel"]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
-        raise InputError(f"{what} {pattern!r}: matches no linear layer; one is called {'.'.join(layers[0])}")
+        raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is called {'.'.join(layers[0])}")
     return found
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a setting is a whole number of at least so much; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -148,10 +154,3 @@ def nodes_with(tree: FlatTree, leaf: str) -> dict[ParameterPath, dict[ParameterP
             cut = path.index(leaf)
             nodes.setdefault(path[:cut], {})[path[cut + 1 :]] = value
     return nodes
-
-
-def refuse_fields(values: Mapping[str, Any], plain: Mapping[str, Any], source: str) -> None:
-    """Raises InputError if a field of ``adapter_config.json`` asks for more than the plain form of the kind."""
-    for name, expected in plain.items():
-        if values.get(name, expected) not in (expected, None):
-            raise InputError(f"{source}: {name} is {values[name]!r}, which is not supported, only {expected!r}")

@@ -18,16 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, config_of, draw, own_parameters
+from pats_jax.models.peft.saved import (
+    CONFIG_FILE,
+    TASK,
+    WEIGHTS_FILE,
+    SavedModules,
+    check_fields,
+    read_fields,
+    saves_pooler,
+)
 from pats_jax.models.pretrained import from_pretrained
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_TASK = "SEQ_CLS"
 
 
 def save_peft(
@@ -63,7 +69,7 @@ def save_peft(
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
     values = {
         "peft_type": config.peft_type,
-        "task_type": _TASK,
+        "task_type": TASK,
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
         "modules_to_save": ["classifier", "pooler"] if config.train_pooler else ["classifier"],
@@ -103,22 +109,19 @@ def load_peft(
         InputError: The folder cannot be read, holds what this library does not have, or is for another base model.
     """
     folder = Path(directory)
-    values = _read_config(folder)
+    values = read_fields(folder)
     own_name = values.get("base_model_name_or_path")
     if None not in (base_model_name_or_path, own_name) and base_model_name_or_path != own_name:
         raise InputError(
-            f"{folder}: is for the base model {own_name}, not for {base_model_name_or_path}; load that one, "
-            "or give no base_model_name_or_path if both are the same"
+            f"{folder}: is for the base model {shown(own_name, quoted=False)}, not for {base_model_name_or_path}; load "
+            "that one, or give no base_model_name_or_path if both are the same"
         )
     kind, source = _kind(values, folder), folder / WEIGHTS_FILE
+    check_fields(folder, values, kind.saved_fields)
+    config, whole_names = _read_settings(folder, values, kind, model, params)
     tensors = weights.read_tensors(dict.fromkeys(weights.names(source), source))
-    whole = _take_whole(tensors, kind, params, source)
-    try:
-        config = kind.from_dict(values, tensors, str(folder / CONFIG_FILE))
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{folder / CONFIG_FILE}: a field is of the wrong type ({error})") from None
-    config = dataclasses.replace(config, train_pooler=any(path[0] != "classifier" for path in whole))
-    tree = config.from_tensors({name: np.asarray(x, np.float32) for name, x in tensors.items()})
+    whole = {path: _to_parameter(path, params, tensors.pop(name), source) for path, name in whole_names.items()}
+    tree = config.from_tensors({name: _as_float(name, x, source) for name, x in tensors.items()})
     _check_shapes(config, tree, model, params, source)
     model, params = add_peft(model, params, config, key=0)
     loaded = whole | {("peft", *path): x for path, x in tree.items()}
@@ -139,34 +142,28 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
         InputError: As from `load_peft` and `from_pretrained`, or no base model is named.
     """
     folder = Path(directory)
-    values = _read_config(folder)
+    values = read_fields(folder)
+    check_fields(folder, values, _kind(values, folder).saved_fields)
     name = values.get("base_model_name_or_path")
     if not name:
         raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
-    labels = None
-    if (folder / "config.json").exists():
+    if values.get("revision") is not None:
+        options = {"revision": values["revision"], **options}
+    labels, count = None, _count_labels(folder)
+    if (folder / "config.json").exists():  # ours; PEFT writes none
         labels = EncoderConfig.from_folder(folder).id2label
-    count = len(labels) if labels else _count_labels(folder)
+        if len(labels) != count:
+            raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the head beside it has {count}")
     base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
     return *load_peft(folder, base, params), config
 
 
 def is_peft_folder(directory: str | Path) -> bool:
     """Whether a folder holds PE modules rather than a model."""
-    return (Path(directory) / CONFIG_FILE).exists()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{folder}: no {CONFIG_FILE}; give a folder with saved PE modules") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return values
+        return (Path(directory) / CONFIG_FILE).exists()
+    except OSError:  # a name too long to be a folder's, which is said where the model is looked for
+        return False
 
 
 def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
@@ -174,27 +171,57 @@ def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
         if kind.peft_type == values.get("peft_type"):
             return kind
     raise InputError(
-        f"{folder / CONFIG_FILE}: peft_type {values.get('peft_type')!r} is not supported; "
+        f"{folder / CONFIG_FILE}: peft_type {shown(values.get('peft_type'))} is not supported; "
         f"there are {', '.join(kind.peft_type for kind in KINDS.values())}"
     )
 
 
-def _take_whole(tensors: dict[str, np.ndarray], kind: type[PeftConfig], params: Parameters, source: Path) -> FlatTree:
-    """Takes the head, and the pooler where it was trained, out of a file's tensors."""
-    everything = kind(train_pooler=True)
-    taken = {}
-    for path, parameter in own_parameters(params).items():
-        name = kind.prefix + convert.tensor_name(path)
-        if everything.trains_whole(path) and name in tensors:
-            try:
-                taken[path] = convert.to_parameter(path, np.shape(parameter), tensors.pop(name), source=str(source))
-            except InputError as error:
-                raise InputError(f"{error}; it is for another base model or number of labels") from None
-        elif path[0] == "classifier":
-            raise InputError(
-                f"{source}: lacks the head's tensor {name}; it is for another base model, or no {_TASK} adapter"
-            )
-    return taken
+def _read_settings(
+    folder: Path, values: dict[str, Any], kind: type[PeftConfig], model: SequenceClassifier, params: Parameters
+) -> tuple[PeftConfig, dict[convert.ParameterPath, str]]:
+    """The settings of saved modules, and the names of the tensors that hold head and pooler; reads no tensor."""
+    source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, folder)
+    shapes = weights.shapes(dict.fromkeys(weights.names(source), source))
+    twice = next((name for name in shapes if kind.prefix + name in shapes), None)
+    if twice is not None:
+        raise InputError(f"{source}: tensor {shown(twice, quoted=False)} is there with and without {kind.prefix}")
+    own, plain = own_parameters(params), kind(train_pooler=with_pooler and not model.config.is_roberta)
+    whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
+    lacking = next((name for name in whole.values() if name not in shapes), None)
+    if lacking:
+        raise InputError(
+            f"{source}: lacks the head's tensor {lacking}; it is for another base model, or no {TASK} adapter"
+        )
+    saved = SavedModules(
+        fields=values,
+        shapes={name.removeprefix(kind.prefix): x for name, x in shapes.items() if name not in whole.values()},
+        layers=[".".join(path[:-1]) for path in own if path[-1] == "kernel" and path not in whole],
+        model=model.config,
+        folder=folder,
+    )
+    try:
+        config = kind.from_saved(saved)
+    except InputError as error:
+        named = str(error).startswith(str(folder))
+        raise InputError(str(error) if named else f"{saved.source}: {error}") from None
+    return dataclasses.replace(config, train_pooler=plain.train_pooler), whole
+
+
+def _to_parameter(path: convert.ParameterPath, params: Parameters, tensor: np.ndarray, source: Path) -> np.ndarray:
+    """A tensor of head or pooler as a parameter."""
+    try:
+        return convert.to_parameter(path, np.shape(own_parameters(params)[path]), tensor, source=str(source))
+    except InputError as error:
+        raise InputError(f"{error}; it is for another base model or number of labels") from None
+
+
+def _as_float(name: str, tensor: np.ndarray, source: Path) -> np.ndarray:
+    if tensor.dtype.name not in convert.FLOATS:
+        raise InputError(
+            f"{source}: tensor {shown(name, quoted=False)} is of type {tensor.dtype}, not of "
+            f"{', '.join(convert.FLOATS)}"
+        )
+    return np.asarray(tensor, np.float32)
 
 
 def _check_shapes(
@@ -208,7 +235,7 @@ def _check_shapes(
         raise InputError(f"{source}: changes layers that this model does not have; {other_model}") from None
     expected = {path: leaf.shape for path, leaf in drawn.items()}
     for path in sorted(expected.keys() | tree.keys()):
-        name, found, wanted = ".".join(path), tree.get(path), expected.get(path)
+        name, found, wanted = shown(".".join(path), 200, quoted=False), tree.get(path), expected.get(path)
         if wanted is None:
             raise InputError(f"{source}: {name} fits nothing in this model; {other_model}")
         if found is None:
@@ -220,12 +247,15 @@ def _check_shapes(
 
 
 def _count_labels(folder: Path) -> int:
-    """Labels of the head in a folder without ``config.json``."""
+    """Labels of the head in a folder; reads no tensor."""
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:
-        raise InputError(f"{path}: holds no head; save a {_TASK} adapter")
-    return len(weights.read_tensors({heads[0]: path})[heads[0]])
+        raise InputError(f"{path}: holds no head; save a {TASK} adapter")
+    shape = weights.shapes({heads[0]: path})[heads[0]]
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"{path}: tensor {heads[0]} has shape {shown(shape)}, which no head has")
+    return shape[0]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ References:
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.peft.config import (
@@ -30,11 +31,19 @@ from pats_jax.models.peft.config import (
     PeftConfig,
     exactly,
     linear_layers,
-    refuse_fields,
 )
+from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
+from pats_jax.patterns import compile_pattern
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
-_PLAIN = {"fan_in_fan_out": False}
+_ENDING = ".ia3_l"
+_DEFAULT_TARGETS, _DEFAULT_INPUTS = ("key", "value", "output.dense"), ("output.dense",)  # PEFT's for BERT and RoBERTa
+
+
+class _Fields(TargetFields, total=False):
+    """What is read of an IA3 adapter's config."""
+
+    feedforward_modules: str | list[str] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,8 @@ class Ia3Config(PeftConfig):
     source: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     peft_type: ClassVar[str] = "IA3"
     merges: ClassVar[bool] = True
+    # PEFT sets fan_in_fan_out to what a layer has, with a warning
+    saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, ("init_ia3_weights", "fan_in_fan_out"))
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         scaled_inputs = _layers(base, self.input_layers, "ia3_input_layers")
@@ -85,19 +96,25 @@ class Ia3Config(PeftConfig):
         return base | _rescaled(base, tree, operator.truediv)
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
-        return _PLAIN | {
+        return {
+            "fan_in_fan_out": False,
             "target_modules": sorted(".".join(path[:-1]) for path in tree),
             "feedforward_modules": sorted(".".join(path[:-1]) for path in tree if path[-1] == _INPUT),
             "init_ia3_weights": True,
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "Ia3Config":
-        """In PEFT's files ``feedforward_modules`` names the ends of the layers whose inputs are rescaled."""
-        refuse_fields(values, _PLAIN, source)
-        layers = [name.removeprefix(cls.prefix).removesuffix(".ia3_l") for name in names if name.endswith(".ia3_l")]
-        ends = tuple(values.get("feedforward_modules") or ())
-        inputs = [layer for layer in layers if layer.endswith(ends)] if ends else []
+    def from_saved(cls, saved: SavedModules) -> "Ia3Config":
+        layers = saved.changed_layers(_ENDING, _DEFAULT_TARGETS)
+        is_input = _input_rule(saved.get("feedforward_modules", list(_DEFAULT_INPUTS)), saved.source)
+        inputs = [layer for layer in layers if is_input(layer)]
+        for layer in layers:
+            shape = saved.shapes[layer + _ENDING]
+            if len(shape) != 2 or shape[0 if layer in inputs else 1] != 1:
+                raise InputError(
+                    f"{saved.source}: by feedforward_modules {layer} is rescaled at its "
+                    f"{'inputs' if layer in inputs else 'outputs'}, but its tensor has shape {shape}"
+                )
         return cls(input_layers=_regex(inputs), output_layers=_regex(layer for layer in layers if layer not in inputs))
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
@@ -111,9 +128,17 @@ class Ia3Config(PeftConfig):
         tree: FlatTree = {}
         for name, tensor in tensors.items():
             path = tuple(name.removeprefix(self.prefix).split("."))
-            leaf = _INPUT if tensor.shape[0] == 1 else _OUTPUT
-            tree[(*path[:-1], leaf) if path[-1] == "ia3_l" else path] = tensor.reshape(-1)
+            if path[-1] == "ia3_l":
+                path = (*path[:-1], _INPUT if tensor.shape[0] == 1 else _OUTPUT)
+            tree[path] = tensor.reshape(-1)
         return tree
+
+
+def _input_rule(modules: str | list[str], source: str) -> Callable[[str], bool]:
+    """PEFT's rule for feedforward_modules: a regex for the whole name of a layer, or a list of endings."""
+    if isinstance(modules, str):
+        return compile_pattern(modules, f"{source}: feedforward_modules", whole=True)
+    return lambda layer: layer.endswith(tuple(modules))
 
 
 def _layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:

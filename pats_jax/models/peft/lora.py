@@ -12,13 +12,13 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import (
     FlatTree,
@@ -26,10 +26,11 @@ from pats_jax.models.peft.config import (
     PeftConfig,
     check,
     exactly,
+    is_whole,
     linear_layers,
     nodes_with,
-    refuse_fields,
 )
+from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
 
 # Variants of LoRA that PEFT's files can hold -> what the plain form has.
 _PLAIN = {
@@ -41,6 +42,32 @@ _PLAIN = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+_DEFAULT_TARGETS = ("query", "value")  # PEFT's for BERT and RoBERTa
+# Values of init_lora_weights that leave the base model's weights alone, and beginnings of those that take what A and B
+# start with out of them (and loftq, which quantises them), so that the adapter fits weights that no file holds.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+class _Fields(TargetFields, total=False):
+    """What is read of a LoRA adapter's config."""
+
+    r: int | None
+    lora_alpha: float | None
+    lora_dropout: float | None
+    init_lora_weights: bool | str | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
+
+
+# PEFT reads each *_config only for the way of init_lora_weights of that name, and qalora_group_size only with
+# use_qalora, megatron_core only with megatron_config. runtime_config says where to compute; ensure_weight_tying is of
+# embeddings, which cannot have modules here; merge_weights, of old versions, says when to merge; and fan_in_fan_out is
+# set to what a layer has, with a warning.
+_WITHOUT_EFFECT = (
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+    *("runtime_config", "ensure_weight_tying", "merge_weights", "fan_in_fan_out"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +92,10 @@ class LoraConfig(PeftConfig):
     source: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
+    saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
 
     def __post_init__(self):
-        check("lora_rank", self.rank, isinstance(self.rank, int) and self.rank >= 1, "a whole number above 0")
+        check("lora_rank", self.rank, is_whole(self.rank, 1), "a whole number above 0")
         check("lora_alpha", self.alpha, 0 < self.alpha < float("inf"), "a number above 0")
         check("lora_dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
@@ -123,13 +151,20 @@ class LoraConfig(PeftConfig):
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "LoraConfig":
-        refuse_fields(values, _PLAIN, source)
-        suffix = ".lora_A.weight"
-        layers = [name.removeprefix(cls.prefix).removesuffix(suffix) for name in names if name.endswith(suffix)]
+    def from_saved(cls, saved: SavedModules) -> "LoraConfig":
+        start = saved.get("init_lora_weights", True)
+        if (start.lower() if isinstance(start, str) else start) not in _STARTS:
+            advice = "; it changes the base model's weights; in PEFT, use merge_and_unload and save the whole model"
+            raise InputError(
+                f"{saved.source}: init_lora_weights is {shown(start)}, which is not supported"
+                f"{advice if str(start).lower().startswith(_CHANGES_BASE) else ''}"
+            )
+        layers = saved.changed_layers(".lora_A.weight", _DEFAULT_TARGETS)
+        rank = saved.get("r", 8)
+        saved.check_size("r", rank, ".lora_A.weight", 0)
         return cls(
-            rank=values.get("r", 8),
-            alpha=values.get("lora_alpha", 8),
-            dropout=values.get("lora_dropout", 0.0),
+            rank=rank,
+            alpha=saved.get("lora_alpha", 8),
+            dropout=saved.get("lora_dropout", 0.0),
             layers=exactly(layers),
         )

@@ -15,7 +15,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -72,10 +71,11 @@ class PrefixConfig(VirtualTokensConfig):
 
         return prepend
 
+    @classmethod
+    def sizes(cls, model: EncoderConfig) -> dict[str, int]:
+        layers = {"num_layers": model.num_hidden_layers, "num_attention_heads": model.num_attention_heads}
+        return super().sizes(model) | layers
+
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
         plain = {"encoder_hidden_size": config.hidden_size, "prefix_projection": False}
         return super().to_dict(tree, config) | plain
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PrefixConfig":
-        return cls(length=values.get("num_virtual_tokens", 0))

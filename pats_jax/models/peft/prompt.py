@@ -13,7 +13,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -62,7 +61,3 @@ class PromptConfig(VirtualTokensConfig):
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
         return super().to_dict(tree, config) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], names: Iterable[str], source: str) -> "PromptConfig":
-        return cls(length=values.get("num_virtual_tokens", 0))

@@ -6,10 +6,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, PeftConfig, check
+from pats_jax.models.peft.config import FlatTree, PeftConfig, check, is_whole
+from pats_jax.models.peft.saved import TASK, CommonFields, FieldRules, SavedModules
 
 EMBEDDINGS = ("prompt_embeddings",)  # PEFT's name for it, and ours
+
+
+class _Fields(CommonFields, total=False):
+    """What is read of the config of a prompt or prefix."""
+
+    num_virtual_tokens: int | None
+    token_dim: int | None
+    num_layers: int | None
+    num_attention_heads: int | None
+    num_transformer_submodules: int | None
+
+
+# How a prompt or prefix is drawn before training; a saved one holds the vectors that came out.
+_WITHOUT_EFFECT = (
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    *("prefix_projection", "encoder_hidden_size", "init_weights"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,14 +42,20 @@ class VirtualTokensConfig(PeftConfig):
     length: int = 20
 
     prefix: ClassVar[str] = "base_model."
+    saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT)
 
     def __post_init__(self):
         what = f"{self.kind}_length"
-        check(what, self.length, isinstance(self.length, int) and self.length >= 1, "a whole number above 0")
+        check(what, self.length, is_whole(self.length, 1), "a whole number above 0")
 
     @property
     def virtual_tokens(self) -> int:
         return self.length
+
+    @classmethod
+    def sizes(cls, model: EncoderConfig) -> dict[str, int]:
+        """The fields that a saved file must have as the model has them."""
+        return {"token_dim": model.hidden_size, "num_transformer_submodules": 1}
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
         return {
@@ -40,6 +65,19 @@ class VirtualTokensConfig(PeftConfig):
             "num_attention_heads": config.num_attention_heads,
             "num_transformer_submodules": 1,
         }
+
+    @classmethod
+    def from_saved(cls, saved: SavedModules) -> "VirtualTokensConfig":
+        if saved.get("task_type") is None:  # PEFT then leaves the virtual tokens out
+            raise InputError(f"{saved.source}: task_type is null; virtual tokens are supported for {TASK!r} only")
+        for name, own in cls.sizes(saved.model).items():
+            if saved.get(name, own) != own:
+                raise InputError(
+                    f"{saved.source}: {name} is {shown(saved.get(name))}, not {own}; it is for another base model"
+                )
+        length = saved.get("num_virtual_tokens", 0)
+        saved.check_size("num_virtual_tokens", length, EMBEDDINGS[0], 0)
+        return cls(length=length)
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
         return {EMBEDDINGS[0]: np.asarray(tree[EMBEDDINGS], np.float32)}

@@ -1,0 +1,203 @@
+"""What lies in a folder of saved PE modules, checked before anything is made of it.
+
+Every field of ``adapter_config.json`` is one of three: *read*; *without effect* on a saved adapter's outputs; or
+*unsupported*, which is an error unless the field is null, false, empty, or what PEFT's plain form has.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from typing_extensions import TypedDict
+
+from pats_jax.errors import InputError, shown
+from pats_jax.files import parse_json, parse_record, read_bytes
+from pats_jax.models.config import EncoderConfig
+from pats_jax.patterns import compile_pattern
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TASK = "SEQ_CLS"
+
+
+class CommonFields(TypedDict, total=False):
+    """The fields that are read of every kind; each kind adds its own."""
+
+    peft_type: str
+    peft_version: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None  # of the base model
+    modules_to_save: list[str] | None
+
+
+class TargetFields(CommonFields, total=False):
+    """What says which layers have modules, in the files of kinds that change layers."""
+
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None
+
+
+# Fields of every kind that change nothing: whether training goes on, and the classes that the base model was made by.
+_WITHOUT_EFFECT = ("inference_mode", "auto_mapping")
+# Parts that modules_to_save may name: the head under PEFT's two names for it, and BERT's pooler.
+_HEAD_NAMES, _POOLER_NAME = ("classifier", "score"), "pooler"
+
+
+class FieldRules(NamedTuple):
+    """How a kind treats the fields of ``adapter_config.json``.
+
+    Attributes:
+        read: A ``TypedDict`` with the fields that are read, and their types.
+        without_effect: Fields that do not change what a saved adapter computes.
+        plain: Unsupported fields whose plain value is not null, false or empty -> that value.
+    """
+
+    read: Any = CommonFields
+    without_effect: tuple[str, ...] = ()
+    plain: Mapping[str, Any] = {}
+
+
+class SavedModules(NamedTuple):
+    """A folder's modules, and the model that they are to be added to.
+
+    Attributes:
+        fields: ``adapter_config.json``; every field that is read has its type.
+        shapes: The shape of each tensor in ``adapter_model.safetensors``, those of head and pooler left out.
+        layers: The names of the model's linear layers that modules may change.
+        model: The model's config.
+        folder: Where they lie, for error messages.
+    """
+
+    fields: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    layers: list[str]
+    model: EncoderConfig
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        """The config file, for error messages."""
+        return str(self.folder / CONFIG_FILE)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field; null stands for the default."""
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def check_size(self, field: str, value: Any, ending: str, axis: int) -> None:
+        """Raises InputError unless all tensors whose names end so have ``value`` entries along an axis.
+
+        What a config asks for is made only after this: a file has no more than it holds.
+        """
+        ended = {name: shape for name, shape in self.shapes.items() if name.endswith(ending)}
+        if not ended:
+            raise InputError(f"{self.folder / WEIGHTS_FILE}: lacks tensors named ...{ending}; the file is incomplete")
+        for name, shape in ended.items():
+            if len(shape) <= axis or shape[axis] != value:
+                raise InputError(
+                    f"{self.source}: {field} is {shown(value)}, but tensor {shown(name, quoted=False)} has shape "
+                    f"{shown(shape)}"
+                )
+
+    def changed_layers(self, ending: str, default_targets: Iterable[str]) -> list[str]:
+        """The names of the layers that have tensors with this ending, which must be those that the config names.
+
+        Raises:
+            InputError: The two differ, so that the file is incomplete or PEFT would leave some of it out.
+        """
+        in_file = [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
+        named = self._named_layers(default_targets)
+        for layer in self.layers:
+            if layer in in_file and layer not in named:
+                raise InputError(f"{self.source}: target_modules leaves out {layer}, which has tensors beside it")
+            if layer in named and layer not in in_file:
+                raise InputError(
+                    f"{self.folder / WEIGHTS_FILE}: lacks {layer}{ending}, which target_modules of {CONFIG_FILE} asks "
+                    "for; the file is incomplete, or it is for another base model"
+                )
+        return in_file
+
+    def _named_layers(self, default_targets: Iterable[str]) -> set[str]:
+        """PEFT's rule for which of a model's linear layers have modules (``check_target_module_exists``)."""
+        targets, excluded = self.get("target_modules", list(default_targets)), self.get("exclude_modules", [])
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            named = set(self.layers)
+        else:
+            named = self._matching(targets, "target_modules")
+        indices = self.get("layers_to_transform", [])
+        if indices != [] and not isinstance(targets, str):
+            indices = [indices] if isinstance(indices, int) else indices
+            named = {layer for layer in named if layer in targets or self._layer_number(layer) in indices}
+        return named - (self._matching(excluded, "exclude_modules") if excluded else set())
+
+    def _matching(self, modules: str | list[str], field: str) -> set[str]:
+        """The layers that a field names: by a regex for the whole name, or by a list of whole names and endings."""
+        if isinstance(modules, str):
+            matches = compile_pattern(modules, f"{self.source}: {field}", whole=True)
+            return set(filter(matches, self.layers))
+        endings = tuple(f".{name}" for name in modules)
+        return {layer for layer in self.layers if layer in modules or layer.endswith(endings)}
+
+    def _layer_number(self, layer: str) -> int | None:
+        """The N of ``bert.encoder.layer.N.output.dense`` if the word before it is one that layers_pattern allows."""
+        patterns = self.get("layers_pattern", [])
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        for pattern in patterns:
+            if not pattern.isidentifier():  # PEFT takes regexes; names are all that people give
+                raise InputError(f"{self.source}: layers_pattern {shown(pattern)} is not supported, only a name")
+        words = layer.split(".")
+        for before, word in zip(words[1:], words[2:], strict=False):
+            if word.isdigit():
+                return int(word) if not patterns or before in patterns else None
+        return None
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of ``adapter_config.json``, those of `CommonFields` of their types; see `check_fields` for the rest.
+
+    Raises:
+        InputError: There is no such file, or it is damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise InputError(f"{folder}: no {CONFIG_FILE}; give a folder with saved PE modules")
+    text = read_bytes(path)
+    values = parse_json(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a JSON object")
+    parse_record(text, CommonFields, str(path))
+    return values
+
+
+def check_fields(folder: Path, values: Mapping[str, Any], rules: FieldRules) -> None:
+    """Raises InputError where a field is of a wrong type, or asks for something that this library does not have."""
+    path = folder / CONFIG_FILE
+    parse_record(read_bytes(path), cast(type, rules.read), str(path))
+    known = {*rules.read.__annotations__, *rules.without_effect, *_WITHOUT_EFFECT}
+    version = values.get("peft_version")
+    end = f"; PEFT {shown(version, quoted=False)} wrote it" if version else ""
+    for name, value in values.items():
+        if name in known or value is None or value is False or value in ({}, []):
+            continue
+        if name not in rules.plain:
+            raise InputError(f"{path}: {shown(name, quoted=False)} is {shown(value)}, which is not supported{end}")
+        if value != rules.plain[name]:
+            only = repr(rules.plain[name])
+            raise InputError(f"{path}: {name} is {shown(value)}, which is not supported, only {only}{end}")
+
+
+def saves_pooler(values: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the pooler is saved with the modules; the head must be.
+
+    Raises:
+        InputError: The modules are not those of a classifier, or other parts of the model are saved with them.
+    """
+    source, task, parts = folder / CONFIG_FILE, values.get("task_type"), values.get("modules_to_save") or []
+    if task not in (TASK, None):
+        raise InputError(f"{source}: task_type is {shown(task)}, which is not supported, only {TASK!r}")
+    if task is None and _HEAD_NAMES[0] not in parts:
+        raise InputError(f"{source}: task_type is null and modules_to_save names no head; save a {TASK} adapter")
+    others = [name for name in parts if name not in (*_HEAD_NAMES, _POOLER_NAME)]
+    if others:
+        raise InputError(f"{source}: modules_to_save names {shown(others[0])}; only head and pooler are supported")
+    return _POOLER_NAME in parts
