@@ -96,7 +96,7 @@ class FinishedRun:
         times = [
             line["timing"]["seconds"] / (line["step"] - before["step"])
             for before, line in zip(lines[:-1], lines[1:], strict=True)
-            if "seconds" in line.get("timing", {})
+            if "timing" in line and "seconds" in line["timing"]
         ]
         return float(np.median(times)) if times else None
 
@@ -114,7 +114,8 @@ def _check_results(results: ComparedResults, path: pathlib.Path) -> None:
     for name, part in parts.items():
         if results["main_metric"] not in part["metrics"]:
             raise InputError(f"{path}: {name}.metrics: lacks the main metric {shown(results['main_metric'])}")
-    histogram = (results.get("concentration") or {}).get("log10_histogram")
+    measured = results.get("concentration")
+    histogram = measured.get("log10_histogram") if measured else None
     if histogram is not None and {len(histogram["before"]), len(histogram["after"])} != {len(histogram["edges"]) - 1}:
         raise InputError(f"{path}: concentration.log10_histogram: needs one share fewer than edges")
 
