@@ -238,7 +238,7 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
     """What grid.json holds: ``runs``, ``commands`` and ``machines`` of all starts; None where there is none.
 
     Raises:
-      InputError: naming the file, if it is damaged, or has a run that no grid has: its names become folders.
+      InputError: naming the file, if it is damaged, or has a run whose names cannot be those of folders.
     """
     path = root / "grid.json"
     if not os.path.lexists(path):
@@ -248,10 +248,7 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
         task = glue_tasks.TASKS.get(run["task"])
         if task is None or "train" not in task.files:
             raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task of a grid")
-        try:
-            get_methods(run["method"])
-        except InputError:
-            raise InputError(f"{path}: runs.{number}.method: {shown(run['method'])} is not a method") from None
+        files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
     return grid
 
 

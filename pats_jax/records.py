@@ -18,6 +18,8 @@ Seconds = Annotated[float, annotated_types.Interval(ge=0, le=1e12)]
 Algorithm = Literal["mtl", "maml", "fomaml", "reptile"]
 Part = Literal["plm", "pe", "plm+pe"]
 PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
+Stage = Literal["direct"] | Algorithm  # direct: none
+Tuned = Literal["full"] | PeftKind
 
 
 # results.json
@@ -171,9 +173,9 @@ class Curve(TypedDict):
 class TuningRecord(TypedDict):
     """A finished tuning of `pats-jax gym`, see `relative_gain`."""
 
-    algorithm: Literal["direct"] | Algorithm
+    algorithm: Stage
     trained: Part | None
-    peft: Literal["full"] | PeftKind
+    peft: Tuned
     upstream_seed: Seed | None
     upstream_digest: NotRequired[str | None]
     task: str
@@ -181,8 +183,13 @@ class TuningRecord(TypedDict):
     metric: str
     chance: Score
     learning_rates: NotRequired[list[float]]
+    diverged: NotRequired[list[float]]
+    learning_rate: NotRequired[float]
     curve: Curve
+    step: NotRequired[Count]
+    dev: NotRequired[Score]
     test: Score
+    test_rows: NotRequired[Count]
     seconds: NotRequired[Seconds | None]
 
 

@@ -209,7 +209,7 @@ def test_wrong_config_files(shell):
     for content, message in (
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
         ('{"learning_rate": "high"}', "learning_rate is 'high', expected float"),
-        ("learning_rate: 1", "line 1"),
+        ("learning_rate: 1", "not valid JSON"),
     ):
         path = shell.write("saved.json", content)
         shell.refuses(f"--config {path}: ", message, args=["glue", "--config", str(path)])
