@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.records import Curve
 from pats_jax.records import TuningRecord as Record
 
@@ -356,7 +356,8 @@ def _check(records, sources):
         own = (record["metric"], record["chance"])
         known = facts.setdefault(record["task"], own)
         if own != known:
-            raise InputError(f"{source}: {record['task']} has metric and chance {own}, before it had {known}")
+            task = record["task"]
+            raise InputError(f"{source}: {task} has metric and chance {shown(own)}, before it had {shown(known)}")
 
 
 def _check_one(source, record):
@@ -364,7 +365,7 @@ def _check_one(source, record):
     if is_direct and (record["trained"] is not None or record["upstream_seed"] is not None):
         raise InputError(f"{source}: direct tuning has no upstream stage, so trained and upstream_seed are null")
     if not is_direct and record["trained"] not in TRAINED[1:]:
-        raise InputError(f"{source}: trained {record['trained']!r}; must be plm, pe or plm+pe")
+        raise InputError(f"{source}: trained {shown(record['trained'])}; must be plm, pe or plm+pe")
     if not is_direct and record["peft"] == "full":
         raise InputError(f"{source}: peft 'full' after {record['algorithm']}; it goes with direct only")
     curve = record["curve"]
