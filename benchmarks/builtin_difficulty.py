@@ -11,21 +11,32 @@ best of all as measured on the dev rows themselves, which flatters the baseline.
 
 import argparse
 import itertools
-import json
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from pats_jax import files
 from pats_jax.data.readers import Split, load_task
 from pats_jax.data.tasks import TASKS, Task
+from pats_jax.errors import InputError
 from pats_jax.metrics import compute_metrics
+from pats_jax.records import Evaluation
 
 STRENGTHS = (0.03, 0.3, 3.0)  # C of the logistic regression: the inverse of its regularisation
 NINE = [name for name in TASKS if name != "ax"]
 MARGIN = 10.0  # points between word counting and a fine-tuned model that make a task worth solving
 PAIR_FEATURES = ("together", "separately", "first only", "second only", "separately with overlap")
+
+
+class Scored(TypedDict):
+    """What is read of a run's results.json."""
+
+    task_name: str
+    best: Evaluation
 
 
 def overlap(split: Split) -> np.ndarray:
@@ -99,11 +110,18 @@ def constant_score(task: Task, dev: Split) -> float:
 
 
 def run_scores(folders: list[pathlib.Path]) -> dict[str, list[float]]:
-    """Task name -> the best main scores (0 to 100) of its runs."""
+    """Task name -> the best main scores (0 to 100) of its runs.
+
+    Raises:
+      InputError: naming the file, if a folder is not that of an evaluated run.
+    """
     scores: dict[str, list[float]] = {}
     for folder in folders:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        task = TASKS[results["task_name"]]
+        path = folder / "results.json"
+        results = files.read_record(path, Scored)
+        task = TASKS.get(results["task_name"])
+        if task is None or task.main_metric not in results["best"]["metrics"]:
+            raise InputError(f"{path}: not the results of a run on a GLUE task")
         scores.setdefault(task.name, []).append(100 * results["best"]["metrics"][task.main_metric])
     return scores
 
@@ -135,4 +153,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,7 +1,6 @@
 """The goals of speed and size, and what the results files say of them: pictures, and the table of the docs page."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import rich.console
 
 from benchmarks import report
+from pats_jax import files
 from pats_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- measured: written by `python -m benchmarks plot` -->", "<!-- 
 COLOURS = {"finetune": "#9aa5b1", "pats": "#0b6e99", "pats:all": "#f2a541", "torch": "#b1472f"}
 SHAPES = ("minilm 32x64", "bert-base 8x128")
 
-Found = dict[str, dict[str, Any]]  # subject -> what its results file holds
+Found = dict[str, report.Stored]  # subject -> what its results file holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,4 +247,5 @@ def _verdict(value, bound):
 
 
 def _is_subject(path):
-    return "ratios" in json.loads(path.read_text(encoding="utf-8"))
+    found = files.read_json(path)
+    return isinstance(found, dict) and "ratios" in found

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import rich.console
 import rich.table
+from typing_extensions import TypedDict
 
-from pats_jax import run_folder
+from pats_jax import files, run_folder
 from pats_jax.errors import InputError
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -126,21 +127,37 @@ def finish(name: str, results: Results, path: pathlib.Path | None, add: bool, co
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+class Machine(TypedDict):
+    """What `machine` gives."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    platform: str
+    device_kind: str
+    devices: int
+    cores: int
+    processor: str
+
+
+class Stored(TypedDict):
+    """What a JSON file of results holds."""
+
+    machine: Machine
+    versions: dict[str, str]
+    command: str
+    ratios: dict[str, float]
+    sizes: dict[str, int]
+    measured: dict[str, dict[str, Any]]
+
+
+def read(path: pathlib.Path) -> Stored:
     """What a JSON file of results holds.
 
     Raises:
       InputError: if it is missing or not one.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; `python -m benchmarks {path.stem}` writes it") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict) or "ratios" not in found:
-        raise InputError(f"{path}: holds no results of a subject")
-    return found
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; `python -m benchmarks {path.stem}` writes it")
+    return files.read_record(path, Stored)
 
 
 def _joined(old, new, path):

@@ -26,13 +26,14 @@ import rich.console
 import rich.progress
 import tyro
 
-from pats_jax import comparison, comparison_page, preemption, run_folder
+from pats_jax import comparison, comparison_page, files, preemption, run_folder
 from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
 from pats_jax.console import say
 from pats_jax.data import tasks as glue_tasks
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import get_methods
+from pats_jax.records import GridFile
 from pats_jax.report_page import aligned
 from pats_jax.settings import Settings, read_config
 
@@ -224,7 +225,7 @@ def only_one(root: pathlib.Path) -> Iterator[None]:
 
 def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
     """Adds the grid, the command and the machine to grid.json, which knows of all earlier starts."""
-    before = read_grid(root) or {"runs": [], "commands": [], "machines": []}
+    before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
     runs = [dataclasses.asdict(run) for run in grid.runs()]
     now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": [describe_machine()]}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
@@ -233,15 +234,28 @@ def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
     made.replace(root / "grid.json")
 
 
-def read_grid(root: pathlib.Path) -> dict[str, Any] | None:
-    """What grid.json holds: ``runs``, ``commands`` and ``machines`` of all starts; None where there is none."""
+def read_grid(root: pathlib.Path) -> GridFile | None:
+    """What grid.json holds: ``runs``, ``commands`` and ``machines`` of all starts; None where there is none.
+
+    Raises:
+      InputError: naming the file, if it is damaged, or has a run whose names cannot be those of folders.
+    """
     path = root / "grid.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    grid = files.read_record(path, GridFile)
+    for number, run in enumerate(grid["runs"]):
+        task = glue_tasks.TASKS.get(run["task"])
+        if task is None or "train" not in task.files:
+            raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task of a grid")
+        files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
+    return grid
 
 
 def recorded_runs(root: pathlib.Path) -> list[Run]:
     """The runs of grid.json; none where there is no such file."""
-    return [Run(**run) for run in (read_grid(root) or {"runs": []})["runs"]]
+    grid = read_grid(root)
+    return [Run(**run) for run in grid["runs"]] if grid else []
 
 
 def describe_machine() -> dict[str, str]:

@@ -7,20 +7,20 @@ model that a run keeps: the last one, or the best one with ``--load_best_model_a
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
 
-from pats_jax import run_folder
-from pats_jax.errors import InputError
+from pats_jax import files, run_folder
+from pats_jax.errors import InputError, shown
+from pats_jax.records import ComparedResults, Concentration, Evaluation, Histogram, MetricsLine, Scores
 from pats_jax.settings import Settings, read_config
 
-Record = dict[str, Any]
-
 CONFIDENCE = 0.95
-FIGURES = ("gini", "entropy", "top_10_percent_share")
+FIGURES: tuple[Literal["gini", "entropy", "top_10_percent_share"], ...] = ("gini", "entropy", "top_10_percent_share")
 _RESAMPLES = 9999
+_LARGEST_LOSS = float(np.finfo(np.float32).max)
 _PER_RUN = ("task_name", "method", "seed", "output_dir")
 
 
@@ -47,8 +47,8 @@ class FinishedRun:
     """What a finished run has left: results.json, the lines of metrics.jsonl, config.json."""
 
     run: Run
-    results: dict[str, Any]
-    records: list[Record]
+    results: ComparedResults
+    records: list[MetricsLine]
     settings: Settings
 
     @classmethod
@@ -56,20 +56,25 @@ class FinishedRun:
         """Reads the folder; None while the run is not finished.
 
         Raises:
-          InputError: if the run was not trained and evaluated.
+          InputError: if the run was not trained and evaluated, or one of the files is damaged; the message names it.
         """
         folder = run.folder(root)
-        results = run_folder.read_results(folder)
-        if results is None:
+        found = run_folder.read_results(folder)
+        if found is None:
             return None
-        if "final" not in results or "steps" not in results:
+        if "final" not in found or "steps" not in found:
             raise InputError(f"{folder}: the run has no training or no score; compare trained and evaluated runs")
-        return cls(run, results, run_folder.read_metrics(folder), read_config(str(folder / "config.json"), Settings))
+        results = files.read_record(folder / "results.json", ComparedResults)
+        records = run_folder.read_metrics(folder)
+        _check_results(results, folder / "results.json")
+        _check_records(records, results["main_metric"], folder / run_folder.METRICS)
+        return cls(run, results, records, read_config(str(folder / "config.json"), Settings))
 
     @property
     def score(self) -> float:
-        """The task's main metric of the model that the run has kept."""
-        kept, final = self.results["model_step"], self.results["final"]
+        """The task's main metric of the model that the run has kept: the last one where an early version wrote none."""
+        final = self.results["final"]
+        kept = self.results.get("model_step", final["step"])
         return self._main(final if kept == final["step"] else self.results["best"])
 
     @property
@@ -77,11 +82,13 @@ class FinishedRun:
         """The highest score of any evaluation."""
         return self._main(self.results["best"])
 
-    def values(self, name: str) -> dict[int, float]:
-        """By step: the logged ``loss`` or another figure, or the main metric of the evaluations as ``score``."""
-        if name == "score":
-            return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
-        return {r["step"]: r[name] for r in self.records if name in r}
+    def losses(self) -> dict[int, float]:
+        """The logged losses by step, those left out that are not finite in float32."""
+        return {r["step"]: r["loss"] for r in self.records if "loss" in r and abs(r["loss"]) <= _LARGEST_LOSS}
+
+    def scores(self) -> dict[int, float]:
+        """The main metric of the evaluations by step."""
+        return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
 
     def seconds_per_step(self) -> float | None:
         """Median over the logged lines but the first, whose time is that of compilation; None if it is the only one."""
@@ -89,11 +96,40 @@ class FinishedRun:
         times = [
             line["timing"]["seconds"] / (line["step"] - before["step"])
             for before, line in zip(lines[:-1], lines[1:], strict=True)
+            if "timing" in line and "seconds" in line["timing"]
         ]
         return float(np.median(times)) if times else None
 
-    def _main(self, evaluation):
+    def _main(self, evaluation: Evaluation) -> float:
         return evaluation["metrics"][self.results["main_metric"]]
+
+
+def _check_results(results: ComparedResults, path: pathlib.Path) -> None:
+    """Raises InputError if the parts of results.json do not belong together."""
+    parts: dict[str, Scores] = {
+        "final": results["final"],
+        "best": results["best"],
+        "majority_class": results["majority_class"],
+    }
+    for name, part in parts.items():
+        if results["main_metric"] not in part["metrics"]:
+            raise InputError(f"{path}: {name}.metrics: lacks the main metric {shown(results['main_metric'])}")
+    measured = results.get("concentration")
+    histogram = measured.get("log10_histogram") if measured else None
+    if histogram is not None and {len(histogram["before"]), len(histogram["after"])} != {len(histogram["edges"]) - 1}:
+        raise InputError(f"{path}: concentration.log10_histogram: needs one share fewer than edges")
+
+
+def _check_records(records: Sequence[MetricsLine], main_metric: str, path: pathlib.Path) -> None:
+    """Raises InputError if a line of metrics.jsonl has no score, or the steps of the losses do not ascend."""
+    last = -1
+    for number, record in enumerate(records, 1):
+        if "eval" in record and main_metric not in record["eval"]:
+            raise InputError(f"{path}:{number}: eval: lacks the main metric {shown(main_metric)}")
+        if "loss" in record:
+            if record["step"] <= last:
+                raise InputError(f"{path}:{number}: step {record['step']} follows step {last}; steps must ascend")
+            last = record["step"]
 
 
 def summarise(root: pathlib.Path, runs: Sequence[Run]) -> dict[str, Any]:
@@ -170,7 +206,10 @@ def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], base
             "best_mean": float(np.mean([one.best_score for one in runs])),
             "difference": None if name == baseline else paired_difference(scores, baseline_scores),
             "seconds_per_step": float(np.median(seconds)) if seconds else None,
-            "curves": {figure: mean_curve([one.values(figure) for one in runs]) for figure in ("loss", "score")},
+            "curves": {
+                "loss": mean_curve([one.losses() for one in runs]),
+                "score": mean_curve([one.scores() for one in runs]),
+            },
             "concentration": mean_concentration([one.results.get("concentration") for one in runs]),
         }
     return {
@@ -288,7 +327,7 @@ def mean_curve(series: Sequence[dict[int, float]]) -> dict[str, list[float]]:
     }
 
 
-def mean_concentration(measured: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+def mean_concentration(measured: Sequence[Concentration | None]) -> dict[str, Any] | None:
     """Means over runs of the concentration of sensitivity, and of its histogram where all runs have one.
 
     Args:
@@ -301,19 +340,21 @@ def mean_concentration(measured: Sequence[dict[str, Any] | None]) -> dict[str, A
     known = [one for one in measured if one is not None]
     if len(known) < len(measured):
         return None
-    histograms = [one.get("log10_histogram") for one in known]
+    histograms = [one["log10_histogram"] for one in known if "log10_histogram" in one]
+    all_alike = len(histograms) == len(known) and all(one["edges"] == histograms[0]["edges"] for one in histograms)
+    parts = {"before": [one["before"]["all"] for one in known], "after": [one["after"]["all"] for one in known]}
     return {
         **{
-            when: {figure: describe([one[when]["all"][figure] for one in known]) for figure in FIGURES}
-            for when in ("before", "after")
+            when: {figure: describe([one[figure] for one in figures]) for figure in FIGURES}
+            for when, figures in parts.items()
         },
-        "histogram": None if None in histograms else _mean_histogram(histograms),
+        "histogram": _mean_histogram(histograms) if all_alike else None,
     }
 
 
-def _mean_histogram(histograms):
-    means = {when: np.mean([one[when] for one in histograms], axis=0).tolist() for when in ("before", "after")}
-    return {"edges": histograms[0]["edges"], **means}
+def _mean_histogram(histograms: Sequence[Histogram]) -> dict[str, list[float]]:
+    before, after = (np.mean([one[when] for one in histograms], axis=0).tolist() for when in ("before", "after"))
+    return {"edges": histograms[0]["edges"], "before": before, "after": after}
 
 
 def _all_versions(finished):

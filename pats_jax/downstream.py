@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import rich.console
 
 from pats_jax import (
     compare,
+    files,
     gym_report,
     models,
     option_scoring,
@@ -33,9 +33,10 @@ from pats_jax.console import say
 from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.few_shot_tuning import Start, Tuner
 from pats_jax.gym_settings import GymSettings, parse_share
+from pats_jax.records import PrimedResults, TuningRecord
 from pats_jax.settings import read_config
 from pats_jax.upstream import PrimingSettings
 
@@ -115,19 +116,20 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
     return list(dict.fromkeys(starts))
 
 
-def _read_primed(name, settings, tasks):
+def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> PrimedResults:
     """The results of a folder that tunings of these settings may start from."""
     folder, where = pathlib.Path(name), f"--primed {name}"
-    results = run_folder.read_results(folder)
-    if results is None:
+    found = run_folder.read_results(folder)
+    if found is None:
         raise InputError(f"{where}: no results.json there; give the folder of a finished pats-jax prime")
-    if "algorithm" not in results:
+    if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
+    results = files.read_record(folder / "results.json", PrimedResults)
     if results["head"] != settings.head:
         raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.head}")
     base, model = results["model_name_or_path"], settings.model_name_or_path
     if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
-        raise InputError(f"{where}: was primed from {base}, not from --model_name_or_path {model}")
+        raise InputError(f"{where}: was primed from {shown(base, quoted=False)}, not from --model_name_or_path {model}")
     learnt = {task for task in results["upstream_tasks"] if task in tasks}
     if not settings.share_sources:
         learnt |= {task for task in results["upstream_tasks"] if source_set(task) in map(source_set, tasks)}
@@ -155,11 +157,11 @@ def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
     path, made = folder / "config.json", folder / "config.json.new"
     ours = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     ours = json.loads(json.dumps(ours))
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in ours if ours[name] != theirs.get(name)]
+    if os.path.lexists(path):
+        theirs = read_config(str(path), GymSettings).to_dict()
+        differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
-            changes = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in differing)
+            changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--output_dir {folder}: holds tunings with other settings: {changes}")
         return
     try:
@@ -177,12 +179,14 @@ def check_records(
     for start in starts:
         rates = list(settings.learning_rates(start.kind))
         for _, _, path in places(settings, start, tasks, folder):
-            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not os.path.lexists(path):
+                continue
+            record = read_record(path)
             tried, digest = record.get("learning_rates") or rates, record.get("upstream_digest") or start.digest
             if tried != rates:
+                before, now = (shown(", ".join(map(str, values)), quoted=False) for values in (tried, rates))
                 raise InputError(
-                    f"--grid: {path} has tried {', '.join(map(str, tried))}, not {', '.join(map(str, rates))}; "
-                    "give the same grid or another --output_dir"
+                    f"--grid: {path} has tried {before}, not {now}; give the same grid or another --output_dir"
                 )
             if digest != start.digest:
                 raise InputError(
@@ -190,7 +194,7 @@ def check_records(
                 )
 
 
-def _digest(results):
+def _digest(results: PrimedResults) -> str:
     """Of a finished run: no other has its results, times included."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -281,23 +285,37 @@ def tune_all(
             say(console, f"{text} ({record['seconds']:.0f} s){lost}")
 
 
-def read_records(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of all finished tunings."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("tunings/*/*.json"))]
+def read_record(path: pathlib.Path) -> TuningRecord:
+    """The record of a finished tuning.
+
+    Raises:
+      InputError: naming the file, if it does not hold one.
+    """
+    record = files.read_record(path, TuningRecord)
+    files.checked_name(record["task"], f"{path}: task")
+    return record
+
+
+def read_records(folder: pathlib.Path) -> dict[str, TuningRecord]:
+    """File -> the record of each finished tuning."""
+    return {str(path): read_record(path) for path in sorted(folder.glob("tunings/*/*.json"))}
 
 
 def report(folder: pathlib.Path, console: rich.console.Console, command: str) -> None:
     """Writes the report on the folder's records, and prints its tables.
 
     Raises:
-      InputError: there are none.
+      InputError: there are none, or a file of the folder is damaged; the message names it.
     """
     records = read_records(folder)
     if not records:
         raise InputError(f"--output_dir {folder}: no tuning is finished there")
-    summary = relative_gain.summarise(records)
+    config, settings = folder / "config.json", ""
+    if os.path.lexists(config):
+        read_config(str(config), GymSettings)
+        settings = files.read_bytes(config).decode()
+    summary = relative_gain.summarise(list(records.values()), sources=list(records))
     machine = ", ".join(f"{name}: {value}" for name, value in compare.describe_machine().items())
-    settings = (folder / "config.json").read_text(encoding="utf-8") if (folder / "config.json").exists() else ""
     gym_report.write_report(
         folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
     )

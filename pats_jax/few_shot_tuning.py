@@ -17,6 +17,7 @@ from pats_jax import methods, metrics, option_scoring, pe_modules, preemption
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.errors import InputError
 from pats_jax.gym_settings import GymSettings
+from pats_jax.records import Part, Stage, Tuned, TuningRecord
 from pats_jax.train_state import TrainState, make_train_step
 
 
@@ -35,13 +36,13 @@ class Start:
       digest: of the stage's results, which tells its runs apart; None without one.
     """
 
-    algorithm: str
-    trained: str | None
+    algorithm: Stage
+    trained: Part | None
     seed: int | None
     model: str
     adapter: str | None
     base: str
-    kind: str
+    kind: Tuned
     digest: str | None = None
 
     @property
@@ -82,7 +83,7 @@ class Tuner:
             for rate in settings.learning_rates(start.kind)
         }
 
-    def tune(self, task: FewShotTask, sample: Sample, asked: preemption.Preemption) -> dict[str, Any]:
+    def tune(self, task: FewShotTask, sample: Sample, asked: preemption.Preemption) -> TuningRecord:
         """The record of a tuning, as `relative_gain.summarise` takes it."""
         since = time.perf_counter()
         shapes = self._shapes(task)
@@ -113,7 +114,10 @@ class Tuner:
             "chance": chance(task),
             "learning_rates": list(self._optimizers),
             "diverged": diverged,
-            **{name: best[name] for name in ("learning_rate", "curve", "step", "dev")},
+            "learning_rate": best["learning_rate"],
+            "curve": best["curve"],
+            "step": best["step"],
+            "dev": best["dev"],
             "test": metrics.METRICS[task.metric](chosen, np.array([row.answer for row in rows])),
             "test_rows": len(rows),
             "seconds": time.perf_counter() - since,

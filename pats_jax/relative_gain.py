@@ -1,6 +1,6 @@
 """What priming brings: the average relative gain of few-shot tunings over a baseline, task by task.
 
-Works on records, one a tuning, as plain dicts::
+Works on records, one a tuning, as plain dicts (`records.TuningRecord`)::
 
     {"algorithm": "maml",            # of the upstream stage; "direct": there was none
      "trained": "plm",               # upstream: "plm", "pe" or "plm+pe"; None for direct
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from pats_jax.errors import InputError
-
-Record = Mapping[str, Any]
+from pats_jax.errors import InputError, shown
+from pats_jax.records import Curve
+from pats_jax.records import TuningRecord as Record
 
 CONFIDENCE = 0.95
 ALGORITHMS = ("direct", "mtl", "maml", "fomaml", "reptile")  # in the order of tables; others follow
@@ -65,8 +65,8 @@ class AverageRelativeGain:
 def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, float]) -> AverageRelativeGain:
     """ARG = 100/n · Σ_i (P_i - P0_i) / P0_i over n tasks, in percent.
 
-    A task with P0 <= 0, such as a Matthews correlation of 0, has no relative gain. It is left out and named; this rule
-    is ours, the paper has none.
+    A task with P0 <= 0 to 12 decimals, such as a Matthews correlation of 0, has no relative gain. It is left out and
+    named; this rule is ours, the paper has none.
 
     Args:
       scores: task -> P, its mean test score over its few-shot samples.
@@ -92,7 +92,7 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
     for task in scores:
         if not (math.isfinite(scores[task]) and math.isfinite(baseline[task])):
             raise ValueError(f"{task}: score {scores[task]}, baseline {baseline[task]}; both must be finite")
-    gains = {task: _percent(scores[task], baseline[task]) for task in scores if baseline[task] > 0}
+    gains = {task: _percent(scores[task], baseline[task]) for task in scores if round(baseline[task], 12) > 0}
     value = float(np.mean(list(gains.values()))) if gains else None
     return AverageRelativeGain(value, gains, tuple(task for task in scores if task not in gains))
 
@@ -131,7 +131,7 @@ def arg_interval(gains: np.ndarray) -> list[float] | None:
     return [float(found.low), float(found.high)]
 
 
-def steps_to_score(curve: Mapping[str, Sequence[float]], target: float) -> int | None:
+def steps_to_score(curve: Curve, target: float) -> int | None:
     """The first step at which the dev score is target or above; None if it never is.
 
     Args:
@@ -153,11 +153,12 @@ def steps_to_score(curve: Mapping[str, Sequence[float]], target: float) -> int |
     return min((int(step) for step, score in zip(steps, scores, strict=True) if score >= target), default=None)
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -> dict[str, Any]:
     """All numbers of a report on priming, ready for JSON.
 
     Args:
       records: one a tuning, in any order; of an unfinished run, those that there are.
+      sources: what to call each in error messages, such as its file; None: by its number.
 
     Returns:
       ``tunings`` (their number), ``tasks``: task -> ``metric``, ``chance`` and ``samples``, and ``arms``: `Arm.name` ->
@@ -166,7 +167,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
     Raises:
       InputError: if there is no record, or one lacks a field, contradicts itself or another, or occurs twice.
     """
-    _check(records)
+    _check(records, sources or [f"record {number}" for number in range(1, len(records) + 1)])
     by_arm: dict[Arm, list[Record]] = {}
     for record in records:
         by_arm.setdefault(_arm(record), []).append(record)
@@ -210,7 +211,7 @@ def summarise_arm(
         for task in sorted({record["task"] for record in records})
     }
     chance = {record["task"]: record["chance"] for record in records}
-    seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+    seconds = [spent for record in records if (spent := record.get("seconds")) is not None]
     return {
         **arm._asdict(),
         "seeds": _seeds(records),
@@ -339,42 +340,41 @@ def stage_place(algorithm: str, trained: str | None) -> tuple[int, str, int]:
     return known, algorithm, TRAINED.index(trained)
 
 
-def _check(records):
+def _check(records, sources):
     if not records:
         raise InputError("no tuning to report on: no record was given")
     seen, facts = set(), dict[str, tuple[str, float]]()
-    for number, record in enumerate(records, 1):
+    for source, record in zip(sources, records, strict=True):
         missing = [field for field in _FIELDS if field not in record]
         if missing:
-            raise InputError(f"record {number}: lacks {', '.join(missing)}")
-        _check_one(number, record)
+            raise InputError(f"{source}: lacks {', '.join(missing)}")
+        _check_one(source, record)
         key = (_arm(record), record["upstream_seed"], record["task"], record["sample"])
         if key in seen:
-            raise InputError(
-                f"record {number}: {key[0].name}, seed {key[1]}, {key[2]}, sample {key[3]} was there before"
-            )
+            raise InputError(f"{source}: {key[0].name}, seed {key[1]}, {key[2]}, sample {key[3]} was there before")
         seen.add(key)
         own = (record["metric"], record["chance"])
         known = facts.setdefault(record["task"], own)
         if own != known:
-            raise InputError(f"record {number}: {record['task']} has metric and chance {own}, before it had {known}")
+            task = record["task"]
+            raise InputError(f"{source}: {task} has metric and chance {shown(own)}, before it had {shown(known)}")
 
 
-def _check_one(number, record):
+def _check_one(source, record):
     is_direct = record["algorithm"] == "direct"
     if is_direct and (record["trained"] is not None or record["upstream_seed"] is not None):
-        raise InputError(f"record {number}: direct tuning has no upstream stage, so trained and upstream_seed are null")
+        raise InputError(f"{source}: direct tuning has no upstream stage, so trained and upstream_seed are null")
     if not is_direct and record["trained"] not in TRAINED[1:]:
-        raise InputError(f"record {number}: trained {record['trained']!r}; must be plm, pe or plm+pe")
+        raise InputError(f"{source}: trained {shown(record['trained'])}; must be plm, pe or plm+pe")
     if not is_direct and record["peft"] == "full":
-        raise InputError(f"record {number}: peft 'full' after {record['algorithm']}; it goes with direct only")
+        raise InputError(f"{source}: peft 'full' after {record['algorithm']}; it goes with direct only")
     curve = record["curve"]
     if not curve.get("step") or len(curve["step"]) != len(curve.get("dev", ())):
-        raise InputError(f"record {number}: its curve needs as many steps as dev scores, at least one")
+        raise InputError(f"{source}: its curve needs as many steps as dev scores, at least one")
     if list(curve["step"]) != sorted(set(curve["step"])):
-        raise InputError(f"record {number}: the steps of its curve must ascend")
+        raise InputError(f"{source}: the steps of its curve must ascend")
     if not all(map(math.isfinite, (record["test"], record["chance"], *curve["dev"]))):
-        raise InputError(f"record {number}: test, chance and the dev scores of the curve must be finite")
+        raise InputError(f"{source}: test, chance and the dev scores of the curve must be finite")
 
 
 def _arm(record):

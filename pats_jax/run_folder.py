@@ -8,7 +8,9 @@ import platform
 import shutil
 from typing import Any
 
+from pats_jax import files
 from pats_jax.errors import InputError
+from pats_jax.records import GlueResults, MetricsLine, PrimedResults
 
 METRICS = "metrics.jsonl"
 ENTRIES = (
@@ -72,16 +74,32 @@ def write_metrics(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
     (folder / METRICS).write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
-def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    with (folder / METRICS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
+    """The lines of metrics.jsonl.
+
+    Raises:
+      InputError: naming file and line, if one is damaged, as the last one of a killed run may be: ``--resume`` writes
+        the file anew.
+    """
+    path = folder / METRICS
+    lines = files.read_bytes(path).splitlines()
+    return [files.parse_record(line, MetricsLine, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What results.json holds; None while the run is not finished."""
+    """What results.json holds, as `records.PrimedResults` or `records.GlueResults` say; None while it is not there.
+
+    Raises:
+      InputError: naming the file and the field, if it does not hold the results of a run.
+    """
     path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    text = files.read_bytes(path)
+    found = files.parse_json(text, str(path))
+    is_primed = isinstance(found, dict) and "algorithm" in found
+    kind: Any = PrimedResults if is_primed else GlueResults
+    return files.parse_record(text, kind, str(path))
 
 
 def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:

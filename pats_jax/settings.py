@@ -2,14 +2,14 @@
 
 import dataclasses
 import difflib
-import json
 import math
-import pathlib
+import types
 import typing
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
+from pats_jax import files
 from pats_jax.errors import InputError, shown
 
 
@@ -121,17 +121,11 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
-        for name, value in dataclasses.asdict(self).items():
-            for text in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(text, str) and not _can_be_written(text):
-                    raise InputError(f"--{name} {shown(text)}: must be UTF-8 text without null bytes")
-        for names, holds, expected in _RULES:
-            for name in names.split():
-                value = getattr(self, name, None)
-                if value is not None and not holds(value):
-                    raise InputError(f"--{name} {value}: must be {expected}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for as many as the data ask for")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            expected = _expected(field.name, value)
+            if expected:
+                raise InputError(f"--{field.name} {shown(value, quoted=False)}: must be {expected}")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         if self.peft_pooler and self.peft is None:
@@ -169,7 +163,7 @@ class TrainingSettings:
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
-            changes = ", ".join(f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in differing)
+            changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
         return chosen
 
@@ -223,14 +217,6 @@ class Settings(TrainingSettings):
         return chosen or {"train", "eval"}
 
 
-def _can_be_written(text: str) -> bool:
-    """Whether UTF-8 can hold a text and the system a path of that name; bytes that are no UTF-8 come as surrogates."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
-
-
 # Not kept in config.json: they say how the program was started, not what the run is.
 _OF_ONE_START = ("config", "overwrite", "resume", "coordinator_address", "num_processes", "process_id")
 
@@ -264,6 +250,7 @@ _RULES = (
         "at least 1",
     ),
     ("max_options", lambda x: x >= 2, "at least 2"),
+    ("max_steps", lambda x: x >= 1 or x == -1, "at least 1, or -1 for as many as the data ask for"),
     (
         "learning_rate inner_learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size "
         "smart_noise_std lnsr_noise_std lora_alpha",
@@ -274,7 +261,7 @@ _RULES = (
         "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
         "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
-        "a number from 0 on",
+        "at least 0 and finite",
     ),
     ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -355,7 +342,7 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
         if arg.startswith("--") and name in FOREIGN_FLAGS:
             raise InputError(f"--{name} has no meaning here: {FOREIGN_FLAGS[name]}")
     path = _value_of("--config", args)
-    saved = kind() if path is None else read_config(path, kind)
+    saved = kind() if path is None else _given(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
         saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
     settings = tyro.cli(kind, args=args, prog=prog, default=saved, use_underscores=True)
@@ -363,41 +350,92 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     return settings
 
 
+def _given(path, kind):
+    try:
+        return read_config(path, kind)
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
+
+
 def read_config(path: str, kind: type[Kind]) -> Kind:
-    """The settings that a run's config.json holds.
+    """The settings that a run's config.json holds, of this version or an earlier one.
 
     Raises:
-      InputError: on a missing file, one that is not a JSON object, an unknown key or a value of the wrong type.
+      InputError: naming the file and the key, on a missing or damaged file, one that is not a JSON object, an unknown
+        key, or a value of the wrong type or out of range.
     """
-    try:
-        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: {error}") from error
+    saved = files.read_json(path)
     if not isinstance(saved, dict):
-        raise InputError(f"--config {path}: not a JSON object of settings")
-    expected = typing.get_type_hints(kind)
-    for key, value in saved.items():
+        raise InputError(f"{path}: not a JSON object of settings")
+    expected, values = typing.get_type_hints(kind), {}
+    for key, value in _renamed(saved, expected).items():
         if key not in expected:
-            near = difflib.get_close_matches(key, expected, 1)
-            raise InputError(
-                f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if not _is_of(expected[key], value):
-            raise InputError(f"--config {path}: {key} is {value!r}, expected {_spell(expected[key])}")
-    return kind(**saved)
+            near = difflib.get_close_matches(key[:80], expected, 1)
+            raise InputError(f"{path}: unknown setting {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            values[key] = _converted(expected[key], value)
+        except TypeError:
+            raise InputError(f"{path}: {key} is {shown(value)}, expected {_spell(expected[key])}") from None
+        asked = _expected(key, values[key])
+        if asked:
+            raise InputError(f"{path}: {key} is {shown(value)}, must be {asked}")
+    return kind(**values)
 
 
-def _is_of(kind, value):
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return value in choices
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(choices[0], item) for item in value)
-    if choices:
-        return any(_is_of(choice, value) for choice in choices)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind
+def _renamed(saved, expected):
+    """The settings of a file under the names of now.
+
+    The first `pats-jax prime` had query_batch_size, and kept in the sizes of a batch what followed from tasks_per_step.
+    """
+    if "query_batch_size" not in saved or "task_batch_size" not in expected:
+        return saved
+    left_out = ("query_batch_size", "train_batch_size", "per_device_train_batch_size")
+    kept = {name: value for name, value in saved.items() if name not in left_out}
+    return {"task_batch_size": saved["query_batch_size"], **kept}
+
+
+def _expected(name, value):
+    """What the value of a setting must be, if it is not so; else None."""
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, str) and not _is_text(one):
+            return "text without null bytes and lone surrogates"
+    if value is None:
+        return None
+    for names, holds, expected in _RULES:
+        if name in names.split() and not holds(value):
+            return expected
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"at most {_MOST}" if is_whole and name != "seed" and value > _MOST else None
+
+
+_MOST = 2**31 - 1  # steps and sizes are int32 in compiled programs
+
+
+def _is_text(value):
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _converted(kind, value):
+    """A JSON value as a setting's type has it; TypeError if it is of another."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and isinstance(value, str) and value in choices:
+        return value
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_converted(choices[0], item) for item in value)
+    if origin in (types.UnionType, typing.Union):
+        for choice in choices:
+            try:
+                return _converted(choice, value)
+            except TypeError:
+                continue
+    if kind is float and type(value) in (int, float):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    if origin is None and type(value) is kind:
+        return value
+    raise TypeError
 
 
 def _spell(kind):

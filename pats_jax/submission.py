@@ -6,8 +6,8 @@ says little about what it dislikes, so every file is checked here, to the byte, 
 
 import collections
 import io
-import json
 import logging
+import os
 import pathlib
 import re
 import zipfile
@@ -20,10 +20,12 @@ import rich.table
 import rich.text
 import tyro
 
+from pats_jax import files
 from pats_jax.data.builtin import OTHER_ROWS
 from pats_jax.data.tables import listed
 from pats_jax.data.tasks import TASKS, Task
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.records import SubmittedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -134,31 +136,31 @@ def read_run(folder: pathlib.Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folders of finished runs")
     config = _read_config(folder)
-    task = TASKS.get(str(config["task_name"]).lower())
+    name = config.get("task_name")
+    task = TASKS.get((name or "").lower())
     if task is None:
-        raise InputError(f"{folder}: not a run on a GLUE task (task_name {config['task_name']!r}); leave it out")
+        raise InputError(f"{folder}: not a run on a GLUE task (task_name {shown(name)}); leave it out")
     if not (folder / "results.json").is_file():
         raise InputError(f"{folder}: unfinished, it has no results.json; let the run come to its end first")
-    files = sorted((folder / "predictions").glob("*.tsv"))
-    if not files:
+    found = sorted((folder / "predictions").glob("*.tsv"))
+    if not found:
         raise InputError(f"{folder}: no predictions; run it again with --do_predict")
     own = {*task.prediction_files.values(), *(TASKS["ax"].prediction_files.values() if task.name == "mnli" else ())}
-    foreign = next((file for file in files if file.name not in own), None)
+    foreign = next((file for file in found if file.name not in own), None)
     if foreign:
-        raise InputError(f"{foreign}: not a file that a run on {task.name} writes; remove it")
-    return Run(folder, task, config.get("data_dir") == "builtin", files)
+        raise InputError(
+            f"{shown(str(foreign), 400, quoted=False)}: not a file that a run on {task.name} writes; remove it"
+        )
+    return Run(folder, task, config.get("data_dir") == "builtin", found)
 
 
-def _read_config(folder):
+def _read_config(folder: pathlib.Path) -> SubmittedConfig:
     """The settings in config.json; a saved model has a file of that name too, but without a task."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder}: not the folder of a run, it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(config, dict) or "task_name" not in config:
+    if not os.path.lexists(path):
+        raise InputError(f"{folder}: not the folder of a run, it has no config.json")
+    config = files.read_record(path, SubmittedConfig)
+    if "task_name" not in config:
         raise InputError(f"{folder}: not the folder of a run, its config.json names no task")
     return config
 
@@ -212,10 +214,7 @@ def read_answers(path: pathlib.Path, name: str, is_builtin: bool) -> list[str]:
     Raises:
       InputError: One line with the file, and the line where it applies.
     """
-    try:
-        text = path.read_bytes().decode("utf-8", "replace")  # a wrong byte is no part of any prediction
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    text = files.read_bytes(path).decode("utf-8", "replace")  # a wrong byte is no part of any prediction
     if "\r" in text:
         raise InputError(f"{path}: carriage returns at the ends of lines; give the file as the run wrote it")
     header, *lines = text.split("\n")

@@ -424,7 +424,7 @@ class Fake(report.Subject):
 
 def stored_results(folder, **changes):
     held = {"machine": MACHINE, "versions": {"jax": "0"}, "ratios": {"pats": 1.0, "gone": 2.0}, "sizes": {"state": 100}}
-    (folder / "fake.json").write_text(json.dumps(held | {"measured": {}} | changes))
+    (folder / "fake.json").write_text(json.dumps(held | {"measured": {}, "command": "before"} | changes))
 
 
 @pytest.mark.parametrize(
@@ -446,6 +446,19 @@ def test_guard_needs_stored_results(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "QUICK", {"fake": Fake()})
     with pytest.raises(InputError, match="python -m benchmarks fake"):
         check.Check(results_dir=tmp_path).run(silent_console())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", '{"ratios": {"pats": "fast"}}', "[" * 100_000, '{"ratios": {"pats": 1' + "0" * 5000 + "}}"],
+    ids=["empty", "null", "list", "string", "deep", "long"],
+)
+def test_stored_results_that_are_damaged_are_named(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "QUICK", {"fake": Fake()})
+    (tmp_path / "fake.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        check.Check(results_dir=tmp_path).run(silent_console())
+    assert str(caught.value).startswith(f"{tmp_path / 'fake.json'}: ") and "\n" not in str(caught.value)
 
 
 def test_guard_measures_what_the_stored_results_have():
@@ -498,7 +511,7 @@ def test_goals_are_drawn_and_written(tmp_path):
         "torch": {"ratios": {"minilm 32x64 finetune": 0.9}, "measured": {}},
     }
     for name, held in write.items():
-        held |= {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "sizes": {}}
+        held |= {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "sizes": {}, "command": "before"}
         (results / f"{name}.json").write_text(json.dumps(held))
     (results / "torch_curves.json").write_text("{}")  # of another program
     page.write_text(f"before\n{goals.BEGIN}\nof yesterday\n{goals.END}\nafter\n")

@@ -522,7 +522,7 @@ def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
     unfinished = primed()
     (unfinished / "results.json").unlink()
     refuses(unfinished, "no results.json there")
-    run_folder.write_results(unfinished, {"data": "rte", "peft": None})
+    run_folder.write_results(unfinished, {"data": "rte", "method": "pats", "peft": None})
     refuses(unfinished, "not a run of pats-jax prime")
     refuses(home / "plm", "was primed with --head embedding, not pair", head="pair")
     refuses(home / "pe", "holds lora modules; put lora among --kinds", kinds=("bitfit",))

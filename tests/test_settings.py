@@ -3,12 +3,17 @@
 import contextlib
 import dataclasses
 import json
+import math
+import os
+import typing
 
 import pytest
 
 from pats_jax import settings
 from pats_jax.errors import InputError
+from pats_jax.gym_settings import GymSettings
 from pats_jax.settings import FOREIGN_FLAGS, Settings
+from pats_jax.upstream import PrimingSettings
 
 
 def parse(*args):
@@ -21,7 +26,7 @@ def refused(*parts):
     with pytest.raises(InputError) as caught:
         yield
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1000
     for part in parts:
         assert part in message
 
@@ -141,9 +146,24 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
         ({"do_train": 1}, ["do_train is 1, expected bool"]),
         ({"response": "cubic"}, ["response is 'cubic'", "linear"]),
         ([1], ["not a JSON object"]),
-        ("{learning_rate", ["line 1"]),
-        ("", ["line 1"]),
-        ("\udcff", ["decode byte"]),
+        ({"do_train": None}, ["do_train is None, expected bool"]),
+        ({"out_of_domain": ["mnli", "news"]}, ["out_of_domain is ['mnli', 'news'], expected "]),
+        ({"out_of_domain": "mnli"}, ["out_of_domain is 'mnli', expected "]),
+        ({"response": ["linear"]}, ["response is ['linear']"]),
+        ({"learning_rate": 10**400}, ["learning_rate is 1000", "must be a number above 0"]),
+        ({"learning_rate": -1}, ["learning_rate is -1, must be a number above 0"]),
+        ('{"learning_rate": NaN}', ["learning_rate is nan, must be "]),
+        ({"max_steps": 2**31}, ["max_steps is 2147483648, must be at most 2147483647"]),
+        ({"seed": 2**63}, ["seed is 9223372036854775808, must be in [0, 2^63)"]),
+        ({"output_dir": "a\0b"}, ["output_dir is 'a\\x00b', must be text without null bytes"]),
+        ({"train_file": "\ud800"}, ["train_file is '\\ud800', must be text without null bytes"]),
+        ({"x" * 9999: 1}, ["unknown setting 'xxx", "(9999 characters)"]),
+        ({"response": "x" * 9999}, ["response is 'xxx", "(9999 characters)"]),
+        ("{learning_rate", ["not valid JSON"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('{"seed": 1' + "0" * 5000 + "}", ["a number is too long"]),
+        ("", ["not valid JSON"]),
+        ("\udcff", ["not UTF-8"]),
     ],
 )
 def test_config_files_that_are_wrong(content, parts, tmp_path):
@@ -153,13 +173,41 @@ def test_config_files_that_are_wrong(content, parts, tmp_path):
         parse("--config", str(path))
 
 
-def test_values_of_a_config_file_are_checked_like_flags(tmp_path):
-    with refused("--learning_rate nan: must be "):
-        parse("--config", save(tmp_path, '{"learning_rate": NaN}'))
+@pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
+def test_every_number_of_a_config_file_has_a_range(kind, tmp_path):
+    """What no computation survives is refused whatever the setting: infinities, and more than 32 bits of steps."""
+    for field in dataclasses.fields(kind):
+        is_sequence = typing.get_origin(field.type) in (list, tuple)
+        types = () if is_sequence else (field.type, *typing.get_args(field.type))
+        for value in [math.nan, math.inf, -math.inf, 10**400] if float in types else [10**30] if int in types else []:
+            with refused(f"{field.name} is ", ", must be "):
+                settings.read_config(save(tmp_path, {field.name: value}), kind)
+
+
+@pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
+def test_every_setting_comes_back_as_it_was(kind, tmp_path):
+    saved = kind()
+    if kind is GymSettings:
+        saved = kind(primed=("a",), kinds=("lora", "full"), tasks=("b",), samples=(1, 2), grid=("lora=1",))
+    if kind is Settings:
+        saved = kind(out_of_domain=["mnli", "rte"], hidden_dropout=0.1)
+    assert settings.read_config(save(tmp_path, dataclasses.asdict(saved)), kind) == saved
+
+
+def test_a_config_file_of_the_first_upstream_stage_loads(tmp_path):
+    """Its query_batch_size has another name now, and the sizes of a batch followed from tasks_per_step."""
+    old = {"algorithm": "maml", "tasks_per_step": 8, "query_batch_size": 5, "train_batch_size": 8}
+    path = save(tmp_path, {**old, "per_device_train_batch_size": 2})
+    found = settings.read_config(path, PrimingSettings)
+    assert found == PrimingSettings(algorithm="maml", tasks_per_step=8, task_batch_size=5)
+    found.check()
+    with refused("unknown setting 'query_batch_size'"):
+        settings.read_config(save(tmp_path, {"query_batch_size": 5}), Settings)
 
 
 def test_config_files_that_cannot_be_read(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none.json", tmp_path, tmp_path / "pipe"):
         with refused(f"--config {path}: "):
             parse("--config", str(path))
 

@@ -1,0 +1,203 @@
+"""What the JSON files of a run, a grid and a gym hold: the fields that programs read, for `files.read_record` to check.
+
+A file may have more fields than its record, and keeps them. A field that is `NotRequired` is not in the files of all
+versions, or not in those of all runs. Scores are finite, and every number is small enough to be computed with. A name
+that becomes part of a path is one of a closed set, or goes through `files.checked_name`.
+"""
+
+from typing import Annotated, Literal, NotRequired
+
+import annotated_types
+from typing_extensions import TypedDict
+
+Count = Annotated[int, annotated_types.Interval(ge=0, le=2**53)]  # exact as a float, too
+Seed = Annotated[int, annotated_types.Interval(ge=0, lt=2**63)]
+Score = Annotated[float, annotated_types.Interval(ge=-1e6, le=1e6)]  # NaN is outside, too
+Seconds = Annotated[float, annotated_types.Interval(ge=0, le=1e12)]
+
+Algorithm = Literal["mtl", "maml", "fomaml", "reptile"]
+Part = Literal["plm", "pe", "plm+pe"]
+PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
+Stage = Literal["direct", Algorithm]  # direct: none
+Tuned = Literal["full", PeftKind]
+
+
+# results.json
+
+
+class Scores(TypedDict):
+    """Metric -> score."""
+
+    metrics: dict[str, Score]
+
+
+class Evaluation(Scores):
+    """The scores after a step."""
+
+    step: Count
+
+
+class Accuracy(TypedDict):
+    """The metric of all data out of the domain, and of few-shot tasks together."""
+
+    accuracy: Score
+
+
+class AccuracyScores(TypedDict):
+    """`Scores` that have an accuracy."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    metrics: Accuracy
+
+
+class GlueResults(TypedDict):
+    """Of any run of `pats-jax glue`: what its summary says."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    method: str
+    data: str
+    peft: NotRequired[str | None]
+    final: NotRequired[Evaluation]
+    out_of_domain: NotRequired[dict[str, AccuracyScores]]
+
+
+class PrimedResults(TypedDict):
+    """Of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    model_name_or_path: str
+    algorithm: Algorithm
+    train: Part
+    peft: PeftKind | None
+    head: Literal["embedding", "pair", "mlm"]
+    seed: Seed
+    upstream_tasks: list[str]
+    final: NotRequired[AccuracyScores]
+
+
+class Figures(TypedDict):
+    """Three figures of concentration, see `concentration.concentration`."""
+
+    gini: Score
+    entropy: Score
+    top_10_percent_share: Score
+
+
+class FiguresOfAll(TypedDict):
+    """Those of all parameters together."""
+
+    all: Figures
+
+
+class Histogram(TypedDict):
+    """Shares of the values between edges, which are one more."""
+
+    edges: list[Score]
+    before: list[Score]
+    after: list[Score]
+
+
+class Concentration(TypedDict):
+    """How sensitivity was spread before and after training."""
+
+    before: FiguresOfAll
+    after: FiguresOfAll
+    log10_histogram: NotRequired[Histogram]
+
+
+class ComparedResults(TypedDict):
+    """Of a run of `pats-jax glue` that was trained and evaluated: what `pats-jax compare` reads."""
+
+    data: str
+    main_metric: str
+    versions: dict[str, str]
+    train_examples: Count
+    eval_examples: Count
+    steps: Count
+    model_step: NotRequired[Count]
+    final: Evaluation
+    best: Evaluation
+    majority_class: Scores
+    concentration: NotRequired[Concentration | None]
+
+
+# metrics.jsonl
+
+
+class Timing(TypedDict):
+    """What depends on the clock."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    seconds: NotRequired[Seconds]
+
+
+class MetricsLine(TypedDict):
+    """A line of metrics.jsonl: of some steps, or of an evaluation. Early versions wrote losses that are not finite."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    step: Count
+    loss: NotRequired[float]
+    eval: NotRequired[dict[str, Score]]
+    timing: NotRequired[Timing]
+
+
+# grid.json
+
+
+class GridRun(TypedDict):
+    """A run of a grid, see `comparison.Run`."""
+
+    task: str
+    method: str
+    seed: Seed
+
+
+class GridFile(TypedDict):
+    """grid.json: of all starts of `pats-jax compare` in its folder."""
+
+    runs: list[GridRun]
+    commands: list[str]
+    machines: list[dict[str, str]]
+
+
+# tunings/ARM/TASK-SAMPLE.json
+
+
+class Curve(TypedDict):
+    """The dev scores of a tuning by step, lists of one length."""
+
+    step: list[Count]
+    dev: list[Score]
+
+
+class TuningRecord(TypedDict):
+    """A finished tuning of `pats-jax gym`, see `relative_gain`."""
+
+    algorithm: Stage
+    trained: Part | None
+    peft: Tuned
+    upstream_seed: Seed | None
+    upstream_digest: NotRequired[str | None]
+    task: str
+    sample: Seed
+    metric: str
+    chance: Score
+    learning_rates: NotRequired[list[float]]
+    diverged: NotRequired[list[float]]
+    learning_rate: NotRequired[float]
+    curve: Curve
+    step: NotRequired[Count]
+    dev: NotRequired[Score]
+    test: Score
+    test_rows: NotRequired[Count]
+    seconds: NotRequired[Seconds | None]
+
+
+# config.json, as `pats-jax submission` reads it
+
+
+class SubmittedConfig(TypedDict):
+    """The settings that tell what a run answers; the config.json of a saved model has no task."""
+
+    task_name: NotRequired[str | None]
+    data_dir: NotRequired[str | None]
