@@ -31,7 +31,8 @@ class TrainState(train_state.TrainState):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.replace = _replace  # Flax gives every subclass a `replace` that knows the fields only
+        # Flax gives every subclass a `replace` that knows the fields only
+        cls.replace = _replace  # type: ignore[assignment, method-assign]
 
     @property
     def key(self) -> jax.Array:
@@ -76,7 +77,7 @@ def _replace(state: TrainState, **updates: Any) -> TrainState:
     return dataclasses.replace(state, **updates)
 
 
-TrainState.replace = _replace  # type: ignore[method-assign]
+TrainState.replace = _replace  # type: ignore[assignment, method-assign]
 serialization.register_serialization_state(  # so that Flax's own files hold such states
     random.StoredKey,
     lambda stored: {"words": stored.words},
