@@ -31,8 +31,8 @@ OPTIMIZERS = {
 KEYS = {"int": lambda seed: seed, "typed": jax.random.key, "rbg": lambda seed: jax.random.key(seed, impl="rbg")}
 
 
-def make_state(optimizer, key):
-    tx = OPTIMIZERS[optimizer](key)
+def make_state(optimizer, key, tx=None):
+    tx = tx or OPTIMIZERS[optimizer](key)
     return pats_jax.TrainState.create(apply_fn=None, params=jax.tree.map(jnp.array, PARAMS), tx=tx, key=key)
 
 
@@ -79,7 +79,8 @@ def manager(folder, state, target):
 def test_a_state_goes_through_orbax(tmp_path, optimizer, key, way):
     """It is restored into the shapes of a state of another seed, and goes on as if nothing had happened."""
     state = after(make_state(optimizer, KEYS[key](3)), 2)
-    target = jax.eval_shape(lambda: make_state(optimizer, KEYS[key](4)))
+    other = OPTIMIZERS[optimizer](KEYS[key](4))
+    target = jax.eval_shape(lambda: make_state(optimizer, KEYS[key](4), other))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state.step.sharding), target)
     assert_same(way(tmp_path, state, target), state)
 
@@ -96,8 +97,9 @@ def test_without_a_target_the_words_are_plain_arrays(tmp_path):
 def test_a_state_on_a_mesh_and_one_of_many_seeds(tmp_path):
     runner = parallel.make_runner(fsdp=2)
 
+    tx = OPTIMIZERS["pats"](3)
+
     def create(params):
-        tx = OPTIMIZERS["pats"](3)
         return pats_jax.TrainState.create(apply_fn=None, params=params, tx=tx, key=3)
 
     state = runner.create_state(create, PARAMS)
