@@ -6,7 +6,7 @@ starts a JAX backend.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "pats": "transforms",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pats_jax import trees
+from pats_jax import random, trees
 from pats_jax.arguments import check_number, is_plainly
 
 
@@ -37,13 +37,18 @@ class MixoutState(NamedTuple):
 
     Attributes:
       count: () int32, number of updates made.
-      key: typed key, the same at every step; the masks of a step are folded from it and `count`.
+      stored_key: the same at every step; the masks of a step are folded from it and `count`.
       forward: what `forward_params` mixes at the coming step; its target is the parameters at init.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
-    key: jax.Array
+    stored_key: random.StoredKey
     forward: ForwardMix
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key."""
+        return self.stored_key.key
 
 
 class L2SpState(NamedTuple):
@@ -135,7 +140,7 @@ def mixout(
         mixed = trees.cut_to(trees.resolve_mask(mask, params), params)
         kept = draw_rows(key, 0, input_rows(mixed, input_axis), keep_fraction)
         forward = ForwardMix(jax.tree.map(jnp.copy, mixed), kept, jnp.asarray(keep_fraction, jnp.float32))
-        return MixoutState(jnp.zeros([], jnp.int32), trees.copy_key(key), forward)
+        return MixoutState(jnp.zeros([], jnp.int32), random.StoredKey.of(key), forward)
 
     def update(updates, state, params=None):
         del params
@@ -146,7 +151,7 @@ def mixout(
             kept=draw_rows(state.key, count, kept, keep_fraction),
             keep_fraction=jnp.asarray(keep_fraction, jnp.float32),
         )
-        return updates, MixoutState(count, state.key, forward)
+        return updates, MixoutState(count, state.stored_key, forward)
 
     return optax.GradientTransformation(init, update)
 

@@ -1,29 +1,72 @@
-"""Checkpoints by Orbax: saved while training goes on, committed whole or not at all, checked when they are read.
+"""Checkpoints by Orbax: saved while training goes on, committed whole or not at all, checked before they are used.
 
-A checkpoint is a folder `checkpoints/STEP` with two items: ``state``, every array of the `TrainState` under its
-path, and ``progress``, a JSON object: the `trainer.Progress`, a checksum of every array, and the kinds of the keys,
-which an array file cannot hold.
+A checkpoint is a folder ``checkpoints/STEP``. Its item ``state`` is written by Orbax's standard handler: every array of
+the `TrainState` under its path, keys by their words. Beside the arrays lies ``state/record.json``, written last, before
+Orbax commits the folder by its name; it covers everything that a resumed run depends on:
+
+- ``format``: the number of this layout, `FORMAT`; ``version``: the pats_jax that wrote it. One that reads another
+  format refuses the checkpoint and says which version reads it.
+- ``step``, and ``best_step``: the checkpoint with the best score so far, which this one needs.
+- ``progress``: the `trainer.Progress`.
+- ``checksums``: a number for each array, computed on the devices before anything is written. ``key_kinds``: the kinds
+  of the keys, which an array file cannot hold.
+- ``files``: the SHA-256 of every other file of the item.
+- ``digest``: the SHA-256 of all of the above, as JSON with sorted keys. This and ``format`` stay in every format.
+
+A checkpoint is damaged where that proves it: the record is no JSON or not what its digest says, a file is missing or
+not what the record says, an array is not what was saved. It is renamed, and the one before it is taken. Whatever else
+happens in reading, such as a missing permission or too many open files, says nothing about the checkpoint: it stays.
+Orbax reads files only once they are verified; what it makes of damaged ones ranges from tracebacks to other numbers.
 """
 
 import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
+import itertools
+import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from pats_jax import random
-from pats_jax.errors import InputError
+import pats_jax
+from pats_jax import files, random
+from pats_jax.errors import InputError, shown
 from pats_jax.train_state import TrainState, parameter_name
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+_ITEM, _RECORD = "state", "record.json"
+
+Progress = TypeVar("Progress")
+Result = TypeVar("Result")
+
+
+class _Damaged(Exception):
+    """A checkpoint is proven not to be what was saved; the message says by what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What record.json holds; see the module's docstring."""
+
+    step: int
+    best_step: int | None
+    progress: Any
+    checksums: dict[str, int]
+    key_kinds: dict[str, str]
+    files: dict[str, str]
 
 
 class Checkpoints:
@@ -47,14 +90,15 @@ class Checkpoints:
         if any(character in str(folder.absolute()) for character in "*?["):
             raise InputError(f"--output_dir {folder.parent}: no checkpoints can be kept under a path with *, ? or [")
         self._folder, self._keep = folder, keep
+        self._best_steps: dict[int, int | None] = {}  # which best one a checkpoint names, as far as asked for
 
     @functools.cached_property
     def _manager(self):
         import orbax.checkpoint as ocp
 
-        policy = _NewestAndTheirBest(self._keep)
+        policy = _NewestAndTheirBest(self._keep, self._best_step)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self._folder.absolute(), options=options)
+        return ocp.CheckpointManager(self._folder.absolute(), options=options, item_handlers={_ITEM: _orbax_item()[0]})
 
     @property
     def _is_open(self):
@@ -76,10 +120,18 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, in increasing order."""
-        return sorted(self._manager.all_steps()) if self._folder.exists() else []
+        """The steps that there are checkpoints of, in increasing order, once the last save is done.
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any], best_step: int | None = None) -> None:
+        Raises:
+          InputError: if that save failed, or the folder cannot be read.
+        """
+        self.wait()
+        try:
+            return _committed(self._folder)
+        except OSError as error:
+            raise InputError(f"{self._folder}: cannot be read ({error.strerror})") from None
+
+    def save(self, step: int, state: TrainState, progress: Any, best_step: int | None = None) -> None:
         """Copies the state off the devices and writes it while the caller goes on; nothing if it is there already.
 
         Args:
@@ -93,18 +145,16 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        arrays, kinds = _unwrap_keys(_flatten(state))
+        arrays, kinds = _take_apart(state)
         arrays = {name: x for name, x in arrays.items() if x.size}  # an empty array has nothing to save
         sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays),
-            progress=ocp.args.JsonSave({"progress": progress, "key_kinds": kinds, "checksums": sums}),
-        )
-        self.check()
-        if step in self._manager.all_steps():
+        record = _Record(step, best_step, progress, sums, kinds, files={})
+        if step in self.steps:
             return
         with _in_one_line(self._folder):
-            self._manager.save(step, args=items, metrics={"best_step": best_step})
+            self._best_steps[step] = best_step
+            item = _orbax_item()[1](arrays, record=json.dumps(dataclasses.asdict(record)))  # now: progress goes on
+            self._manager.save(step, args=ocp.args.Composite(**{_ITEM: item}))
 
     def check(self) -> None:
         """Raises InputError if a save in the background has failed since."""
@@ -118,65 +168,166 @@ class Checkpoints:
             with _in_one_line(self._folder):
                 self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole checkpoint; a damaged one is named in a warning, removed, and the one before it taken.
+    def restore(self, state: TrainState, kind: type[Progress] = dict) -> tuple[TrainState, Progress] | None:  # type: ignore[assignment]
+        """The newest whole checkpoint: one that is sound, and so is the best one that it names.
+
+        A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
+        renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
 
         Args:
           state: a state of the same tree; its shardings are where the arrays go.
+          kind: what the progress is, for `files.parse_record`.
 
         Returns:
           The state and the progress that were saved, or None where there is no whole checkpoint.
 
         Raises:
-          InputError: if the newest checkpoint is sound, but that of another model or optimizer.
+          InputError: if a checkpoint cannot be read, or is sound but of another format, model or optimizer.
         """
-        for step in reversed(self.steps):
+        there_were = steps = self.steps
+        while steps:
+            step = steps[-1]
             try:
-                return self._restore_step(step, state)
-            except InputError:
-                raise
-            except Exception as error:  # whatever Orbax and TensorStore make of a damaged file
-                logger.warning("checkpoint %s is damaged and is removed: %s", self._folder / str(step), _reason(error))
-                self._manager.delete(step)
+                record = self._verified(step)
+                if self._has_its_best(step, record):
+                    progress = files.parse_record(json.dumps(record.progress), kind, str(self._record_path(step)))
+                    return self._arrays(step, state, record), progress
+            except _Damaged as damage:
+                self._set_aside(step, "damaged", f"is damaged: {damage}")
+            steps = self.steps
+        if there_were:
+            logger.warning("%s holds no whole checkpoint any more: training begins at its start", self._folder)
         return None
 
     def restore_params(self, step: int, state: TrainState) -> Any:
         """The parameters of one checkpoint.
 
         Raises:
-          InputError: if it is damaged.
+          InputError: if it is damaged, or cannot be read.
         """
+        self.wait()
         try:
-            return self._restore_step(step, state)[0].all_params
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"checkpoint {self._folder / str(step)} is damaged: {error}") from None
+            return self._arrays(step, state, self._verified(step)).all_params
+        except _Damaged as damage:
+            raise InputError(f"checkpoint {self._path(step)} is damaged: {damage}; --resume makes it again") from None
 
-    def _restore_step(self, step, state):
+    def _has_its_best(self, step, record):
+        """Whether the best checkpoint that a sound one names is sound; if not, both are set aside."""
+        best = record.best_step
+        if best in (None, step):
+            return True
+        try:
+            self._verified(best)
+            return True
+        except _Damaged as damage:
+            if os.path.lexists(self._path(best)):
+                self._set_aside(best, "damaged", f"is damaged: {damage}")
+        self._set_aside(step, "without_best", f"needs the best one so far, {self._path(best)}, which is not whole")
+        return False
+
+    def _set_aside(self, step, ending, reason):
+        """Renames a checkpoint to what neither we nor Orbax take for one, and says so."""
+        path = self._path(step)
+        names = itertools.chain([f"{step}.{ending}"], (f"{step}.{ending}.{number}" for number in itertools.count(2)))
+        new = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+
+        def rename():
+            if jax.process_index() == 0:
+                try:
+                    path.rename(new)
+                except OSError as error:
+                    raise InputError(
+                        f"checkpoint {path} {reason}; it cannot be renamed ({error.strerror}): move it elsewhere"
+                    ) from None
+
+        _agreed(rename)
+        logger.warning("checkpoint %s %s; it is renamed %s", path, reason, new.name)
+        if self._is_open:
+            self._manager.reload()
+
+    def _verified(self, step) -> _Record:
+        """The record of a checkpoint, once it and all files are found to be what was saved."""
+
+        def verify():
+            record = self._read_record(step)
+            if jax.process_index() == 0:  # one reads the files for all
+                self._check_files(step, record)
+            return record
+
+        return _agreed(verify)
+
+    def _path(self, step):
+        return self._folder / str(step)
+
+    def _record_path(self, step):
+        return self._path(step) / _ITEM / _RECORD
+
+    def _best_step(self, step):
+        """The best checkpoint that one names; None where it is too damaged to say."""
+        if step not in self._best_steps:
+            try:
+                self._best_steps[step] = self._read_record(step).best_step
+            except _Damaged:
+                return None
+        return self._best_steps[step]
+
+    def _read_record(self, step) -> _Record:
+        path = self._record_path(step)
+        try:
+            text = files.read_bytes(path)
+        except files.NoSuchFile:
+            if os.path.exists(self._path(step) / "progress" / "metadata"):  # as it was before formats had numbers
+                raise InputError(_of_another_format(self._path(step), "has no format number", "0.1.0")) from None
+            raise _Damaged(f"{_ITEM}/{_RECORD} is missing") from None
+        try:
+            value = files.parse_json(text, f"{_ITEM}/{_RECORD}")
+            sound = isinstance(value, dict) and value.pop("digest", None) == _digest(value)
+        except (InputError, RecursionError) as error:
+            raise _Damaged(str(error)) from None
+        if not sound:
+            raise _Damaged(f"{_ITEM}/{_RECORD} is not what was saved")
+        if value.get("format") != FORMAT:
+            what = f"is of format {shown(value.get('format'))}"
+            raise InputError(_of_another_format(self._path(step), what, value.get("version")))
+        record = files.parse_record(text, _Record, str(path))
+        if record.step != step:
+            raise _Damaged(f"it is the checkpoint of step {record.step}")
+        return record
+
+    def _check_files(self, step, record):
+        for name, digest in record.files.items():
+            try:
+                found = _digest_of_file(self._path(step) / _ITEM / name)
+            except files.NoSuchFile:
+                raise _Damaged(f"{_ITEM}/{name} is missing") from None
+            if found != digest:
+                raise _Damaged(f"{_ITEM}/{name} is not what was saved")
+
+    def _arrays(self, step, state, record) -> TrainState:
+        """The state that a verified checkpoint holds."""
         import orbax.checkpoint as ocp
 
-        progress_args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=progress_args).progress
-        wanted, kinds = _unwrap_keys(_flatten(state))
+        wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
-        self._check_structure(step, present, kinds, saved)
+        self._check_structure(step, present, kinds, record)
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in present.items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        arrays = self._manager.restore(step, args=items).state
+        _check_room_for_files()
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                arrays = checkpointer.restore((self._path(step) / _ITEM).absolute(), target)
+        except Exception as error:  # Orbax and TensorStore have many kinds for it; the files are what was saved
+            raise InputError(f"checkpoint {self._path(step)} cannot be read: {_reason(error)}") from error
         for name, value in jax.device_get(_checksums(arrays)).items():
-            if int(value) != saved["checksums"][name]:
-                raise ValueError(f"{name} is not what was saved")
-        leaves = {**wanted, **arrays}
-        leaves |= {name: random.key_from_data(leaves[name], kind) for name, kind in kinds.items()}
-        return jax.tree.unflatten(jax.tree.structure(state), leaves.values()), saved["progress"]
+            if int(value) != record.checksums[name]:
+                raise _Damaged(f"{name} is not what was saved")
+        return _put_together(state, {**wanted, **arrays})
 
-    def _check_structure(self, step, present, kinds, saved):
+    def _check_structure(self, step, present, kinds, record):
         """The names are compared before arrays are read: a difference is no damage."""
-        names = saved["checksums"].keys() ^ present.keys()
-        if names or saved["key_kinds"] != kinds:
+        names = record.checksums.keys() ^ present.keys()
+        if names or record.key_kinds != kinds:
             example = min(names) if names else "a key"
-            raise InputError(
-                f"checkpoint {self._folder / str(step)} is of another model or optimizer: {example} differs"
-            )
+            raise InputError(f"checkpoint {self._path(step)} is of another model or optimizer: {example} differs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +335,101 @@ class _NewestAndTheirBest:
     """Orbax's preservation policy: the newest `keep` checkpoints and every best one that these name."""
 
     keep: int | None
+    best_step: Callable[[int], int | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        newest = checkpoints[-self.keep :] if self.keep else checkpoints
-        kept = {info.step for info in newest} | {(info.metrics or {}).get("best_step") for info in newest}
+        steps = sorted(info.step for info in checkpoints)
+        newest = steps[-self.keep :] if self.keep else steps
+        try:
+            kept = {*newest, *(map(self.best_step, newest) if self.keep else ())}
+        except InputError:  # a record cannot be read now: nobody knows what it needs
+            kept = set(steps)
         return [info.step in kept for info in checkpoints]
+
+
+@functools.cache
+def _orbax_item():
+    """Orbax's handler of trees of arrays, which writes the record once all else is written, and its arguments."""
+    import orbax.checkpoint as ocp
+
+    class Handler(ocp.StandardCheckpointHandler):
+        async def async_save(self, directory, item=None, save_args=None, args=None):
+            self._record = args.record
+            return await super().async_save(directory, item, save_args, args)
+
+        def finalize(self, directory):
+            super().finalize(directory)
+            folder = pathlib.Path(directory)
+            value = json.loads(self._record) | {"format": FORMAT, "version": pats_jax.__version__}
+            value["files"] = {str(path.relative_to(folder)): _digest_of_file(path) for path in _files(folder)}
+            files.write_json(folder / _RECORD, {"digest": _digest(value), **value})
+
+    @ocp.args.register_with_handler(Handler, for_save=True)
+    @dataclasses.dataclass
+    class Save(ocp.args.StandardSave):
+        record: str = ""  # JSON of a `_Record` without files
+
+    @ocp.args.register_with_handler(Handler, for_restore=True)
+    class Restore(ocp.args.StandardRestore):
+        """Orbax wants a way to restore too; we have `StandardCheckpointer` for it, as anybody has."""
+
+    return Handler(), Save
+
+
+def _check_room_for_files(number: int = 64):
+    """Raises InputError where Orbax would run out of open files: it says so in tracebacks of its threads."""
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(open(os.devnull))
+    except OSError as error:
+        raise InputError(f"the checkpoint cannot be read ({error.strerror}): raise ulimit -n") from None
+
+
+def _files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest_of_file(path):
+    with files.opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _of_another_format(path, what, version):
+    return (
+        f"checkpoint {path} {what}, and pats_jax {pats_jax.__version__} reads format {FORMAT}: "
+        f"resume with pats_jax {shown(version, quoted=False)}, which reads it"
+    )
+
+
+def _agreed(call: Callable[[], Result]) -> Result:
+    """What a call gives, in every process; if it fails in one, it fails in all of them, and in the same way."""
+    result, failure = None, None
+    try:
+        result = call()
+    except (_Damaged, InputError) as error:
+        failure = error
+    if jax.process_count() > 1:
+        kind = 0 if failure is None else 1 if isinstance(failure, _Damaged) else 2
+        worst = int(np.max(multihost_utils.process_allgather(np.int32(kind))))
+        if worst > kind:
+            failure = (_Damaged, InputError)[worst - 1]("another process finds so")
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def _committed(folder: pathlib.Path) -> list[int]:
+    """The steps of a folder's checkpoints, in increasing order; Orbax gives one its name when it is whole."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 @contextlib.contextmanager
@@ -197,43 +438,71 @@ def _in_one_line(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore have many kinds for it
-        committed = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-        left = f"the last good one is {folder / str(max(committed))}" if committed else "there is none before it"
+        try:
+            committed = _committed(folder)
+        except OSError:
+            committed = []
+        left = f"the last good one is {folder / str(committed[-1])}" if committed else "there is none before it"
         raise InputError(f"a checkpoint could not be written: {_reason(error)}; {left}") from error
 
 
 def _reason(error: Exception) -> str:
     """The system's own words out of a long message, if they are in it."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((words for words in _SYSTEM_WORDS if words in str(error)), lines[0])
+    return next((words for words in _SYSTEM_WORDS if words in str(error)), shown(lines[0], 300, quoted=False))
 
 
-_SYSTEM_WORDS = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)]
+_SYSTEM_WORDS = [
+    os.strerror(getattr(errno, name))
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EIO ESTALE".split()
+]
 
 
-def _flatten(state: TrainState) -> dict[str, Any]:
-    """Leaves by their path: ``params.bert.pooler.dense.kernel``, in the order of the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    named = {parameter_name(path): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the state have the same path")
-    return named
+def _take_apart(state: TrainState) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
+
+    The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_stored_key)
+    arrays, kinds = {}, {}
+    for path, leaf in leaves:
+        name = parameter_name(path)
+        if name in arrays:
+            raise ValueError("two leaves of the state have the same path")
+        if _is_stored_key(leaf):
+            arrays[name], kinds[name] = leaf.words, str(leaf.kind)
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            arrays[name], kinds[name] = random.key_to_data(leaf)
+        else:
+            arrays[name] = leaf
+    return arrays, kinds
 
 
-def _unwrap_keys(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The leaves with the words of each typed key in its place, and the kinds of the keys by name."""
-    kinds = {}
-    for name, leaf in leaves.items():
+def _put_together(state: TrainState, arrays: dict[str, Any]) -> TrainState:
+    """The state with the arrays that `_take_apart` gave of one like it."""
+    leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
+
+    def same_kind(leaf, array):
+        if _is_stored_key(leaf):
+            return dataclasses.replace(leaf, words=array)
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaves[name], kinds[name] = random.key_to_data(leaf)
-    return leaves, kinds
+            return random.key_from_data(array, random.key_to_data(leaf)[1])
+        return array
+
+    return jax.tree.unflatten(tree, map(same_kind, leaves, arrays.values()))
+
+
+def _is_stored_key(x):
+    return isinstance(x, random.StoredKey)
 
 
 @jax.jit
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A number for each array, () uint32, that any change of one element changes, whatever the sharding.
 
-    Sum over the elements of bits * (2 i + 1) modulo 2**32, i the row-major index: odd factors are one-to-one.
+    Sum over the elements of mix(bits ^ mix(i)) modulo 2**32, i the row-major index. The mixing is one-to-one, so one
+    change is always seen; it is not linear, so changes of several (two signs, two elements in each other's place) do
+    not cancel but by a chance of 2**-32.
     """
     return {name: _checksum(x) for name, x in arrays.items()}
 
@@ -242,5 +511,8 @@ def _checksum(x):
     width = np.dtype(x.dtype).itemsize * 8
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
-    return jnp.sum(bits * (2 * random.row_major_index(x.shape) + 1), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{width}")
+    mixed = random.mix(random.row_major_index(x.shape) + np.uint32(1))  # 0 would be mixed to 0
+    for shift in range(0, width, 32):  # a 64-bit element has two words
+        mixed = random.mix((bits >> shift).astype(jnp.uint32) ^ mixed)
+    return jnp.sum(mixed, dtype=jnp.uint32)

@@ -5,12 +5,14 @@ goes out through `write_bytes`, `write_text` or `write_json`. All of them raise 
 file, whatever the file holds and whatever the system refuses.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from pats_jax.errors import InputError, shown
@@ -23,26 +25,42 @@ _NEW = ".new"  # the ending of a file that is being written
 # reading
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file; links are followed, pipes and devices are not waited for.
+class NoSuchFile(InputError):
+    """There is no file of that name: the one reason that says something about the file and not about the system."""
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
+    """A regular file to read bytes from; links are followed, pipes and devices are not waited for.
 
     Raises:
-      InputError: there is no such file, it is no regular file, or it cannot be read.
+      InputError: there is no such file (then `NoSuchFile`), it is no regular file, or it cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{path}: not a regular file")
-            return file.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoSuchFile(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except InputError:
-        raise
     except ValueError:
         raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path}: not a regular file")
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+      InputError: as from `opened`.
+    """
+    with opened(path) as file:
+        return file.read()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

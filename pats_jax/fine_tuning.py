@@ -342,9 +342,9 @@ def train(
     if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
     state, progress = training.state, Progress()
-    restored = checkpoints.restore(runner.view(state)) if settings.resume else None
+    restored = checkpoints.restore(runner.view(state), Progress) if settings.resume else None
     if restored:
-        state, progress = restored[0], Progress(**restored[1])
+        state, progress = restored
         logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:

@@ -41,8 +41,11 @@ References:
     Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
+import dataclasses
+import functools
 import math
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -119,6 +122,40 @@ def as_key(key: Any) -> jax.Array:
     return fast_key(key)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["kind"])
+@dataclasses.dataclass(frozen=True)
+class StoredKey:
+    """A key as a training state holds it: a pytree node whose one leaf is an array of plain integers.
+
+    JAX knows the fast kind by its object only, so whatever takes a state apart to store it (Orbax, for one) could write
+    a typed key of it but not read it back. The words are an array as any other.
+
+    Attributes:
+      words: uint32, of the keys' shape and that of one key's data ((2,) for the fast kind).
+      kind: static: the kind's name; of a kind without a registered name, what ``jax.random.key_impl`` gives.
+
+    Example:
+      >>> stored = StoredKey.of(fast_key(0))
+      >>> stored.kind, stored.words.shape, stored.key == fast_key(0)
+      ('pats_fast', (2,), Array(True, dtype=bool))
+    """
+
+    words: jax.Array
+    kind: Hashable
+
+    @classmethod
+    def of(cls, key: jax.Array) -> "StoredKey":
+        """What to hold of a typed key, in a buffer of its own: donating the state does not take the key away."""
+        kind = jax.random.key_impl(key)
+        return cls(jnp.copy(jax.random.key_data(key)), NAME if kind == KIND else kind)
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key; in a state of `jax.eval_shape`, its shape."""
+        wrap = functools.partial(jax.random.wrap_key_data, impl=KIND if self.kind == NAME else self.kind)
+        return jax.eval_shape(wrap, self.words) if isinstance(self.words, jax.ShapeDtypeStruct) else wrap(self.words)
+
+
 def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
     """What to store of a typed key: its words and the name of its kind.
 
@@ -160,7 +197,7 @@ def key_from_data(data: Any, kind: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(data), impl=KIND if kind == NAME else kind)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """The published mixing function of the module's docstring: one-to-one on 32-bit words."""
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
@@ -170,7 +207,7 @@ def _mix(x: jax.Array) -> jax.Array:
 def _feistel(left: jax.Array, right: jax.Array, start: int = 0) -> _Pair:
     """Four rounds numbered from ``start + 1``: one-to-one on pairs of words."""
     for number in range(start + 1, start + 5):
-        left, right = right, left ^ _mix(right + np.uint32(number * _GOLDEN % 2**32))
+        left, right = right, left ^ mix(right + np.uint32(number * _GOLDEN % 2**32))
     return left, right
 
 
@@ -219,8 +256,8 @@ def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
     leading = _leading_dimensions(shape)
     block = row_major_index(shape[:leading]).reshape(shape[:leading] + (1,) * (len(shape) - leading))
     a, b = _feistel(key[0] ^ block, key[1] ^ np.uint32(domain))
-    u = _mix(row_major_index(shape[leading:]) ^ a)
-    return _mix(u ^ b) + u
+    u = mix(row_major_index(shape[leading:]) ^ a)
+    return mix(u ^ b) + u
 
 
 def _leading_dimensions(shape: tuple[int, ...]) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import trees
+from pats_jax import random, trees
 from pats_jax.anchors import ForwardMix, draw_rows, input_rows
 from pats_jax.arguments import check_number, is_plainly
 from pats_jax.ranking import kth_largest, rank
@@ -40,7 +40,7 @@ class DpsMixState(NamedTuple):
 
     Attributes:
       count: () int32, number of updates made.
-      key: typed key, the same at every step; the rows of a step are folded from it and `count`.
+      stored_key: the same at every step; the rows of a step are folded from it and `count`.
       pretrained: a tree like params, the parameters at init; None where masked.
       scores: as in `DpsDenseState`; in stage II the scores of the selection.
       appearances: a tree like params, float32, one number for each input feature: how often it was kept in the last
@@ -51,7 +51,7 @@ class DpsMixState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
-    key: jax.Array
+    stored_key: random.StoredKey
     pretrained: Any
     scores: Any
     appearances: Any
@@ -59,17 +59,27 @@ class DpsMixState(NamedTuple):
     rows: Any
     forward: ForwardMix
 
+    @property
+    def key(self) -> jax.Array:
+        """The typed key."""
+        return self.stored_key.key
+
 
 class ChildTuningFState(NamedTuple):
     """State of `child_tuning_f`.
 
     Attributes:
       count: () int32, number of updates made.
-      key: typed key, the same at every step; the draws of a step are folded from it and `count`.
+      stored_key: the same at every step; the draws of a step are folded from it and `count`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
-    key: jax.Array
+    stored_key: random.StoredKey
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key."""
+        return self.stored_key.key
 
 
 class ChildTuningDState(NamedTuple):
@@ -230,7 +240,7 @@ def dps_mix(
         rows = draw_rows(key, 0, input_rows(mixed, input_axis), keep_fraction)
         return DpsMixState(
             count=jnp.zeros([], jnp.int32),
-            key=trees.copy_key(key),
+            stored_key=random.StoredKey.of(key),
             pretrained=jax.tree.map(jnp.copy, mixed),
             scores=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), mixed),
             appearances=jax.tree.map(lambda row: jnp.zeros_like(row, jnp.float32), rows),
@@ -328,7 +338,7 @@ def child_tuning_f(
 
     def init(params):
         del params
-        return ChildTuningFState(jnp.zeros([], jnp.int32), trees.copy_key(key))
+        return ChildTuningFState(jnp.zeros([], jnp.int32), random.StoredKey.of(key))
 
     def update(updates, state, params=None):
         del params
@@ -340,7 +350,7 @@ def child_tuning_f(
             return (g * kept / keep_fraction).astype(g.dtype)
 
         updates = trees.replace_held(thin, updates, thinned, keys)
-        return updates, ChildTuningFState(optax.safe_increment(state.count), state.key)
+        return updates, ChildTuningFState(optax.safe_increment(state.count), state.stored_key)
 
     return optax.GradientTransformation(init, update)
 

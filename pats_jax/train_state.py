@@ -1,11 +1,13 @@
 """The training state and the training, loss and prediction functions: pure, the same under jit, pmap and a mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import serialization
 from flax.training import train_state
 
 from pats_jax import anchors, random, trees
@@ -19,13 +21,23 @@ class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the key that the randomness of each step (dropout) is folded from.
 
     Attributes:
-      key: typed key, the same during the whole run.
+      stored_key: the same during the whole run; ``key`` is the typed key of it, which ``replace`` takes too.
       frozen: the parameters that are not trained, a tree like params with None at those that are (and the other way
         round); None where all are trained. They have no gradient and no optimizer state.
     """
 
-    key: jax.Array
+    stored_key: random.StoredKey
     frozen: Any = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Flax gives every subclass a `replace` that knows the fields only
+        cls.replace = _replace  # type: ignore[assignment, method-assign]
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key."""
+        return self.stored_key.key
 
     @property
     def all_params(self) -> Any:
@@ -51,12 +63,26 @@ class TrainState(train_state.TrainState):
           key: an int (a key of the fast kind) or a typed key.
           trainable: a tree of bools like params, which are trained; None trains all.
         """
-        key = jnp.copy(random.as_key(key))  # a buffer of its own: steps donate the state, not the caller's key
-        frozen = None
+        stored_key, frozen = random.StoredKey.of(random.as_key(key)), None
         if trainable is not None:
             params, frozen = trees.partition(trainable, params)
-        state = super().create(apply_fn=apply_fn, params=params, tx=tx, key=key, frozen=frozen)
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, stored_key=stored_key, frozen=frozen)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
+
+
+def _replace(state: TrainState, **updates: Any) -> TrainState:
+    """The state with other fields, or with another ``key``."""
+    if "key" in updates:
+        updates["stored_key"] = random.StoredKey.of(updates.pop("key"))
+    return dataclasses.replace(state, **updates)
+
+
+TrainState.replace = _replace  # type: ignore[assignment, method-assign]
+serialization.register_serialization_state(  # so that Flax's own files hold such states
+    random.StoredKey,
+    lambda stored: {"words": stored.words},
+    lambda stored, saved: dataclasses.replace(stored, words=saved["words"]),
+)
 
 
 def make_train_step(

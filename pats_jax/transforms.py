@@ -57,17 +57,22 @@ class PatsNoiseState(NamedTuple):
 
     Attributes:
       count: () int32, number of updates made, t.
-      key: typed key of the noise, the same at every step; the draws of a step are folded from it and `count`.
+      stored_key: of the noise, the same at every step; the draws of a step are folded from it and `count`.
       decay_power: () float32, decay**t, which `sensitivity` corrects the bias with.
       sensitivity: a tree like params, S_t before bias correction; None where the mask leaves a leaf out.
       initial_std: a tree like params, () float32 each, standard deviation of the leaf at init; None where masked.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
-    key: jax.Array
+    stored_key: random.StoredKey
     decay_power: jax.Array
     sensitivity: Any
     initial_std: Any
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key."""
+        return self.stored_key.key
 
 
 class SageState(NamedTuple):
@@ -161,7 +166,7 @@ def pats_noise(
         _warn_of_rounding(noisy)
         return PatsNoiseState(
             count=jnp.zeros([], jnp.int32),
-            key=trees.copy_key(key),
+            stored_key=random.StoredKey.of(key),
             decay_power=jnp.ones([], jnp.float32),
             sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
             initial_std=jax.tree.map(_std, noisy),

@@ -81,11 +81,6 @@ def own_key(key: int | jax.Array, method: str) -> jax.Array:
     return jax.random.fold_in(random.as_key(key), _number(method))
 
 
-def copy_key(key: jax.Array) -> jax.Array:
-    """The same key in a buffer of its own, so that donating the state does not take the caller's key away."""
-    return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(key)), impl=jax.random.key_impl(key))
-
-
 def leaf_keys(key: jax.Array, tree: Any) -> Any:
     """A tree like ``tree`` (optax.MaskedNode counts as a leaf) with a key at every leaf.
 

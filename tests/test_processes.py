@@ -163,11 +163,13 @@ def test_a_killed_peer_ends_the_other(base, tmp_path, dead):
 
 
 def test_a_run_of_pmap_goes_on_in_two_processes(base, alone, tmp_path):
-    """From the checkpoint of one process with eight devices and a mesh."""
+    """From the checkpoint of one process with eight devices and a mesh; both find the newer one damaged."""
     folder = tmp_path / "run"
     shutil.copytree(alone, folder)
     (folder / "results.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "20")
+    (folder / "checkpoints" / "20" / "state" / "manifest.ocdbt").write_bytes(b"")
     codes, said = finish(*launch_two(base, output_dir=folder, resume=True, parallel="pmap"))
     assert codes == [0, 0] and all("going on after step 10 of 20" in text for text in said), said
+    assert "20 is damaged: state/manifest.ocdbt is not what was saved; it is renamed 20.damaged" in said[0]
+    assert (folder / "checkpoints" / "20.damaged").is_dir()
     assert_close(folder, alone)

@@ -1,16 +1,20 @@
 """Runs that are killed, interrupted, short of disk or moved to other devices end as if nothing had happened."""
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import damage
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,6 +22,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from pats_jax import fine_tuning, glue, run_folder
+from pats_jax.checkpoints import Checkpoints
 from pats_jax.errors import InputError
 
 STEPS = 60
@@ -257,10 +262,105 @@ def test_the_size_of_a_device_follows_from_the_global_batch(base, interrupted, c
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, interrupted, caplog):
     folder = interrupted()
-    (folder / "checkpoints" / "13" / "progress" / "metadata").write_text("{")
+    (folder / "checkpoints" / "13" / "state" / "record.json").write_text("{")
     run(base, folder, resume=True)
     assert f"{folder / 'checkpoints' / '13'} is damaged" in caplog.text
-    assert lines(folder) == lines(whole_here)
+    assert lines(folder) == lines(whole_here) and (folder / "checkpoints" / "13.damaged").is_dir()
+
+
+def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(base, whole_here, interrupted, caplog):
+    """Not when the best model is needed, after the last step: training comes to it once more."""
+    folder = interrupted(step=28)
+    record = json.loads((folder / "checkpoints" / "28" / "state" / "record.json").read_text())
+    best = record["best_step"]
+    assert best < 28
+    (folder / "checkpoints" / str(best) / "state" / "manifest.ocdbt").write_bytes(b"")
+    run(base, folder, resume=True)
+    assert f"{folder / 'checkpoints' / str(best)} is damaged" in caplog.text
+    assert f"28 needs the best one so far, {folder / 'checkpoints' / str(best)}" in caplog.text
+    assert lines(folder) == lines(whole_here) and results(folder)["best"] == results(whole_here)["best"]
+
+
+# damage
+
+
+@pytest.fixture(scope="module")
+def saved(base, whole, tmp_path_factory):
+    """Some checkpoints of a run, the state that they are restored into, and what each of them holds."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    shutil.copytree(whole, folder)
+    (folder / "results.json").unlink()
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    best = json.loads((folder / "checkpoints" / str(STEPS) / "state" / "record.json").read_text())["best_step"]
+    for step in steps:
+        if step not in (best, *[s for s in steps if s < best][-2:], *steps[-3:]):
+            shutil.rmtree(folder / "checkpoints" / str(step))
+    taken = []
+
+    def take(self, state, kind):
+        taken.append((state, kind))
+        raise InputError("taken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "restore", take)
+        with pytest.raises(InputError, match="taken"):
+            run(base, folder, resume=True)
+    ((state, kind),) = taken
+    alone, held = folder.parent / "alone", {}
+    for step in sorted(int(path.name) for path in (folder / "checkpoints").iterdir()):
+        shutil.copytree(folder / "checkpoints" / str(step), alone / str(step))
+        restored, progress = Checkpoints(alone, None).restore(state, kind)
+        assert progress.step == step
+        held[step] = (jax.tree.map(np.asarray, jax.tree.leaves(restored)), progress)
+    return folder, state, held
+
+
+@pytest.mark.slow
+def test_120_random_damages_of_checkpoints(saved, tmp_path, caplog, capfd):
+    """Restored is bit for bit what was saved, of a step that was saved; older than the newest only with a warning."""
+    folder, state, held = saved
+    newest, rng, outcomes = max(held), random.Random(0), collections.Counter()
+    best = held[newest][1].best("accuracy")["step"]
+    for number in range(120):
+        caplog.clear()
+        here = tmp_path / str(number)
+        shutil.copytree(folder / "checkpoints", here)
+        hit = rng.choice([newest, newest, best])
+        what = damage.at_random(rng, here / str(hit), folder / "checkpoints")
+        try:
+            arrays, progress = Checkpoints(here, None).restore(state, fine_tuning.Progress)
+        except InputError as refusal:
+            assert str(here) in str(refusal) and "\n" not in str(refusal), what
+            outcomes["refused"] += 1
+            continue
+        expected, at_that_time = held[progress.step]
+        assert repr(progress) == repr(at_that_time), what
+        for ours, theirs in zip(jax.tree.leaves(arrays), expected, strict=True):
+            assert ours.dtype == theirs.dtype and np.asarray(ours).tobytes() == theirs.tobytes(), what
+        assert progress.step == newest or f"{here / str(hit)} is damaged" in caplog.text, what
+        assert progress.step == newest or sorted(here.glob("*.damaged")), what
+        outcomes["newest" if progress.step == newest else "older"] += 1
+        shutil.rmtree(here)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert outcomes["older"] > 60 and outcomes["newest"] > 0, outcomes  # and some files nobody reads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_resumed_from_damaged_checkpoints_is_the_uninterrupted_one(base, whole, tmp_path, seed):
+    folder, rng = tmp_path / "run", random.Random(seed)
+    shutil.copytree(whole, folder)
+    (folder / "results.json").unlink()
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    for step in steps[-3:]:
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    what = [damage.at_random(rng, folder / "checkpoints" / str(steps[-4]), folder / "checkpoints") for _ in range(2)]
+    code, error = finish(start(dataclasses.replace(base, output_dir=str(folder), resume=True)))
+    assert "Traceback" not in error, what
+    if code:
+        assert code == 2 and str(folder / "checkpoints") in error.splitlines()[-1], what
+    else:
+        assert_same_run(folder, whole)
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(base, whole_here, interrupted):

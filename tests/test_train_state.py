@@ -310,7 +310,7 @@ def test_the_callers_key_survives_donation():
     key = jax.random.key(5)
     state = pats_jax.TrainState.create(apply_fn=attention, params=make_params(), tx=SGD, key=key)
     jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)(state)
-    assert state.key.is_deleted() and not key.is_deleted()
+    assert state.stored_key.words.is_deleted() and not key.is_deleted()
 
 
 # mistakes

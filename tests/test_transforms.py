@@ -586,7 +586,7 @@ def test_noise_statistics_are_those_of_the_noise_that_was_added(response):
     _, state = run(tx, steps=3)
     squares, noisy = [], None
     for seed in range(400):  # the noise of a fourth step by 400 keys
-        chained = (state[0], state[1]._replace(key=pats_jax.random.fast_key(seed)))
+        chained = (state[0], state[1]._replace(stored_key=pats_jax.random.StoredKey.of(pats_jax.random.fast_key(seed))))
         updates, new_state = jax.jit(tx.update)(gradients(3), chained, PARAMS)
         noise = jax.tree.map(lambda u, g: np.asarray(u - g), updates, gradients(3))
         squares.append(sum(np.sum(x**2) for x in noise.values()))
