@@ -28,7 +28,7 @@ class TrainingSettings:
     train_batch_size: int | None = None  # rows of an optimizer step over all devices; per-device sizes follow from it
     learning_rate: float = 5e-5  # peak of the schedule: linear warmup, then linear decay to 0
     max_steps: int = -1  # optimizer steps; -1: as many as the data ask for
-    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    warmup_ratio: float = 0.1  # share of the steps, rounded up, in which the learning rate rises
     weight_decay: float = 0.01  # AdamW, not on biases and LayerNorm
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.999  # decay of the second moment

@@ -106,8 +106,8 @@ def test_metrics_are_logged_at_their_rhythm(noisy):
     assert list(logged) == [5, 10, 12]
     assert [record["step"] for record in records if "eval" in record] == [4, 8, 12]
     for step, record in logged.items():
-        rate = step - 1  # updates made before: warmup takes int(0.1 * 12) = 1 step, decay the other 11
-        assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 1), rel=1e-5)
+        rate = step - 1  # updates made before: warmup takes 2 steps (0.1 of 12, rounded up), decay the other 10
+        assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 2), rel=1e-5)
         assert 0 < record["loss"] < 5 and record["grad_norm"] > 0
         assert record["timing"].keys() == {"seconds", "data_wait_seconds", "examples_per_second", "tokens_per_second"}
 
