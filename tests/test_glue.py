@@ -452,6 +452,9 @@ def test_answers_that_are_not_finite_are_no_scores(base):
         {"x": tokens}.__getitem__,
         batch_size=8,
     )
+    with pytest.raises(InputError, match="not finite; the checkpoint is damaged"):
+        lost.logits(None, "x")
+    lost.splits["train"] = split
     with pytest.raises(InputError, match="not finite; lower --learning_rate"):
         lost.logits(None, "x")
 

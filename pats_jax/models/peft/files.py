@@ -24,7 +24,8 @@ from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, config_of, draw, own_parameters
-from pats_jax.models.pretrained import from_pretrained
+from pats_jax.models.pretrained import check_problem_type, from_pretrained
+from pats_jax.models.sources import checkpoint_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TASK = "SEQ_CLS"
@@ -129,7 +130,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     """Loads saved PE modules together with the base model that their folder names.
 
     Args:
-        directory: A folder that `save_peft` wrote, or PEFT for a base model without labels' names.
+        directory: A folder that `save_peft` or PEFT wrote.
         **options: For `from_pretrained`, such as ``dtype``.
 
     Returns:
@@ -143,10 +144,15 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     name = values.get("base_model_name_or_path")
     if not name:
         raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
-    labels = None
+    labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
-        labels = EncoderConfig.from_folder(folder).id2label
-    count = len(labels) if labels else _count_labels(folder)
+        of_head = EncoderConfig.from_folder(folder)
+        count, labels = of_head.num_labels, of_head.id2label
+    else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
+        of_head = EncoderConfig.from_folder(checkpoint_folder(name, check_weights=False))
+        count = _count_labels(folder)
+        labels = of_head.id2label if of_head.num_labels == count else None
+    check_problem_type(of_head, count, str(folder))
     base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
     return *load_peft(folder, base, params), config
 
