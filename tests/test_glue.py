@@ -98,6 +98,8 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
     saved = json.loads((noisy / "config.json").read_text())
     assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - set(settings._OF_ONE_START)
     assert saved["output_dir"] == str(noisy)
+    tokenizer = json.loads((noisy / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == saved["max_seq_length"] == 16  # by which `predict` cuts
 
 
 def test_metrics_are_logged_at_their_rhythm(noisy):
