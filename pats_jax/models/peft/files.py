@@ -143,7 +143,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     values = _read_config(folder)
     name = values.get("base_model_name_or_path")
     if not name:
-        raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
+        raise InputError(f"{folder / CONFIG_FILE}: names no base model; write it there as base_model_name_or_path")
     labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
         of_head = EncoderConfig.from_folder(folder)
