@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +124,7 @@ def torch_step(
         weight_decay=settings.weight_decay,
         fused=fused,
     )
-    warmup_steps = int(settings.warmup_ratio * settings.max_steps)
+    warmup_steps = math.ceil(settings.max_steps * settings.warmup_ratio)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.max_steps)
     names = ("input_ids", "attention_mask", "token_type_ids", "labels")
 

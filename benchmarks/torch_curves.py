@@ -12,6 +12,7 @@ Step times are for information: the two trainings take turns on a machine that m
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import sys
@@ -107,7 +108,7 @@ class TorchTraining:
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
         )
-        warmup_steps = int(settings.warmup_ratio * settings.max_steps)
+        warmup_steps = math.ceil(settings.max_steps * settings.warmup_ratio)
         self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, warmup_steps, settings.max_steps)
 
     def step(self, batch: batches.Batch) -> float:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import rich.console
 
@@ -74,13 +75,17 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         option_scoring.check_tasks(settings.head, tasks)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
+        tokenizer = models.load_tokenizer(settings.model_name_or_path)
+        folder_of_model = models.checkpoint_folder(settings.model_name_or_path, check_weights=False)
+        config = models.EncoderConfig.from_folder(folder_of_model)
+        option_scoring.check_tokens(settings.head, tokenizer, config, tasks)
         open_folder(folder, settings)
         if settings.jobs > 1:
             run_jobs(settings, args)
         else:
             try:
                 with preemption.watch() as asked:
-                    tune_all(settings, starts, tasks, folder, console, asked)
+                    tune_all(settings, starts, tasks, folder, console, asked, tokenizer)
             except Preempted as error:
                 raise Preempted("interrupted; the same command goes on", error.signal_number) from None
     if settings.report_only or settings.share == "1/1":
@@ -261,17 +266,16 @@ def tune_all(
     folder: pathlib.Path,
     console: rich.console.Console,
     asked: preemption.Preemption,
+    tokenizer: Any,
 ) -> None:
     """Makes this process's share of the tunings that are not there yet, start by start."""
     run_start.keep_compiled_programs(settings.compilation_cache_dir or str(folder / "compiled"))
     number, count = parse_share(settings.share)
-    tokenizer = None
     for start in starts:
         own = places(settings, start, tasks, folder)[number - 1 :: count]
         wanted = [(task, sample, path) for task, sample, path in own if not path.exists()]
         if not wanted:
             continue
-        tokenizer = tokenizer or models.load_tokenizer(settings.model_name_or_path)
         tuner = Tuner(settings, start, tokenizer)
         for task, sample, path in wanted:
             asked.check()

@@ -1,6 +1,8 @@
 """Scores of a model on the validation data, and its predictions for the test data."""
 
+import csv
 import dataclasses
+import io
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,8 +11,10 @@ import jax
 import numpy as np
 
 from pats_jax import metrics
-from pats_jax.data import batches, readers, tasks
+from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
+from pats_jax.files import write_text
+from pats_jax.models.labels import respelled
 from pats_jax.parallel import MeshRunner
 from pats_jax.train_state import Batch
 from pats_jax.trainer import predict_logits
@@ -30,6 +34,7 @@ class Predictor:
       tokenize: gives the tokens of a split by its name; called when they are first needed, and again at each use.
       batch_size: rows of a device.
       interrupt: called after every batch; what it raises ends the prediction.
+      order: for each class of the task its place in the model's head, (classes,); None: the same order.
     """
 
     predict: Callable[[Any, Batch], jax.Array]
@@ -39,12 +44,13 @@ class Predictor:
     tokenize: Callable[[str], batches.Tokens]
     batch_size: int
     interrupt: Callable[[], None] = lambda: None
+    order: np.ndarray | None = None
 
     def logits(self, params: Any, name: str) -> np.ndarray:
-        """Logits (rows, num_labels) of a split.
+        """Logits (rows, num_labels) of a split, in the order of the task's classes.
 
         Raises:
-          InputError: if the model has diverged, so that they are not finite.
+          InputError: if they are not finite, for instance since the model has diverged.
         """
         tokens, devices = self.tokenize(name), self.runner.num_devices
         boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
@@ -52,9 +58,8 @@ class Predictor:
         own = self.runner.own_rows(batch_size)
         rows = batches.eval_batches(tokens, None, batch_size, boundaries, own=own)
         logits = predict_logits(self._predict, params, rows, len(tokens))
-        if not np.isfinite(logits).all():
-            raise InputError("the model's answers are not finite; lower --learning_rate")
-        return logits
+        check_finite(logits, "lower --learning_rate" if "train" in self.splits else DAMAGED)
+        return logits if self.order is None else logits[:, self.order]
 
     def _predict(self, params, batch):
         self.interrupt()
@@ -76,7 +81,8 @@ class Predictor:
         for name in names:
             split = self.splits[name]
             answers = decide(self.logits(params, name), self.task)
-            folded = fold(answers, self.task.labels or (), split.label_names or ())
+            names = split.label_names or ()
+            folded = fold(answers, respelled(self.task.labels or (), out_of_domain.THREE_CLASSES), names)
             accuracy = metrics.compute_metrics(("accuracy",), folded, true_labels(split))
             scores[name] = {"metrics": accuracy, "examples": len(split)}
         return scores
@@ -97,17 +103,44 @@ class Predictor:
                 continue
             task = tasks.get_task("ax") if name == "ax" else self.task
             answers = decide(self.logits(params, name), task)
-            rows = zip(self.splits[name].ids, answers, strict=True)
-            lines = ["index\tprediction", *(f"{index}\t{task.format_prediction(answer)}" for index, answer in rows)]
-            files[task.prediction_files["test" if name == "ax" else name]] = "\n".join(lines) + "\n"
+            rows = zip(self.splits[name].ids, map(task.format_prediction, answers), strict=True)
+            files[task.prediction_files["test" if name == "ax" else name]] = to_tsv(("index", "prediction"), rows)
         return files
+
+
+def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table with a line for each row and a tab between cells, whatever ids and labels hold.
+
+    Tabs, line feeds and carriage returns in a cell are written ``\t``, ``\n`` and ``\r``; a cell with quotes is quoted
+    as in CSV.
+
+    Example:
+      >>> to_tsv(("index", "prediction"), [("7", "so\tso"), ("8", "good")])
+      'index\tprediction\n7\tso\\tso\n8\tgood\n'
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    writer.writerows([cell.translate(_ESCAPES) for cell in row] for row in (header, *rows))
+    return out.getvalue()
+
+
+_ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def check_finite(logits: np.ndarray, what_to_do: str) -> None:
+    """Raises InputError if an answer of the model is nan or infinite."""
+    if not np.isfinite(logits).all():
+        raise InputError(f"the model's answers are not finite; {what_to_do}")
+
+
+DAMAGED = "the checkpoint is damaged or was saved after a training that diverged, take another"
 
 
 def write_files(folder: pathlib.Path, files: dict[str, str]) -> None:
     """Writes texts by file name into a folder, made if need be."""
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def true_labels(split: readers.Split) -> np.ndarray:

@@ -203,6 +203,7 @@ def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
         mlm_head_from=start.base,
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )
 

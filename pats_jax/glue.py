@@ -6,14 +6,17 @@ before the folder is touched.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import pathlib
+import re
 import shlex
 import warnings
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 
 from pats_jax import (
@@ -35,7 +38,7 @@ from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
 from pats_jax.fine_tuning import GlueTraining, Trained, count_steps, train
-from pats_jax.models import peft
+from pats_jax.models import labels, peft
 from pats_jax.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,20 +72,27 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         model, params, config = load_model(settings, task, splits)
         tokenizer = loading.result()
     max_length = sequence_length(settings.max_seq_length, model)
+    tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
     for split in splits.values():
         batches.check_room(split, tokenizer, max_length)
-    tokenize = functools.cache(lambda name: batches.tokenize(splits[name], tokenizer, max_length))
-    if not batches.takes_any_text(tokenizer):  # a text that it cannot take must not cost a finished training its model
+        batches.check_types(batches.largest_type(split, tokenizer), config.type_vocab_size)
+    tokenize = functools.cache(lambda name: tokenize_split(name, splits[name], tokenizer, model, max_length))
+    # a text that the tokenizer or the model cannot take must not cost a finished training its model
+    if not batches.takes_any_text(tokenizer) or batches.largest_id(tokenizer) >= config.vocab_size:
         for name in splits:
             tokenize(name)
+    order = None if task.labels is None else labels.match_labels(task.labels, list(config.id2label.values()))
     results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
         predict = runner.compile_predict(train_state.make_predict_step(model.apply))
-        predictor = Predictor(predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check)
+        predictor = Predictor(
+            predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check, order
+        )
         training = None
         if "train" in splits:
-            training = GlueTraining(settings, runner, task, splits["train"], tokenize("train"), model, params)
+            of_head = in_order_of_head(splits["train"], order)
+            training = GlueTraining(settings, runner, task, of_head, tokenize("train"), model, params)
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         start.open_folder()
 
@@ -161,20 +171,49 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
         splits = readers.load_files(paths, regression=settings.do_regression)
         return tasks.own_task(splits["train"].label_names), splits
     config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model_name_or_path))
-    labels = None if config.num_labels == 1 else tuple(config.id2label.values())
-    for label in labels or ():
-        check_characters(label, f"{settings.model_name_or_path}: a name in id2label")
-    if settings.do_regression not in (None, labels is None):
-        kind = "gives scores" if labels is None else f"has {len(labels)} classes"
+    of_head = tuple(config.id2label.values())
+    for name in of_head:
+        check_characters(name, f"{settings.model_name_or_path}: a name in id2label")
+    is_regression = config.num_labels == 1
+    if settings.do_regression not in (None, is_regression):
+        kind = "gives scores" if is_regression else f"has {len(of_head)} classes"
         raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; leave the flag out")
-    return tasks.own_task(labels), readers.load_files(paths, label_names=labels, regression=labels is None)
+    if is_regression:
+        return tasks.own_task(None), readers.load_files(paths, regression=True)
+    written = readers.labels_in(paths["validation"]) if "validation" in paths else set()
+    names_of_head = labels_of_head(of_head, written)
+    return tasks.own_task(names_of_head), readers.load_files(paths, label_names=names_of_head)
+
+
+def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]:
+    """The names of a head's classes by index, as a file with some of these labels writes them.
+
+    A head without names (``LABEL_0``, ...) has as many labels as the file, which are numbered as for training: in
+    numerical or alphabetical order.
+
+    Example:
+      >>> labels_of_head(("NEGATIVE", "POSITIVE"), {"positive", "negative"})
+      ('negative', 'positive')
+      >>> labels_of_head(("LABEL_0", "LABEL_1"), {"spam", "ham"})
+      ('ham', 'spam')
+    """
+    numbers = tuple(map(str, range(len(names))))
+    if labels.is_nameless(names) and not written & set(names):
+        if written and written <= set(numbers):
+            return numbers
+        if len(written) == len(names):
+            return tuple(sorted(written, key=int if all(map(_WHOLE_NUMBER, written)) else None))
+    return labels.respelled(names, sorted(written))
+
+
+_WHOLE_NUMBER = re.compile(r"-?\d+").fullmatch
 
 
 def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, readers.Split]:
     """The sets of ``--out_of_domain`` by name, cut like the validation split."""
     if not settings.out_of_domain:
         return {}
-    if set(task.labels or ()) != set(out_of_domain.THREE_CLASSES):
+    if labels.match_labels(task.labels or (), out_of_domain.THREE_CLASSES) is None:
         raise InputError(f"--out_of_domain: needs a model of the classes {', '.join(out_of_domain.THREE_CLASSES)}")
     folder, data_dir = settings.out_of_domain_dir, settings.data_dir
     found = {name: out_of_domain.load_out_of_domain(name, folder, data_dir) for name in settings.out_of_domain}
@@ -202,14 +241,44 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         regression=task.is_regression,
         id2label=dict(enumerate(task.labels)) if task.labels else None,
         key=settings.seed,
+        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
+        strict_labels="train" not in splits,
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     modules = pe_modules.chosen_config(settings)
     if modules:
+        if not modules.train_pooler and models.lacks_pooler(settings.model_name_or_path):
+            raise InputError(
+                f"--peft {settings.peft}: the checkpoint has no pooler, and a new one must be trained and saved, too; "
+                "give --peft_pooler"
+            )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
         pe_modules.check_methods(settings, params)
     return model, params, config
+
+
+def tokenize_split(
+    name: str, split: readers.Split, tokenizer: Any, model: models.SequenceClassifier, max_length: int
+) -> batches.Tokens:
+    """The tokens of a split; says how many of its texts were cut.
+
+    Raises:
+      InputError: if the model has no embedding for one of them.
+    """
+    tokens, config = batches.tokenize(split, tokenizer, max_length), model.config
+    batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
+    cut = batches.describe_cut(tokens, max_length, model.max_length)
+    if cut and parallel.is_first():
+        logger.warning("%s: %s", name, cut)
+    return tokens
+
+
+def in_order_of_head(split: readers.Split, order: np.ndarray | None) -> readers.Split:
+    """The rows with their labels numbered as the model's head numbers them; see `Predictor.order`."""
+    if order is None or split.labels is None:
+        return split
+    return dataclasses.replace(split, labels=order[split.labels], label_names=None)
 
 
 def sequence_length(asked: int, model: models.SequenceClassifier) -> int:

@@ -1,6 +1,7 @@
 """METHODS: a name -> what it adds to plain fine-tuning, which layers it touches, and with what it goes together."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -119,8 +120,8 @@ _WHY_ONE = {
 
 
 def learning_rate_schedule(settings: TrainingSettings, total_steps: int) -> optax.Schedule:
-    """Linear warmup from 0 over ``warmup_ratio`` of the steps, then linear decay to 0 at the end of training."""
-    warmup_steps = int(settings.warmup_ratio * total_steps)
+    """Linear warmup from 0 over ``warmup_ratio`` of the steps, rounded up, then linear decay to 0 at the end."""
+    warmup_steps = math.ceil(total_steps * settings.warmup_ratio)  # as Transformers' TrainingArguments count them
     peak = settings.learning_rate
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)
     decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from pats_jax import models
+from pats_jax.data import batches
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.errors import InputError
 from pats_jax.models import peft
@@ -360,6 +361,25 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
     others = [index for index in range(len(row.options)) if index != row.answer]
     kept = sorted([row.answer, *rng.choice(others, most - 1, replace=False).tolist()])
     return Row(row.input, tuple(row.options[index] for index in kept), kept.index(row.answer))
+
+
+def check_tokens(head: str, tokenizer: Any, config: models.EncoderConfig, tasks: Sequence[FewShotTask]) -> None:
+    """Raises InputError if the tokenizer gives ids or token types, for any text of the tasks, that the model lacks.
+
+    A look-up beyond an embedding table gives nan, not an error.
+    """
+    if head == "mlm" and tokenizer.mask_token is None:
+        raise InputError("--head mlm: the tokenizer has no mask token; use another head")
+    if head in ("pair", "mlm"):
+        pair = tokenizer("a", "b", return_token_type_ids=True)
+        batches.check_types(max(pair["token_type_ids"]), config.type_vocab_size)
+    if batches.largest_id(tokenizer) < config.vocab_size:
+        return
+    samples = [sample for task in tasks for sample in task.samples]
+    rows = [row for sample in samples for row in (*sample.train, *sample.dev, *sample.test)]
+    texts = list({text for row in rows for text in (row.input, *row.options)})
+    ids = [own for row in tokenizer(texts, verbose=False)["input_ids"] for own in row]
+    batches.check_vocabulary(max(*ids, tokenizer.mask_token_id if head == "mlm" else 0), config.vocab_size)
 
 
 def check_tasks(head: str, tasks: Sequence[FewShotTask]) -> None:

@@ -1,7 +1,6 @@
 """Labels and probabilities for new texts: `pats-jax predict`."""
 
-import csv
-import io
+import logging
 import os
 import pathlib
 import sys
@@ -15,11 +14,14 @@ import tyro
 from pats_jax import models
 from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
-from pats_jax.evaluation import BUCKETS
+from pats_jax.evaluation import BUCKETS, DAMAGED, check_finite, to_tsv
+from pats_jax.files import write_text
 from pats_jax.glue import sequence_length
 from pats_jax.models import peft
 from pats_jax.train_state import make_predict_step
 from pats_jax.trainer import predict_logits
+
+logger = logging.getLogger(__name__)
 
 
 def predict_file(
@@ -27,7 +29,7 @@ def predict_file(
     *,
     file: str,
     output_file: str | None = None,
-    max_seq_length: int = 128,
+    max_seq_length: int | None = None,
     batch_size: int = 64,
 ) -> None:
     """Writes a TSV of labels and probabilities (or scores) for the texts of a file.
@@ -36,7 +38,7 @@ def predict_file(
       model: folder of a trained model, such as RUN/model, or of PE modules, such as RUN/adapter
       file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or .txt with one text a line
       output_file: where to write; none: standard output
-      max_seq_length: tokens; longer texts are cut
+      max_seq_length: tokens; longer texts are cut; none: as the model was trained
       batch_size: rows
     """
     for part in ("model", "adapter"):
@@ -47,19 +49,24 @@ def predict_file(
     target = None if output_file is None else pathlib.Path(output_file)
     if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
         raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
-    table = to_tsv(*predict_texts(model, file, max_seq_length, batch_size))
-    if target:
+    table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
+    if target is None:
+        sys.stdout.write(table)
+    elif target.exists() and not target.is_file():  # a pipe or a device, which nothing can take the place of
         target.write_text(table, encoding="utf-8")
     else:
-        sys.stdout.write(table)
+        write_text(target.resolve(), table)
 
 
 def predict_texts(
-    model: str, file: str, max_seq_length: int, batch_size: int
+    model: str, file: str, max_seq_length: int | None, batch_size: int
 ) -> tuple[list[str], np.ndarray, tuple[str, ...] | None]:
     """The ids of a file's rows, the model's logits for them (rows, num_labels), and the labels' names.
 
     The names are None where the model predicts a score.
+
+    Raises:
+      InputError: if the model's answers are not finite, or its embedding table is smaller than the tokenizer's ids.
     """
     split = read_texts(file)
     tokenizer = models.load_tokenizer(model)
@@ -67,23 +74,29 @@ def predict_texts(
         network, params, config = peft.load_peft_model(model)
     else:
         network, params, config = models.from_pretrained(model, num_labels=None)
-    tokens = batches.tokenize(split, tokenizer, sequence_length(max_seq_length, network))
+    longest = network.max_length
+    asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
+    max_length = sequence_length(asked, network)
+    tokens = batches.tokenize(split, tokenizer, max_length)
+    batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
+    if cut := batches.describe_cut(tokens, max_length, longest):
+        logger.warning("%s", cut)
     boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
     rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
     logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
+    check_finite(logits, DAMAGED)
     names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
     return split.ids, logits, names
 
 
-def to_tsv(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
+def as_table(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
     """A TSV with the header ``index, prediction`` and, for classes, the probability of each by its name."""
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
     if names is None:
-        writer.writerow(["index", "prediction"])
-        writer.writerows([index, f"{score:.4f}"] for index, score in zip(ids, logits[:, 0], strict=True))
-    else:
-        writer.writerow(["index", "prediction", *names])
-        for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True):
-            writer.writerow([index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row)])
-    return out.getvalue()
+        scores = (f"{score:.4f}" for score in logits[:, 0])
+        return to_tsv(("index", "prediction"), zip(ids, scores, strict=True))
+    probabilities = scipy.special.softmax(logits, axis=1)
+    rows = (
+        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
+        for index, row in zip(ids, probabilities, strict=True)
+    )
+    return to_tsv(("index", "prediction", *names), rows)

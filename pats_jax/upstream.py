@@ -113,8 +113,12 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
         key=settings.seed,
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )
+    used = [gym[name] for name in (*partition.train, *partition.dev)]
+    option_scoring.check_tokens(settings.head, tokenizer, model.config, used)
+    tokenizer.model_max_length = option_scoring.text_length(settings.max_seq_length, model)  # saved with the model
     if settings.train == "pe":
         pe_modules.check_methods(settings, params)
     results: dict[str, Any] = {

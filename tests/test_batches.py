@@ -1,15 +1,20 @@
 """Buckets, epochs and padding against brute force, and the batches against the tokenizer's own padding."""
 
+import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
 from pats_jax.data.batches import (
     Tokens,
     bucket_boundaries,
+    check_ids,
+    describe_cut,
     epoch_plan,
     eval_batches,
     fill_batch,
@@ -258,3 +263,35 @@ def test_cola_is_padded_by_less_than_15_percent():
     train = read_glue("cola", SHARED, splits=["train"])["train"]
     share, shapes = measured(tokenize(train, minilm, max_length=128), len(train))
     assert share < 0.15 and shapes <= 7
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("length", [8, 12, 40])
+def test_rows_that_are_cut_are_counted(pairs, length):
+    rng = np.random.default_rng(length)
+    first, second = (["ann " * rng.integers(0, 12) for _ in range(60)] for _ in range(2))
+    split = Split(first, second if pairs else None, None, [str(row) for row in range(60)])
+    whole, cut = (tokenize(split, tiny.tokenizer(), most) for most in (1000, length))
+    assert whole.cut == 0 and cut.cut == np.sum(whole.lengths > length)
+    assert (describe_cut(cut, length, 40) is None) == (cut.cut == 0)
+
+
+def test_ids_beyond_a_table_of_the_model():
+    tokens = Tokens(np.array([1, 7, 2], np.int32), np.array([0, 0, 1], np.uint8), np.array([0, 2, 3]), pad_id=8)
+    check_ids(tokens, 9, 2)
+    with pytest.raises(InputError, match="ids up to 8, and the model's embedding table has 8 rows"):
+        check_ids(tokens, 8, 2)  # the padding token
+    with pytest.raises(InputError, match="ids up to 7, and the model's embedding table has 7 rows"):
+        check_ids(dataclasses.replace(tokens, pad_id=0), 7, 2)
+    with pytest.raises(InputError, match="token types up to 1, and the model's table of them has 1 rows"):
+        check_ids(tokens, 9, 1)
+
+
+def test_a_tokenizer_without_padding_is_refused():
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.pad_token = None
+    with pytest.raises(InputError, match="no padding token"):
+        tokenize(Split(["ann"], None, None, ["0"]), tokenizer, 8)

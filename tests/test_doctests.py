@@ -16,6 +16,8 @@ import pytest
         "data.low_resource",
         "data.partitions",
         "evaluation",
+        "glue",
+        "models.labels",
         "models.peft.model",
         "objectives",
         "option_scoring",

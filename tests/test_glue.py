@@ -98,6 +98,8 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
     saved = json.loads((noisy / "config.json").read_text())
     assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - set(settings._OF_ONE_START)
     assert saved["output_dir"] == str(noisy)
+    tokenizer = json.loads((noisy / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == saved["max_seq_length"] == 16  # by which `predict` cuts
 
 
 def test_metrics_are_logged_at_their_rhythm(noisy):
@@ -106,8 +108,8 @@ def test_metrics_are_logged_at_their_rhythm(noisy):
     assert list(logged) == [5, 10, 12]
     assert [record["step"] for record in records if "eval" in record] == [4, 8, 12]
     for step, record in logged.items():
-        rate = step - 1  # updates made before: warmup takes int(0.1 * 12) = 1 step, decay the other 11
-        assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 1), rel=1e-5)
+        rate = step - 1  # updates made before: warmup takes 2 steps (0.1 of 12, rounded up), decay the other 10
+        assert record["learning_rate"] == pytest.approx(1e-2 * (STEPS - rate) / (STEPS - 2), rel=1e-5)
         assert 0 < record["loss"] < 5 and record["grad_norm"] > 0
         assert record["timing"].keys() == {"seconds", "data_wait_seconds", "examples_per_second", "tokens_per_second"}
 
@@ -452,6 +454,9 @@ def test_answers_that_are_not_finite_are_no_scores(base):
         {"x": tokens}.__getitem__,
         batch_size=8,
     )
+    with pytest.raises(InputError, match="not finite; the checkpoint is damaged"):
+        lost.logits(None, "x")
+    lost.splits["train"] = split
     with pytest.raises(InputError, match="not finite; lower --learning_rate"):
         lost.logits(None, "x")
 

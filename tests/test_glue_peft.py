@@ -35,7 +35,7 @@ def run(base, folder, **changes):
 def predicted(folder, capsys, texts):
     """The probabilities (rows, classes) that `pats-jax predict` gives."""
     capsys.readouterr()
-    cli.main(["predict", str(folder), "--file", str(texts), "--max_seq_length", "16"])
+    cli.main(["predict", str(folder), "--file", str(texts)])
     _, *rows = csv.reader(io.StringIO(capsys.readouterr().out), delimiter="\t")
     return np.array([row[2:] for row in rows], float)
 

@@ -45,11 +45,19 @@ def updates_of(settings, params, gradients, total_steps):
         yield updates
 
 
+@pytest.mark.parametrize("total, ratio, steps", [(3, 0.2, 1), (10, 0.1, 1), (11, 0.1, 2), (100, 0.07, 8), (5, 0.0, 0)])
+def test_warmup_has_as_many_steps_as_in_transformers(total, ratio, steps):
+    """Rounded up. (100 * 0.07 is a little above 7 in floating point: 8 there, too.)"""
+    schedule = methods.learning_rate_schedule(Settings(learning_rate=1.0, warmup_ratio=ratio), total)
+    rates = [float(schedule(step)) for step in range(total)]
+    assert rates.index(max(rates)) == steps
+
+
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.37, 1.0])
 def test_schedule_is_the_closed_formula(warmup_ratio):
     total = 50
     schedule = methods.learning_rate_schedule(Settings(learning_rate=3e-4, warmup_ratio=warmup_ratio), total)
-    warmup = int(warmup_ratio * total)
+    warmup = -int(-total * warmup_ratio // 1)  # rounded up
     for step in (0, 1, 4, 5, 6, 18, 19, 30, 49):
         share = step / warmup if step < warmup else (total - step) / (total - warmup)
         assert float(schedule(step)) == pytest.approx(3e-4 * share, rel=1e-5, abs=1e-12)

@@ -507,6 +507,14 @@ def test_what_is_loaded(scorer, checkpoint, head):
     assert all(np.array_equal(x, tensors[name]) for name, x in loaded.items())
 
 
+def test_a_head_of_another_size_is_replaced_where_the_flag_is_given(tmp_path):
+    folder = tiny.save_checkpoint(tmp_path / "model", 3)
+    with pytest.raises(InputError, match="has 3 labels and 1 are needed; give --ignore_mismatched_sizes"):
+        load_scorer(str(folder), "pair", None, key=0)
+    _, params = load_scorer(str(folder), "pair", None, key=0, ignore_mismatched_sizes=True)
+    assert params["classifier"]["kernel"].shape == (16, 1)
+
+
 def test_roberta_has_no_pooler_to_train(tmp_path):
     folder = save(tmp_path / "roberta", ROBERTA, mlm=False, tokenizer=roberta_tokenizer())
     model, params = load_scorer(str(folder), "pair", peft.LoraConfig(rank=1), key=0)

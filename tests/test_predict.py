@@ -1,14 +1,18 @@
 """`pats-jax predict`: labels, probabilities and scores for new texts, against one plain batch through the model."""
 
+import copy
 import csv
 import dataclasses
 import io
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
 import scipy.special
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from pats_jax import cli, models
 
@@ -56,7 +60,7 @@ def test_pairs_with_their_own_index_into_a_file(model, tmp_path, capsys):
     )
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.warns(UserWarning, match="--max_seq_length 128 is above the model's 24 positions; using 24"):
-        cli.predict([str(model), "--file", str(file), "--output_file", str(target)])
+        cli.predict([str(model), "--file", str(file), "--output_file", str(target), "--max_seq_length", "128"])
     assert capsys.readouterr().out == ""
     header, rows = table(target.read_text())
     assert [row[0] for row in rows] == [f"q{n}" for n in range(6)]
@@ -72,3 +76,118 @@ def test_scores_of_a_regression(tmp_path, capsys):
     header, rows = table(capsys.readouterr().out)
     assert header == ["index", "prediction"]
     np.testing.assert_allclose([float(row[1]) for row in rows], tiny.reference_logits(model, texts)[:, 0], atol=1e-4)
+
+
+# lengths
+
+
+def saved(folder, tokenizer=None, **changes):
+    """A folder with a random classifier, its tokenizer altered."""
+    config = dataclasses.replace(tiny.CONFIG, id2label=dict(enumerate(NAMES)))
+    tokenizer = copy.deepcopy(tokenizer or tiny.tokenizer())
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    models.save_pretrained(folder, params=tiny.random_params(config), config=config, tokenizer=tokenizer)
+    return folder
+
+
+def predicted(model, texts, tmp_path, capsys, *flags):
+    """The probabilities that `pats-jax predict` writes, and what it says."""
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"{text}\n" for text in texts))
+    cli.main(["predict", str(model), "--file", str(file), *flags])
+    out, error = capsys.readouterr()
+    return np.array([row[2:] for row in table(out)[1]], float), error
+
+
+LONG = ["ann is warm and bob is cold .", "ann is warm .", "bob and cid and dan and eve and fay is rude and loud ."]
+
+
+@pytest.mark.parametrize("own, flags, length", [(8, (), 8), (8, ("--max_seq_length", "12"), 12), (10**30, (), 24)])
+def test_the_length_is_the_model_folders_and_what_is_cut_is_said(own, flags, length, tmp_path, capsys, caplog):
+    folder = saved(tmp_path / "model", model_max_length=own)
+    found, _ = predicted(folder, LONG, tmp_path, capsys, *flags)
+    expected = scipy.special.softmax(tiny.reference_logits(folder, LONG, max_length=length), axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    cut = {8: 2, 12: 1, 24: 0}[length]  # of 10, 6 and 14 tokens
+    verb = "is longer than 12 tokens and was" if cut == 1 else f"are longer than {length} tokens and were"
+    lines = [f"{cut} of 3 texts {verb} cut; give --max_seq_length"] if cut else []
+    assert [line for line in caplog.messages if "cut" in line] == lines
+
+
+def test_a_text_beyond_the_models_positions_is_said_to_be_so(tmp_path, capsys, caplog):
+    predicted(saved(tmp_path / "model"), ["ann is warm . " * 9], tmp_path, capsys)
+    assert "1 of 1 texts is longer than 24 tokens and was cut; the model takes no more" in caplog.text
+
+
+# ids and answers that are none
+
+
+def with_words(*words, pad=None):
+    """The tokenizer with words that the model's table has no rows for."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(list(words))
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [with_words("zoe"), with_words(pad="[FILL]")], ids=["word", "padding"])
+def test_ids_beyond_the_table_are_refused_with_both_sizes(tokenizer, tmp_path, capsys):
+    folder, size = saved(tmp_path / "model", tokenizer), len(tiny.VOCABULARY)
+    file, target = tmp_path / "texts.txt", tmp_path / "out.tsv"
+    file.write_text("zoe is warm .\nann is cold\n")
+    line = tiny.refused(capsys, "predict", folder, "--file", file, "--output_file", target)
+    assert f"gives ids up to {size}, and the model's embedding table has {size} rows" in line
+    assert not target.exists()
+
+
+def test_words_that_no_text_has_are_no_matter(tmp_path, capsys):
+    file = tmp_path / "texts.txt"
+    file.write_text("ann is warm .\n")
+    cli.main(["predict", str(saved(tmp_path / "model", with_words("zoe"))), "--file", str(file)])
+    assert len(table(capsys.readouterr().out)[1]) == 1
+
+
+def test_answers_that_are_not_finite_are_never_written(tmp_path, capsys):
+    folder = saved(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    save_file(
+        {n: np.full_like(x, 3e38) if n == "classifier.weight" else x for n, x in load_file(weights).items()}, weights
+    )
+    file, target = tmp_path / "texts.txt", tmp_path / "out.tsv"
+    file.write_text("ann is warm .\n")
+    line = tiny.refused(capsys, "predict", folder, "--file", file, "--output_file", target)
+    assert "the model's answers are not finite" in line and not target.exists()
+
+
+# what ids and labels may hold
+
+
+def test_a_row_is_a_line_whatever_ids_and_labels_hold(tmp_path, capsys):
+    names = ('so\tso\n"really"', "good\r", "bad")
+    config = dataclasses.replace(tiny.CONFIG, id2label=dict(enumerate(names)))
+    params = tiny.random_params(config)
+    models.save_pretrained(tmp_path / "model", params=params, config=config, tokenizer=tiny.tokenizer())
+    texts, ids = tiny.sentences(6, 6)[0], ["a\tb", "c\nd", "e\r", "", "f", "\\t"]
+    file, target = tmp_path / "texts.jsonl", tmp_path / "out.tsv"
+    tiny.write_lines(file, ({"id": id, "sentence": text} for id, text in zip(ids, texts, strict=True)))
+    cli.main(["predict", str(tmp_path / "model"), "--file", str(file), "--output_file", str(target)])
+    text = target.read_bytes().decode()
+    assert text.count("\n") == 7 and "\r" not in text and all(line.count("\t") == 4 for line in text.splitlines())
+    header, rows = table(text)
+    escaped = ['so\\tso\\n"really"', "good\\r", "bad"]
+    assert header == ["index", "prediction", *escaped]
+    assert [row[0] for row in rows] == ["a\\tb", "c\\nd", "e\\r", "", "f", "\\t"]
+    answers = tiny.reference_logits(tmp_path / "model", texts).argmax(1)
+    assert [row[1] for row in rows] == [escaped[answer] for answer in answers]
+
+
+def test_a_pipe_is_written_to_not_replaced(model, tmp_path):
+    file, pipe = tmp_path / "texts.txt", tmp_path / "pipe"
+    file.write_text("ann is warm .\n")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    cli.main(["predict", str(model), "--file", str(file), "--output_file", str(pipe)])
+    assert os.read(reader, 5) == b"index" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)

@@ -14,7 +14,7 @@ import pytest
 from model_parity import by_tensor_name
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import random
+from pats_jax import models, random
 from pats_jax.errors import InputError
 from pats_jax.models import from_pretrained, load_tokenizer, save_pretrained, sources
 
@@ -210,10 +210,21 @@ def test_missing_tensor_is_an_error_by_name(name, tmp_path):
     refused(write(tmp_path, tensors, config), str(tmp_path), name)
 
 
-def test_missing_pooler_of_a_classifier_is_an_error(tmp_path):
+@pytest.mark.parametrize("architecture", ("BertForSequenceClassification", "BertModel"))
+@pytest.mark.parametrize("head", (True, False))
+def test_a_checkpoint_without_pooler_gets_a_new_one(architecture, head, tmp_path, caplog):
     tensors, config = stored("bert")
-    rest = {name: value for name, value in tensors.items() if ".pooler." not in name}
-    refused(write(tmp_path, rest, config), "bert.pooler.dense.bias, bert.pooler.dense.weight")
+    rest = {name: x for name, x in (tensors if head else without_head(tensors)).items() if ".pooler." not in name}
+    folder = write(tmp_path, rest, config | {"architectures": [architecture]})
+    _, params, _ = from_pretrained(folder, num_labels=3)
+    assert "newly initialised: bert.pooler.dense.bias, bert.pooler.dense.weight" in caplog.text
+    assert ("the head needs training" in caplog.text) == head and models.lacks_pooler(folder)
+    kept = {name: x for name, x in by_tensor_name(params).items() if name in rest}
+    assert kept.keys() == rest.keys() and all(np.array_equal(kept[name], rest[name]) for name in rest)
+
+
+def test_what_has_a_pooler_or_needs_none():
+    assert not models.lacks_pooler(FIXTURES / "bert") and not models.lacks_pooler(FIXTURES / "roberta")
 
 
 def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
@@ -231,7 +242,11 @@ def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_count_that_does_not_fit_the_head(kind):
-    refused(FIXTURES / kind, "3 labels", "2 are needed", "num_labels=3", "new_head=True", num_labels=2)
+    refused(FIXTURES / kind, "3 labels", "2 are needed", "give --ignore_mismatched_sizes", num_labels=2)
+    _, params, config = from_pretrained(FIXTURES / kind, num_labels=2, ignore_mismatched_sizes=True)
+    assert by_tensor_name(params)[HEADS[kind]].shape == (2, 16) and config.num_labels == 2
+    _, params, _ = from_pretrained(FIXTURES / kind, num_labels=3, ignore_mismatched_sizes=True)
+    assert_same_tensors(params, stored(kind)[0])  # a head that fits is kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,9 +265,43 @@ def test_labels_of_the_checkpoints_own_head(tmp_path):
     assert config.problem_type == "single_label_classification"
     write(tmp_path, without_head(tensors), named)
     refused(tmp_path, "no classification head", num_labels=None)
-    with pytest.warns(UserWarning, match="numbers its classes"):
-        write(tmp_path, tensors, named)
-        from_pretrained(tmp_path, num_labels=3, id2label={0: "yes", 1: "maybe", 2: "no"})
+    write(tmp_path, tensors, named)
+    with pytest.warns(UserWarning, match="numbers its classes 0 no, 1 maybe, 2 yes, not 0 YES"):
+        _, params, config = from_pretrained(tmp_path, num_labels=3, id2label={0: "YES", 1: "maybe", 2: "no"})
+    assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert_same_tensors(params, tensors)
+
+
+def test_labels_that_are_not_those_of_the_head(tmp_path, caplog):
+    tensors, config = stored("bert")
+    asked = {0: "yes", 1: "maybe", 2: "no"}
+    write(tmp_path, tensors, config | {"id2label": {"0": "a", "1": "b", "2": "maybe"}})
+    with pytest.warns(UserWarning, match="labels are 0 a, 1 b, 2 maybe, and those of the data are 0 yes"):
+        _, params, found = from_pretrained(tmp_path, num_labels=3, id2label=asked)
+    assert found.id2label == asked
+    assert_same_tensors(params, tensors)
+    refused(tmp_path, "0 a, 1 b, 2 maybe", "0 yes, 1 maybe, 2 no", id2label=asked, strict_labels=True)
+    for names in ("LABEL_0 LABEL_1 LABEL_2", "0 1 2"):
+        caplog.clear()
+        write(tmp_path, tensors, config | {"id2label": dict(enumerate(names.split()))})
+        _, _, found = from_pretrained(tmp_path, num_labels=3, id2label=asked, strict_labels=True)
+        assert found.id2label == asked and "have no names" in caplog.text and "0 yes, 1 maybe, 2 no" in caplog.text
+    refused(tmp_path, "0 0, 1 1, 2 2", id2label={0: "1", 1: "2", 2: "3"}, strict_labels=True)  # other numbers
+
+
+@pytest.mark.parametrize("problem_type", ("multi_label_classification", "regression"))
+def test_a_head_with_several_answers_to_a_text_is_refused_by_its_problem_type(problem_type, tmp_path):
+    tensors, config = stored("bert")
+    write(tmp_path, tensors, config | {"problem_type": problem_type})
+    refused(tmp_path, f"problem_type is {problem_type} with 3 labels", "--ignore_mismatched_sizes")
+    refused(tmp_path, "problem_type", num_labels=None)
+    _, _, found = from_pretrained(tmp_path, num_labels=3, new_head=True)
+    assert found.problem_type == "single_label_classification"
+    _, _, found = from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
+    assert found.problem_type == "single_label_classification"
+    if problem_type == "multi_label_classification":
+        _, params, _ = from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+        assert not np.array_equal(by_tensor_name(params)["classifier.weight"], tensors["classifier.weight"])
 
 
 def test_regression_has_one_label(tmp_path):

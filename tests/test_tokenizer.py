@@ -1,7 +1,9 @@
 """load_tokenizer against Transformers' AutoTokenizer: the same class and the same encodings, only sooner."""
 
+import importlib.util
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,14 @@ def test_a_damaged_tokenizer_config_is_named(text, tmp_path):
     with pytest.raises(InputError, match="tokenizer_config.json: ") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_sentencepiece_is_named_with_its_extra(tmp_path, monkeypatch):
+    shutil.copy(FIXTURES / "roberta" / "config.json", tmp_path)
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"a model")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
+    with pytest.raises(InputError, match=r"sentencepiece; run: pip install 'pats-jax\[sentencepiece\]'"):
+        load_tokenizer(tmp_path)
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert any(name.startswith("sentencepiece") for name in extras["optional-dependencies"]["sentencepiece"])

@@ -138,6 +138,8 @@ def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
     run(base, tmp_path / "plm", head="pair", max_steps=2)
     _, start = option_scoring.load_scorer(base.model_name_or_path, "pair", None, key=base.seed)
     after = tensors(tmp_path / "plm")
+    tokenizer = json.loads((tmp_path / "plm" / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == base.max_seq_length
     assert not np.array_equal(after["classifier.weight"].T, start["classifier"]["kernel"])
     assert not np.array_equal(after["bert.pooler.dense.weight"].T, start["bert"]["pooler"]["dense"]["kernel"])
     run(base, tmp_path / "pe", head="pair", train="pe", peft="bitfit", max_steps=2)

@@ -34,12 +34,14 @@ class Tokens:
       token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
       offsets: int64 (rows + 1,).
       pad_id: Id of the padding token.
+      cut: Rows that were longer than ``max_length`` tokens.
     """
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
     offsets: np.ndarray
     pad_id: int
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -59,15 +61,19 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
       max_length: Longest row in tokens, special tokens included.
 
     Raises:
-      InputError: ``max_length`` leaves no room for a token of each text, or the tokenizer cannot take a text.
+      InputError: ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
+        cannot take a text.
     """
     check_room(split, tokenizer, max_length)
+    cut = 0
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
     for start in range(0, len(split), _CHUNK):
         encoded = _encode(split, slice(start, start + _CHUNK), tokenizer, max_length)
         lengths.extend(map(len, encoded["input_ids"]))
+        full = (i for i, row in enumerate(encoded["input_ids"]) if len(row) == max_length)
+        cut += sum(bool(encoded.encodings[i].overflowing) for i in full)
         ids.append(np.concatenate(encoded["input_ids"], dtype=np.int32, casting="same_kind"))
         types.append(np.concatenate(encoded["token_type_ids"], dtype=np.uint8, casting="unsafe"))
     return Tokens(
@@ -75,6 +81,7 @@ def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
         token_type_ids=np.concatenate(types),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         pad_id=tokenizer.pad_token_id,
+        cut=cut,
     )
 
 
@@ -111,15 +118,76 @@ def takes_any_text(tokenizer) -> bool:
 
 
 def check_room(split: Split, tokenizer, max_length: int) -> None:
-    """Raises InputError if ``max_length`` leaves no room for a token of each text, or a text has a lone surrogate."""
+    """Raises InputError if rows cannot be made of the texts.
+
+    ``max_length`` leaves no room for a token of each text, a text has a lone surrogate, or nothing can be padded.
+    """
     for column in (split.sentence1, split.sentence2 or ()):
         for row, text in enumerate(column):
             if not text.isascii():
                 check_characters(text, f"row {shown(split.ids[row])}")
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token; name one as pad_token in its tokenizer_config.json")
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length < special + 1 + pair:
         raise InputError(f"--max_seq_length {max_length}: too short, {special} of its tokens are special ones")
+
+
+def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
+    """Raises InputError if a token, the padding token or a token type has no row in the model's embedding tables.
+
+    A look-up beyond a table gives nan, not an error.
+    """
+    largest, of_types = int(tokens.input_ids.max(initial=0)), int(tokens.token_type_ids.max(initial=0))
+    check_vocabulary(max(largest, tokens.pad_id), vocab_size)
+    check_types(of_types, type_vocab_size)
+
+
+def check_types(largest: int, type_vocab_size: int) -> None:
+    """Raises InputError if the largest token type that a tokenizer gives is beyond the model's embedding table."""
+    if largest >= type_vocab_size:
+        raise InputError(
+            f"the tokenizer gives token types up to {largest}, and the model's table of them has {type_vocab_size} "
+            "rows; give single texts, or take the tokenizer that belongs to the checkpoint"
+        )
+
+
+def check_vocabulary(largest: int, vocab_size: int) -> None:
+    """Raises InputError if the largest id that a tokenizer gives is beyond the model's embedding table."""
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives ids up to {largest}, and the model's embedding table has {vocab_size} rows (ids up "
+            f"to {vocab_size - 1}); resize the table to the tokenizer (in Transformers: resize_token_embeddings), or "
+            "take the tokenizer that belongs to the checkpoint"
+        )
+
+
+def largest_id(tokenizer) -> int:
+    """The largest id that a tokenizer can give."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def largest_type(split: Split, tokenizer) -> int:
+    """The largest token type that a tokenizer gives texts like these, single ones or pairs."""
+    second = None if split.sentence2 is None else "b"
+    return max(tokenizer("a", second, return_token_type_ids=True)["token_type_ids"])
+
+
+def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
+    """What was cut, in a line; None if nothing was.
+
+    Args:
+      tokens: The tokenised rows.
+      max_length: What they were cut to.
+      longest: What the model has positions for.
+    """
+    if not tokens.cut:
+        return None
+    hint = "give --max_seq_length" if max_length < longest else "the model takes no more"
+    verbs = ("is", "was") if tokens.cut == 1 else ("are", "were")
+    rows = f"{tokens.cut} of {len(tokens)} texts"
+    return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} cut; {hint}"
 
 
 def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1) -> list[int]:

@@ -344,6 +344,13 @@ def _read_labelled(
     return _split(table, texts, labels, label_names), _Columns(texts, label)
 
 
+def labels_in(path: str | Path) -> set[str]:
+    """The labels that a file has, as it writes them; none without a label column."""
+    table = _read_table(Path(path))
+    column = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
+    return set(table.columns[column]) - {"", NO_GOLD_LABEL} if column else set()
+
+
 def read_texts(path: str | Path) -> Split:
     """Reads texts to predict on: a file as for ``read_file``, its labels ignored, or a ``.txt`` of one text a line."""
     return _read_unlabelled(Path(path), _Columns())[0]

@@ -10,6 +10,7 @@ _HOMES = {
     "SequenceClassifier": "bert",
     "checkpoint_folder": "sources",
     "from_pretrained": "pretrained",
+    "lacks_pooler": "pretrained",
     "load_mlm_head": "masked_lm",
     "load_tokenizer": "tokenizer",
     "mlm_logits": "masked_lm",

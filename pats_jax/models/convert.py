@@ -24,8 +24,6 @@ _ENCODER_PARTS = ("embeddings", "encoder", "pooler")
 _KNOWN_SURPLUS = re.compile(
     r"(.*\.)?embeddings\.(position_ids|token_type_ids)|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
 )
-# Model classes without a pooler: a classifier made from their checkpoints starts a new one.
-_WITHOUT_POOLER = ("BertForMaskedLM", "BertLMHeadModel", "BertForTokenClassification", "BertForQuestionAnswering")
 
 
 class Matched(NamedTuple):
@@ -33,7 +31,7 @@ class Matched(NamedTuple):
 
     Attributes:
         sources: Parameter path -> the tensor's name as the checkpoint has it.
-        new: Paths to be initialised afresh: the head, and BERT's pooler where the checkpoint's model has none.
+        new: Paths to be initialised afresh: the head, and BERT's pooler, where the checkpoint has none.
         surplus: Names of tensors that fill nothing and are not known to be superfluous.
     """
 
@@ -158,7 +156,7 @@ def match(
     head = [path for path in by_path if path[0] == "classifier"]
     pooler = [path for path in by_path if path[1] == "pooler"]
     new = head if new_head or not any(path in sources for path in head) else []
-    if not any(path in sources for path in pooler) and _has_no_pooler(names, config):
+    if not any(path in sources for path in pooler):
         new = [*pooler, *new]
     for path in new:
         sources.pop(path, None)
@@ -177,12 +175,6 @@ def _other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], s
 
 def _incomplete(missing: str, config: EncoderConfig, source: str) -> InputError:
     return InputError(f"{source}: the checkpoint lacks {missing}; it is incomplete or not a {config.model_type} model")
-
-
-def _has_no_pooler(names: Iterable[str], config: EncoderConfig) -> bool:
-    """Whether the checkpoint comes from a model that never had a pooler."""
-    is_language_model = any(name.startswith("cls.predictions.") for name in names)
-    return is_language_model or any(name in _WITHOUT_POOLER for name in config.extra.get("architectures") or ())
 
 
 def _is_known_surplus(name: str, config: EncoderConfig) -> bool:

