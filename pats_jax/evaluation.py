@@ -11,6 +11,7 @@ import numpy as np
 from pats_jax import metrics
 from pats_jax.data import batches, readers, tasks
 from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
 from pats_jax.parallel import MeshRunner
 from pats_jax.train_state import Batch
 from pats_jax.trainer import predict_logits
@@ -103,11 +104,11 @@ class Predictor:
         return files
 
 
-def write_files(folder: pathlib.Path, files: dict[str, str]) -> None:
+def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
     """Writes texts by file name into a folder, made if need be."""
-    folder.mkdir(exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    make_folder(folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 def true_labels(split: readers.Split) -> np.ndarray:

@@ -96,11 +96,16 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     Returns:
       What results.json holds.
     """
-    start = run_start.begin(settings, default_folder(settings), console)
+    with run_start.begin(settings, default_folder(settings), console) as start:
+        if start.finished:
+            say(start.console, f"finished already: {summary(start.finished, start.folder)}")
+            return start.finished
+        return carry_out(start)
+
+
+def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
+    """Does the work of `run` from where the settings are checked and the devices known."""
     settings, runner, folder = start.settings, start.runner, start.folder
-    if start.finished:
-        say(start.console, f"finished already: {summary(start.finished, folder)}")
-        return start.finished
     gym = load_gym(settings.data_dir, shots=settings.shots)
     partition = load_partition(settings.partition, gym, share_sources=settings.share_sources)
     tokenizer = models.load_tokenizer(settings.model_name_or_path)
@@ -148,7 +153,7 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
         save(folder, settings, model, primed, tokenizer)
         plots.plot_loss(folder / "plots" / "loss.png", trained.records)
         model_card.write_primed(folder, settings.to_dict(), results)
-        run_folder.write_results(folder, results)
+        start.finish(results)
     say(start.console, summary(results, folder))
     return results
 

@@ -7,8 +7,6 @@ same way under a ``peft_type`` of our own.
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax.errors import InputError
-from pats_jax.models import convert, weights
+from pats_jax.files import write_json
+from pats_jax.models import convert, saving, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
@@ -51,6 +50,7 @@ def save_peft(
 
     Raises:
         ValueError: There are no modules, or they are merged.
+        InputError: The system refuses, for instance on a full disk; what was there is as it was.
     """
     from safetensors.numpy import save_file
 
@@ -69,19 +69,13 @@ def save_peft(
         "modules_to_save": ["classifier", "pooler"] if config.train_pooler else ["classifier"],
         **config.to_dict(tree, model.config),
     }
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-        made = Path(name)
+    with saving.new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        _write_json(made / CONFIG_FILE, values)
-        _write_json(made / "config.json", model.config.to_dict())
+        write_json(made / CONFIG_FILE, values)
+        write_json(made / "config.json", model.config.to_dict())
         save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)  # save_file lets only the owner read it
-        target.mkdir(exist_ok=True)
-        for path in made.iterdir():
-            os.replace(path, target / path.name)
 
 
 def load_peft(
@@ -226,7 +220,3 @@ def _count_labels(folder: Path) -> int:
     if not heads:
         raise InputError(f"{path}: holds no head; save a {_TASK} adapter")
     return len(weights.read_tensors({heads[0]: path})[heads[0]])
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
