@@ -107,17 +107,21 @@ def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
                 trained.save()
                 checkpoints.wait()
                 raise Preempted(how_to_go_on(folder, training is not None), error.signal_number) from None
-        params = runner.to_host(trained.params)
+            params = runner.to_host(trained.params)
 
-    if "eval" in settings.phases:
-        results |= describe_scores(predictor, trained.records)
-    if parallel.is_first():  # the folder that people read
-        save_model(folder, settings, model, params, tokenizer)
-        if files:
-            write_files(folder / "predictions", files)
-        draw(folder, task, results, trained.records)
-        model_card.write_fine_tuned(folder, settings.to_dict(), results)
-        start.finish(results)
+            # the folder that people read
+            if "eval" in settings.phases:
+                results |= describe_scores(predictor, trained.records)
+            with trained.kept(checkpoints):
+                if parallel.is_first():
+                    run_folder.check_links(folder)
+                    save_model(folder, settings, model, params, tokenizer)
+                    if files:
+                        write_files(folder / "predictions", files)
+                    trained.draw()
+                    draw(folder, task, results, trained.records)
+                    model_card.write_fine_tuned(folder, settings.to_dict(), results)
+                    start.finish(results)
     say(console, summary(results, folder))
     return results
 

@@ -16,6 +16,7 @@ from pats_jax import models
 from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
 from pats_jax.evaluation import BUCKETS
+from pats_jax.files import write_text
 from pats_jax.glue import sequence_length
 from pats_jax.models import peft
 from pats_jax.train_state import make_predict_step
@@ -47,11 +48,24 @@ def predict_file(
     target = None if output_file is None else pathlib.Path(output_file)
     if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
         raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
+    if target and target.exists():
+        inputs = [pathlib.Path(file), *pathlib.Path(model).glob("*")]
+        read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
+        if read:
+            raise InputError(f"--output_file {target}: is {read}, which is read; give another file")
     table = to_tsv(*predict_texts(model, file, max_seq_length, batch_size))
     if target:
-        target.write_text(table, encoding="utf-8")
+        _write(target, table)
     else:
         sys.stdout.write(table)
+
+
+def _write(path, text):
+    """A file is written whole, where a link leads to, too; a device or pipe as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path.resolve(), text)
 
 
 def predict_texts(

@@ -1,11 +1,14 @@
 """A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer; the age of the process."""
 
+import logging
 import os
 import pathlib
 import time
 from typing import Any
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 STEPS = 10
 
@@ -44,8 +47,11 @@ class Profiler:
     def _stop(self, state):
         if self._running:
             jax.block_until_ready(state)  # the device may still be at the last of them
-            jax.profiler.stop_trace()
             self._running = False
+            try:
+                jax.profiler.stop_trace()
+            except (RuntimeError, OSError) as error:  # a full disk, for instance, which the training need not notice
+                logger.warning("%s: the profile could not be written (%s)", self._folder, str(error).splitlines()[0])
 
 
 def seconds_since_process_start() -> float | None:

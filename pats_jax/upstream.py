@@ -145,15 +145,17 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
                     f"interrupted and saved; go on with: pats-jax prime --config {config} --resume",
                     error.signal_number,
                 ) from None
-        primed = runner.to_host(trained.params)
-    scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
-    if scores:
-        results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
-    if parallel.is_first():
-        save(folder, settings, model, primed, tokenizer)
-        plots.plot_loss(folder / "plots" / "loss.png", trained.records)
-        model_card.write_primed(folder, settings.to_dict(), results)
-        start.finish(results)
+            primed = runner.to_host(trained.params)
+            scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
+            if scores:
+                results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
+            with trained.kept(checkpoints):
+                if parallel.is_first():
+                    run_folder.check_links(folder)
+                    save(folder, settings, model, primed, tokenizer)
+                    plots.plot_loss(folder / "plots" / "loss.png", trained.records)
+                    model_card.write_primed(folder, settings.to_dict(), results)
+                    start.finish(results)
     say(start.console, summary(results, folder))
     return results
 

@@ -28,6 +28,7 @@ from pats_jax.data.builtin.draw import Draw, Example
 from pats_jax.data.builtin.files import file_text
 from pats_jax.data.tasks import TASKS, get_task
 from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
 
 TRAIN_ROWS = 2000
 OTHER_ROWS = 400
@@ -83,10 +84,10 @@ def write_builtin(directory: str | Path, *, seed: int = 0, tasks: Sequence[str] 
         raise InputError(f"{directory}: not an empty folder; give a new one for the built-in data")
     for task in chosen:
         folder = directory / task.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for split, examples in generate(task.name, seed).items():
-            (folder / task.files[split][0]).write_bytes(file_text(task, split, examples).encode())
-    (directory / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
+            write_text(folder / task.files[split][0], file_text(task, split, examples))
+    write_text(directory / "README.txt", README.format(seed=seed))
 
 
 def generate(task: str, seed: int = 0) -> dict[str, list[Example]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pats_jax.data.builtin_gym import SHOTS, generate_gym
 from pats_jax.data.few_shot import Row
 from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
 
 README = """\
 The built-in few-shot gym of pats_jax. This is NOT the few-shot gym of CrossFit.
@@ -35,11 +36,11 @@ def write_builtin_gym(directory: str | Path, *, seed: int = 0, tasks: Sequence[s
     for name, task in gym.items():
         files = {f"{own.seed}_{split}": getattr(own, split) for own in task.samples for split in ("train", "dev")}
         files[f"{task.samples[-1].seed}_test"] = task.samples[-1].test
-        (directory / name).mkdir(parents=True)
+        make_folder(directory / name)
         for part, rows in files.items():
             text = "".join(_json_line(name, row) for row in rows)
-            (directory / name / f"{name}_{SHOTS}_{part}.jsonl").write_bytes(text.encode())
-    (directory / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
+            write_text(directory / name / f"{name}_{SHOTS}_{part}.jsonl", text)
+    write_text(directory / "README.txt", README.format(seed=seed))
 
 
 def _json_line(task: str, row: Row) -> str:
