@@ -220,7 +220,8 @@ def put_back(folder: pathlib.Path, previous: pathlib.Path | None) -> None:
         if folder.exists():
             folder.rmdir()
         previous.rename(folder)
-        (folder / _MARK).unlink()
+        for name in (_MARK, folder_lock.LOCK):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         logger.warning("the run that was in %s is now in %s (%s)", folder, previous, error.strerror)
 

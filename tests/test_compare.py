@@ -22,6 +22,7 @@ import tiny
 from pats_jax import compare, comparison, run_folder
 from pats_jax.comparison import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
+from pats_jax.folder_lock import FolderLock
 from pats_jax.settings import Settings
 
 FINETUNE = {1: 0.80, 2: 0.82, 3: 0.81, 4: 0.83, 5: 0.84}
@@ -408,7 +409,7 @@ def test_other_settings_than_before_are_refused_by_name(home):
 
 
 def test_one_grid_at_a_time(home):
-    with compare.only_one(home.grid), pytest.raises(InputError, match="another pats-jax compare is at work"):
+    with FolderLock(home.grid), pytest.raises(InputError, match="another pats-jax is at work"):
         home.compare()
 
 

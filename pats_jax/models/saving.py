@@ -67,7 +67,7 @@ def _take_place(made: Path, target: Path) -> None:
 
 def _reason(error: Exception) -> str | None:
     """What the system said; None if it was not the system: safetensors and tokenizers hide it in their own errors."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror
     found = re.search(r"\(os error (\d+)\)", str(error))
     return os.strerror(int(found[1])) if found else None
