@@ -16,11 +16,12 @@ from jax.typing import DTypeLike
 
 from pats_jax.errors import InputError
 from pats_jax.files import write_json
-from pats_jax.models import convert, saving, weights
+from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.random import as_key
+from pats_jax.whole_folder import new_folder
 
 logger = logging.getLogger(__name__)
 Parameters = dict[str, Any]
@@ -113,7 +114,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     if {path: np.shape(value) for path, value in flat.items()} != shapes:
         wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))
         raise ValueError(f"params do not fit config at {'/'.join(wrong)}")
-    with saving.new_folder(directory) as made:
+    with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         write_json(made / "config.json", config.to_dict())

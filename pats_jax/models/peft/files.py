@@ -18,12 +18,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax.errors import InputError
 from pats_jax.files import write_json
-from pats_jax.models import convert, saving, weights
+from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, config_of, draw, own_parameters
 from pats_jax.models.pretrained import from_pretrained
+from pats_jax.whole_folder import new_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TASK = "SEQ_CLS"
@@ -69,7 +70,7 @@ def save_peft(
         "modules_to_save": ["classifier", "pooler"] if config.train_pooler else ["classifier"],
         **config.to_dict(tree, model.config),
     }
-    with saving.new_folder(directory) as made:
+    with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         write_json(made / CONFIG_FILE, values)

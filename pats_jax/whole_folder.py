@@ -1,4 +1,4 @@
-"""Folders of a model's files that are there whole or not at all."""
+"""Folders that are there whole or not at all: a model and its tokenizer, generated data."""
 
 import contextlib
 import errno
@@ -33,6 +33,8 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         _take_place(made, target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(made), str(directory))) from None
     except Exception as error:
         reason = _reason(error)
         if reason is None:
