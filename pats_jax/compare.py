@@ -209,15 +209,11 @@ def check_place(root: pathlib.Path, grid: Grid) -> None:
         present = next((name for name in _OWN if os.path.lexists(root / name)), None)
         if present:
             raise InputError(f"--output_dir {root}: holds {present}, which no grid wrote; give another folder")
-    run_folder.check_links(root, ["plots", *(f"runs/{part}" for run in grid.runs() for part in _parts(run))])
+    for path in (root / "plots", root / "compiled", *(run.folder(root) for run in grid.runs())):
+        files.checked_place(path / "file", root)
 
 
 _OWN = ("comparison.json", "report.md", "report.html", "plots")
-
-
-def _parts(run):
-    """The folders of a run below runs/, itself included: each may be a link."""
-    return run.task, f"{run.task}/{run.method}", run.name
 
 
 def report_lock(root: pathlib.Path) -> FolderLock:

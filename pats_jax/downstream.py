@@ -245,7 +245,8 @@ def hold(folder: pathlib.Path, share: str) -> Iterator[list[FolderLock]]:
     first, last = parse_share(share)
     with FolderLock(folder, shared=True) as lock, FolderLock(folder, name=f".lock-{first}-of-{last}") as own:
         for path in folder.glob(".lock-*-of-*"):
-            other, count = map(int, re.findall("[0-9]+", path.name))
+            named = re.fullmatch(r"\.lock-([0-9]+)-of-([1-9][0-9]*)", path.name)
+            other, count = map(int, named.groups()) if named else (first, last)
             overlaps = (first - other) % math.gcd(last, count) == 0
             if path != own.path and overlaps and folder_lock.is_taken(path):
                 raise InputError(f"--share {share}: a pats-jax gym with --share {other}/{count} is at work in {folder}")

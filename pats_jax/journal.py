@@ -57,7 +57,7 @@ class Journal:
           InputError: if the system refuses, for instance on a full disk; the file then ends with the line before.
         """
         with _refusing(self._path):
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             with open(descriptor, "ab", buffering=0) as file:
                 size, line = os.fstat(descriptor).st_size, memoryview(json.dumps(record).encode() + b"\n")
                 try:

@@ -127,7 +127,8 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
             lock.take()  # now already, as nothing need be made for it
         if resuming:
             settings = settings.resuming(read_config(str(folder / "config.json"), type(settings)))
-            run_folder.check_links(folder)
+            if finished is None:
+                run_folder.check_links(folder)
         else:
             run_folder.check_free(folder, settings.overwrite)
             if settings.overwrite:
