@@ -165,9 +165,8 @@ def test_a_resumed_run_removes_it_too(tmp_path):
     assert not (tmp_path / "run.previous").exists()
 
 
-@pytest.mark.parametrize(
-    "first, second, kept", [(True, False, 1), (True, True, 2), (False, False, 2), (False, True, 2)]
-)
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize("first", [True, False])
 def test_the_oldest_finished_run_is_kept(first, second, tmp_path):
     """Runs 1 and 2, finished or not, are replaced one after the other; the first is kept if it alone is finished."""
     kept = 1 if first and not second else 2
