@@ -6,9 +6,7 @@ This process starts no JAX backend, so that accelerators are left to the runs.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import rich.console
@@ -32,6 +30,7 @@ from pats_jax.comparison import FinishedRun, Run
 from pats_jax.console import say
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
+from pats_jax.folder_lock import FolderLock
 from pats_jax.methods import get_methods
 from pats_jax.records import GridFile
 from pats_jax.report_page import aligned
@@ -100,9 +99,10 @@ def run(args: list[str], console: rich.console.Console) -> None:
     flags = flags + check_runs_of_before(grid, settings)
     if settings.compilation_cache_dir is None:
         flags = [*flags, "--compilation_cache_dir", str(root / "compiled")]
-    with only_one(root):
+    check_place(root, grid)
+    with FolderLock(root) as lock:
         record_start(root, grid, command)
-        failures = run_all(grid, flags, command, console)
+        failures = run_all(grid, flags, command, console, lock)
         for failed, reason in failures.items():
             logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
         if len(failures) < len(grid.runs()):
@@ -203,24 +203,22 @@ def flags_of(run: Run, root: pathlib.Path) -> list[str]:
 # the grid's folder
 
 
-@contextlib.contextmanager
-def only_one(root: pathlib.Path) -> Iterator[None]:
-    """Makes the folder and keeps other grids out of it.
+def check_place(root: pathlib.Path, grid: Grid) -> None:
+    """Raises InputError if the folder holds what the grid would write over, or links that lead out of it."""
+    if not (root / "grid.json").exists():
+        present = next((name for name in _OWN if os.path.lexists(root / name)), None)
+        if present:
+            raise InputError(f"--output_dir {root}: holds {present}, which no grid wrote; give another folder")
+    for path in (root / "plots", root / "compiled", *(run.folder(root) for run in grid.runs())):
+        files.checked_place(path / "file", root)
 
-    Raises:
-      InputError: if it cannot be written, or a grid is being run in it.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"--output_dir {root}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--output_dir {root}: another pats-jax compare is at work there") from None
-        yield
+
+_OWN = ("comparison.json", "report.md", "report.html", "plots")
+
+
+def report_lock(root: pathlib.Path) -> FolderLock:
+    """Held by whoever writes the report: a grid at its end, or `--report_only` while the grid is being run."""
+    return FolderLock(root, name=".lock-report", patience=60.0)
 
 
 def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
@@ -229,9 +227,7 @@ def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
     runs = [dataclasses.asdict(run) for run in grid.runs()]
     now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": [describe_machine()]}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
-    made = root / "grid.json.new"
-    made.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-    made.replace(root / "grid.json")
+    files.write_json(root / "grid.json", merged)
 
 
 def read_grid(root: pathlib.Path) -> GridFile | None:
@@ -286,7 +282,9 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
     if known is None:
         raise InputError(f"--output_dir {root}: no grid.json there, so no grid was started in it")
     summary = comparison.summarise(root, recorded_runs(root))
-    comparison_page.write_report(root, summary, known["commands"], known["machines"])
+    files.checked_place(root / "plots" / "file", root)
+    with report_lock(root):
+        comparison_page.write_report(root, summary, known["commands"], known["machines"])
     for task, numbers in summary["tasks"].items():
         header, rows = comparison_page.score_table(numbers, summary["baseline"])
         say(console, f"{task}, {numbers['metric']} x 100")
@@ -308,7 +306,9 @@ class Job:
     since: float
 
 
-def run_all(grid: Grid, flags: list[str], command: str, console: rich.console.Console) -> dict[Run, str]:
+def run_all(
+    grid: Grid, flags: list[str], command: str, console: rich.console.Console, lock: FolderLock
+) -> dict[Run, str]:
     """Runs what is not finished; says of each run that failed why.
 
     Args:
@@ -316,6 +316,7 @@ def run_all(grid: Grid, flags: list[str], command: str, console: rich.console.Co
       flags: of all runs.
       command: what to type to go on.
       console: for progress.
+      lock: the grid's, which its runs hold, too: they may outlive this process.
 
     Raises:
       Preempted: if this process was asked to end. Its runs have been asked, too, and have ended.
@@ -330,7 +331,7 @@ def run_all(grid: Grid, flags: list[str], command: str, console: rich.console.Co
         try:
             while (waiting or jobs) and asked.signal_number is None:
                 while waiting and slots:
-                    jobs.append(start(waiting.popleft(), root, flags, slots.popleft()))
+                    jobs.append(start(waiting.popleft(), root, flags, slots.popleft(), lock))
                     show(jobs, 0)
                 for job in [job for job in jobs if job.process.poll() is not None]:
                     jobs.remove(job)
@@ -356,12 +357,12 @@ def is_finished(run: Run, root: pathlib.Path) -> bool:
     return run_folder.read_results(run.folder(root)) is not None
 
 
-def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None) -> "Job":
+def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None, lock: FolderLock) -> "Job":
     """Starts a run in a process group of its own: Ctrl-C then reaches this process alone, which passes it on once."""
     log = log_file(root, run)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(log.parent)
     in_order = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the last line of the log is the last one written
-    with log.open("ab") as file:
+    with open_log(log) as file:
         process = subprocess.Popen(
             glue_command(run, root, flags),
             stdin=subprocess.DEVNULL,
@@ -369,11 +370,25 @@ def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None
             stderr=file,
             env=in_order,
             process_group=0,
+            pass_fds=lock.descriptors,
         )
     if cores is not None:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.sched_setaffinity(process.pid, cores)
     return Job(run, process, cores, time.perf_counter())
+
+
+def open_log(path: pathlib.Path, *, fresh: bool = False) -> BinaryIO:
+    """A file that processes write to, at its end or instead of what is there; no link is followed.
+
+    Raises:
+      InputError: the system refuses.
+    """
+    try:
+        how = os.O_TRUNC if fresh else os.O_APPEND
+        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666), "wb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def glue_command(run: Run, root: pathlib.Path, flags: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from pats_jax import comparison, plots
+from pats_jax import comparison, files, plots
 from pats_jax.report_page import Page
 
 
@@ -20,17 +20,15 @@ def write_report(
       machines: fact -> value of each machine that runs were made on.
     """
     everything = {"commands": commands, "machines": machines, **summary}
-    made = root / "comparison.json.new"
-    made.write_text(json.dumps(everything, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    made.replace(root / "comparison.json")
+    files.write_text(root / "comparison.json", json.dumps(everything, indent=2, allow_nan=False) + "\n")
     page = Page("Comparison of fine-tuning methods")
     _write_overview(page, summary)
     for task, numbers in summary["tasks"].items():
         _write_task(page, root, task, numbers, summary["baseline"])
     _write_limits(page, summary)
     _write_origin(page, summary, commands, machines)
-    (root / "report.md").write_text(page.markdown(), encoding="utf-8")
-    (root / "report.html").write_text(page.html(), encoding="utf-8")
+    files.write_text(root / "report.md", page.markdown())
+    files.write_text(root / "report.html", page.html())
 
 
 def score_table(numbers: dict[str, Any], baseline: str) -> tuple[list[str], list[list[str]]]:

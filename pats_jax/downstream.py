@@ -5,15 +5,18 @@ best on its dev rows and scores that on the test rows. Each leaves a record, ``t
 never made again; the report is on all records of the folder.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import rich.console
@@ -21,6 +24,7 @@ import rich.console
 from pats_jax import (
     compare,
     files,
+    folder_lock,
     gym_report,
     models,
     option_scoring,
@@ -36,6 +40,7 @@ from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.few_shot_tuning import Start, Tuner
+from pats_jax.folder_lock import FolderLock
 from pats_jax.gym_settings import GymSettings, parse_share
 from pats_jax.records import PrimedResults, TuningRecord
 from pats_jax.settings import read_config
@@ -79,15 +84,17 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         folder_of_model = models.checkpoint_folder(settings.model_name_or_path, check_weights=False)
         config = models.EncoderConfig.from_folder(folder_of_model)
         option_scoring.check_tokens(settings.head, tokenizer, config, tasks)
-        open_folder(folder, settings)
-        if settings.jobs > 1:
-            run_jobs(settings, args)
-        else:
-            try:
-                with preemption.watch() as asked:
-                    tune_all(settings, starts, tasks, folder, console, asked, tokenizer)
-            except Preempted as error:
-                raise Preempted("interrupted; the same command goes on", error.signal_number) from None
+        check_folder(folder, settings, starts)
+        with hold(folder, settings.share) as locks:
+            open_folder(folder, settings, starts)
+            if settings.jobs > 1:
+                run_jobs(settings, args, locks)
+            else:
+                try:
+                    with preemption.watch() as asked:
+                        tune_all(settings, starts, tasks, folder, console, asked, tokenizer)
+                except Preempted as error:
+                    raise Preempted("interrupted; the same command goes on", error.signal_number) from None
     if settings.report_only or settings.share == "1/1":
         report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
@@ -153,15 +160,24 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     return results
 
 
-def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
-    """Makes the folder and its config.json, or holds the one that is there against the settings.
+def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
+    """Makes the folder's config.json, unless another share has made it meanwhile; raises as `check_folder` does."""
+    with FolderLock(folder, name=".lock-config", patience=10.0):
+        check_folder(folder, settings, starts)
+        if not (folder / "config.json").exists():
+            files.write_json(folder / "config.json", _fixed(settings))
+
+
+def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
+    """Holds the config.json that is there against the settings.
 
     Raises:
-      InputError: its tunings were made with other settings.
+      InputError: its tunings were made with other settings, the folder is no gym's, or a link leads out of it.
     """
-    path, made = folder / "config.json", folder / "config.json.new"
-    ours = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
-    ours = json.loads(json.dumps(ours))
+    for part in ("report/plots", "compiled", *(f"tunings/{start.name}" for start in starts)):
+        files.checked_place(folder / part / "file", folder)
+    path = folder / "config.json"
+    ours = _fixed(settings)
     if os.path.lexists(path):
         theirs = read_config(str(path), GymSettings).to_dict()
         differing = [name for name in ours if ours[name] != theirs[name]]
@@ -169,12 +185,15 @@ def open_folder(folder: pathlib.Path, settings: GymSettings) -> None:
             changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--output_dir {folder}: holds tunings with other settings: {changes}")
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-        made.replace(path)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    for name in ("tunings", "report"):
+        if os.path.lexists(folder / name):
+            raise InputError(f"--output_dir {folder}: holds {name}, which no gym wrote; give another folder")
+
+
+def _fixed(settings):
+    """The settings that all tunings of a folder share, as config.json gives them back."""
+    fixed = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
+    return json.loads(json.dumps(fixed))
 
 
 def check_records(
@@ -220,8 +239,31 @@ def places(
 # many processes
 
 
-def run_jobs(settings: GymSettings, args: Sequence[str]) -> None:
-    """Runs the same command in processes of one share each, and waits.
+@contextlib.contextmanager
+def hold(folder: pathlib.Path, share: str) -> Iterator[list[FolderLock]]:
+    """Keeps other programs out of the folder, and others that would make the same tunings; gives the locks.
+
+    Other shares may work in it. A process of ``--jobs`` has been handed the locks, and takes none.
+
+    Raises:
+      InputError: another program is at work there.
+    """
+    if folder_lock.is_handed_on(folder):
+        yield []
+        return
+    first, last = parse_share(share)
+    with FolderLock(folder, shared=True) as lock, FolderLock(folder, name=f".lock-{first}-of-{last}") as own:
+        for path in folder.glob(".lock-*-of-*"):
+            named = re.fullmatch(r"\.lock-([0-9]+)-of-([1-9][0-9]*)", path.name)
+            other, count = map(int, named.groups()) if named else (first, last)
+            overlaps = (first - other) % math.gcd(last, count) == 0
+            if path != own.path and overlaps and folder_lock.is_taken(path):
+                raise InputError(f"--share {share}: a pats-jax gym with --share {other}/{count} is at work in {folder}")
+        yield [lock, own]
+
+
+def run_jobs(settings: GymSettings, args: Sequence[str], locks: Sequence[FolderLock]) -> None:
+    """Runs the same command in processes of one share each, which hold the locks, too, and waits.
 
     Raises:
       InputError: one of them failed; its last line says why.
@@ -236,8 +278,15 @@ def run_jobs(settings: GymSettings, args: Sequence[str]) -> None:
         try:
             for number, cores in enumerate(compare.shares_of_cores(settings.jobs)):
                 share = f"{(first - 1) * settings.jobs + number + 1}/{last * settings.jobs}"
-                with logs[number].open("wb") as output:
-                    process = subprocess.Popen([*command, share], stdout=output, stderr=output, process_group=0)
+                with compare.open_log(logs[number], fresh=True) as output:
+                    process = subprocess.Popen(
+                        [*command, share],
+                        stdout=output,
+                        stderr=output,
+                        process_group=0,
+                        env=os.environ | folder_lock.handed_on(locks[0]),
+                        pass_fds=[number for lock in locks for number in lock.descriptors],
+                    )
                 if cores is not None:
                     os.sched_setaffinity(process.pid, cores)
                 processes.append(process)
@@ -280,10 +329,8 @@ def tune_all(
         for task, sample, path in wanted:
             asked.check()
             record = tuner.tune(task, sample, asked)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made = path.with_suffix(".new")
-            made.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            made.replace(path)
+            files.make_folder(path.parent)
+            files.write_text(path, json.dumps(record) + "\n")
             text = f"{start.name} {task.name}-{sample.seed}: dev {record['dev']:.3f} test {record['test']:.3f}"
             lost = "".join(f", no finite loss at {rate}" for rate in record["diverged"])
             say(console, f"{text} ({record['seconds']:.0f} s){lost}")
@@ -320,9 +367,11 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         settings = files.read_bytes(config).decode()
     summary = relative_gain.summarise(list(records.values()), sources=list(records))
     machine = ", ".join(f"{name}: {value}" for name, value in compare.describe_machine().items())
-    gym_report.write_report(
-        folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
-    )
+    files.checked_place(folder / "report" / "plots" / "file", folder)
+    with compare.report_lock(folder):
+        gym_report.write_report(
+            folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
+        )
     for line in gym_report.table_lines(summary):
         say(console, line)
     say(console, f"report in {folder / 'report' / 'report.html'}")

@@ -13,7 +13,7 @@ import numpy as np
 from pats_jax import metrics
 from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
-from pats_jax.files import write_text
+from pats_jax.files import make_folder, write_text
 from pats_jax.models.labels import respelled
 from pats_jax.parallel import MeshRunner
 from pats_jax.train_state import Batch
@@ -136,10 +136,10 @@ def check_finite(logits: np.ndarray, what_to_do: str) -> None:
 DAMAGED = "the checkpoint is damaged or was saved after a training that diverged, take another"
 
 
-def write_files(folder: pathlib.Path, files: dict[str, str]) -> None:
+def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
     """Writes texts by file name into a folder, made if need be."""
-    folder.mkdir(exist_ok=True)
-    for name, text in files.items():
+    make_folder(folder)
+    for name, text in texts.items():
         write_text(folder / name, text)
 
 

@@ -195,6 +195,19 @@ def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 # writing
 
 
+def make_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Makes a folder, and those above it, where it is not there yet.
+
+    Raises:
+      InputError: the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
+    return folder
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a value as indented JSON; see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")

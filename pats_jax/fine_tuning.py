@@ -22,6 +22,7 @@ from pats_jax import concentration, methods, parallel, plots, preemption, subnet
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
 from pats_jax.data.prefetch import prefetch
+from pats_jax.errors import InputError
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.models.peft import PeftClassifier, trainable_mask
@@ -258,11 +259,30 @@ class Trained:
       params: the parameters that the run keeps.
       records: the logged lines.
       save: saves a checkpoint of the end, where there is none yet.
+      draw: draws what was measured before and after.
     """
 
     params: Any
     records: list[dict[str, Any]]
     save: Callable[[], None] = lambda: None
+    draw: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def kept(self, checkpoints: Checkpoints) -> Iterator[None]:
+        """If what follows fails, saves the training first: a resumed run then has only the end to do again.
+
+        With several processes only the last checkpoint is kept: no process knows that another has failed.
+        """
+        try:
+            yield
+        except Exception:
+            if jax.process_count() == 1:
+                try:
+                    self.save()
+                    checkpoints.wait()
+                except InputError as error:
+                    logger.warning("%s", error)  # what is on its way already says more
+            raise
 
 
 class TrainingHooks(Hooks):
@@ -382,6 +402,7 @@ def train(
     best = progress.best(training.metric) if settings.load_best_model_at_end else None
     if best is not None and best["step"] != progress.step:
         params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
+    trained = Trained(params, progress.records, lambda: hooks.save(state, progress))
     if start is not None:  # both now: before the first step nobody waits for it
         before, after = training.sensitivity(runner.place(start)), training.sensitivity(params)
         everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
@@ -395,9 +416,8 @@ def train(
                 "after": histograms[1],
             },
         }
-        if parallel.is_first():
-            plots.plot_sensitivity(folder / "plots" / "sensitivity.png", *everything)
-    return Trained(params, progress.records, lambda: hooks.save(state, progress))
+        trained.draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
+    return trained
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:

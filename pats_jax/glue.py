@@ -1,8 +1,8 @@
 """The GLUE program: ``python -m pats_jax.glue``, or `pats-jax glue`.
 
 Reads a task, loads a pretrained encoder, trains it with the chosen method in one jitted step, evaluates with the task's
-own metric and leaves a folder of results. `run` reads from top to bottom as the program does; every input is checked
-before the folder is touched.
+own metric and leaves a folder of results. `carry_out` reads from top to bottom as the program does; every input is
+checked before the folder is touched.
 """
 
 import concurrent.futures
@@ -59,11 +59,16 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         training diverges, or the disk is full.
       Preempted: if the run was asked to end; it has been saved then.
     """
-    start = run_start.begin(settings, default_folder(settings), console)
+    with run_start.begin(settings, default_folder(settings), console) as start:
+        if start.finished:
+            say(start.console, f"finished already: {summary(start.finished, start.folder)}")
+            return start.finished
+        return carry_out(start)
+
+
+def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
+    """Does the work of `run` from where the settings are checked and the devices known."""
     settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
-    if start.finished:
-        say(console, f"finished already: {summary(start.finished, folder)}")
-        return start.finished
 
     # data and model; Transformers, which the tokenizer needs, is imported meanwhile
     with concurrent.futures.ThreadPoolExecutor(1) as background:
@@ -116,17 +121,21 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
                 trained.save()
                 checkpoints.wait()
                 raise Preempted(how_to_go_on(folder, training is not None), error.signal_number) from None
-        params = runner.to_host(trained.params)
+            params = runner.to_host(trained.params)
 
-    if "eval" in settings.phases:
-        results |= describe_scores(predictor, trained.records)
-    if parallel.is_first():  # the folder that people read
-        save_model(folder, settings, model, params, tokenizer)
-        if files:
-            write_files(folder / "predictions", files)
-        draw(folder, task, results, trained.records)
-        model_card.write_fine_tuned(folder, settings.to_dict(), results)
-        run_folder.write_results(folder, results)
+            # the folder that people read
+            if "eval" in settings.phases:
+                results |= describe_scores(predictor, trained.records)
+            with trained.kept(checkpoints):
+                if parallel.is_first():
+                    run_folder.check_links(folder)
+                    save_model(folder, settings, model, params, tokenizer)
+                    if files:
+                        write_files(folder / "predictions", files)
+                    trained.draw()
+                    draw(folder, task, results, trained.records)
+                    model_card.write_fine_tuned(folder, settings.to_dict(), results)
+                    start.finish(results)
     say(console, summary(results, folder))
     return results
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pats_jax import plots
+from pats_jax import files, plots
 from pats_jax.relative_gain import stage_place
 from pats_jax.report_page import Page, aligned
 
@@ -32,7 +32,7 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
       title: heading of the page.
       about: what the tunings were made with, a line each: commands, machine, settings. Shown as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     page = Page(title)
     _write_gains(page, folder, summary)
     _write_arms(page, summary)
@@ -44,9 +44,7 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
     page.code("\n".join(about))
     everything = json.dumps({"title": title, "about": list(about), **summary}, indent=2, allow_nan=False) + "\n"
     for name, text in (("report.json", everything), ("report.md", page.markdown()), ("report.html", page.html())):
-        made = folder / f"{name}.new"
-        made.write_text(text, encoding="utf-8")
-        made.replace(folder / name)
+        files.write_text(folder / name, text)
 
 
 def table_lines(summary: Summary) -> list[str]:

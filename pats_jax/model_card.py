@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from pats_jax import files
+
 _IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 
 
@@ -91,7 +93,7 @@ def _write(folder, program, lines, settings, results):
     plots = sorted((folder / "plots").glob("*.png"))
     if plots:
         lines += ["", "## Plots", "", *(f"![{path.stem}](plots/{path.name})" for path in plots)]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def _score_table(results):

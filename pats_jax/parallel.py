@@ -87,6 +87,11 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def first_says(value: bool) -> bool:
+    """What process 0 says; every process must ask, and waits for it."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = None) -> "MeshRunner":
     """The runner of a run.
 

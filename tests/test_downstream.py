@@ -406,6 +406,28 @@ def test_a_job_that_fails_is_named(base, tmp_path, monkeypatch):
         run(base, tmp_path / "gym", jobs=2)
 
 
+@pytest.mark.parametrize("name", ["tunings", "tunings/direct-lora", "report", "compiled"])
+def test_a_planted_link_is_not_followed(name, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(downstream, "Tuner", None)
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "gym"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"leads out of {folder} by a link"):
+        run(base, folder)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_report_that_no_gym_wrote_is_not_written_over(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(downstream, "Tuner", None)
+    folder = tmp_path / "gym"
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="holds report, which no gym wrote"):
+        run(base, folder)
+    assert [path.name for path in folder.iterdir()] == ["report"]
+
+
 # the starts
 
 

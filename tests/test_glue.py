@@ -15,7 +15,7 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, concentration, evaluation, fine_tuning, glue, parallel, run_folder, settings
+from pats_jax import cli, concentration, evaluation, fine_tuning, glue, parallel, replacing, run_folder, settings
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
@@ -95,6 +95,7 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
     }
     assert {path.name for path in (noisy / "plots").iterdir()} == {"loss.png", "score.png", "sensitivity.png"}
     assert {path.name for path in (noisy / "predictions").iterdir()} == {"SST-2.tsv"}
+    assert replacing.foreign(noisy) is None
     saved = json.loads((noisy / "config.json").read_text())
     assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - set(settings._OF_ONE_START)
     assert saved["output_dir"] == str(noisy)

@@ -14,7 +14,7 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from pats_jax import glue, run_folder
+from pats_jax import glue, replacing, run_folder
 from pats_jax.errors import InputError
 from pats_jax.journal import Journal, check_tensorboard
 from pats_jax.profiling import Profiler, seconds_since_process_start
@@ -131,3 +131,4 @@ def test_a_run_shows_itself(tmp_path):
     assert {tag for tag, _ in shown} >= {f"train/{name}" for name in figures} | {"eval/accuracy"}
     assert shown["train/loss", 8] == pytest.approx(lines[1]["loss"])
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert replacing.foreign(tmp_path / "run") is None

@@ -68,6 +68,17 @@ def test_pairs_with_their_own_index_into_a_file(model, tmp_path, capsys):
     np.testing.assert_allclose(np.array([row[2:] for row in rows], float), expected, atol=1e-4)
 
 
+def test_what_is_read_is_not_written_over(model, tmp_path, capsys):
+    file = tmp_path / "texts.txt"
+    file.write_text("ann is warm\n")
+    (tmp_path / "link").symlink_to(file)
+    for target in (file, tmp_path / "link", model / "config.json"):
+        before = target.read_bytes()
+        with pytest.raises(SystemExit):
+            cli.main(["predict", str(model), "--file", str(file), "--output_file", str(target)])
+        assert f"--output_file {target}: is " in capsys.readouterr().err and target.read_bytes() == before
+
+
 def test_scores_of_a_regression(tmp_path, capsys):
     model = tiny.save_checkpoint(tmp_path / "model", 1)
     texts = tiny.sentences(3, 8)[0]

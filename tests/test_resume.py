@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import fine_tuning, glue, run_folder
+from pats_jax import fine_tuning, glue, replacing, run_folder
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.errors import InputError
 
@@ -378,6 +379,34 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(b
     assert last.endswith(str(folder / "checkpoints" / "13"))
     run(base, folder, resume=True)
     assert lines(folder) == lines(whole_here)
+
+
+@pytest.mark.parametrize(
+    "broken, error",
+    [
+        ("safetensors.numpy.save_file", OSError(errno.ENOSPC, "No space left on device")),
+        ("pats_jax.plots._save", InputError("loss.png: cannot be written (No space left on device)")),
+    ],
+)
+def test_a_disk_that_is_full_at_the_end_costs_no_training(
+    broken, error, base, whole_here, tmp_path, monkeypatch, caplog
+):
+    """Though no checkpoint was asked for; what is left to do is done once there is room."""
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, refuse)
+        with pytest.raises(InputError, match=r"(model|loss\.png): cannot be written \(No space left on device\)"):
+            run(base, tmp_path / "run", save_steps=0)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "checkpoints" in names and names <= {"config.json", "metrics.jsonl", "checkpoints", "model"}
+    assert replacing.foreign(tmp_path / "run") is None
+    caplog.set_level("INFO")
+    run(base, tmp_path / "run", resume=True)
+    assert f"going on after step {STEPS} of {STEPS}" in caplog.text
+    assert lines(tmp_path / "run") == lines(whole_here) and results(tmp_path / "run") == results(whole_here)
 
 
 def test_the_best_model_is_kept(base, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from pats_jax import plots, run_folder
 from pats_jax.errors import InputError
+from pats_jax.settings import Settings
 
 
 def refuses(folder, overwrite=False):
@@ -30,23 +31,22 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
 
 
 def test_a_run_is_replaced_only_when_asked(tmp_path):
-    run_folder.start(tmp_path, {"seed": 1})
+    """What is a run, and how it is replaced: test_replacing.py."""
+    settings = Settings(task_name="sst2").to_dict()
+    run_folder.start(tmp_path, settings)
     run_folder.write_metrics(tmp_path, [{"step": 1}])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert "not empty" in refuses(tmp_path) and "--overwrite" in refuses(tmp_path)
     run_folder.check_free(tmp_path, True)
     assert (tmp_path / "metrics.jsonl").exists()
-    run_folder.start(tmp_path, {"seed": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 2}
+    assert json.loads((tmp_path / "config.json").read_text()) == settings
 
 
-def test_what_no_run_wrote_is_never_lost(tmp_path):
-    run_folder.start(tmp_path, {})
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert "thesis.tex" in refuses(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.tex").exists()
+def test_what_a_start_that_came_to_nothing_leaves_is_no_content(tmp_path):
+    for name in (".lock", "config.json.new"):
+        (tmp_path / name).touch()
+    run_folder.check_free(tmp_path, False)
 
 
 def test_a_file_in_the_way(tmp_path):

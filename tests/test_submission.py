@@ -373,6 +373,15 @@ def test_a_submission_is_not_overwritten(builtin, submit, capsys):
     assert f"{path}: exists already" in capsys.readouterr().err and path.read_bytes() == before
 
 
+def test_no_place_in_a_run(builtin, capsys):
+    folder = builtin[0]["rte"]
+    for place in (folder, folder / "predictions"):
+        with pytest.raises(SystemExit):
+            cli.main(["submission", *map(str, builtin[0].values()), "--output_dir", str(place)])
+        assert f"--output_dir {place}: lies in the run {folder}" in capsys.readouterr().err
+        assert not (place / "submission.zip").exists()
+
+
 def test_a_place_that_cannot_be_written(builtin, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/below"):

@@ -1,11 +1,8 @@
 """Checkpoints in and out: ``from_pretrained`` and ``save_pretrained``."""
 
 import dataclasses
-import json
 import logging
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from pats_jax.errors import InputError, shown
+from pats_jax.files import write_json
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.random import as_key
+from pats_jax.whole_folder import new_folder
 
 logger = logging.getLogger(__name__)
 Parameters = dict[str, Any]
@@ -117,7 +116,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     """Writes a folder that Transformers (torch) and :func:`from_pretrained` load.
 
     ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are made in a temporary folder beside
-    ``directory`` and moved in when complete.
+    ``directory`` and take their place together when complete.
 
     Args:
         directory: The folder; made if need be. Files of the same names are replaced.
@@ -127,6 +126,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
 
     Raises:
         ValueError: ``params`` are not those of such a model.
+        InputError: The system refuses, for instance on a full disk; what was there is as it was.
     """
     from safetensors.numpy import save_file
 
@@ -135,19 +135,13 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     if {path: np.shape(value) for path, value in flat.items()} != shapes:
         wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))
         raise ValueError(f"params do not fit config at {'/'.join(wrong)}")
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-        made = Path(name)
+    with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        (made / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(made / "config.json", config.to_dict())
         tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
         save_file(tensors, made / weights.WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
-        target.mkdir(exist_ok=True)
-        for path in made.iterdir():
-            os.replace(path, target / path.name)
 
 
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:

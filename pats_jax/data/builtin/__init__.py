@@ -28,6 +28,8 @@ from pats_jax.data.builtin.draw import Draw, Example
 from pats_jax.data.builtin.files import file_text
 from pats_jax.data.tasks import TASKS, get_task
 from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
+from pats_jax.whole_folder import new_folder
 
 TRAIN_ROWS = 2000
 OTHER_ROWS = 400
@@ -81,12 +83,12 @@ def write_builtin(directory: str | Path, *, seed: int = 0, tasks: Sequence[str] 
     chosen = [get_task(name) for name in (TASKS if tasks is None else tasks)]
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: not an empty folder; give a new one for the built-in data")
-    for task in chosen:
-        folder = directory / task.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for split, examples in generate(task.name, seed).items():
-            (folder / task.files[split][0]).write_bytes(file_text(task, split, examples).encode())
-    (directory / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
+    with new_folder(directory) as made:
+        for task in chosen:
+            folder = make_folder(made / task.folder)
+            for split, examples in generate(task.name, seed).items():
+                write_text(folder / task.files[split][0], file_text(task, split, examples))
+        write_text(made / "README.txt", README.format(seed=seed))
 
 
 def generate(task: str, seed: int = 0) -> dict[str, list[Example]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from pats_jax.data.builtin_gym import SHOTS, generate_gym
 from pats_jax.data.few_shot import Row
 from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
+from pats_jax.whole_folder import new_folder
 
 README = """\
 The built-in few-shot gym of pats_jax. This is NOT the few-shot gym of CrossFit.
@@ -32,14 +34,15 @@ def write_builtin_gym(directory: str | Path, *, seed: int = 0, tasks: Sequence[s
     gym = generate_gym(seed=seed, tasks=tasks)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: not an empty folder; give a new one for the built-in gym")
-    for name, task in gym.items():
-        files = {f"{own.seed}_{split}": getattr(own, split) for own in task.samples for split in ("train", "dev")}
-        files[f"{task.samples[-1].seed}_test"] = task.samples[-1].test
-        (directory / name).mkdir(parents=True)
-        for part, rows in files.items():
-            text = "".join(_json_line(name, row) for row in rows)
-            (directory / name / f"{name}_{SHOTS}_{part}.jsonl").write_bytes(text.encode())
-    (directory / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
+    with new_folder(directory) as made:
+        for name, task in gym.items():
+            files = {f"{own.seed}_{split}": getattr(own, split) for own in task.samples for split in ("train", "dev")}
+            files[f"{task.samples[-1].seed}_test"] = task.samples[-1].test
+            folder = make_folder(made / name)
+            for part, rows in files.items():
+                text = "".join(_json_line(name, row) for row in rows)
+                write_text(folder / f"{name}_{SHOTS}_{part}.jsonl", text)
+        write_text(made / "README.txt", README.format(seed=seed))
 
 
 def _json_line(task: str, row: Row) -> str:

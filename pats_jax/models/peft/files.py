@@ -6,9 +6,6 @@ same way under a ``peft_type`` of our own.
 """
 
 import dataclasses
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax.errors import InputError, shown
+from pats_jax.files import write_json
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
@@ -35,6 +33,7 @@ from pats_jax.models.peft.saved import (
 )
 from pats_jax.models.pretrained import check_problem_type, from_pretrained
 from pats_jax.models.sources import checkpoint_folder
+from pats_jax.whole_folder import new_folder
 
 
 def save_peft(
@@ -58,6 +57,7 @@ def save_peft(
 
     Raises:
         ValueError: There are no modules, or they are merged.
+        InputError: The system refuses, for instance on a full disk; what was there is as it was.
     """
     from safetensors.numpy import save_file
 
@@ -76,19 +76,13 @@ def save_peft(
         "modules_to_save": ["classifier", "pooler"] if config.train_pooler else ["classifier"],
         **config.to_dict(tree, model.config),
     }
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-        made = Path(name)
+    with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        _write_json(made / CONFIG_FILE, values)
-        _write_json(made / "config.json", model.config.to_dict())
+        write_json(made / CONFIG_FILE, values)
+        write_json(made / "config.json", model.config.to_dict())
         save_file(tensors, made / WEIGHTS_FILE, metadata={"format": "pt"})
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)  # save_file lets only the owner read it
-        target.mkdir(exist_ok=True)
-        for path in made.iterdir():
-            os.replace(path, target / path.name)
 
 
 def load_peft(
@@ -264,7 +258,3 @@ def _count_labels(folder: Path) -> int:
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"{path}: tensor {heads[0]} has shape {shown(shape)}, which no head has")
     return shape[0]
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""One program at a time in a folder: a lock that lasts as long as one of the processes that hold it.
+
+It is the system's own (`flock`) on the file ``.lock``, so a program that is killed leaves none behind. Processes that
+are handed the descriptor keep it: the runs of a killed grid, say, until the last of them has ended.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import pathlib
+import time
+
+from pats_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+_INHERITED = "PATS_JAX_LOCK"  # environment variable: number of a descriptor that holds the folder's lock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class FolderLock:
+    """The lock of a folder, not held at first; a context manager that takes it and gives it back."""
+
+    def __init__(self, folder: pathlib.Path, *, name: str = LOCK, shared: bool = False, patience: float = 0.3):
+        """Names the lock.
+
+        Args:
+          folder: the folder.
+          name: the file of the lock in it.
+          shared: whether others may hold it as well, if they share it, too.
+          patience: seconds to wait for others.
+        """
+        self._descriptor: int | None = None
+        self.path, self._shared, self._patience = folder / name, shared, patience
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """For ``pass_fds`` of a process that is to hold the lock, too; none while it is not held."""
+        return () if self._descriptor is None else (self._descriptor,)
+
+    def __enter__(self) -> "FolderLock":
+        self.take()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Takes the lock, for which the folder is made; nothing if it is held and the folder was not moved meanwhile.
+
+        Raises:
+          InputError: somebody else holds it, or the folder cannot be written.
+        """
+        if self._descriptor is not None and _is_at(self._descriptor, self.path):
+            return
+        folder, until = self.path.parent, time.monotonic() + self._patience
+        try:
+            while (taken := self._try_to_take()) is None:
+                if time.monotonic() >= until:
+                    raise InputError(
+                        f"--output_dir {folder}: another pats-jax is at work there, or a process that it has left; "
+                        "wait until it has ended, or give another folder"
+                    )
+                time.sleep(0.05)
+        except OSError as error:
+            reason = f"{self.path.name} is a link" if error.errno == errno.ELOOP else error.strerror
+            raise InputError(f"--output_dir {folder}: cannot be written ({reason})") from None
+        self.release()
+        self._descriptor = taken
+
+    def release(self) -> None:
+        """Gives the lock back, if it is held, and removes its file unless others hold it, too."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(self._descriptor, self.path):  # else it belongs to another by now
+                self.path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _try_to_take(self):
+        """A descriptor that holds the lock; None if somebody else holds it, or has just removed the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            if _lock(descriptor, self._shared, self.path.parent) and _is_at(descriptor, self.path):
+                return os.dup(descriptor)
+        finally:
+            os.close(descriptor)
+        return None
+
+
+def is_taken(path: pathlib.Path) -> bool:
+    """Whether somebody holds the lock whose file this is."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor, False, path.parent)
+    finally:
+        os.close(descriptor)
+
+
+def handed_on(lock: FolderLock) -> dict[str, str]:
+    """The environment variable by which a process knows that it is handed the lock of its folder."""
+    (descriptor,) = lock.descriptors
+    return {_INHERITED: str(descriptor)}
+
+
+def is_handed_on(folder: pathlib.Path) -> bool:
+    """Whether the process that started this one has handed on the lock of the folder."""
+    number = os.environ.get(_INHERITED, "")
+    return number.isdecimal() and _is_at(int(number), folder / LOCK)
+
+
+def _lock(descriptor, shared, folder):
+    """Whether nobody else holds the lock, so that it is held now."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: its file system has no locks; let no other pats-jax work there meanwhile", folder)
+    return True
+
+
+def _is_at(descriptor, path):
+    """Whether the file of a descriptor is still the one at a path: who held its lock may have removed it."""
+    try:
+        ours, theirs = os.fstat(descriptor), os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)

@@ -1,0 +1,75 @@
+"""Folders that are there whole or not at all: a model and its tokenizer, generated data."""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pats_jax import files
+from pats_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def new_folder(directory: str | Path) -> Iterator[Path]:
+    """Gives an empty folder to write files to, which then takes the place of another as one.
+
+    What stands in that under other names is kept. If anything fails, that is as it was; a process that is killed at the
+    worst moment leaves it complete, old or new, under its name or as ``.NAME-...`` beside it.
+
+    Args:
+      directory: The folder to be; made if need be. A link is followed.
+
+    Raises:
+      InputError: The system refuses, for instance on a full or read-only disk.
+    """
+    target = Path(os.path.realpath(directory))
+    files.make_folder(target.parent)
+    made = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        made.mkdir()
+        yield made
+        _take_place(made, target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(made), str(directory))) from None
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise InputError(f"{directory}: cannot be written ({reason})") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _take_place(made: Path, target: Path) -> None:
+    if not target.exists():
+        made.rename(target)
+        return
+    if not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    here = Path.cwd()
+    shutil.copymode(target, made)
+    old = made.with_name(f"{made.name}-old")
+    target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    for path in old.iterdir():
+        if not os.path.lexists(target / path.name):
+            path.rename(target / path.name)
+    shutil.rmtree(old)
+    if here.is_relative_to(target):
+        os.chdir(here)
+
+
+def _reason(error: Exception) -> str | None:
+    """What the system said; None if it was not the system: safetensors and tokenizers hide it in their own errors."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(found[1])) if found else None
