@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.progress
-import tyro
 
 from pats_jax import comparison, comparison_page, preemption, run_folder
 from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
-from pats_jax.console import say
+from pats_jax.console import parse_flags, say
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import get_methods
@@ -120,7 +119,7 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
       InputError: if those have a flag that the grid decides on.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
-    grid, flags = tyro.cli(Grid, args=args, prog="pats-jax compare", use_underscores=True, return_unknown_args=True)
+    grid, flags = parse_flags(Grid, args=args, prog="pats-jax compare", return_unknown_args=True)
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name in _REFUSED:

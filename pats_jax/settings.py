@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
+from pats_jax.console import parse_flags
 from pats_jax.errors import InputError
 
 
@@ -328,7 +329,7 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     saved = kind() if path is None else read_config(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
         saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
-    settings = tyro.cli(kind, args=args, prog=prog, default=saved, use_underscores=True)
+    settings = parse_flags(kind, args=args, prog=prog, default=saved)
     settings.check()
     return settings
 
