@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand needs it, so that ``--help`` and `
 
 import contextlib
 import errno
+import inspect
 import logging
 import os
 import sys
@@ -150,21 +151,22 @@ def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
     from pats_jax import predict as program
 
-    console.parse_flags(program.predict_file, args=args, prog="pats-jax predict")()
+    paths = {"model": "model", "file": "--file", "output_file": "--output_file"}
+    _call(program.predict_file, args, "pats-jax predict", paths)
 
 
 def submission(args: list[str]) -> None:
     """Collect the predictions of finished runs into the zip that the GLUE server takes."""
     from pats_jax import submission as program
 
-    console.parse_flags(program.write_submission, args=args, prog="pats-jax submission")()
+    _call(program.write_submission, args, "pats-jax submission", {"runs": "runs", "output_dir": "--output_dir"})
 
 
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
     from pats_jax.data import write_builtin
 
-    console.parse_flags(write_builtin, args=args, prog="pats-jax builtin")()
+    _call(write_builtin, args, "pats-jax builtin", {"directory": "--directory"})
 
 
 def methods(args: list[str]) -> None:
@@ -180,6 +182,21 @@ def methods(args: list[str]) -> None:
         out.print(room.as_table())
 
     console.parse_flags(show, args=args, prog="pats-jax methods", description=methods.__doc__)()
+
+
+def _call(function, args, prog, paths):
+    """Calls a function with the values of its flags; paths: argument -> what to call it in error messages."""
+    from pats_jax.settings import path_of_flag
+
+    flags = console.parse_flags(function, args=args, prog=prog)
+    given = inspect.signature(function).bind(*flags.args, **flags.keywords)
+    for argument, name in paths.items():
+        value = given.arguments.get(argument)
+        if isinstance(value, tuple):
+            given.arguments[argument] = tuple(path_of_flag(name, each) for each in value)
+        elif value is not None:
+            given.arguments[argument] = path_of_flag(name, str(value))
+    function(*given.args, **given.kwargs)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

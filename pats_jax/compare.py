@@ -30,7 +30,7 @@ from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
 from pats_jax.console import parse_flags, say
 from pats_jax.data import tasks as glue_tasks
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import get_methods
 from pats_jax.report_page import aligned
 from pats_jax.settings import Settings, read_config
@@ -120,6 +120,7 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
       SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
     grid, flags = parse_flags(Grid, args=args, prog="pats-jax compare", return_unknown_args=True)
+    grid = dataclasses.replace(grid, output_dir=run_settings.path_of_flag("--output_dir", grid.output_dir))
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name in _REFUSED:
@@ -138,13 +139,12 @@ def check(grid: Grid, flags: list[str]) -> Settings:
         if not values:
             raise InputError(f"--{name} is missing")
         if len(set(values)) < len(values):
-            raise InputError(f"--{name} {' '.join(map(str, values))}: each may stand there once")
-    if grid.jobs < 1:
-        raise InputError(f"--jobs {grid.jobs}: must be at least 1")
+            raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: each may stand there once")
+    run_settings.check_value("jobs", grid.jobs, lambda x: 1 <= x <= 1000, "from 1 to 1000")
     for method in grid.methods:
         get_methods(method)
     for name in grid.tasks:
-        task = glue_tasks.get_task(name)
+        task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
     root, runs = pathlib.Path(grid.output_dir), grid.runs()

@@ -22,6 +22,7 @@ from pats_jax import concentration, methods, parallel, plots, preemption, subnet
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.data import batches, readers, tasks
 from pats_jax.data.prefetch import prefetch
+from pats_jax.errors import InputError
 from pats_jax.journal import Journal
 from pats_jax.methods import layer_mask, learning_rate_schedule
 from pats_jax.models.peft import PeftClassifier, trainable_mask
@@ -34,10 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 def count_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training.
+
+    Raises:
+      InputError: there are more than anybody could count in 32 bits.
+    """
     if settings.max_steps > 0:
         return settings.max_steps
-    return math.ceil(settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1)))
+    steps = settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1))
+    if steps >= 2**31:
+        raise InputError(f"--num_train_epochs {settings.num_train_epochs:g}: makes {steps:.3g} steps, more than 2^31")
+    return math.ceil(steps)
 
 
 class Evaluator(Protocol):

@@ -1,13 +1,13 @@
 """``--peft``: the PE modules of a run from its flags, and which methods go with them."""
 
-import re
 from typing import Any
 
 import jax
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 from pats_jax.methods import METHODS
 from pats_jax.models import peft
+from pats_jax.patterns import compile_pattern
 from pats_jax.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
@@ -51,6 +51,7 @@ def check_methods(settings: TrainingSettings, params: Any) -> None:
             raise InputError(f"{where}: the prompt's tokens are among the hidden states that LNSR goes on from")
         method = METHODS[name]
         pattern = settings.noise_layers if "noise_layers" in method.flags else method.layers
-        if method.objective is None and not any(re.search(pattern, each) for each in names):
+        matches = compile_pattern(pattern, "--noise_layers")
+        if method.objective is None and not any(map(matches, names)):
             hint = "; --noise_layers chooses others" if "noise_layers" in method.flags else ""
-            raise InputError(f"{where}: touches no PE module, only {pattern!r}; one is called {names[-1]}{hint}")
+            raise InputError(f"{where}: touches no PE module, only {shown(pattern)}; one is called {names[-1]}{hint}")

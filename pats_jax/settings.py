@@ -2,16 +2,17 @@
 
 import dataclasses
 import difflib
-import json
 import math
-import pathlib
+import os
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
+from pats_jax import files
 from pats_jax.console import parse_flags
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +108,21 @@ class TrainingSettings:
         """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
         for names, holds, expected in _RULES:
             for name in names.split():
-                value = getattr(self, name, None)
-                if value is not None and not holds(value):
-                    raise InputError(f"--{name} {value}: must be {expected}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise InputError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for as many as the data ask for")
+                check_value(name, getattr(self, name, None), holds, expected)
+        for name, largest in _LARGEST.items():
+            check_value(name, getattr(self, name, None), lambda x, most=largest: x <= most, f"at most {largest}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and field.name != "seed":
+                check_value(field.name, value, lambda x: x < 2**31, f"at most {2**31 - 1}")
+            if type(value) is float:
+                check_value(field.name, value, lambda x: x <= FLOAT32_MAX, f"at most {FLOAT32_MAX:.2g}")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         if self.peft_pooler and self.peft is None:
             raise InputError("--peft_pooler: needs --peft")
+        if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
+            raise InputError(f"--process_id {self.process_id}: must be below --num_processes {self.num_processes}")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting but those that belong to one start of the program, not to the run."""
@@ -149,7 +156,7 @@ class TrainingSettings:
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
-            changes = ", ".join(f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in differing)
+            changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
         return chosen
 
@@ -234,9 +241,12 @@ _RULES = (
         lambda x: x >= 1,
         "at least 1",
     ),
+    ("max_steps", lambda x: x >= 1 or x == -1, "at least 1, or -1 for as many as the data ask for"),
     ("max_options", lambda x: x >= 2, "at least 2"),
+    # what float32 has no number for would be 0, and Adam would divide by it
+    ("adam_epsilon", lambda x: 2.0**-126 <= x < math.inf, "at least 1.2e-38"),
     (
-        "learning_rate inner_learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size "
+        "learning_rate inner_learning_rate num_train_epochs max_grad_norm r3f_eps smart_step_size "
         "smart_noise_std lnsr_noise_std lora_alpha",
         lambda x: 0 < x < math.inf,
         "a number above 0",
@@ -245,7 +255,7 @@ _RULES = (
         "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
         "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
-        "a number from 0 on",
+        "at least 0",
     ),
     ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -257,6 +267,31 @@ _RULES = (
         "in [0, 1)",
     ),
 )
+
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+
+# Bounds that no honest run comes near; without them memory or time would run out before anybody is told why.
+_LARGEST = {
+    "num_train_epochs": 1_000_000,
+    "max_seq_length": 1_000_000,
+    "per_device_eval_batch_size": 65_536,
+    "lora_rank": 65_536,
+    "adapter_size": 65_536,
+    "prompt_length": 8192,
+    "prefix_length": 8192,
+    "max_options": 1000,
+    "tasks_per_step": 8192,
+    "task_batch_size": 8192,
+    "inner_batch_size": 8192,
+    "inner_steps": 1000,
+    "jobs": 1000,
+}
+
+# Flags that name files and folders.
+_PATHS = (
+    "model_name_or_path output_dir data_dir train_file validation_file test_file out_of_domain_dir "
+    "compilation_cache_dir partition primed config"
+).split()
 
 # Flags of the run_glue examples that mean nothing here -> what to use instead.
 FOREIGN_FLAGS = {
@@ -309,6 +344,38 @@ FOREIGN_FLAGS = {
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
+def check_value(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raises InputError, naming the flag, if a value is given and is not as expected."""
+    if value is not None and not holds(value):
+        raise InputError(f"--{name} {shown(value, quoted=False)}: must be {expected}")
+
+
+def path_of_flag(flag: str, text: str) -> str:
+    """The path that a flag names, ``~`` at its start expanded as a shell does, which sees to ``--x ~/y`` only.
+
+    Raises:
+      InputError: no system has such a path, or ``~`` stands before the name of nobody here.
+    """
+    what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
+    if not text:
+        raise InputError(f"{flag}: empty; give a path, or leave the flag out")
+    if path.startswith("~"):
+        user = shown(path.split("/")[0][1:], quoted=False)
+        raise InputError(f"{what}: there is no user {user}; for a name that begins with ~ write ./~...")
+    if "\0" in path:
+        raise InputError(f"{what}: not a path, it has a null byte")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: not a path, this system cannot encode it") from None
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise InputError(f"{what}: longer than a path may be")
+    return path
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS (whose paths end at 1023)
+
+
 def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     """Settings from command-line arguments; a ``--config`` among them supplies what the others leave out.
 
@@ -329,7 +396,7 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     saved = kind() if path is None else read_config(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
         saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
-    settings = parse_flags(kind, args=args, prog=prog, default=saved)
+    settings = _with_paths(parse_flags(kind, args=args, prog=prog, default=saved))
     settings.check()
     return settings
 
@@ -340,10 +407,11 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
     Raises:
       InputError: on a missing file, one that is not a JSON object, an unknown key or a value of the wrong type.
     """
+    path = path_of_flag("--config", path)
     try:
-        saved = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: {error}") from error
+        saved = files.read_json(path)
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
     if not isinstance(saved, dict):
         raise InputError(f"--config {path}: not a JSON object of settings")
     expected = typing.get_type_hints(kind)
@@ -351,10 +419,10 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
         if key not in expected:
             near = difflib.get_close_matches(key, expected, 1)
             raise InputError(
-                f"--config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                f"--config {path}: unknown setting {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
         if not _is_of(expected[key], value):
-            raise InputError(f"--config {path}: {key} is {value!r}, expected {_spell(expected[key])}")
+            raise InputError(f"--config {path}: {key} is {shown(value)}, expected {_spell(expected[key])}")
     return kind(**saved)
 
 
@@ -373,6 +441,18 @@ def _is_of(kind, value):
 
 def _spell(kind):
     return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+
+
+def _with_paths(settings):
+    """The settings with every path in its full form."""
+    changes = {}
+    for name in _PATHS:
+        value = getattr(settings, name, None)
+        if isinstance(value, str):
+            changes[name] = path_of_flag(f"--{name}", value)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(path_of_flag(f"--{name}", each) for each in value)
+    return dataclasses.replace(settings, **changes)
 
 
 def _value_of(flag, args):

@@ -141,9 +141,9 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
         ({"do_train": 1}, ["do_train is 1, expected bool"]),
         ({"response": "cubic"}, ["response is 'cubic'", "linear"]),
         ([1], ["not a JSON object"]),
-        ("{learning_rate", ["line 1"]),
-        ("", ["line 1"]),
-        ("\udcff", ["decode byte"]),
+        ("{learning_rate", ["not valid JSON"]),
+        ("", ["not valid JSON"]),
+        ("\udcff", ["not UTF-8"]),
     ],
 )
 def test_config_files_that_are_wrong(content, parts, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
         InputError: There is no such checkpoint, the hub cannot be reached, or the package's weights are not those
             that were published.
     """
-    folder = Path(name_or_dir).expanduser()
+    folder = Path(os.path.expanduser(name_or_dir))  # Path.expanduser raises where there is no such user
     if folder.is_dir():
         return folder
     name = str(name_or_dir)
