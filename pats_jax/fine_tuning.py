@@ -336,6 +336,7 @@ def train(
     asked: preemption.Preemption,
 ) -> Trained:
     """Trains from the last checkpoint or the start, and fills in results."""
+    asked.begin()
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {
         "train_examples": training.examples,

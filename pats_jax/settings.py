@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import os
 import typing
 from collections.abc import Callable
@@ -110,7 +112,7 @@ class TrainingSettings:
             for name in names.split():
                 check_value(name, getattr(self, name, None), holds, expected)
         for name, largest in _LARGEST.items():
-            check_value(name, getattr(self, name, None), lambda x, most=largest: x <= most, f"at most {largest}")
+            check_value(name, getattr(self, name, None), functools.partial(operator.ge, largest), f"at most {largest}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is int and field.name != "seed":
@@ -445,7 +447,7 @@ def _spell(kind):
 
 def _with_paths(settings):
     """The settings with every path in its full form."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in _PATHS:
         value = getattr(settings, name, None)
         if isinstance(value, str):
