@@ -54,9 +54,12 @@ def _outcome(args):
     except MemoryError as error:
         return _fail(f"not enough memory ({error or 'of the host'}); {_LESS_MEMORY}")
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+        said = str(error)
+        if said.startswith("Unable to initialize backend"):
+            return _fail(f"the environment variable JAX_PLATFORMS asks for what is not there: {said}")
+        if "RESOURCE_EXHAUSTED" not in said:  # XLA's word for it
             raise
-        return _fail(f"not enough memory ({str(error).partition(': ')[2]}); {_LESS_MEMORY}")
+        return _fail(f"not enough memory ({said.partition(': ')[2]}); {_LESS_MEMORY}")
 
 
 def _dispatch(args):

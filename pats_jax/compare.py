@@ -140,7 +140,8 @@ def check(grid: Grid, flags: list[str]) -> Settings:
             raise InputError(f"--{name} is missing")
         if len(set(values)) < len(values):
             raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: each may stand there once")
-    run_settings.check_value("jobs", grid.jobs, lambda x: 1 <= x <= 1000, "from 1 to 1000")
+    run_settings.check_value("jobs", grid.jobs, lambda x: x >= 1, "at least 1")
+    run_settings.check_value("jobs", grid.jobs, lambda x: x <= 1000, "at most 1000")
     for method in grid.methods:
         get_methods(method)
     for name in grid.tasks:

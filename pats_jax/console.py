@@ -43,8 +43,8 @@ def one_line(text: str, length: int = _LONGEST_LINE) -> str:
     """A text on one line, cut in the middle where it is long.
 
     Example:
-      >>> one_line("ab\\n" * 10, 20)
-      'ab\\\\nab\\\\n ... \\\\nab\\\\n'
+      >>> one_line("a long text of many words", 17)
+      'a long ...  words'
     """
     shown = visible(text)
     if len(shown) <= length:

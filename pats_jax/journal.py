@@ -57,7 +57,9 @@ def _writer_class():
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise InputError("--report_to tensorboard: pip install 'pats-jax[tensorboard]'") from None
+        raise InputError(
+            "--report_to tensorboard: needs tensorboardX; run: pip install 'pats-jax[tensorboard]'"
+        ) from None
     return SummaryWriter
 
 

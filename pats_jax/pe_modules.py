@@ -37,6 +37,18 @@ def chosen_config(settings: TrainingSettings) -> peft.PeftConfig | None:
     return peft.KINDS[settings.peft](**flags.get(settings.peft, {}), train_pooler=settings.peft_pooler)
 
 
+def differing_flags(ours: TrainingSettings, theirs: TrainingSettings) -> list[str]:
+    """The flags by which the PE modules of two settings of one kind differ, such as ``--lora_rank was 4 and is 8``."""
+    if chosen_config(ours) == chosen_config(theirs):
+        return []
+    flags = [name for name in vars(ours) if name.startswith((_PREFIXES[str(ours.peft)], "peft_"))]
+    pairs = {name: (getattr(theirs, name), getattr(ours, name)) for name in flags}
+    return [f"--{name} was {shown(was)} and is {shown(now)}" for name, (was, now) in pairs.items() if was != now]
+
+
+_PREFIXES = {kind: f"{kind}_" for kind in peft.KINDS} | {"adapters": "adapter_"}
+
+
 def check_methods(settings: TrainingSettings, params: Any) -> None:
     """Raises InputError if a method of ``settings.method`` does not go with the PE modules among ``params``."""
     leaves = jax.tree_util.tree_leaves_with_path(params["peft"])

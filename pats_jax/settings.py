@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import operator
 import os
@@ -158,7 +159,9 @@ class TrainingSettings:
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
-            changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
+            changes = ", ".join(
+                f"{name} was {_as_json(theirs[name])} and is {_as_json(ours[name])}" for name in differing
+            )
             raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
         return chosen
 
@@ -424,7 +427,7 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
                 f"--config {path}: unknown setting {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
         if not _is_of(expected[key], value):
-            raise InputError(f"--config {path}: {key} is {shown(value)}, expected {_spell(expected[key])}")
+            raise InputError(f"--config {path}: {key} is {_as_json(value)}; it must be {_spell(expected[key])}")
     return kind(**saved)
 
 
@@ -442,7 +445,28 @@ def _is_of(kind, value):
 
 
 def _spell(kind):
-    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    """A setting's type in words."""
+    choices = typing.get_args(kind)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(_as_json, choices))
+    if typing.get_origin(kind) in (list, tuple):
+        return f"a list, each {_spell(choices[0])}"
+    return " or ".join(map(_spell, choices))
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+}
+
+
+def _as_json(value):
+    return shown(value) if isinstance(value, str) else shown(json.dumps(value), quoted=False)
 
 
 def _with_paths(settings):

@@ -208,7 +208,7 @@ def test_layers_that_do_not_exist(shell):
 def test_wrong_config_files(shell):
     for content, message in (
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
-        ('{"learning_rate": "high"}', "learning_rate is 'high', expected float"),
+        ('{"learning_rate": "high"}', "learning_rate is 'high'; it must be a number"),
         ("learning_rate: 1", "not valid JSON"),
     ):
         path = shell.write("saved.json", content)

@@ -69,7 +69,7 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     if len(missing) == len(names):
         raise InputError(
             f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); "
-            "use the pair score in its place"
+            "use the pair score in its place (--head pair)"
         )
     if missing:
         raise InputError(f"{source}: the masked-language-model head lacks {', '.join(missing)}; it is incomplete")

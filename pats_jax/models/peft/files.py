@@ -142,7 +142,9 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     values = _read_config(folder)
     name = values.get("base_model_name_or_path")
     if not name:
-        raise InputError(f"{folder / CONFIG_FILE}: names no base model; use load_peft with the model it belongs to")
+        raise InputError(
+            f"{folder / CONFIG_FILE}: names no base model; write its name or folder there, as base_model_name_or_path"
+        )
     labels = None
     if (folder / "config.json").exists():
         labels = EncoderConfig.from_folder(folder).id2label

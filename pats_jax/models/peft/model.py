@@ -88,7 +88,9 @@ def add_peft(
     if "peft" in params:
         raise ValueError("the model has PE modules already; merge or disable them first")
     if config.train_pooler and model.config.is_roberta:
-        raise InputError("train_pooler: RoBERTa has no pooler; the layer in its place is part of the head")
+        raise InputError(
+            "--peft_pooler: RoBERTa has no pooler; the layer in its place is part of the head; leave the flag out"
+        )
     tree = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return _with_modules(model, config), {**params, "peft": unflatten_dict(tree)}
 
