@@ -70,6 +70,9 @@ def _dispatch(args):
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
+    endless = next((arg for arg in args if len(arg) > _LONGEST_ARGUMENT), None)
+    if endless is not None:
+        raise InputError(f"{shown(endless, quoted=False)}: too long for a flag or its value")
     name, rest = args[0], args[1:]
     _show_warnings_in_a_line()
     if name not in COMMANDS:
@@ -83,6 +86,7 @@ def _dispatch(args):
     return None
 
 
+_LONGEST_ARGUMENT = 10_000  # characters: paths end at 4096, and the parser takes seconds over longer ones
 _LESS_MEMORY = "lower the batch size, --max_seq_length or --lora_rank, --adapter_size, or use --gradient_checkpointing"
 
 

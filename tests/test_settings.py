@@ -3,12 +3,19 @@
 import contextlib
 import dataclasses
 import json
+import re
+import time
 
+import numpy as np
 import pytest
 
-from pats_jax import settings
+from pats_jax import methods, settings
 from pats_jax.errors import InputError
+from pats_jax.fine_tuning import count_steps
+from pats_jax.gym_settings import GymSettings
+from pats_jax.patterns import compile_pattern
 from pats_jax.settings import FOREIGN_FLAGS, Settings
+from pats_jax.upstream import PrimingSettings
 
 
 def parse(*args):
@@ -110,6 +117,38 @@ def test_numbers_at_the_edge_of_sense(name, value):
     assert getattr(parse(f"--{name}={value}"), name) == pytest.approx(float(value))
 
 
+KINDS = {Settings: {"task_name": "rte"}, PrimingSettings: {}, GymSettings: {"output_dir": "x"}}
+NUMBERS = [
+    (kind, field.name)
+    for kind in KINDS
+    for field in dataclasses.fields(kind)
+    if field.type in (int, float, "int", "float", int | None, float | None)
+]
+
+
+@pytest.mark.parametrize("kind, name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_no_number_is_beyond_all_sense(kind, name):
+    """What passes is finite, fits 32 bits (the seed: 63) and is below what memory or a lifetime would end at."""
+    whole = type(getattr(kind, name)) is int or "int" in str(kind.__annotations__.get(name, ""))
+    values = [-1, 0, 10**30, 2**31] if whole else [-1.0, 0.0, 1e308, 1e39, float("nan"), float("inf"), -float("inf")]
+    for value in values:
+        try:
+            kind(**KINDS[kind] | {name: value}).check()
+        except InputError as error:
+            assert str(error).startswith("--") and len(str(error)) < 300 and "\n" not in str(error)
+        else:
+            assert value in (-1, 0) or name == "seed", (name, value)
+            assert value == 0 or name in ("max_steps", "seed"), (name, value)
+
+
+def test_epochs_without_end_are_refused_before_any_step():
+    with refused("--num_train_epochs 1e+308: must be at most"):
+        parse("--num_train_epochs", "1e308")
+    assert count_steps(parse("--num_train_epochs", "2.5", "--train_batch_size", "32"), 320) == 25
+    with refused("--num_train_epochs 1e+06: makes 1e+12 steps"):
+        count_steps(parse("--num_train_epochs", "1e6", "--train_batch_size", "1"), 10**6)
+
+
 def test_where_the_data_come_from_must_be_clear():
     with refused("nothing to read", "--task_name", "--train_file"):
         settings.parse([], "pats-jax glue", settings.Settings)
@@ -197,3 +236,58 @@ def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(InputError, match=message):
         settings.parse(["--task_name", "rte", *flags], "x", settings.Settings)
+
+
+# paths
+
+
+PATHS = [name for name in settings._PATHS if hasattr(Settings, name) and name != "config"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_no_system_has_are_refused_by_their_flag(name):
+    own = [] if name.endswith("_file") else ["--task_name", "rte"]
+    for value, reason in (
+        ("x" * 300, "longer than a path may be"),
+        ("x/" * 3000, "longer than a path may be"),
+        ("~nosuchuser/x", "there is no user nosuchuser"),
+        ("", "empty"),
+        ("a\0b", "null byte"),
+    ):
+        with refused(f"--{name}", reason):
+            settings.parse([*own, f"--{name}={value}"], "x", Settings)
+
+
+def test_a_home_folder_is_what_the_shell_makes_of_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert parse("--output_dir=~/runs/x").output_dir == "/home/ann/runs/x"
+    assert parse("--output_dir=./~x").output_dir == "./~x"
+
+
+def test_paths_of_a_config_file_are_checked_like_flags(tmp_path):
+    with refused("--output_dir a\\x00b", "null byte"):
+        parse("--config", save(tmp_path, {"output_dir": "a\0b"}))
+
+
+# regular expressions
+
+
+def test_a_regex_that_would_take_forever_is_refused_in_time():
+    params = {"a" * 60 + "b": np.zeros(1)}
+    since = time.monotonic()
+    with refused("--noise_layers '(a|aa)+$': takes too long to match"):
+        methods.layer_mask(params, "(a|aa)+$")
+    assert time.monotonic() - since < 20  # of which it computes for one
+
+
+def test_regexes_mean_what_they_mean_to_python():
+    layers = [
+        f"bert.encoder.layer.{n}.{part}" for n in (0, 11) for part in ("attention.self.query", "output.LayerNorm")
+    ]
+    names = [*(f"{layer}.{leaf}" for layer in layers for leaf in ("kernel", "bias", "scale")), "classifier.kernel", ""]
+    defaults = [value for value in vars(Settings()).values() if isinstance(value, str) and "\\" in value]
+    patterns = [*defaults, *(method.layers for method in methods.METHODS.values()), r"^bert(?!.*LayerNorm)", "[0-9]{2}"]
+    assert len(defaults) >= 4
+    for pattern in patterns:
+        matches = compile_pattern(pattern, "--x")
+        assert [matches(name) for name in names] == [re.search(pattern, name) is not None for name in names], pattern
