@@ -147,8 +147,8 @@ def _use(folder, results):
     if results.get("peft"):
         lines += [
             "",
-            f"The folder `adapter/` holds the PE modules ({results['peft']}) and the head, for the base model "
-            f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
+            f"The folder `adapter/` holds the PE modules ({markdown_text(results['peft'])}) and the head, for the base "
+            f"model {markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
             + (" PEFT (torch) does too." if results["peft"] in _IN_PEFTS_FORMAT else ""),
         ]
     return lines

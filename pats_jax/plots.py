@@ -11,7 +11,7 @@ import numpy as np
 from pats_jax import files
 from pats_jax.console import visible
 
-_LONGEST_NAME = 60  # characters
+_LONGEST_NAME = 40  # characters
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
 # Color, line and marker, for more arms than there are colors.
@@ -159,7 +159,7 @@ def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[flo
     for axes, (title, arms) in zip(
         figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
     ):
-        axes.set(title=_name(title), xlabel="ARG in percent, 95 % interval over tasks")
+        axes.set(title=_name(title, 80), xlabel="ARG in percent, 95 % interval over tasks")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), list(map(_name, names)))
         axes.label_outer()
@@ -190,7 +190,7 @@ def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], titl
             by_task.setdefault(task, []).append(gain)
     tasks = sorted(by_task, key=lambda task: float(np.mean(by_task[task])))
     figure = Figure(figsize=(8.0, 1.8 + 0.2 * len(tasks)), layout="constrained")
-    axes = figure.add_subplot(title=_name(title), xlabel="relative gain in percent")
+    axes = figure.add_subplot(title=_name(title, 80), xlabel="relative gain in percent")
     axes.axvline(0, color=_BEFORE)
     axes.grid(alpha=0.3)
     for (name, arm), (color, _, marker) in zip(gains.items(), itertools.cycle(_STYLES), strict=False):
@@ -236,16 +236,16 @@ def _figure(title, xlabel, ylabel):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot(title=_name(title), xlabel=xlabel, ylabel=_name(ylabel))
+    axes = figure.add_subplot(title=_name(title, 80), xlabel=xlabel, ylabel=_name(ylabel))
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _name(text):
+def _name(text, longest=_LONGEST_NAME):
     """A text from outside as a picture shows it: as it is, not as a formula, and cut in the middle where it is long."""
     text = visible(text)
-    if len(text) > _LONGEST_NAME:
-        half = _LONGEST_NAME // 2
+    if len(text) > longest:
+        half = longest // 2
         text = f"{text[:half]}…{text[-half:]}"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")  # Matplotlib's legends leave _names out
 
@@ -256,5 +256,6 @@ def _save(figure, path):
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # its box says as much
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # names all over it
         figure.savefig(picture, format="png", dpi=120)
     files.write_bytes(path, picture.getvalue())

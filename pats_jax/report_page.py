@@ -165,4 +165,5 @@ def markdown_block(text: str) -> str:
 
 def markdown_image(text: str, path: str) -> str:
     """A picture by its relative path."""
-    return f"![{markdown_text(text)}]({urllib.parse.quote(path)})"
+    alternative = re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", markdown_text(text))  # else it may end early
+    return f"![{alternative}]({urllib.parse.quote(path)})"
