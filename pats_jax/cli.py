@@ -3,7 +3,9 @@
 Nothing heavy is imported before a subcommand needs it, so that ``--help`` and ``--version`` answer at once.
 """
 
+import contextlib
 import errno
+import inspect
 import logging
 import os
 import sys
@@ -12,46 +14,104 @@ import warnings
 from collections.abc import Callable
 
 import pats_jax
-from pats_jax.errors import InputError, Preempted
+from pats_jax import console
+from pats_jax.errors import InputError, Preempted, shown
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs `pats-jax`.
 
-    Exits with code 2 and one line on stderr when the input is wrong or the disk is full, 130 on Ctrl-C, 143 on
-    SIGTERM.
+    Exits with code 2 and one line on stderr when the input is wrong or the system refuses a file or memory, 130 on
+    Ctrl-C, 141 when nobody reads its output any more, 143 on SIGTERM.
     """
-    args = sys.argv[1:] if args is None else args
+    code = _outcome(sys.argv[1:] if args is None else args)
+    if code is not None:
+        sys.exit(code)
+
+
+def _outcome(args):
+    """The exit code; None where a command has come to its end."""
+    try:
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _fail(str(error))
+    except Preempted as error:
+        _tell(console.visible(str(error)))
+        return 128 + error.signal_number  # as shells count
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return 130  # 128 + SIGINT, as shells count
+    except BrokenPipeError:  # whoever reads our output, `head` for instance, has seen enough
+        _leave_stdout()
+        return 141  # 128 + SIGPIPE
+    except OSError as error:
+        if error.errno is None or not error.strerror:
+            raise
+        _leave_stdout()
+        return _fail(_refusal(error))
+    except MemoryError as error:
+        return _fail(f"not enough memory ({error or 'of the host'}); {_LESS_MEMORY}")
+    except RuntimeError as error:
+        said = str(error)
+        if said.startswith("Unable to initialize backend"):
+            return _fail(f"the environment variable JAX_PLATFORMS asks for what is not there: {said}")
+        if "RESOURCE_EXHAUSTED" not in said:  # XLA's word for it
+            raise
+        return _fail(f"not enough memory ({said.partition(': ')[2]}); {_LESS_MEMORY}")
+
+
+def _dispatch(args):
+    stdout_is_open = console.open_streams()
     if args[:1] in (["-V"], ["--version"]):
         print(f"pats-jax {pats_jax.__version__}")
-        return
+        return None
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
-        sys.exit(0 if args else 2)
+        return 0 if args else 2
+    endless = next((arg for arg in args if len(arg) > _LONGEST_ARGUMENT), None)
+    if endless is not None:
+        raise InputError(f"{shown(endless, quoted=False)}: too long for a flag or its value")
     name, rest = args[0], args[1:]
     _show_warnings_in_a_line()
+    if name not in COMMANDS:
+        raise InputError(f"{shown(name, quoted=False)}: no such command; there are {', '.join(COMMANDS)}")
+    if not stdout_is_open and name == "predict" and not any(arg.startswith("--output") for arg in rest):
+        raise InputError("standard output is closed; give --output_file")
     try:
-        if name not in COMMANDS:
-            raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"pats-jax: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Preempted as error:
-        print(f"pats-jax: {error}", file=sys.stderr)
-        sys.exit(128 + error.signal_number)  # as shells count
-    except KeyboardInterrupt:
-        print("pats-jax: interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells count
-    except BrokenPipeError:  # whoever reads our output, `head` for instance, has seen enough
+    except SystemExit as ended:  # from the parser of flags
+        return ended.code
+    return None
+
+
+_LONGEST_ARGUMENT = 10_000  # characters: paths end at 4096, and the parser takes seconds over longer ones
+_LESS_MEMORY = "lower the batch size, --max_seq_length or --lora_rank, --adapter_size, or use --gradient_checkpointing"
+
+
+def _fail(message):
+    _tell(f"error: {console.one_line(message)}")
+    return 2
+
+
+def _tell(message):
+    with contextlib.suppress(OSError):  # nobody reads stderr
+        print(f"pats-jax: {message}", file=sys.stderr, flush=True)
+
+
+def _leave_stdout():
+    """What is still to be written goes nowhere, so that it does not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"pats-jax: error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _refusal(error):
+    """What the system would not do, in a line."""
+    cannot = "could not be written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "cannot be used"
+    has_name = isinstance(error.filename, str | bytes)  # not the number of an open file
+    path = shown(os.fsdecode(error.filename), 300, quoted=False) if has_name else "a file"
+    return f"{path} {cannot}: {error.strerror}"
 
 
 def glue(args: list[str]) -> None:
@@ -97,45 +157,54 @@ def gym(args: list[str]) -> None:
 
 def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
-    import tyro
-
     from pats_jax import predict as program
 
-    tyro.cli(program.predict_file, args=args, prog="pats-jax predict", use_underscores=True)
+    paths = {"model": "model", "file": "--file", "output_file": "--output_file"}
+    _call(program.predict_file, args, "pats-jax predict", paths)
 
 
 def submission(args: list[str]) -> None:
     """Collect the predictions of finished runs into the zip that the GLUE server takes."""
-    import tyro
-
     from pats_jax import submission as program
 
-    tyro.cli(program.write_submission, args=args, prog="pats-jax submission", use_underscores=True)
+    _call(program.write_submission, args, "pats-jax submission", {"runs": "runs", "output_dir": "--output_dir"})
 
 
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
-    import tyro
-
     from pats_jax.data import write_builtin
 
-    tyro.cli(write_builtin, args=args, prog="pats-jax builtin", use_underscores=True)
+    _call(write_builtin, args, "pats-jax builtin", {"directory": "--directory"})
 
 
 def methods(args: list[str]) -> None:
     """List the methods of `--method`: what each does, its settings, costs and source."""
     import rich.console
-    import tyro
 
     from pats_jax import methods as room
 
     def show() -> None:
-        console = rich.console.Console()
-        if not console.is_terminal:
-            console.width = 200  # a file or a pipe has no width of its own
-        console.print(room.as_table())
+        out = rich.console.Console()
+        if not out.is_terminal:
+            out.width = 200  # a file or a pipe has no width of its own
+        out.print(room.as_table())
 
-    tyro.cli(show, args=args, prog="pats-jax methods", description=methods.__doc__)
+    console.parse_flags(show, args=args, prog="pats-jax methods", description=methods.__doc__)()
+
+
+def _call(function, args, prog, paths):
+    """Calls a function with the values of its flags; paths: argument -> what to call it in error messages."""
+    from pats_jax.settings import path_of_flag
+
+    flags = console.parse_flags(function, args=args, prog=prog)
+    given = inspect.signature(function).bind(*flags.args, **flags.keywords)
+    for argument, name in paths.items():
+        value = given.arguments.get(argument)
+        if isinstance(value, tuple):
+            given.arguments[argument] = tuple(path_of_flag(name, each) for each in value)
+        elif value is not None:
+            given.arguments[argument] = path_of_flag(name, str(value))
+    function(*given.args, **given.kwargs)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -168,13 +237,23 @@ def _usage() -> str:
 
 def _show_warnings_in_a_line() -> None:
     """Warnings and the library's log as single lines on stderr, without the source line that raised them."""
-    warnings.showwarning = lambda message, *_, **__: print(f"pats-jax: warning: {message}", file=sys.stderr)
-    logging.basicConfig(format="pats-jax: %(message)s", level=logging.WARNING)
+    warnings.showwarning = lambda message, *_, **__: _tell(console.one_line(f"warning: {message}"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line("pats-jax: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
-    for name in ("absl", "asyncio", "concurrent.futures"):  # Orbax talks of its inner life by these
+    # Orbax talks of its inner life by the first three, Matplotlib of its fonts by the last.
+    for name in ("absl", "asyncio", "concurrent.futures", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _leave_failures_of_threads_to_those_who_wait_for_them()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
+
+
+class _Line(logging.Formatter):
+    """A record as one line, whatever its message holds."""
+
+    def format(self, record):
+        return console.one_line(super().format(record))
 
 
 def _leave_failures_of_threads_to_those_who_wait_for_them() -> None:

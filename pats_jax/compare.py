@@ -22,12 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import rich.console
 import rich.progress
-import tyro
 
 from pats_jax import comparison, comparison_page, files, preemption, run_folder
 from pats_jax import settings as run_settings
 from pats_jax.comparison import FinishedRun, Run
-from pats_jax.console import say
+from pats_jax.console import parse_flags, say
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.folder_lock import FolderLock
@@ -121,7 +120,8 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
       InputError: if those have a flag that the grid decides on.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
-    grid, flags = tyro.cli(Grid, args=args, prog="pats-jax compare", use_underscores=True, return_unknown_args=True)
+    grid, flags = parse_flags(Grid, args=args, prog="pats-jax compare", return_unknown_args=True)
+    grid = dataclasses.replace(grid, output_dir=run_settings.path_of_flag("--output_dir", grid.output_dir))
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name in _REFUSED:
@@ -140,13 +140,13 @@ def check(grid: Grid, flags: list[str]) -> Settings:
         if not values:
             raise InputError(f"--{name} is missing")
         if len(set(values)) < len(values):
-            raise InputError(f"--{name} {' '.join(map(str, values))}: each may stand there once")
-    if grid.jobs < 1:
-        raise InputError(f"--jobs {grid.jobs}: must be at least 1")
+            raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: each may stand there once")
+    run_settings.check_value("jobs", grid.jobs, lambda x: x >= 1, "at least 1")
+    run_settings.check_value("jobs", grid.jobs, lambda x: x <= 1000, "at most 1000")
     for method in grid.methods:
         get_methods(method)
     for name in grid.tasks:
-        task = glue_tasks.get_task(name)
+        task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
     root, runs = pathlib.Path(grid.output_dir), grid.runs()

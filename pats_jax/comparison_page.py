@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from pats_jax import comparison, files, plots
-from pats_jax.report_page import Page
+from pats_jax.report_page import Page, code, plain
 
 
 def write_report(
@@ -43,28 +43,32 @@ def score_table(numbers: dict[str, Any], baseline: str) -> tuple[list[str], list
 
 
 def _write_overview(page, summary):
-    tasks = ", ".join(summary["tasks"])
-    model = summary["settings"]["model_name_or_path"]
+    tasks = ", ".join(map(plain, summary["tasks"]))
+    model = code(summary["settings"]["model_name_or_path"])
     page.paragraph(
-        f"`{model}` fine-tuned on {tasks}. All runs share their settings; runs of one seed share the new head, the "
-        f"order of examples and the keys of dropout, so methods are compared with `{summary['baseline']}` seed by seed."
+        f"{model} fine-tuned on {tasks}. All runs share their settings; runs of one seed share the new head, the "
+        f"order of examples and the keys of dropout, so methods are compared with {code(summary['baseline'])} seed by "
+        "seed."
     )
     if summary["missing"]:
-        names = ", ".join(f"`{name}`" for name in summary["missing"])
+        names = ", ".join(map(code, summary["missing"]))
         page.paragraph(f"Not finished, and not in any number below: {len(summary['missing'])} runs: {names}.")
 
 
 def _write_task(page, root, task, numbers, baseline):
     methods = numbers["methods"]
-    page.heading(task)
+    page.heading(plain(task))
     page.paragraph(
-        f"Data: {numbers['data']}; {numbers['train_examples']} training rows, {numbers['eval_examples']} validation "
-        f"rows. Scores are `{numbers['metric']}` of the model that each run kept, times 100; the majority class has "
-        f"{_points(numbers['majority_class'])}."
+        f"Data: {plain(numbers['data'])}; {numbers['train_examples']} training rows, {numbers['eval_examples']} "
+        f"validation rows. Scores are {code(numbers['metric'])} of the model that each run kept, times 100; the "
+        f"majority class has {_points(numbers['majority_class'])}."
     )
-    page.table(*score_table(numbers, baseline))
+    header, rows = score_table(numbers, baseline)
+    page.table(list(map(plain, header)), [list(map(plain, row)) for row in rows])
     notes = [
-        f"{method}: {note}" for method, row in methods.items() for note in (row["difference"] or {}).get("notes", [])
+        f"{plain(method)}: {plain(note)}"
+        for method, row in methods.items()
+        for note in (row["difference"] or {}).get("notes", [])
     ]
     if notes:
         page.bullets(notes)
@@ -83,14 +87,17 @@ def _write_concentration(page, root, task, methods):
     measured = {method: row["concentration"] for method, row in methods.items() if row["concentration"]}
     if not measured:
         return
-    page.heading(f"{task}: sensitivity", 3)
+    page.heading(f"{plain(task)}: sensitivity", 3)
     page.paragraph(
         "How sensitivity, the mean of |θ·g| over some training batches, is spread over the encoder's matrices, before "
         "and after training; means over seeds. A Gini coefficient of 0 and an entropy of 1 mean evenly spread."
     )
     header = ["method", "Gini before", "after", "entropy before", "after", "top 10 % hold before", "after"]
     rows = [
-        [method, *(f"{one[when][name]['mean']:.4f}" for name in comparison.FIGURES for when in ("before", "after"))]
+        [
+            plain(method),
+            *(f"{one[when][name]['mean']:.4f}" for name in comparison.FIGURES for when in ("before", "after")),
+        ]
         for method, one in measured.items()
     ]
     page.table(header, rows)
@@ -151,12 +158,12 @@ def _write_limits(page, summary):
 def _write_origin(page, summary, commands, machines):
     page.heading("How it was made")
     page.code("\n".join(commands))
-    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in summary["versions"].items())
-    places = ["; ".join(f"{name}: {value}" for name, value in machine.items()) for machine in machines]
+    versions = ", ".join(plain(f"{name} {' and '.join(found)}") for name, found in summary["versions"].items())
+    places = [plain("; ".join(f"{name}: {value}" for name, value in machine.items())) for machine in machines]
     page.bullets([f"Versions: {versions}", *(f"Machine: {place}" for place in places)])
     page.heading("Settings of all runs", 3)
     given = {name: value for name, value in summary["settings"].items() if value is not None}
-    page.table(["setting", "value"], [[name, f"`{value}`"] for name, value in given.items()])
+    page.table(["setting", "value"], [[plain(name), code(value)] for name, value in given.items()])
 
 
 def _difference_cells(difference):

@@ -153,10 +153,10 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if kind is not None and kind not in settings.kinds:
         raise InputError(f"{where}: holds {kind} modules; put {kind} among --kinds")
     if kind is not None:
-        theirs = pe_modules.chosen_config(read_config(str(folder / "config.json"), PrimingSettings))
-        ours = pe_modules.chosen_config(settings.with_peft(kind))
-        if ours != theirs:
-            raise InputError(f"{where}: holds {theirs}, and other tunings would have {ours}")
+        theirs = read_config(str(folder / "config.json"), PrimingSettings)
+        differing = pe_modules.differing_flags(settings.with_peft(kind), theirs)
+        if differing:
+            raise InputError(f"{where}: was primed with other {kind} modules: {', '.join(differing)}")
     return results
 
 

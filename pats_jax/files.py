@@ -6,6 +6,7 @@ file, whatever the file holds and whatever the system refuses.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -44,9 +45,12 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        reason = f"cannot be read ({os.strerror(errno.EISDIR)})" if stat.S_ISDIR(mode) else "not a regular file"
+        raise InputError(f"{path}: {reason}")
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InputError(f"{path}: not a regular file")
         try:
             yield file
         except OSError as error:

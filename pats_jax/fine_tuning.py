@@ -35,10 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 def count_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training.
+
+    Raises:
+      InputError: there are more than anybody could count in 32 bits.
+    """
     if settings.max_steps > 0:
         return settings.max_steps
-    return math.ceil(settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1)))
+    steps = settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1))
+    if steps >= 2**31:
+        raise InputError(f"--num_train_epochs {settings.num_train_epochs:g}: makes {steps:.3g} steps, more than 2^31")
+    return math.ceil(steps)
 
 
 class Evaluator(Protocol):
@@ -348,6 +355,7 @@ def train(
     asked: preemption.Preemption,
 ) -> Trained:
     """Trains from the last checkpoint or the start, and fills in results."""
+    asked.begin()
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {
         "train_examples": training.examples,

@@ -255,6 +255,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    methods.check_layers(settings, config.num_hidden_layers)
     modules = pe_modules.chosen_config(settings)
     if modules:
         if not modules.train_pooler and models.lacks_pooler(settings.model_name_or_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pats_jax import files, plots
 from pats_jax.relative_gain import stage_place
-from pats_jax.report_page import Page, aligned
+from pats_jax.report_page import Page, aligned, code, plain
 
 Summary = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -33,7 +33,7 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
       about: what the tunings were made with, a line each: commands, machine, settings. Shown as they are.
     """
     files.make_folder(folder)
-    page = Page(title)
+    page = Page(plain(title))
     _write_gains(page, folder, summary)
     _write_arms(page, summary)
     _write_steps(page, folder, summary)
@@ -146,7 +146,7 @@ def _write_gains(page, folder, summary):
     for key, baseline in _BASELINES.items():
         page.heading(f"ARG against {baseline}")
         if _compared(summary, key):
-            page.table(*gain_table(summary, key))
+            _table(page, *gain_table(summary, key))
         else:
             page.paragraph("Nothing to compare: no arm shares a task and sample with it.")
     panels = {
@@ -172,9 +172,9 @@ def _write_arms(page, summary):
         "ARG is computed for every upstream seed and then averaged. `tunings` are those that have a partner of the "
         "same task and sample in the baseline. Wins, ties and losses count tasks, those left out of the ARG included."
     )
-    page.table(header, rows)
+    _table(page, header, rows)
     left_out = [
-        f"`{name}` against {baseline}: " + ", ".join(f"`{task}`" for task in arm[key]["left_out"])
+        f"{code(name)} against {baseline}: " + ", ".join(code(task) for task in arm[key]["left_out"])
         for key, baseline in _BASELINES.items()
         for name, arm in _compared(summary, key).items()
         if arm[key]["left_out"]
@@ -193,7 +193,7 @@ def _write_steps(page, folder, summary):
         "For every task and sample, the first evaluated step at which the dev score is at least the best one of direct "
         "tuning of the same PE kind. Tunings that never reach it are in no median."
     )
-    page.table(header, rows)
+    _table(page, header, rows)
     for kind in _kinds(summary):
         arms = [arm for arm in summary["arms"].values() if arm["peft"] == kind and arm["steps"] is not None]
         if any(arm["algorithm"] != "direct" for arm in arms):
@@ -211,8 +211,8 @@ def _write_tasks(page, folder, summary):
         "that there are, those without a partner in the baseline included."
     )
     for kind in _kinds(summary) or ["full"]:
-        page.heading(kind, 3)
-        page.table(*task_table(summary, kind))
+        page.heading(plain(kind), 3)
+        _table(page, *task_table(summary, kind))
         gains = {
             _stage(arm): arm["against_direct"]["gains"]
             for arm in _compared(summary, "against_direct").values()
@@ -229,7 +229,7 @@ def _write_time(page, summary):
     if rows:
         page.heading("Time")
         page.paragraph("Of the tunings, as each recorded it; the upstream stage is not in it.")
-        page.table(header, rows)
+        _table(page, header, rows)
 
 
 def _write_limits(page, summary):
@@ -247,9 +247,14 @@ def _write_limits(page, summary):
         texts.append("At least one arm has one upstream seed; how much another would change is not known.")
     short = [name for name, arm in summary["arms"].items() if _lacks_something(arm, summary["tasks"])]
     if short:
-        names = ", ".join(f"`{name}`" for name in short)
+        names = ", ".join(map(code, short))
         texts.append(f"Not all tunings are there: these arms lack tasks or samples that others have: {names}.")
     page.bullets(texts)
+
+
+def _table(page, header, rows):
+    """Arms and tasks are named by whoever wrote the records."""
+    page.table(list(map(plain, header)), [list(map(plain, row)) for row in rows])
 
 
 def _lacks_something(arm, tasks):

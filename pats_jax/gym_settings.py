@@ -1,13 +1,12 @@
 """The settings of `pats-jax gym`."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from pats_jax import methods
 from pats_jax.data.gym import SHOTS
-from pats_jax.errors import InputError
-from pats_jax.settings import TrainingSettings
+from pats_jax.errors import InputError, shown
+from pats_jax.settings import FLOAT32_MAX, TrainingSettings, check_value
 
 # By what is tuned: usual values, not searched for.
 LEARNING_RATES = {
@@ -51,14 +50,10 @@ class GymSettings(TrainingSettings):
 
     def check(self) -> None:
         super().check()
-        for name, holds, expected in (
-            ("max_steps", self.max_steps >= 1, "at least 1"),
-            ("jobs", self.jobs >= 1, "at least 1"),
-            ("kinds", len(set(self.kinds)) == len(self.kinds) > 0, "different kinds, one at least"),
-            ("max_test_rows", self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
-        ):
-            if not holds:
-                raise InputError(f"--{name} {getattr(self, name)}: must be {expected}")
+        for name in ("max_steps", "jobs", "max_test_rows"):
+            check_value(name, getattr(self, name), lambda x: x >= 1, "at least 1")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise InputError(f"--kinds {' '.join(self.kinds)}: give at least one kind, each once")
         for name in ("overwrite", "resume"):
             if getattr(self, name):
                 raise InputError(f"--{name}: finished tunings are kept, and the same command makes the others")
@@ -92,8 +87,9 @@ class GymSettings(TrainingSettings):
                 own = tuple(float(value) for value in values.split(","))
             except ValueError:
                 own = ()
-            if name not in rates or not own or not all(0 < rate < math.inf for rate in own):
-                raise InputError(f"--grid {text}: write KIND=RATE,RATE with a kind of {', '.join(rates)}")
+            if name not in rates or not own or not all(0 < rate < FLOAT32_MAX for rate in own):
+                what = f"--grid {shown(text, quoted=False)}"
+                raise InputError(f"{what}: write KIND=RATE,RATE with a kind of {', '.join(rates)}")
             rates[name] = own
         return rates[kind]
 
@@ -109,8 +105,9 @@ def parse_share(text: str) -> tuple[int, int]:
       InputError: it is written otherwise.
     """
     first, _, last = text.partition("/")
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise InputError(f"--share {text}: write I/N with 1 <= I <= N")
+    numbers = first.isdecimal() and last.isdecimal() and len(text) <= 20  # Python reads no more than 4300 digits
+    if not (numbers and 1 <= int(first) <= int(last)):
+        raise InputError(f"--share {shown(text, quoted=False)}: write I/N with 1 <= I <= N")
     return int(first), int(last)
 
 

@@ -126,7 +126,9 @@ def _tensorboard():
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
     except ImportError:
-        raise InputError("--report_to tensorboard: pip install 'pats-jax[tensorboard]'") from None
+        raise InputError(
+            "--report_to tensorboard: needs tensorboardX; run: pip install 'pats-jax[tensorboard]'"
+        ) from None
     return EventsWriter, Event, scalar
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ import rich.markup
 import rich.table
 
 from pats_jax import anchors, objectives, sparse_updates, subnetworks, transforms
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
+from pats_jax.patterns import compile_pattern
 from pats_jax.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
@@ -87,13 +87,20 @@ def get_methods(names: str) -> list[Method]:
     chosen = names.split("+")
     for name in chosen:
         if name not in METHODS:
-            raise InputError(f"--method {name}: no such method; choose of {', '.join(METHODS)}, or join some by +")
+            what = f"--method {shown(name, quoted=False)}"
+            raise InputError(f"{what}: no such method; choose of {', '.join(METHODS)}, or join some by +")
     for position, name in enumerate(chosen):
         for other in chosen[:position]:
             reason = _conflict(name, other)
             if reason:
                 raise InputError(f"--method {names}: {other} and {name} do not go together: {reason}")
     return [METHODS[name] for name in chosen]
+
+
+def check_layers(settings: TrainingSettings, num_layers: int) -> None:
+    """Raises InputError if ``settings.method`` needs a layer that a model of so many does not have."""
+    if "lnsr" in settings.method.split("+") and settings.lnsr_layer >= num_layers:
+        raise InputError(f"--lnsr_layer {settings.lnsr_layer}: must be below the model's {num_layers} layers")
 
 
 def _conflict(name, other):
@@ -228,16 +235,13 @@ def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     """A tree of bools like params: whether the parameter's path, its names joined by dots, matches the regex.
 
     Raises:
-      InputError: if the pattern is no regex, or matches no parameter.
+      InputError: if the pattern is no regex, takes too long to match, or matches no parameter.
     """
-    try:
-        matches = re.compile(pattern).search
-    except re.error as error:
-        raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
+    matches = compile_pattern(pattern, flag)
     paths = jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path), params)
-    mask = jax.tree.map(lambda name: matches(name) is not None, paths)
+    mask = jax.tree.map(matches, paths)
     if not any(jax.tree.leaves(mask)):
-        raise InputError(f"{flag} {pattern!r}: matches no parameter; one is called {jax.tree.leaves(paths)[-1]}")
+        raise InputError(f"{flag} {shown(pattern)}: matches no parameter; one is called {jax.tree.leaves(paths)[-1]}")
     return mask
 
 

@@ -1,9 +1,12 @@
 """README.md, the model card of a run's folder: what was trained, how well it does, how to use and repeat it."""
 
 import pathlib
+import shlex
 from typing import Any
 
 from pats_jax import files
+from pats_jax.console import visible
+from pats_jax.report_page import markdown_block, markdown_code, markdown_image, markdown_text
 
 _IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 
@@ -16,12 +19,14 @@ def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: di
       settings: all of them, by name.
       results: what results.json is to hold.
     """
-    method = f"`--method {results['method']}`"
+    method = markdown_code(f"--method {results['method']}")
     if results.get("peft"):
-        share = f" ({results['trained_parameters']} of {results['num_parameters']} parameters)"
-        method = f"`--peft {results['peft']}`{share if 'trained_parameters' in results else ''} and {method}"
+        share = ""
+        if "trained_parameters" in results:
+            share = f" ({results['trained_parameters']} of {results['num_parameters']} parameters)"
+        method = f"{markdown_code('--peft ' + results['peft'])}{share} and {method}"
     lines = [
-        f"# {results['model_name_or_path']} fine-tuned on {results['data']}",
+        f"# {markdown_text(results['model_name_or_path'])} fine-tuned on {markdown_text(results['data'])}",
         "",
         f"Trained by `pats-jax glue` with {method}, seed {results['seed']}"
         + (f", {results['steps']} steps." if "steps" in results else "."),
@@ -39,14 +44,16 @@ def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: di
 def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """The card of a run of `pats-jax prime`; arguments as in `write_fine_tuned`."""
     base, kind = results["model_name_or_path"], results["peft"]
+    tasks = ", ".join(map(markdown_text, results["upstream_tasks"]))
     what = {"plm": "the model", "pe": f"the PE modules ({kind})", "plm+pe": f"the model and the PE modules ({kind})"}
-    flags = f"`--algorithm {results['algorithm']} --train {results['train']} --head {results['head']}`"
+    method = markdown_code(f"--method {results['method']}")
+    flags = markdown_code(f"--algorithm {results['algorithm']} --train {results['train']} --head {results['head']}")
     lines = [
-        f"# {base} primed on {len(results['upstream_tasks'])} few-shot tasks",
+        f"# {markdown_text(base)} primed on {len(results['upstream_tasks'])} few-shot tasks",
         "",
-        f"Trained by `pats-jax prime` with {flags} and `--method {results['method']}`: {what[results['train']]}, "
+        f"Trained by `pats-jax prime` with {flags} and {method}: {what[results['train']]}, "
         f"{results['trained_parameters']} of {results['num_parameters']} parameters, seed {results['seed']}, "
-        f"{results['steps']} steps, on {results['data_dir']}: {', '.join(results['upstream_tasks'])}.",
+        f"{results['steps']} steps, on {markdown_text(results['data_dir'])}: {tasks}.",
         "",
         *(
             ["| dev tasks | step | accuracy |", "| --- | ---: | ---: |"]
@@ -60,11 +67,12 @@ def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[s
         "",
         "## Use",
         "",
-        "```",
-        f"pats-jax gym --primed {folder.name} --kinds {kind or 'lora'} --head {results['head']} \\",
-        f"  --model_name_or_path {base} --data_dir {results['data_dir']} --partition {settings['partition']} \\",
-        "  --output_dir NEW",
-        "```",
+        _command(
+            f"pats-jax gym --primed {_word(folder.name)} --kinds {kind or 'lora'} --head {results['head']} \\",
+            f"  --model_name_or_path {_word(base)} --data_dir {_word(results['data_dir'])} "
+            f"--partition {_word(settings['partition'])} \\",
+            "  --output_dir NEW",
+        ),
     ]
     if (folder / "model").exists():
         lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
@@ -80,19 +88,21 @@ def _write(folder, program, lines, settings, results):
         "",
         "## Repeat",
         "",
-        "```",
-        f"pats-jax {program} --config config.json --output_dir NEW",
-        "```",
+        _command(f"pats-jax {program} --config config.json --output_dir NEW"),
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | {_cell(value)} |" for name, value in settings.items() if value is not None),
+        *(
+            f"| {markdown_text(name)} | {markdown_code(value)} |"
+            for name, value in settings.items()
+            if value is not None
+        ),
         "",
-        "Made with " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+        "Made with " + ", ".join(markdown_text(f"{name} {one}") for name, one in results["versions"].items()) + ".",
     ]
     plots = sorted((folder / "plots").glob("*.png"))
     if plots:
-        lines += ["", "## Plots", "", *(f"![{path.stem}](plots/{path.name})" for path in plots)]
+        lines += ["", "## Plots", "", *(markdown_image(path.stem, f"plots/{path.name}") for path in plots)]
     files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
@@ -102,9 +112,9 @@ def _score_table(results):
     names = list(results["final"]["metrics"])
     rows = [("best", results["best"]), ("final", results["final"]), ("majority class", results["majority_class"])]
     return [
-        f"Scores on {results['eval_examples']} validation rows (the best by {results['main_metric']}):",
+        f"Scores on {results['eval_examples']} validation rows (the best by {markdown_text(results['main_metric'])}):",
         "",
-        "| | " + " | ".join(names) + " |",
+        "| | " + " | ".join(map(markdown_text, names)) + " |",
         "| --- |" + " --- |" * len(names),
         *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
     ]
@@ -120,7 +130,7 @@ def _out_of_domain_table(results):
         "| set | rows | accuracy |",
         "| --- | --- | --- |",
         *(
-            f"| {name} | {scores['examples']} | {scores['metrics']['accuracy']:.4f} |"
+            f"| {markdown_text(name)} | {scores['examples']} | {scores['metrics']['accuracy']:.4f} |"
             for name, scores in results["out_of_domain"].items()
         ),
     ]
@@ -129,20 +139,25 @@ def _out_of_domain_table(results):
 def _use(folder, results):
     """How the model is loaded: whole, or as PE modules for the base model."""
     count, whole = results["num_labels"], (folder / "model").exists() or not results.get("peft")
-    lines = ["```", f"pats-jax predict {folder.name}/{'model' if whole else 'adapter'} --file texts.tsv", "```"]
+    part = f"{folder.name}/{'model' if whole else 'adapter'}"
+    lines = [_command(f"pats-jax predict {_word(part)} --file texts.tsv")]
     if whole:
         call = f"pats_jax.models.from_pretrained(..., num_labels={count})"
         lines += ["", f"The folder `model/` also loads with `{call}` and with Transformers (torch)."]
     if results.get("peft"):
         lines += [
             "",
-            f"The folder `adapter/` holds the PE modules ({results['peft']}) and the head, for the base model "
-            f"{results['model_name_or_path']}; `pats_jax.models.peft.load_peft_model` loads both."
+            f"The folder `adapter/` holds the PE modules ({markdown_text(results['peft'])}) and the head, for the base "
+            f"model {markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
             + (" PEFT (torch) does too." if results["peft"] in _IN_PEFTS_FORMAT else ""),
         ]
     return lines
 
 
-def _cell(value):
-    """A value as code in a Markdown table, where a bar would end the cell (regexes have them)."""
-    return "`" + str(value).replace("|", "\\|") + "`"
+def _command(*lines):
+    return markdown_block("\n".join(map(visible, lines)))
+
+
+def _word(text):
+    """A value as the shell takes it; a relative path that looks like a flag is told from one."""
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -3,12 +3,15 @@
 import io
 import itertools
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
 
 from pats_jax import files
+from pats_jax.console import visible
 
+_LONGEST_NAME = 40  # characters
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
 # Color, line and marker, for more arms than there are colors.
@@ -38,7 +41,9 @@ def plot_scores(path: pathlib.Path, runs: dict[str, list[dict[str, Any]]], metri
     figure, axes = _figure("Validation score", "step", metric)
     for (name, records), color in zip(runs.items(), itertools.cycle(_COLORS), strict=False):
         lines = [record for record in records if "eval" in record]
-        axes.plot([r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=name)
+        axes.plot(
+            [r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=_name(name)
+        )
     axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
     axes.legend()
     _save(figure, path)
@@ -82,7 +87,7 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
         axes.plot(place + np.asarray(spread), values, "o", color=color, alpha=0.8)
         axes.hlines(np.mean(values), place - 0.25, place + 0.25, color=color)
     axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
-    axes.set_xticks(range(len(scores)), list(scores), rotation=20 if len(scores) > 4 else 0)
+    axes.set_xticks(range(len(scores)), list(map(_name, scores)), rotation=20 if len(scores) > 4 else 0)
     axes.set_xlim(-0.5, len(scores) - 0.5)
     axes.legend()
     _save(figure, path)
@@ -103,11 +108,13 @@ def plot_mean_curves(path: pathlib.Path, curves: dict[str, dict[str, dict[str, l
     for axes, name, title, label in zip(
         panels, ("loss", "score"), ("Training loss", "Validation score"), ("loss", metric), strict=True
     ):
-        axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=label)
+        axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
         axes.grid(alpha=0.3)
         for (method, of_method), color in zip(curves.items(), itertools.cycle(_COLORS), strict=False):
             curve = of_method[name]
-            axes.plot(curve["step"], curve["mean"], color=color, marker="." if name == "score" else None, label=method)
+            axes.plot(
+                curve["step"], curve["mean"], color=color, marker="." if name == "score" else None, label=_name(method)
+            )
             axes.fill_between(curve["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
         axes.legend()
     _save(figure, path)
@@ -126,7 +133,7 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     powers = 10.0 ** np.asarray(edges)
     axes.stairs(before, powers, color=_BEFORE, fill=True, alpha=0.4, label="before training")
     for (method, shares), color in zip(after.items(), itertools.cycle(_COLORS), strict=False):
-        axes.stairs(shares, powers, color=color, label=f"after, {method}")
+        axes.stairs(shares, powers, color=color, label=f"after, {_name(method)}")
     held = np.flatnonzero(np.max([before, *after.values()], axis=0) > 1e-4)
     if held.size:
         axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
@@ -152,9 +159,9 @@ def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[flo
     for axes, (title, arms) in zip(
         figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
     ):
-        axes.set(title=title, xlabel="ARG in percent, 95 % interval over tasks")
+        axes.set(title=_name(title, 80), xlabel="ARG in percent, 95 % interval over tasks")
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), list(map(_name, names)))
         axes.label_outer()
         axes.grid(alpha=0.3, axis="x")
         axes.axvline(0, color=_BEFORE)
@@ -183,13 +190,13 @@ def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], titl
             by_task.setdefault(task, []).append(gain)
     tasks = sorted(by_task, key=lambda task: float(np.mean(by_task[task])))
     figure = Figure(figsize=(8.0, 1.8 + 0.2 * len(tasks)), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="relative gain in percent")
+    axes = figure.add_subplot(title=_name(title, 80), xlabel="relative gain in percent")
     axes.axvline(0, color=_BEFORE)
     axes.grid(alpha=0.3)
     for (name, arm), (color, _, marker) in zip(gains.items(), itertools.cycle(_STYLES), strict=False):
         places = [tasks.index(task) for task in arm]
-        axes.plot(list(arm.values()), places, linestyle="", marker=marker, color=color, alpha=0.8, label=name)
-    axes.set_yticks(range(len(tasks)), tasks)
+        axes.plot(list(arm.values()), places, linestyle="", marker=marker, color=color, alpha=0.8, label=_name(name))
+    axes.set_yticks(range(len(tasks)), list(map(_name, tasks)))
     axes.set_ylim(-0.5, len(tasks) - 0.5)
     _legend_beside(figure, axes)
     _save(figure, path)
@@ -209,7 +216,9 @@ def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], 
     for (name, steps), (color, line, _) in zip(first.items(), itertools.cycle(_STYLES), strict=False):
         reached = sorted(step for step in steps if step is not None)
         shares = [count / len(steps) for count in range(len(reached) + 1)]
-        axes.step([0, *reached, last], [*shares, shares[-1]], where="post", color=color, linestyle=line, label=name)
+        axes.step(
+            [0, *reached, last], [*shares, shares[-1]], where="post", color=color, linestyle=line, label=_name(name)
+        )
     axes.set_ylim(-0.02, 1.02)
     _legend_beside(figure, axes)
     _save(figure, path)
@@ -227,13 +236,26 @@ def _figure(title, xlabel, ylabel):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes = figure.add_subplot(title=_name(title, 80), xlabel=xlabel, ylabel=_name(ylabel))
     axes.grid(alpha=0.3)
     return figure, axes
 
 
+def _name(text, longest=_LONGEST_NAME):
+    """A text from outside as a picture shows it: as it is, not as a formula, and cut in the middle where it is long."""
+    text = visible(text)
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")  # Matplotlib's legends leave _names out
+
+
 def _save(figure, path):
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
+    """Writes the picture, by `files.write_bytes`."""
     files.make_folder(path.parent)
-    files.write_bytes(path, drawn.getvalue())
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # its box says as much
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # names all over it
+        figure.savefig(picture, format="png", dpi=120)
+    files.write_bytes(path, picture.getvalue())

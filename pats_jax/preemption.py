@@ -1,9 +1,12 @@
-"""SIGTERM and Ctrl-C: noticed between steps, so that a run is saved before it ends."""
+"""SIGTERM and Ctrl-C: noticed between steps, so that a run is saved before it ends.
+
+While a run reads its data and loads its model there is nothing to save, and a signal ends it at once, as any program.
+"""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,13 +19,16 @@ class Preemption:
 
     Attributes:
       signal_number: the signal that has come, or None.
+      begin: to be called when there is something to save: from then on signals are noted. Asking does it, too.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.begin: Callable[[], None] = lambda: None
 
     def arrived(self, step: int) -> bool:
         """Whether to end after this step; the same answer in all processes, which must all ask at every step."""
+        self.begin()
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal_number = self.signal_number or signal.SIGTERM
             return True
@@ -30,23 +36,30 @@ class Preemption:
 
     def check(self) -> None:
         """Raises `Preempted` if a signal has come to this process; where no other process waits for this one."""
+        self.begin()
         if jax.process_count() == 1 and self.signal_number is not None:
             raise Preempted("interrupted", self.signal_number)
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Preemption]:
-    """Takes note of SIGTERM and Ctrl-C instead of dying of them; a second signal has its usual effect.
+    """Takes note of SIGTERM and Ctrl-C instead of dying of them, from ``begin`` on; a second one has its usual effect.
 
     With many processes the signals are left alone: JAX's own preemption service takes SIGTERM and tells all of them.
     Outside the main thread, where Python takes no signals, nothing is watched.
     """
-    preemption = Preemption()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield preemption
+        yield Preemption()
         return
 
-    with noting(preemption, (signal.SIGINT, signal.SIGTERM)):
+    with contextlib.ExitStack() as stack:
+        preemption = Preemption()
+
+        def begin():
+            preemption.begin = lambda: None
+            stack.enter_context(noting(preemption, (signal.SIGINT, signal.SIGTERM)))
+
+        preemption.begin = begin
         yield preemption
 
 

@@ -2,14 +2,18 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import os
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 
 from pats_jax import files
+from pats_jax.console import parse_flags
 from pats_jax.errors import InputError, shown
 
 
@@ -131,6 +135,8 @@ class TrainingSettings:
             raise InputError("--resume and --overwrite exclude each other")
         if self.peft_pooler and self.peft is None:
             raise InputError("--peft_pooler: needs --peft")
+        if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
+            raise InputError(f"--process_id {self.process_id}: must be below --num_processes {self.num_processes}")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting but those that belong to one start of the program, not to the run."""
@@ -164,7 +170,9 @@ class TrainingSettings:
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
-            changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
+            changes = ", ".join(
+                f"{name} was {_as_json(theirs[name])} and is {_as_json(ours[name])}" for name in differing
+            )
             raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
         return chosen
 
@@ -250,10 +258,12 @@ _RULES = (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("max_options", lambda x: x >= 2, "at least 2"),
     ("max_steps", lambda x: x >= 1 or x == -1, "at least 1, or -1 for as many as the data ask for"),
+    ("max_options", lambda x: x >= 2, "at least 2"),
+    # what float32 has no number for would be 0, and Adam would divide by it
+    ("adam_epsilon", lambda x: 2.0**-126 <= x < math.inf, "at least 1.2e-38"),
     (
-        "learning_rate inner_learning_rate num_train_epochs adam_epsilon max_grad_norm r3f_eps smart_step_size "
+        "learning_rate inner_learning_rate num_train_epochs max_grad_norm r3f_eps smart_step_size "
         "smart_noise_std lnsr_noise_std lora_alpha",
         lambda x: 0 < x < math.inf,
         "a number above 0",
@@ -262,7 +272,7 @@ _RULES = (
         "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
         "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
-        "at least 0 and finite",
+        "at least 0",
     ),
     ("seed", lambda x: 0 <= x < 2**63, "in [0, 2^63)"),
     ("warmup_ratio", lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -274,6 +284,31 @@ _RULES = (
         "in [0, 1)",
     ),
 )
+
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+
+# Bounds that no honest run comes near; without them memory or time would run out before anybody is told why.
+_LARGEST = {
+    "num_train_epochs": 1_000_000,
+    "max_seq_length": 1_000_000,
+    "per_device_eval_batch_size": 65_536,
+    "lora_rank": 65_536,
+    "adapter_size": 65_536,
+    "prompt_length": 8192,
+    "prefix_length": 8192,
+    "max_options": 1000,
+    "tasks_per_step": 8192,
+    "task_batch_size": 8192,
+    "inner_batch_size": 8192,
+    "inner_steps": 1000,
+    "jobs": 1000,
+}
+
+# Flags that name files and folders.
+_PATHS = (
+    "model_name_or_path output_dir data_dir train_file validation_file test_file out_of_domain_dir "
+    "compilation_cache_dir partition primed config"
+).split()
 
 # Flags of the run_glue examples that mean nothing here -> what to use instead.
 FOREIGN_FLAGS = {
@@ -325,6 +360,38 @@ FOREIGN_FLAGS = {
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
+def check_value(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raises InputError, naming the flag, if a value is given and is not as expected."""
+    if value is not None and not holds(value):
+        raise InputError(f"--{name} {shown(value, quoted=False)}: must be {expected}")
+
+
+def path_of_flag(flag: str, text: str) -> str:
+    """The path that a flag names, ``~`` at its start expanded as a shell does, which sees to ``--x ~/y`` only.
+
+    Raises:
+      InputError: no system has such a path, or ``~`` stands before the name of nobody here.
+    """
+    what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
+    if not text:
+        raise InputError(f"{flag}: empty; give a path, or leave the flag out")
+    if path.startswith("~"):
+        user = shown(path.split("/")[0][1:], quoted=False)
+        raise InputError(f"{what}: there is no user {user}; for a name that begins with ~ write ./~...")
+    if "\0" in path:
+        raise InputError(f"{what}: not a path, it has a null byte")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: not a path, this system cannot encode it") from None
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise InputError(f"{what}: longer than a path may be")
+    return path
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS (whose paths end at 1023)
+
+
 def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     """Settings from command-line arguments; a ``--config`` among them supplies what the others leave out.
 
@@ -345,14 +412,14 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
     saved = kind() if path is None else _given(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
         saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
-    settings = tyro.cli(kind, args=args, prog=prog, default=saved, use_underscores=True)
+    settings = _with_paths(parse_flags(kind, args=args, prog=prog, default=saved))
     settings.check()
     return settings
 
 
 def _given(path, kind):
     try:
-        return read_config(path, kind)
+        return read_config(path_of_flag("--config", path), kind)
     except InputError as error:
         raise InputError(f"--config {error}") from None
 
@@ -375,10 +442,10 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
         try:
             values[key] = _converted(expected[key], value)
         except TypeError:
-            raise InputError(f"{path}: {key} is {shown(value)}, expected {_spell(expected[key])}") from None
+            raise InputError(f"{path}: {key} is {_as_json(value)}; it must be {_spell(expected[key])}") from None
         asked = _expected(key, values[key])
         if asked:
-            raise InputError(f"{path}: {key} is {shown(value)}, must be {asked}")
+            raise InputError(f"{path}: {key} is {_as_json(value)}; it must be {asked}")
     return kind(**values)
 
 
@@ -404,11 +471,10 @@ def _expected(name, value):
     for names, holds, expected in _RULES:
         if name in names.split() and not holds(value):
             return expected
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return f"at most {_MOST}" if is_whole and name != "seed" and value > _MOST else None
-
-
-_MOST = 2**31 - 1  # steps and sizes are int32 in compiled programs
+    largest = _LARGEST.get(name, FLOAT32_MAX if type(value) is float else 2**31 - 1)  # what compiled programs can hold
+    if type(value) in (int, float) and name != "seed" and not value <= largest:
+        return f"at most {largest:.2g}" if largest == FLOAT32_MAX else f"at most {largest}"
+    return None
 
 
 def _is_text(value):
@@ -439,7 +505,40 @@ def _converted(kind, value):
 
 
 def _spell(kind):
-    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    """A setting's type in words."""
+    choices = typing.get_args(kind)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(_as_json, choices))
+    if typing.get_origin(kind) in (list, tuple):
+        return f"a list, each {_spell(choices[0])}"
+    return " or ".join(map(_spell, choices))
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+}
+
+
+def _as_json(value):
+    return shown(value) if isinstance(value, str) else shown(json.dumps(value), quoted=False)
+
+
+def _with_paths(settings):
+    """The settings with every path in its full form."""
+    changes: dict[str, Any] = {}
+    for name in _PATHS:
+        value = getattr(settings, name, None)
+        if isinstance(value, str):
+            changes[name] = path_of_flag(f"--{name}", value)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(path_of_flag(f"--{name}", each) for each in value)
+    return dataclasses.replace(settings, **changes)
 
 
 def _value_of(flag, args):

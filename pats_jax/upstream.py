@@ -38,9 +38,10 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.fine_tuning import Training, train
 from pats_jax.metrics import accuracy
 from pats_jax.models import peft
-from pats_jax.settings import TrainingSettings
+from pats_jax.settings import TrainingSettings, check_value
 
 _DEV_ROWS = 64  # of every dev task
+_MOST_ROWS = 2**20  # of a step, which is drawn whole in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,13 @@ class PrimingSettings(TrainingSettings):
 
     def check(self) -> None:
         super().check()
-        if self.max_steps < 1:
-            raise InputError(f"--max_steps {self.max_steps}: must be at least 1")
+        check_value("max_steps", self.max_steps, lambda x: x >= 1, "at least 1")
+        rows = self.tasks_per_step * (self.task_batch_size + self.inner_steps * self.inner_batch_size)
+        if rows > _MOST_ROWS:
+            raise InputError(
+                f"--tasks_per_step, --task_batch_size, --inner_steps, --inner_batch_size: a step of {rows} rows; "
+                f"there must be at most {_MOST_ROWS}"
+            )
         if ("pe" in self.train.split("+")) != (self.peft is not None):
             missing = "needs the PE modules of --peft" if self.peft is None else "there are no PE modules upstream"
             raise InputError(f"--train {self.train}: {missing}")

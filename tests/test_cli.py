@@ -19,7 +19,8 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import cli, run_start
+from pats_jax import cli, preemption, run_start
+from pats_jax.errors import InputError, Preempted
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -192,7 +193,7 @@ def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
         ("max_steps", 0, "must be at least 1"),
         ("max_train_samples", 0, "must be at least 1"),
         ("max_seq_length", 2, "too short"),
-        ("noise_scale", -1, "must be at least 0 and finite"),
+        ("noise_scale", -1, "must be at least 0"),
         ("seed", -1, "must be in"),
     ],
 )
@@ -208,7 +209,7 @@ def test_layers_that_do_not_exist(shell):
 def test_wrong_config_files(shell):
     for content, message in (
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
-        ('{"learning_rate": "high"}', "learning_rate is 'high', expected float"),
+        ('{"learning_rate": "high"}', "learning_rate is 'high'; it must be a number"),
         ("learning_rate: 1", "not valid JSON"),
     ):
         path = shell.write("saved.json", content)
@@ -334,6 +335,131 @@ def test_glue_as_a_module_refuses_the_same_way(shell):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("pats-jax: error: --task_name news: ") and done.stderr.count("\n") == 1
     assert not (shell.folder / "run").exists()
+
+
+def sh(command, **changes):
+    """Runs ``pats-jax`` in a shell: `command` says with what flags and streams."""
+    line = f'"{sys.executable}" -m pats_jax {command}'
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", **changes}
+    return subprocess.run(["sh", "-c", line], env=environment(**plain), capture_output=True, timeout=60)
+
+
+def test_streams_that_are_closed_or_full():
+    assert [sh(f"{flags} >&-").returncode for flags in ("--version", "glue --help", "fit")] == [0, 0, 2]
+    assert sh("fit 2>&-").returncode == 2
+    assert sh("--help >&- 2>&- <&-").returncode == 0
+    for flags in ("--help", "glue --help"):
+        done = sh(f"{flags} > /dev/full")
+        assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"No space left" in done.stderr
+    closed = sh("predict model --file texts.txt >&-")
+    assert closed.stderr == b"pats-jax: error: standard output is closed; give --output_file\n"
+
+
+def test_streams_that_cannot_show_everything():
+    done = sh("methods", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.isascii() and b"finetune" in done.stdout
+    done = sh("'caf\u00e9'", LC_ALL="C")
+    assert done.returncode == 2 and done.stderr.startswith(b"pats-jax: error: caf\\") and done.stderr.isascii()
+    done = sh("glue --help", COLUMNS="1")  # the parser's own help never ends at five columns
+    assert done.returncode == 0 and b"--learning_rate" in done.stdout
+
+
+NEXT_FILE = """
+import os, sys
+from pats_jax import console
+was_open = console.open_streams()
+print("lost")
+sys.exit(os.open(os.devnull, os.O_RDONLY) + 10 * was_open)
+"""
+
+
+def test_what_is_printed_to_a_closed_stream_does_not_land_in_the_next_file():
+    command = f"exec '{sys.executable}' -c '{NEXT_FILE}' <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment(), timeout=60).returncode == 3
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (OSError(36, "File name too long", "x" * 5000), 2, "(5000 characters) cannot be used: File name too long"),
+        (OSError(28, "No space left on device", "a\nb"), 2, r"a\nb could not be written: No space left on device"),
+        (MemoryError("Unable to allocate 9 TiB"), 2, "not enough memory (Unable to allocate 9 TiB); lower the batch"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9"), 2, "not enough memory (Out of memory"),
+        (RuntimeError("Unable to initialize backend 'tpu'"), 2, "JAX_PLATFORMS"),
+        (InputError("a\nb\x1b[2Jc" + "x" * 100_000), 2, r"a\nb\x1b[2Jc"),
+        (Preempted("interrupted\nand saved", signal.SIGTERM), 143, r"interrupted\nand saved"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_whatever_ends_a_command_is_told_in_one_line(error, code, message, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "glue", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["glue"])
+    told = capsys.readouterr().err
+    assert caught.value.code == code and message in told
+    assert told.count("\n") == 1 and told.endswith("\n") and len(told) < 2100 and "\x1b" not in told
+
+
+def test_faults_of_ours_keep_their_traceback(monkeypatch):
+    for fault in (RuntimeError("a fault"), KeyError("a"), OSError("no number")):
+        monkeypatch.setitem(cli.COMMANDS, "glue", lambda args, fault=fault: (_ for _ in ()).throw(fault))
+        with pytest.raises(type(fault)):
+            cli.main(["glue"])
+
+
+def test_long_values_are_not_repeated_whole(capsys):
+    long, endless = "x" * 4000, "x" * 100_000
+    commands = [["glue", "--learning_rate", long], ["glue", f"--{long}"], ["glue", "--task_name", long]]
+    for args in ([endless], ["glue", "--learning_rate", endless], *commands):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(args)
+        out, error = capsys.readouterr()
+        assert caught.value.code == 2 and out == "" and "xxx" in error and len(error) < 5000
+
+
+def test_warnings_and_the_log_are_lines(monkeypatch, capsys):
+    def warn(args):
+        warnings.warn("one\ntwo\x1b", stacklevel=1)
+
+    monkeypatch.setitem(cli.COMMANDS, "glue", warn)
+    cli.main(["glue"])
+    assert capsys.readouterr().err == "pats-jax: warning: one\\ntwo\\x1b\n"
+    record = logging.LogRecord("pats_jax", logging.WARNING, "", 0, "a\nb %s", ("c\rd",), None)
+    assert cli._Line("pats-jax: %(message)s").format(record) == r"pats-jax: a\nb c\rd"
+
+
+def test_names_and_texts_of_predict_and_builtin_that_are_no_paths(shell):
+    for flags in (
+        ["predict", "x" * 300, "--file", "t.txt"],
+        ["predict", "m", "--file", "~nosuchuser/t.txt"],
+        ["predict", "m", "--file", "t.txt", "--output_file", "x" * 300],
+        ["submission", "~nosuchuser", "--output_dir", "x"],
+        ["builtin", "--directory", "x" * 5000],
+    ):
+        shell.refuses(args=flags)
+    shell.refuses(
+        "--tasks news: no such task", args=["builtin", "--directory", str(shell.folder / "b"), "--tasks", "news"]
+    )
+
+
+def test_a_layer_that_the_model_does_not_have(shell):
+    shell.refuses("--lnsr_layer 1: must be below the model's 1 layers", method="lnsr", lnsr_layer=1)
+
+
+def test_signals_are_noted_once_there_is_something_to_save():
+    before = signal.getsignal(signal.SIGTERM)
+    with preemption.watch() as asked:
+        assert signal.getsignal(signal.SIGTERM) is before  # while data are read: as any program
+        asked.check()
+        assert signal.getsignal(signal.SIGTERM) is not before
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is before  # a second one has its usual effect
+        with pytest.raises(Preempted):
+            asked.check()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_interruption_leaves_no_traceback(shell):

@@ -549,7 +549,7 @@ def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
     refuses(home / "plm", "was primed with --head embedding, not pair", head="pair")
     refuses(home / "pe", "holds lora modules; put lora among --kinds", kinds=("bitfit",))
     refuses(home / "plm", "put a PE kind among --kinds", kinds=("full",))
-    refuses(home / "pe", "LoraConfig(", lora_rank=4)
+    refuses(home / "pe", "was primed with other lora modules: --lora_rank was 2 and is 4", lora_rank=4)
     refuses(
         home / "plm", f"not from --model_name_or_path {home / 'plm' / 'model'}", model_name_or_path=home / "plm/model"
     )

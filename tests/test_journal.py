@@ -68,7 +68,9 @@ def test_tensorboard_that_is_not_installed(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"--report_to tensorboard: pip install 'pats-jax\[tensorboard\]'"):
+    with pytest.raises(
+        InputError, match=r"--report_to tensorboard: needs tensorboardX; run: pip install 'pats-jax\[tensorboard\]'"
+    ):
         check_tensorboard()
 
 

@@ -5,13 +5,18 @@ import dataclasses
 import json
 import math
 import os
+import re
+import time
 import typing
 
+import numpy as np
 import pytest
 
-from pats_jax import settings
+from pats_jax import methods, settings
 from pats_jax.errors import InputError
+from pats_jax.fine_tuning import count_steps
 from pats_jax.gym_settings import GymSettings
+from pats_jax.patterns import compile_pattern
 from pats_jax.settings import FOREIGN_FLAGS, Settings
 from pats_jax.upstream import PrimingSettings
 
@@ -115,6 +120,38 @@ def test_numbers_at_the_edge_of_sense(name, value):
     assert getattr(parse(f"--{name}={value}"), name) == pytest.approx(float(value))
 
 
+KINDS = {Settings: {"task_name": "rte"}, PrimingSettings: {}, GymSettings: {"output_dir": "x"}}
+NUMBERS = [
+    (kind, field.name)
+    for kind in KINDS
+    for field in dataclasses.fields(kind)
+    if field.type in (int, float, "int", "float", int | None, float | None)
+]
+
+
+@pytest.mark.parametrize("kind, name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_no_number_is_beyond_all_sense(kind, name):
+    """What passes is finite, fits 32 bits (the seed: 63) and is below what memory or a lifetime would end at."""
+    whole = type(getattr(kind, name)) is int or "int" in str(kind.__annotations__.get(name, ""))
+    values = [-1, 0, 10**30, 2**31] if whole else [-1.0, 0.0, 1e308, 1e39, float("nan"), float("inf"), -float("inf")]
+    for value in values:
+        try:
+            kind(**KINDS[kind] | {name: value}).check()
+        except InputError as error:
+            assert str(error).startswith("--") and len(str(error)) < 300 and "\n" not in str(error)
+        else:
+            assert value in (-1, 0) or name == "seed", (name, value)
+            assert value == 0 or name in ("max_steps", "seed"), (name, value)
+
+
+def test_epochs_without_end_are_refused_before_any_step():
+    with refused("--num_train_epochs 1e+308: must be at most"):
+        parse("--num_train_epochs", "1e308")
+    assert count_steps(parse("--num_train_epochs", "2.5", "--train_batch_size", "32"), 320) == 25
+    with refused("--num_train_epochs 1e+06: makes 1e+12 steps"):
+        count_steps(parse("--num_train_epochs", "1e6", "--train_batch_size", "1"), 10**6)
+
+
 def test_where_the_data_come_from_must_be_clear():
     with refused("nothing to read", "--task_name", "--train_file"):
         settings.parse([], "pats-jax glue", settings.Settings)
@@ -139,24 +176,24 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
     [
         ({"lerning_rate": 1.0}, ["unknown setting 'lerning_rate'; did you mean 'learning_rate'?"]),
         ({"xyz": 1}, ["unknown setting 'xyz'"]),
-        ({"learning_rate": "fast"}, ["learning_rate is 'fast', expected float"]),
-        ({"learning_rate": True}, ["learning_rate is True, expected float"]),
-        ({"max_steps": 2.0}, ["max_steps is 2.0, expected int"]),
-        ({"max_steps": None}, ["max_steps is None, expected int"]),
-        ({"do_train": 1}, ["do_train is 1, expected bool"]),
+        ({"learning_rate": "fast"}, ["learning_rate is 'fast'; it must be a number"]),
+        ({"learning_rate": True}, ["learning_rate is true; it must be a number"]),
+        ({"max_steps": 2.0}, ["max_steps is 2.0; it must be a whole number"]),
+        ({"max_steps": None}, ["max_steps is null; it must be a whole number"]),
+        ({"do_train": 1}, ["do_train is 1; it must be true or false"]),
         ({"response": "cubic"}, ["response is 'cubic'", "linear"]),
         ([1], ["not a JSON object"]),
-        ({"do_train": None}, ["do_train is None, expected bool"]),
-        ({"out_of_domain": ["mnli", "news"]}, ["out_of_domain is ['mnli', 'news'], expected "]),
-        ({"out_of_domain": "mnli"}, ["out_of_domain is 'mnli', expected "]),
-        ({"response": ["linear"]}, ["response is ['linear']"]),
+        ({"do_train": None}, ["do_train is null; it must be true or false"]),
+        ({"out_of_domain": ["mnli", "news"]}, ['out_of_domain is ["mnli", "news"]; it must be ']),
+        ({"out_of_domain": "mnli"}, ["out_of_domain is 'mnli'; it must be "]),
+        ({"response": ["linear"]}, ['response is ["linear"]']),
         ({"learning_rate": 10**400}, ["learning_rate is 1000", "must be a number above 0"]),
-        ({"learning_rate": -1}, ["learning_rate is -1, must be a number above 0"]),
-        ('{"learning_rate": NaN}', ["learning_rate is nan, must be "]),
-        ({"max_steps": 2**31}, ["max_steps is 2147483648, must be at most 2147483647"]),
-        ({"seed": 2**63}, ["seed is 9223372036854775808, must be in [0, 2^63)"]),
-        ({"output_dir": "a\0b"}, ["output_dir is 'a\\x00b', must be text without null bytes"]),
-        ({"train_file": "\ud800"}, ["train_file is '\\ud800', must be text without null bytes"]),
+        ({"learning_rate": -1}, ["learning_rate is -1; it must be a number above 0"]),
+        ('{"learning_rate": NaN}', ["learning_rate is NaN; it must be "]),
+        ({"max_steps": 2**31}, ["max_steps is 2147483648; it must be at most 2147483647"]),
+        ({"seed": 2**63}, ["seed is 9223372036854775808; it must be in [0, 2^63)"]),
+        ({"output_dir": "a\0b"}, ["output_dir is 'a\\x00b'; it must be text without null bytes"]),
+        ({"train_file": "\ud800"}, ["train_file is '\\ud800'; it must be text without null bytes"]),
         ({"x" * 9999: 1}, ["unknown setting 'xxx", "(9999 characters)"]),
         ({"response": "x" * 9999}, ["response is 'xxx", "(9999 characters)"]),
         ("{learning_rate", ["not valid JSON"]),
@@ -180,7 +217,7 @@ def test_every_number_of_a_config_file_has_a_range(kind, tmp_path):
         is_sequence = typing.get_origin(field.type) in (list, tuple)
         types = () if is_sequence else (field.type, *typing.get_args(field.type))
         for value in [math.nan, math.inf, -math.inf, 10**400] if float in types else [10**30] if int in types else []:
-            with refused(f"{field.name} is ", ", must be "):
+            with refused(f"{field.name} is ", "; it must be "):
                 settings.read_config(save(tmp_path, {field.name: value}), kind)
 
 
@@ -245,3 +282,58 @@ def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(InputError, match=message):
         settings.parse(["--task_name", "rte", *flags], "x", settings.Settings)
+
+
+# paths
+
+
+PATHS = [name for name in settings._PATHS if hasattr(Settings, name) and name != "config"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_that_no_system_has_are_refused_by_their_flag(name):
+    own = [] if name.endswith("_file") else ["--task_name", "rte"]
+    for value, reason in (
+        ("x" * 300, "longer than a path may be"),
+        ("x/" * 3000, "longer than a path may be"),
+        ("~nosuchuser/x", "there is no user nosuchuser"),
+        ("", "empty"),
+        ("a\0b", "null byte"),
+    ):
+        with refused(f"--{name}", reason):
+            settings.parse([*own, f"--{name}={value}"], "x", Settings)
+
+
+def test_a_home_folder_is_what_the_shell_makes_of_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert parse("--output_dir=~/runs/x").output_dir == "/home/ann/runs/x"
+    assert parse("--output_dir=./~x").output_dir == "./~x"
+
+
+def test_paths_of_a_config_file_are_checked_like_flags(tmp_path):
+    with refused("output_dir is 'a\\x00b'", "null bytes"):
+        parse("--config", save(tmp_path, {"output_dir": "a\0b"}))
+
+
+# regular expressions
+
+
+def test_a_regex_that_would_take_forever_is_refused_in_time():
+    params = {"a" * 60 + "b": np.zeros(1)}
+    since = time.monotonic()
+    with refused("--noise_layers '(a|aa)+$': takes too long to match"):
+        methods.layer_mask(params, "(a|aa)+$")
+    assert time.monotonic() - since < 20  # of which it computes for one
+
+
+def test_regexes_mean_what_they_mean_to_python():
+    layers = [
+        f"bert.encoder.layer.{n}.{part}" for n in (0, 11) for part in ("attention.self.query", "output.LayerNorm")
+    ]
+    names = [*(f"{layer}.{leaf}" for layer in layers for leaf in ("kernel", "bias", "scale")), "classifier.kernel", ""]
+    defaults = [value for value in vars(Settings()).values() if isinstance(value, str) and "\\" in value]
+    patterns = [*defaults, *(method.layers for method in methods.METHODS.values()), r"^bert(?!.*LayerNorm)", "[0-9]{2}"]
+    assert len(defaults) >= 4
+    for pattern in patterns:
+        matches = compile_pattern(pattern, "--x")
+        assert [matches(name) for name in names] == [re.search(pattern, name) is not None for name in names], pattern

@@ -11,7 +11,7 @@ Three sources agree on the tasks but not on their details, and the table holds a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, shown
 
 _FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("test.tsv",)}
 _NLI = ("entailment", "neutral", "contradiction")
@@ -187,16 +187,15 @@ _ROWS = (
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
 
-def get_task(name: str) -> Task:
-    """Looks a task up by its name, in upper or lower case.
+def get_task(name: str, flag: str = "--task_name") -> Task:
+    """Looks a task up by its name, in upper or lower case; the flag is for the error message.
 
     Raises:
       InputError: No such task; the message names those that exist.
     """
-    try:
-        return TASKS[name.lower()]
-    except KeyError:
-        raise InputError(f"--task_name {name}: no such task; choose one of {', '.join(TASKS)}") from None
+    if name.lower() not in TASKS:
+        raise InputError(f"{flag} {shown(name, quoted=False)}: no such task; choose one of {', '.join(TASKS)}")
+    return TASKS[name.lower()]
 
 
 def own_task(labels: tuple[str, ...] | None) -> Task:

@@ -141,7 +141,9 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     check_fields(folder, values, _kind(values, folder).saved_fields)
     name = values.get("base_model_name_or_path")
     if not name:
-        raise InputError(f"{folder / CONFIG_FILE}: names no base model; write it there as base_model_name_or_path")
+        raise InputError(
+            f"{folder / CONFIG_FILE}: names no base model; write its name or folder there, as base_model_name_or_path"
+        )
     if values.get("revision") is not None:
         options = {"revision": values["revision"], **options}
     count = _count_labels(folder)

@@ -89,7 +89,7 @@ def add_peft(
         raise ValueError("the model has PE modules already; merge or disable them first")
     if config.train_pooler and model.config.is_roberta:
         raise InputError(
-            "--peft_pooler (train_pooler): RoBERTa has no pooler; the layer in its place is part of the head"
+            "--peft_pooler: RoBERTa has no pooler; the layer in its place is part of the head; leave the flag out"
         )
     tree = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return _with_modules(model, config), {**params, "peft": unflatten_dict(tree)}
