@@ -90,7 +90,7 @@ class SageState(NamedTuple):
 def pats_noise(
     noise_scale: optax.ScalarOrSchedule,
     *,
-    key: int | jax.Array,
+    key: int | np.integer | jax.Array,
     decay: float | jax.Array = 0.9,
     response: str | Response = "linear",
     distribution: str = "uniform",
@@ -241,7 +241,13 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
 def pats(
     inner: optax.GradientTransformation | optax.MultiSteps,
     noise_scale: optax.ScalarOrSchedule = 1e-3,
-    **noise_args: Any,
+    *,
+    key: int | np.integer | jax.Array,
+    decay: float | jax.Array = 0.9,
+    response: str | Response = "linear",
+    distribution: str = "uniform",
+    mask: Any | Callable[[Any], Any] = None,
+    sensitivity_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optimizer, with sensitivity-aware noise added to its updates.
 
@@ -249,8 +255,7 @@ def pats(
 
     Args:
       inner: the optimizer, for instance ``optax.adamw(2e-5)``.
-      noise_scale: see `pats_noise`.
-      **noise_args: the other arguments of `pats_noise`, of which ``key`` is required.
+      noise_scale, key, decay, response, distribution, mask, sensitivity_dtype: see `pats_noise`.
 
     Returns:
       A gradient transformation whose ``update`` requires params.
@@ -269,7 +274,15 @@ def pats(
       >>> bool(jnp.max(jnp.abs(params)) < 0.1)
       True
     """
-    noise = pats_noise(noise_scale, **noise_args)
+    noise = pats_noise(
+        noise_scale,
+        key=key,
+        decay=decay,
+        response=response,
+        distribution=distribution,
+        mask=mask,
+        sensitivity_dtype=sensitivity_dtype,
+    )
     if isinstance(inner, optax.MultiSteps):
         return _inside_multi_steps(inner, lambda optimizer: with_raw_gradient(optax.chain(optimizer, noise)))
     return with_raw_gradient(optax.chain(inner, noise))
