@@ -8,3 +8,7 @@ one printable line that names the file. Anything else is a failure: another exce
 Input N of a reader depends on the seed, the reader's name and N alone; ``--readers csv --only N`` repeats one and
 ``--keep FOLDER`` keeps the files of those that fail. A reader is a row of ``READERS`` in ``readers.py``.
 """
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # says that there is no torch

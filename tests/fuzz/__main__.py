@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from .campaign import ACCEPTED, FAILED, REFUSED, Verdict, run
+from .campaign import ACCEPTED, FAILED, MODULE, REFUSED, Verdict, run
 from .readers import READERS
 
 _SECONDS_BETWEEN_LINES = 20
@@ -32,11 +32,13 @@ def main(args: list[str] | None = None) -> int:
         limit=chosen.seconds,
         processes=chosen.processes,
         keep=chosen.keep,
+        module=MODULE,
         each=report.add,
     )
     print(table(chosen.readers, verdicts))
     for (reader, kind), alike in sorted(report.failures.items()):
-        print(f"{len(alike)} x {reader}: {kind}, as in --only {min(alike)}")
+        repeat = f"--seed {chosen.seed} --readers {reader} --only {min(alike)}"
+        print(f"{len(alike)} x {reader}: {kind}; repeat: {repeat}")
     failed = sum(verdict.outcome == FAILED for verdict in verdicts)
     print(f"seed {chosen.seed}: {len(verdicts)} inputs, {failed} failed, {report.seconds():.0f} s")
     return 1 if failed else 0

@@ -20,13 +20,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .inputs import Input, Reader, agree
+import pats_jax
+from pats_jax.errors import InputError
 
+from .inputs import Input, Reader, Unfit, agree
+
+_LIBRARY, _FUZZER = Path(pats_jax.__file__).parent, Path(__file__).parent
 MODULE = f"{__package__}.readers"
 ACCEPTED, REFUSED, FAILED = "accepted", "refused", "failed"
 LONGEST_MESSAGE = 2000  # characters
 _MEMORY = 4 << 30  # bytes that a process may take beyond what it has after its imports
-_GRACE = 10.0  # seconds after the limit when a process that does not answer is killed
 _CHUNK = 20  # inputs that a process is given at a time
 
 
@@ -99,8 +102,6 @@ def _outside(home):
 
 def _read(reader: Reader, folder: Path, given: Input, limit: float) -> tuple[str, str]:
     """Accepted, refused or the kind of failure, and more on that."""
-    from pats_jax.errors import InputError
-
     try:
         with _alarm(limit), _log_read(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,6 +112,8 @@ def _read(reader: Reader, folder: Path, given: Input, limit: float) -> tuple[str
         return "took too long", f"more than {limit:g} seconds"
     except KeyboardInterrupt:
         raise
+    except Unfit as error:
+        return "accepted, but of no use", str(error)
     except BaseException as error:  # also what is no Exception: a panic in Rust, an exit
         return f"{type(error).__name__} at {_where(error)}", " ".join(str(error).split())[:160]
     if given.expected.accept is False:
@@ -126,7 +129,8 @@ def _judge_refusal(message, folder, given):
         return "the message is not one printable line", ascii(shown)
     if len(message) > LONGEST_MESSAGE:
         return "the message is too long", f"{len(message)} characters: {shown[:100]}"
-    if not any(name in message for name in (str(folder), *(Path(name).name for name in given.files))):
+    names = (str(folder), *(Path(name).name for name in given.files), *given.options.get("names", ()))
+    if not any(name in message for name in names):
         return "the message names no file", shown
     if given.expected.accept:
         return "refused, but it is sound", shown
@@ -134,14 +138,13 @@ def _judge_refusal(message, folder, given):
 
 
 def _where(error):
-    """The innermost line of the library that an exception passed."""
-    place, found = error.__traceback__, "?"
+    """The innermost line of the library that an exception passed, or else of the fuzzer."""
+    found, place = {}, error.__traceback__
     while place is not None:
-        file = place.tb_frame.f_code.co_filename
-        if "pats_jax" in file or found == "?":
-            found = f"{Path(file).name}:{place.tb_lineno}"
+        file = Path(place.tb_frame.f_code.co_filename)
+        found |= {home: f"{file.name}:{place.tb_lineno}" for home in (_LIBRARY, _FUZZER) if home in file.parents}
         place = place.tb_next
-    return found
+    return found.get(_LIBRARY) or found.get(_FUZZER)
 
 
 def _difference(found: Any, expected: Any, at: str = "") -> str:
@@ -206,6 +209,7 @@ def run(
     *,
     seed: int,
     limit: float = 20.0,
+    grace: float = 10.0,
     processes: int = 2,
     keep: Path | None = None,
     module: str = MODULE,
@@ -218,6 +222,7 @@ def run(
       numbers: of the inputs, for each of the readers.
       seed: of all inputs.
       limit: seconds that one input may take.
+      grace: seconds after that when a process that does not answer is killed.
       processes: how many work at a time.
       keep: where the files of inputs that fail are kept.
       module: the one whose ``READERS`` has the readers.
@@ -229,7 +234,7 @@ def run(
     try:
         while work or any(worker.given for worker in workers):
             while len(workers) < min(processes, len(work) + len(workers)) or (work and not workers):
-                workers.append(_Worker(seed, limit, keep, module))
+                workers.append(_Worker(seed, limit, grace, keep, module))
             for worker in workers:
                 if not worker.given and work:
                     worker.give([work.popleft() for _ in range(min(_CHUNK, len(work)))])
@@ -251,13 +256,13 @@ def run(
 class _Worker:
     """A process, the inputs that it has been given and not answered, and since when it is at the first of them."""
 
-    def __init__(self, seed: int, limit: float, keep: Path | None, module: str):
+    def __init__(self, seed: int, limit: float, grace: float, keep: Path | None, module: str):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, seed, limit, keep, module), daemon=True)
         self._process.start()
         other.close()
-        self._limit, self._since = limit, None
+        self._limit, self._patience, self._since = limit, limit + grace, None
         self.given: deque[tuple[str, int]] = deque()
         self.dead = False
 
@@ -281,7 +286,7 @@ class _Worker:
             self._process.join(5)
             yield self._failure("the process died", f"exit code {self._process.exitcode}")
             return
-        if self.given and self._since and time.monotonic() - self._since > self._limit + _GRACE:
+        if self.given and self._since and time.monotonic() - self._since > self._patience:
             self.dead = True
             yield self._failure("took too long", f"more than {self._limit:g} seconds, and it could not be interrupted")
 
@@ -299,7 +304,12 @@ class _Worker:
 
 def _work(connection: Connection, seed: int, limit: float, keep: Path | None, module: str) -> None:
     """The life of a process: answers one verdict an input until nobody asks any more."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "agg",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     readers = importlib.import_module(module).READERS
     with open(os.devnull, "w") as nowhere:
@@ -315,12 +325,10 @@ def _work(connection: Connection, seed: int, limit: float, keep: Path | None, mo
 
 def _limit_memory() -> None:
     """An allocation beyond the limit is a MemoryError, or the end of the process; either is a failure of the input."""
-    import jax
-    import numpy as np
-
-    np.asarray(jax.numpy.zeros(1))  # its threads have their memory now
     if not sys.platform.startswith("linux"):
         return
+    if jax := sys.modules.get("jax"):
+        jax.device_get(jax.numpy.zeros(1))  # its threads have their memory now
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

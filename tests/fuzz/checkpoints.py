@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
+from flax.traverse_util import flatten_dict
 
-from .inputs import UNKNOWN, Expected, Input, Reader
+from pats_jax.models import from_pretrained, load_tokenizer, peft
+from pats_jax.models.config import EncoderConfig
+
+from .inputs import UNKNOWN, Expected, Input, Reader, must
 from .mutate import damage_one
+
+# Transformers imports a class when it is first asked for; no input's time should go into that.
+IMPORTED = (transformers.AutoTokenizer, transformers.BertTokenizer)
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "##s", ".")
 CONFIG = {
@@ -123,7 +131,12 @@ def sharded_files() -> dict[str, bytes]:
 def tokenizer_files() -> dict[str, bytes]:
     """The files of a WordPiece tokenizer."""
     special = [
-        {"id": number, "content": word, "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+        {
+            "id": number,
+            "content": word,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
         for number, word in enumerate(WORDS[:5])
     ]
     settings = {
@@ -162,16 +175,16 @@ def draw_config(rng: random.Random) -> Input:
 
 def read_config(folder: Path, given: Input) -> Any:
     """What is accepted must be fit to build a model of."""
-    from pats_jax.models.config import EncoderConfig
-
     config = EncoderConfig.from_folder(folder)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = getattr(config, name)
-        assert type(value) is int and value > 0, f"{name} is {value!r}"
-    assert type(config.layer_norm_eps) is float and 0 < config.layer_norm_eps < math.inf, config.layer_norm_eps
-    assert type(config.initializer_range) in (int, float) and 0 <= config.initializer_range < math.inf
-    assert type(config.pad_token_id) is int and 0 <= config.pad_token_id, config.pad_token_id
-    assert config.num_labels >= 1 and all(isinstance(name, str) for name in config.id2label.values())
+        must(type(value) is int and value > 0, f"{name} is {value!r}")
+    for name in ("layer_norm_eps", "initializer_range"):
+        value = getattr(config, name)
+        must(type(value) in (int, float) and 0 <= value < math.inf, f"{name} is {value!r}")
+    must(type(config.pad_token_id) is int and config.pad_token_id >= 0, f"pad_token_id is {config.pad_token_id!r}")
+    must(config.num_labels >= 1, "there is no label")
+    must(all(isinstance(name, str) for name in config.id2label.values()), "a label's name is no text")
     json.dumps(config.to_dict()).encode()
     hash(config)
     return [config.num_labels, config.hidden_size, config.model_type]
@@ -203,16 +216,14 @@ def _damage_header(rng, data):
     damaged, told = damage_one(rng, {"header.json": data[8 : 8 + length]}, special=0)
     header = damaged["header.json"]
     if rng.random() < 0.1:
-        return struct.pack("<Q", rng.choice((0, 2**63, 2**64 - 1, length + 10**6))) + header + data[8 + length :], "length"
+        return struct.pack("<Q", rng.choice((0, 2**63, 2**64 - 1, length + 10**6))) + header + data[
+            8 + length :
+        ], "length"
     return struct.pack("<Q", len(header)) + header + data[8 + length :], told
 
 
 def read_model(folder: Path, given: Input) -> None:
     """Loads it; what is loaded must be what the files hold, entry by entry."""
-    from flax.traverse_util import flatten_dict
-
-    from pats_jax.models import from_pretrained
-
     _, params, _ = from_pretrained(folder, num_labels=None)
     held: dict[str, np.ndarray] = {}
     for path in folder.glob("*.safetensors"):
@@ -220,10 +231,10 @@ def read_model(folder: Path, given: Input) -> None:
             held |= from_safetensors(path.read_bytes())
     for path, parameter in flatten_dict(params).items():
         name = f"{'.'.join(path[:-1])}.{'bias' if path[-1] == 'bias' else 'weight'}"
-        assert np.isfinite(parameter).all(), f"{name} is not finite"
+        must(bool(np.isfinite(parameter).all()), f"{name} is not finite")
         if name in held:
             tensor = held[name].T if path[-1] == "kernel" else held[name]
-            assert np.array_equal(np.asarray(parameter), tensor), f"{name} is not what the file holds"
+            must(np.array_equal(np.asarray(parameter), tensor), f"{name} is not what the file holds")
 
 
 # tokenizers
@@ -240,8 +251,6 @@ def draw_tokenizer(rng: random.Random) -> Input:
 
 
 def read_tokenizer(folder: Path, given: Input) -> list[list[int]]:
-    from pats_jax.models import load_tokenizer
-
     tokenizer = load_tokenizer(folder)
     if given.told != "sound":
         return []
@@ -254,7 +263,14 @@ _QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 _PLAIN = {"task_type": "SEQ_CLS", "base_model_name_or_path": "BASE", "inference_mode": True}
 _ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "LORA": (
-        {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["query"], "bias": "none", "use_rslora": False},
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "lora_dropout": 0.0,
+            "target_modules": ["query"],
+            "bias": "none",
+            "use_rslora": False,
+        },
         {f"{_QUERY}.lora_A.weight": (2, 8), f"{_QUERY}.lora_B.weight": (8, 2)},
     ),
     "IA3": (
@@ -269,7 +285,13 @@ _ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"prompt_embeddings": (3, 8)},
     ),
     "PREFIX_TUNING": (
-        {"num_virtual_tokens": 3, "token_dim": 8, "num_layers": 1, "num_attention_heads": 2, "prefix_projection": False},
+        {
+            "num_virtual_tokens": 3,
+            "token_dim": 8,
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "prefix_projection": False,
+        },
         {"prompt_embeddings": (3, 16)},
     ),
 }
@@ -301,8 +323,6 @@ def draw_adapter(rng: random.Random) -> Input:
 
 def read_adapter(folder: Path, given: Input) -> None:
     """Loads it onto its model; the name that it has of that is put right where it still has it."""
-    from pats_jax.models import peft
-
     path = folder / "adapter_config.json"
     if path.is_file():
         path.write_bytes(path.read_bytes().replace(b'"BASE"', json.dumps(str(folder / "base")).encode()))

@@ -4,11 +4,27 @@ import json
 import random
 from collections.abc import Sequence
 
-WORDS = "the a film is good bad Ann said that she goes not never café naïve Straße 映画 фильм ταινία 123 3.5 U.S. don't".split()
+WORDS = (
+    "the a film is good bad Ann said that she goes not never café Straße 映画 фильм ταινία 123 3.5 U.S. don't".split()
+)
 ODD = [
     *('"', "'", '""', ",", ";", "|", "\\", "\\n", "\\t", "#", "//", "%s", "{}", "{0}", "$x$", "<b>", "&amp;", "=1+1"),
     *("NaN", "null", "None", "-", "--", "[SEP]", "[CLS]", "<s>", "</s>", "##ing", "[", "]", "{", "}", "true"),
-    *("\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1e", "\x7f", "\xa0", "\u200b", "\u200d", "\ufeff", "\u202e"),
+    *(
+        "\x85",
+        "\u2028",
+        "\u2029",
+        "\x0b",
+        "\x0c",
+        "\x1c",
+        "\x1e",
+        "\x7f",
+        "\xa0",
+        "\u200b",
+        "\u200d",
+        "\ufeff",
+        "\u202e",
+    ),
     *("e\u0301", "\ufb00", "\u0130", "😀", "👨‍👩‍👧", "\U0001d4b3", "\U0010ffff", "\u0663", "\ufffd", "\x00", "\x01"),
 ]
 # Only where quotes or escapes protect them.
@@ -19,7 +35,9 @@ def text(rng: random.Random, *, breaks: Sequence[str] = (), odd: float = 0.3) ->
     """A text of a few words, or none, or very many."""
     if rng.random() < 0.01:
         return rng.choice(("x" * 132_000, "word " * 30_000, "\u6620" * 50_000))
-    words = [rng.choice(ODD) if rng.random() < odd else rng.choice(WORDS) for _ in range(rng.choice((0, 1, 2, 3, 5, 9)))]
+    words = [
+        rng.choice(ODD) if rng.random() < odd else rng.choice(WORDS) for _ in range(rng.choice((0, 1, 2, 3, 5, 9)))
+    ]
     if breaks and rng.random() < 0.2:
         words.insert(rng.randint(0, len(words)), rng.choice(breaks))
     return rng.choice((" ", " ", "")).join(words) + rng.choice(("", "", "", " "))
@@ -62,7 +80,12 @@ def header(rng: random.Random, *, label: bool | None = None) -> list[str]:
     """Names of columns as people's own files have them, in any order."""
     texts = rng.choice(
         (
-            *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+            *(
+                ("sentence1", "sentence2"),
+                ("premise", "hypothesis"),
+                ("question1", "question2"),
+                ("question", "sentence"),
+            ),
             *(("text1", "text2"), ("sentence",), ("text",), ("sentence1",), ("text", "sentence")),
             *(("sentence",), ("text",), ("sentence1", "sentence2"), ("sentence",), ("Sentence",)),
         )

@@ -5,6 +5,8 @@ the same of a file of GLUE. Where the rules leave something open, the answer has
 """
 
 import dataclasses
+import decimal
+import fractions
 import json
 import re
 import struct
@@ -41,7 +43,7 @@ class Cells:
     """A table as written; ``doubtful``: it may be refused for something in a column that is not used."""
 
     names: list[str]
-    rows: list[list[str]]
+    rows: list[list[str | None]] | list[list[str]]
     doubtful: bool = False
 
 
@@ -78,11 +80,7 @@ def tsv_cells(data: bytes, names: Sequence[str] | None = None) -> Cells:
 
 
 def csv_cells(data: bytes) -> Cells:
-    records = list(csv_records(decoded(data)))
-    head = records.pop(0)
-    rows = [row for row in records if row]
-    if not head:
-        raise Unclear  # a blank line before the header
+    head, *rows = [record for record in csv_records(decoded(data)) if record]  # blank lines do not count
     if not rows or any(len(row) != len(head) for row in rows):
         raise Wrong
     return Cells(head, rows)
@@ -114,7 +112,7 @@ def csv_records(written: str) -> list[list[str]]:
         else:
             cell += char
             # a long field is read in one piece
-            run = re.compile(r'[^,\r\n]*').match(written, place)
+            run = re.compile(r"[^,\r\n]*").match(written, place)
             assert run is not None
             cell, place = cell + run.group(), run.end()
     if record or cell or begun:
@@ -166,42 +164,43 @@ def parsed(written: str) -> Any:
 
 
 def object_cells(objects: list[dict[str, Any]]) -> Cells:
+    """Numbers and booleans are their JSON text, null is an empty cell; None is what no cell can be."""
     names = list(objects[0])
-    used = {*(used_texts(names) or ()), *(label_column(names) or "",), *ids_column(names)}
-    doubtful, rows = False, []
-    for one in objects:
-        row = []
-        for name in names:
-            value = one.get(name, [])
-            if isinstance(value, list | dict):
-                if name in used:
-                    raise Wrong
-                doubtful, value = doubtful or name in KNOWN, ""
-            if isinstance(value, float) and value in (float("inf"), float("-inf")):
-                raise Unclear  # 1e999
-            row.append("" if value is None else value if isinstance(value, str) else json.dumps(value))
-        doubtful = doubtful or bool((one.keys() ^ set(names)) & KNOWN)
-        rows.append(row)
-    return Cells(names, rows, doubtful)
+    added = any((one.keys() - set(names)) & KNOWN for one in objects)
+    return Cells(names, [[_json_cell(one.get(name, [])) for name in names] for one in objects], added)
+
+
+def _json_cell(value):
+    if isinstance(value, list | dict):
+        return None
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        raise Unclear  # 1e999
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 # cells to rows
 
 
-def used_texts(names: Sequence[str]) -> tuple[str, ...] | None:
-    return next((texts for texts in TEXTS if set(texts) <= set(names)), None)
+def used_texts(names: Sequence[str], usual: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """The columns of the texts: those of the training file, if there is one and they are here, else the first of all."""
+    return next((texts for texts in (usual, *TEXTS) if texts and set(texts) <= set(names)), None)
 
 
-def label_column(names: Sequence[str]) -> tuple[str, ...]:
-    return next(((name,) for name in LABELS if name in names), ())
+def label_column(names: Sequence[str], usual: str = "") -> str | None:
+    return next((name for name in (usual, *LABELS) if name in names), None)
 
 
-def ids_column(names: Sequence[str]) -> tuple[str, ...]:
-    return next(((name,) for name in IDS if name in names), ())
+def ids_column(names: Sequence[str]) -> str | None:
+    return next((name for name in IDS if name in names), None)
 
 
 def own_rows(
-    cells: Cells, *, label_names: Sequence[str] | None = None, regression: bool | None = None, labelled: bool = True
+    cells: Cells,
+    *,
+    label_names: Sequence[str] | None = None,
+    regression: bool | None = None,
+    labelled: bool = True,
+    usual: tuple[tuple[str, ...], str] = ((), ""),
 ) -> Expected:
     """What a table of people's own data is read as: texts, ids, labels and the names of their classes.
 
@@ -210,43 +209,81 @@ def own_rows(
       label_names: of the classes, if they are known beforehand.
       regression: whether the labels are scores; None: the table decides.
       labelled: whether labels are read at all.
+      usual: the columns of texts and labels in the training file.
     """
     names, rows = cells.names, cells.rows
-    if any(names.count(name) > 1 for name in KNOWN):
+    known = KNOWN if labelled else KNOWN - set(LABELS)
+    if any(names.count(name) > 1 for name in known):
         return REFUSED
-    texts = used_texts(names)
+    texts, label = used_texts(names, usual[0]), label_column(names, usual[1]) if labelled else None
     if texts is None:
         return REFUSED
-    label = label_column(names) if labelled else ()
-    if label == ("gold_label",):
-        rows = [row for row in rows if row[names.index("gold_label")] != "-"]
+    if label == "gold_label":
+        rows = [row for row in rows if row[names.index(label)] != "-"]
         if not rows:
             return REFUSED
-    column = {name: [row[names.index(name)] for row in rows] for name in names}
+    column = {name: [row[place] for row in rows] for place, name in enumerate(names)}
+    accept = None if cells.doubtful else True
+    for name in known & set(names):
+        if not all(cell is not None and _is_text(cell) for cell in column[name]):
+            if name in (*texts, label, ids_column(names)):
+                return REFUSED
+            accept = None
     value: dict[str, Any] = {
         "texts": [column[name] for name in texts],
-        "ids": column[ids_column(names)[0]] if ids_column(names) else [str(number) for number in range(len(rows))],
+        "ids": column[ids_column(names) or ""] if ids_column(names) else [str(number) for number in range(len(rows))],
         "labels": None,
         "label_names": None if label_names is None else list(label_names),
     }
-    accept: bool | None = True
-    if label and any(column[label[0]]):
+    if label and not all(map(_is_missing, column[label])):
         try:
-            value["labels"], value["label_names"] = read_labels(column[label[0]], label_names, regression)
+            value["labels"], value["label_names"] = read_labels(column[label], label_names, regression)
         except Wrong:
             return REFUSED
-        except Unclear:
-            value["labels"] = value["label_names"] = ANY
-            accept = None
-    has_surrogate = any("\ud800" <= char <= "\udfff" for texts in column.values() for text in texts for char in text)
-    if cells.doubtful or has_surrogate or len(set(names)) < len(names):
-        accept = None
     return Expected(value, accept)
 
 
-_WHOLE = re.compile(r"-?[0-9]{1,15}")
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
-_MISSING = ("nan", "none", "null")
+def _is_text(cell: str) -> bool:
+    """Whether it has no lone surrogate."""
+    return not re.search("[\ud800-\udfff]", cell)
+
+
+# labels, by what is written in data/labels.py
+
+_WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NO_VALUE = "|nan|-nan|none|null|na|n/a|<na>|#n/a|#na|1.#ind|-1.#ind|1.#qnan|-1.#qnan|#n/a n/a".split("|")
+
+
+def _is_missing(cell: str) -> bool:
+    return " ".join(cell.lower().split()) in _NO_VALUE
+
+
+def _is_infinite(cell: str) -> bool:
+    """Infinite as written, or too large."""
+    return bool(re.fullmatch(r"[+-]?(inf|infinity)", cell.strip().lower()) or _NUMBER.fullmatch(cell.strip()))
+
+
+def _value(cell: str) -> fractions.Fraction | None:
+    """The number of a cell, exactly; None if it is none, or too large for single precision and not whole."""
+    cell = cell.strip()
+    if _WHOLE.fullmatch(cell):
+        whole = cell.split(".")[0]
+        if len(whole) < 4000:
+            return fractions.Fraction(int(whole))
+        return fractions.Fraction(int(decimal.Decimal(whole).scaleb(-2000))) * 10**2000
+    if not _NUMBER.fullmatch(cell) or as_single(float(cell)) is None:
+        return None
+    return fractions.Fraction(float(cell))
+
+
+def as_single(value: float) -> float | None:
+    """A number in single precision; None if it is too large for that."""
+    try:
+        single = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return None
+    return None if single in (float("inf"), float("-inf")) else single
 
 
 def read_labels(
@@ -254,48 +291,55 @@ def read_labels(
 ) -> tuple[list[int] | list[float], list[str] | None]:
     """The labels of a column, and the names of the classes."""
     if label_names is not None:
-        if any(cell not in label_names for cell in cells):
-            raise Wrong
-        return [label_names.index(cell) for cell in cells], list(label_names)
+        return [_place(cell, label_names) for cell in cells], list(label_names)
     if regression:
         return [as_score(cell) for cell in cells], None
-    if "" in cells:
+    numbers = [cell for cell in cells if _value(cell) is not None]
+    words = {cell for cell in cells if _value(cell) is None}
+    plain = {cell for cell in words if not _is_missing(cell) and not _is_infinite(cell)}
+    if any(not cell.strip() for cell in words):
         raise Wrong
-    others = [cell for cell in cells if cell.lower() not in _MISSING]
-    if len(others) < len(cells):
-        if all(_NUMBER.fullmatch(cell) for cell in others):
-            raise Wrong  # one missing cell must not turn numbers into names
-        raise Unclear
-    if len(set(cells)) == 1:
+    if numbers and words - plain and (not plain or 2 * len(numbers) >= len(cells)):
+        raise Wrong  # a missing value must not turn numbers into names
+    if words:
+        names = sorted(set(cells))
+    else:
+        if len({_value(cell) for cell in cells}) == 1:
+            raise Wrong
+        if regression is None and not all(_WHOLE.fullmatch(cell.strip()) for cell in cells):
+            return [as_score(cell) for cell in cells], None
+        written: dict[fractions.Fraction | None, list[str]] = {}
+        for cell in cells:
+            written.setdefault(_value(cell), []).append(cell)
+        names = [min(written[value], key=lambda cell: (len(cell), cell)) for value in sorted(written, key=_in_order)]
+    if len(names) == 1:
         raise Wrong
-    if all(_WHOLE.fullmatch(cell) for cell in cells):
-        if len({int(cell) for cell in cells}) < len(set(cells)):
-            raise Unclear  # "1" and "01"
-        names = sorted(set(cells), key=int)
-        return [names.index(cell) for cell in cells], names
-    if all(_NUMBER.fullmatch(cell) for cell in cells):
-        if all(float(cell) == int(float(cell)) for cell in cells if abs(float(cell)) < 1e300):
-            raise Unclear  # 0.0 and 1.0
-        return [as_score(cell) for cell in cells], None
-    if any(_NUMBER.fullmatch(cell.strip()) or cell != cell.strip() or not cell.isascii() for cell in cells):
-        raise Unclear
-    names = sorted(set(cells))
-    if any(name in ("inf", "-inf", "infinity") or "_" in name for name in map(str.lower, names)):
-        raise Unclear
-    return [names.index(cell) for cell in cells], names
+    return [_place(cell, names) for cell in cells], names
+
+
+def _in_order(value):
+    assert value is not None
+    return value
+
+
+def _place(cell: str, names: Sequence[str]) -> int:
+    """The class of a cell: by value where all names are numbers, else as written."""
+    values = [_value(name) for name in names]
+    if None not in values and len(set(values)) == len(values) and _value(cell) in values:
+        return values.index(_value(cell))
+    if cell not in names:
+        raise Wrong
+    return names.index(cell)
 
 
 def as_score(cell: str) -> float:
     """The number of a cell in single precision; one that is too large for it is no score."""
-    if not _NUMBER.fullmatch(cell):
-        if cell.strip().isascii() and not re.search(r"[0-9]", cell):
-            raise Wrong
-        raise Unclear
-    value = float(cell)
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        raise Wrong from None
+    if not _NUMBER.fullmatch(cell.strip()):
+        raise Wrong
+    single = as_single(float(cell))
+    if single is None:
+        raise Wrong
+    return single
 
 
 # GLUE
@@ -395,7 +439,9 @@ def glue_rows(task: str, file: str, data: bytes) -> Expected:
     _, texts, label, classes, columns = GLUE[task]
     headerless = task == "cola" and file != "test.tsv"
     try:
-        cells = tsv_cells(data, [name or str(number) for number, name in enumerate(columns[file])] if headerless else None)
+        cells = tsv_cells(
+            data, [name or str(number) for number, name in enumerate(columns[file])] if headerless else None
+        )
         names = cells.names
         labelled = SPLITS[file].split("_")[0] != "test"
         needed = [*texts, *([label] if labelled else [])]
@@ -409,13 +455,14 @@ def glue_rows(task: str, file: str, data: bytes) -> Expected:
             found = (
                 [as_score(cell) for cell in column[label]]
                 if classes is None
-                else read_labels(column[label], classes, False)[0]
+                else [_place(cell, classes) for cell in column[label]]
             )
     except Wrong:
         return REFUSED
     except Unclear:
         return UNKNOWN
-    ids = column[ids_column(names)[0]] if ids_column(names) else [str(row) for row in range(len(cells.rows))]
+    numbered = ids_column(names)
+    ids = column[numbered] if numbered else [str(row) for row in range(len(cells.rows))]
     doubtful = len(set(names)) < len(names) or (label in names and not labelled)
     labels = ANY if label in names and not labelled else found
     value = {"texts": [column[name] for name in texts], "ids": ids, "labels": labels}

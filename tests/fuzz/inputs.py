@@ -47,7 +47,7 @@ class Input:
       files: path below the input's folder -> its bytes, or one of `SPECIAL`.
       told: what it is, in short.
       expected: what is right.
-      options: for the reader.
+      options: for the reader; ``names`` are what, beside its files, a message may call it.
     """
 
     files: Mapping[str, bytes | str]
@@ -83,6 +83,16 @@ class Reader:
 
     draw: Callable[[random.Random], Input]
     read: Callable[[Path, Input], Any]
+
+
+class Unfit(Exception):
+    """What a reader has accepted is of no use."""
+
+
+def must(holds: bool, told: str) -> None:
+    """Raises Unfit unless something holds."""
+    if not holds:
+        raise Unfit(told)
 
 
 def agree(found: Any, expected: Any) -> bool:

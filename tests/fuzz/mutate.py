@@ -9,7 +9,10 @@ from .inputs import SPECIAL
 
 # What has no business in a file, or seldom: each of these has broken a program.
 ODD_BYTES = [
-    *(token.encode() for token in ("NaN", "null", "1e999", "-", "\t", ",", '"', "\r", "\n", "\r\n", "\n\n", "\\", "\0")),
+    *(
+        token.encode()
+        for token in ("NaN", "null", "1e999", "-", "\t", ",", '"', "\r", "\n", "\r\n", "\n\n", "\\", "\0")
+    ),
     *(char.encode() for char in ("\x85", "\u2028", "\u2029", "\f", "\v", "\x1c", "\ufeff", "\u202e", "\u0663", "😀")),
     b"9" * 5000,
     b"[" * 100_000,
@@ -24,10 +27,36 @@ ODD_BYTES = [
 
 # The same in the place of a value of JSON.
 ODD_JSON = [
-    *("NaN", "Infinity", "-Infinity", "null", "true", "false", "0", "-1", "1", "1.5", "-0.0", "1e999", "1e308", "1e-320"),
+    *(
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "null",
+        "true",
+        "false",
+        "0",
+        "-1",
+        "1",
+        "1.5",
+        "-0.0",
+        "1e999",
+        "1e308",
+        "1e-320",
+    ),
     *("2147483648", "9223372036854775808", "12345678901234567890", "1e7", "10000000", "[]", "{}", "[null]", "[[]]"),
     *('{"a": 1}', '[1, "a"]', '""', '"x"', '"0"', '"NaN"', '" "', '"../../x"', '"/etc/passwd"', '"~nosuchuser"'),
-    *('"\\u0000"', '"\\ud800"', '"a\\nb"', '"\\u2028"', '"-"', '"$\\\\frac{$"', '"<b>"', '"|"', '"\\u202e"', '"(a+)+$"'),
+    *(
+        '"\\u0000"',
+        '"\\ud800"',
+        '"a\\nb"',
+        '"\\u2028"',
+        '"-"',
+        '"$\\\\frac{$"',
+        '"<b>"',
+        '"|"',
+        '"\\u202e"',
+        '"(a+)+$"',
+    ),
     "9" * 5000,
     "-" + "1" * 4301,
     "[" * 100_000 + "]" * 100_000,

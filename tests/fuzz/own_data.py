@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pats_jax.data import gym, out_of_domain, partitions, readers
+
 from . import draw, independent
 from .independent import Cells, Unclear, Wrong
-from .inputs import ANY, REFUSED, UNKNOWN, Expected, Input, Reader
+from .inputs import ANY, REFUSED, UNKNOWN, Expected, Input, Reader, must
 from .mutate import damage_one
 
 
@@ -38,7 +40,8 @@ def draw_table(rng: random.Random, suffix: str) -> tuple[bytes, Cells]:
     breaks = () if suffix == ".tsv" else draw.BREAKS
     # Few texts but many columns: a name that stands there twice has two cells.
     rows = [
-        [column[name][row] if name in column else draw.text(rng, breaks=breaks) for name in names] for row in range(count)
+        [column[name][row] if name in column else draw.text(rng, breaks=breaks) for name in names]
+        for row in range(count)
     ]
     if suffix == ".tsv":
         rows = [[_one_line(cell) for cell in row] for row in rows]
@@ -95,11 +98,7 @@ def expect_own(path: str, data: bytes | str, **options: Any) -> Expected:
 
 def _own_options(rng: random.Random) -> dict[str, Any]:
     names = rng.choice((None, None, None, None, ("0", "1"), ("neg", "pos"), ("entailment", "neutral", "contradiction")))
-    return {"label_names": names, "regression": names is None and rng.random() < 0.2}
-
-
-def _oracle_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {**options, "regression": options["regression"] or None}
+    return {"label_names": names, "regression": rng.choice((None, None, True, False)) if names is None else None}
 
 
 def draw_own(suffix: str) -> Callable[[random.Random], Input]:
@@ -109,19 +108,17 @@ def draw_own(suffix: str) -> Callable[[random.Random], Input]:
         options, name = _own_options(rng), f"data{suffix}"
         data, cells = draw_table(rng, suffix)
         if rng.random() < 0.5:
-            known = independent.own_rows(cells, **_oracle_options(options)) if cells.rows else REFUSED
+            known = independent.own_rows(cells, **options) if cells.rows else REFUSED
             return Input({name: data}, f"sound {suffix}", known, options)
         files, told = damage_one(rng, {name: data})
-        return Input(files, told, expect_own(name, files[name], **_oracle_options(options)), options)
+        return Input(files, told, expect_own(name, files[name], **options), options)
 
     return draw_input
 
 
 def read_own(folder: Path, given: Input) -> Any:
-    from pats_jax.data.readers import read_file
-
     (name,) = given.files
-    return split_values(read_file(folder / name, **given.options))
+    return split_values(readers.read_file(folder / name, **given.options))
 
 
 def draw_texts(rng: random.Random) -> Input:
@@ -150,10 +147,8 @@ def draw_texts(rng: random.Random) -> Input:
 
 
 def read_texts(folder: Path, given: Input) -> Any:
-    from pats_jax.data.readers import read_texts as read
-
     (name,) = given.files
-    return split_values(read(folder / name))
+    return split_values(readers.read_texts(folder / name))
 
 
 def draw_splits(rng: random.Random) -> Input:
@@ -179,42 +174,40 @@ def draw_splits(rng: random.Random) -> Input:
 
 
 def expect_splits(files: dict[str, bytes | str]) -> Expected:
-    """By the rules of `load_files`: the first labelled file says what the labels are, and the others have to fit."""
-    label_names, regression, value, certain = None, None, {}, True
-    for name, data in files.items():
-        split = name.split(".")[0]
-        found = expect_own(name, data, label_names=label_names, regression=regression)
-        if split == "test" and found.accept is not True:
-            unlabelled = expect_own(name, data, labelled=False)
-            if unlabelled.accept is False:
-                return REFUSED
-            found = Expected(ANY, None)  # whether labels that a test set need not have must be sound is left open
-        if found.accept is False:
+    """By the rules of `load_files`: the first file says what the labels are, and the others have to fit."""
+    usual: tuple[tuple[str, ...], str] = ((), "")
+    label_names, regression, values, accept = None, None, {}, True
+    for path, data in files.items():
+        split = path.split(".")[0]
+        if not isinstance(data, bytes):
             return REFUSED
-        if found.accept is None or found.value is ANY:
-            certain = False
-        elif found.value["labels"] is None and split != "test":
+        try:
+            cells = own_cells(path, data)
+        except Wrong:
             return REFUSED
-        elif found.value["labels"] is ANY:
-            certain = False
-        elif found.value["labels"] is not None:
-            label_names = found.value["label_names"]
-            regression = label_names is None
-        value[split] = found.value
-        if split == "train" and not certain:
+        except Unclear:
             return UNKNOWN
-    kinds = {len(one["texts"]) for one in value.values() if one is not ANY}
-    if len(kinds) > 1:
+        labelled = split != "test"
+        known = independent.own_rows(
+            cells, label_names=label_names, regression=regression, labelled=labelled, usual=usual
+        )
+        if known.accept is False:
+            return REFUSED
+        accept, value = accept and known.accept, known.value
+        usual = independent.used_texts(cells.names, usual[0]) or (), usual[1]
+        if labelled:
+            if value["labels"] is None or (split == "train" and len(set(value["labels"])) == 1):
+                return REFUSED
+            label_names = value["label_names"]
+            usual, regression = (usual[0], independent.label_column(cells.names, usual[1]) or ""), label_names is None
+        values[split] = value
+    if len({len(value["texts"]) for value in values.values()}) > 1:
         return REFUSED
-    if "test" in value and value["test"] is not ANY:
-        value["test"] = {**value["test"], "labels": ANY, "label_names": ANY}
-    return Expected(value, True if certain else None)
+    return Expected(values, accept)
 
 
 def read_splits(folder: Path, given: Input) -> Any:
-    from pats_jax.data.readers import load_files
-
-    found = load_files({name.split(".")[0]: folder / name for name in given.files})
+    found = readers.load_files({name.split(".")[0]: folder / name for name in given.files})
     return {name: split_values(split) for name, split in found.items()}
 
 
@@ -230,7 +223,11 @@ def draw_glue(rng: random.Random) -> Input:
         rows = []
         for number in range(rng.choice((1, 2, 5))):
             cells = {name: _one_line(draw.text(rng)) or "." for name in texts}
-            cells |= {label: rng.choice(classes or ("0", "5.000", "2.5", "1e0")), "index": str(number), "id": f"i{number}"}
+            cells |= {
+                label: rng.choice(classes or ("0", "5.000", "2.5", "1e0")),
+                "index": str(number),
+                "id": f"i{number}",
+            }
             rows.append([cells.get(name, f"{name or 'x'}{number}") for name in names])
         headerless = task == "cola" and file != "test.tsv"
         files[f"{place}/{file}"] = draw.write_tsv(rng, None if headerless else names, rows)
@@ -251,9 +248,7 @@ def draw_glue(rng: random.Random) -> Input:
 
 
 def read_glue(folder: Path, given: Input) -> Any:
-    from pats_jax.data.readers import read_glue as read
-
-    found = read(given.options["task"], folder, splits=("train", "validation", "test"))
+    found = readers.read_glue(given.options["task"], folder, splits=("train", "validation", "test"))
     values = {name: split_values(split) for name, split in found.items()}
     return {name: {key: value[key] for key in ("texts", "ids", "labels")} for name, value in values.items()}
 
@@ -286,7 +281,13 @@ def draw_outside(rng: random.Random) -> Input:
         part = rng.choice(("TEST", "TEST", "TRAIN"))
         places = iter(texts)
         cells = [
-            label if "label" in n and n != "label1" else part if n == "SemEval_set" else next(places) if _is_text(n) else "x"
+            label
+            if "label" in n and n != "label1"
+            else part
+            if n == "SemEval_set"
+            else next(places)
+            if _is_text(n)
+            else "x"
             for n in names
         ]
         rows.append(cells)
@@ -312,9 +313,7 @@ def _is_text(column):
 
 
 def read_outside(folder: Path, given: Input) -> Any:
-    from pats_jax.data.out_of_domain import load_out_of_domain
-
-    values = split_values(load_out_of_domain(given.options["name"], folder))
+    values = split_values(out_of_domain.load_out_of_domain(given.options["name"], folder))
     return {"texts": values["texts"], "labels": values["labels"]}
 
 
@@ -373,8 +372,6 @@ def _expect_gym(value, name, data):
 
 
 def read_gym(folder: Path, given: Input) -> Any:
-    from pats_jax.data.gym import load_gym
-
     return {
         name: {
             sample.seed: {
@@ -382,7 +379,7 @@ def read_gym(folder: Path, given: Input) -> Any:
             }
             for sample in task.samples
         }
-        for name, task in load_gym(folder).items()
+        for name, task in gym.load_gym(folder).items()
     }
 
 
@@ -390,7 +387,9 @@ def draw_partition(rng: random.Random) -> Input:
     """A partition's file."""
     names = rng.sample(["weather", "voice", "riddle", "manners", "a-b", "é", "x y", "glue-rte", "superglue-rte"], 6)
     value = {"train": names[:2], "dev": names[2 : 2 + rng.randint(0, 2)], "test": names[4:]}
-    files = {"partition.json": json.dumps(value, indent=rng.choice((None, 1)), ensure_ascii=rng.random() < 0.5).encode()}
+    files = {
+        "partition.json": json.dumps(value, indent=rng.choice((None, 1)), ensure_ascii=rng.random() < 0.5).encode()
+    }
     if rng.random() < 0.2:
         return Input(files, "sound", Expected(value, True))
     files, told = damage_one(rng, files)
@@ -398,11 +397,9 @@ def draw_partition(rng: random.Random) -> Input:
 
 
 def read_partition(folder: Path, given: Input) -> Any:
-    from pats_jax.data.partitions import read_partition as read
-
-    found = read(folder / "partition.json")
+    found = partitions.read_partition(folder / "partition.json")
     lists = {name: list(getattr(found, name)) for name in ("train", "dev", "test")}
-    assert all(isinstance(name, str) for names in lists.values() for name in names)
+    must(all(isinstance(name, str) for names in lists.values() for name in names), "a name is no text")
     return lists
 
 

@@ -1,4 +1,4 @@
-"""Inputs for the readers of our own files: settings, runs of a comparison, tunings of a gym, predictions, primed runs."""
+"""Inputs for the readers of our own files: settings, finished runs, tunings of a gym, predictions."""
 
 import io
 import json
@@ -7,7 +7,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .inputs import REFUSED, Expected, Input, Reader
+import rich.console
+
+from pats_jax import compare, comparison, downstream, gym_report, relative_gain, submission
+from pats_jax.errors import InputError
+from pats_jax.gym_settings import GymSettings
+from pats_jax.settings import Settings, read_config
+
+from .inputs import REFUSED, Expected, Input, Reader, must
 from .mutate import damage_bytes, damage_one
 
 # How often a whole report is written, which draws pictures and takes its time.
@@ -15,8 +22,6 @@ _REPORTS = 0.06
 
 
 def _console():
-    import rich.console
-
     return rich.console.Console(file=io.StringIO())
 
 
@@ -54,18 +59,15 @@ def draw_settings(rng: random.Random) -> Input:
 
 def read_settings(folder: Path, given: Input) -> Any:
     """What is accepted must be what the file says, and fit to be checked."""
-    from pats_jax.errors import InputError
-    from pats_jax.settings import Settings, read_config
-
     path = folder / "config.json"
     settings = read_config(str(path), Settings)
     written = json.loads(path.read_bytes())
     found = {name: getattr(settings, name) for name in written}
-    assert found == written or "NaN" in path.read_text(), "not the values of the file"
+    must(found == written or "NaN" in path.read_text(), "not the values of the file")
     try:
         settings.check()
     except InputError as error:  # a line about a flag
-        assert str(error).isprintable() and len(str(error)) < 2000, f"message {str(error)[:100]!a}"
+        must(str(error).isprintable() and len(str(error)) < 2000, f"the message of check() is {str(error)[:100]!a}")
     return found
 
 
@@ -87,7 +89,7 @@ def draw_grid(rng: random.Random) -> Input:
         files[f"{place}/results.json"] = json.dumps(_results(run["method"], score)).encode()
         files[f"{place}/metrics.jsonl"] = b"".join(json.dumps(line).encode() + b"\n" for line in _metrics(score))
     files["grid.json"] = json.dumps({"runs": runs, "commands": ["compare --x"], "machines": [{"cores": "2"}]}).encode()
-    options = {"report": rng.random() < _REPORTS}
+    options = {"report": rng.random() < _REPORTS, "names": [f"{run['method']}/seed{run['seed']}" for run in runs]}
     if rng.random() < 0.05:
         means = {method: statistics.fmean(own) for method, own in scores.items()}
         return Input(files, "sound", Expected({name: round(mean, 9) for name, mean in means.items()}, True), options)
@@ -129,8 +131,6 @@ def _metrics(score):
 
 
 def read_grid(folder: Path, given: Input) -> Any:
-    from pats_jax import compare, comparison
-
     if given.options["report"]:
         compare.report(folder, _console())
         summary = json.loads((folder / "comparison.json").read_bytes())
@@ -181,8 +181,6 @@ def draw_tunings(rng: random.Random) -> Input:
 
 
 def read_tunings(folder: Path, given: Input) -> Any:
-    from pats_jax import downstream, gym_report, relative_gain
-
     summary = relative_gain.summarise(downstream.read_records(folder))
     if given.options["report"]:
         gym_report.write_report(folder / "report", summary, title="Priming", about=["command"])
@@ -234,10 +232,8 @@ def _expect_predictions(name, data):
 
 
 def read_predictions(folder: Path, given: Input) -> Any:
-    from pats_jax.submission import read_answers
-
     (name,) = given.files
-    return read_answers(folder / name, name, True)
+    return submission.read_answers(folder / name, name, True)
 
 
 def draw_run(rng: random.Random) -> Input:
@@ -258,9 +254,7 @@ def draw_run(rng: random.Random) -> Input:
 
 
 def read_run(folder: Path, given: Input) -> Any:
-    from pats_jax.submission import read_run as read
-
-    run = read(folder)
+    run = submission.read_run(folder)
     return [run.task.name, run.is_builtin, [path.name for path in run.files]] if given.told == "sound" else None
 
 
@@ -290,13 +284,11 @@ def draw_primed(rng: random.Random) -> Input:
 
 def read_primed(folder: Path, given: Input) -> Any:
     """The names of the starts, which become parts of paths."""
-    from pats_jax.downstream import find_starts
-    from pats_jax.gym_settings import GymSettings
-
     settings = GymSettings(primed=(str(folder),), kinds=("lora",), direct=False, head="similarity")
-    names = [start.name for start in find_starts(settings, ["manners"])]
+    names = [start.name for start in downstream.find_starts(settings, ["manners"])]
     for name in names:
-        assert "/" not in name and not name.startswith(".") and name.isprintable(), f"{name!a} becomes part of a path"
+        fits = "/" not in name and not name.startswith(".") and name.isprintable()
+        must(fits, f"{name!a} becomes part of a path")
     return names
 
 
