@@ -182,12 +182,12 @@ def _json_cell(value):
 
 
 def used_texts(names: Sequence[str], usual: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-    """The columns of the texts: those of the training file, if there is one and they are here, else the first of all."""
+    """The columns of the texts: those of the training file if they are here, else the first of all."""
     return next((texts for texts in (usual, *TEXTS) if texts and set(texts) <= set(names)), None)
 
 
 def label_column(names: Sequence[str], usual: str = "") -> str | None:
-    return next((name for name in (usual, *LABELS) if name in names), None)
+    return next((name for name in (usual, *LABELS) if name and name in names), None)
 
 
 def ids_column(names: Sequence[str]) -> str | None:
