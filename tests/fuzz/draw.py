@@ -146,4 +146,5 @@ def finish(rng: random.Random, written: str, end: str) -> bytes:
     """As UTF-8, with a byte-order mark at times and without the last line's end at others."""
     if rng.random() < 0.15:
         written = written.removesuffix(end)
-    return (b"\xef\xbb\xbf" if rng.random() < 0.15 else b"") + written.encode()
+    marked = rng.random() < 0.15 or written.startswith("\ufeff")  # that of a text would be taken for the file's
+    return (b"\xef\xbb\xbf" if marked else b"") + written.encode()
