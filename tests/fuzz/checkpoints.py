@@ -277,6 +277,7 @@ _ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
         {
             "base_model.model.bert.encoder.layer.0.attention.self.key.ia3_l": (8, 1),
+            "base_model.model.bert.encoder.layer.0.attention.output.dense.ia3_l": (1, 8),
             "base_model.model.bert.encoder.layer.0.output.dense.ia3_l": (1, 12),
         },
     ),

