@@ -1,6 +1,7 @@
 """Inputs for the readers of models: configs, weights, tokenizers, adapters. The checkpoint is made here, by hand."""
 
 import functools
+import itertools
 import json
 import math
 import random
@@ -12,10 +13,11 @@ import numpy as np
 import transformers
 from flax.traverse_util import flatten_dict
 
+from pats_jax.data import batches, readers
 from pats_jax.models import from_pretrained, load_tokenizer, peft
 from pats_jax.models.config import EncoderConfig
 
-from .inputs import UNKNOWN, Expected, Input, Reader, must
+from .inputs import REFUSED, UNKNOWN, Expected, Input, Reader, must
 from .mutate import damage_one
 
 # Transformers imports a class when it is first asked for; no input's time should go into that.
@@ -82,12 +84,19 @@ def _tensors() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in _shapes().items()}
 
 
-def to_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """The format as it is published: the header's length, the header, the bytes of the tensors."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
+def to_safetensors(tensors: dict[str, np.ndarray], others: dict[str, tuple[str, str]] | None = None) -> bytes:
+    """The format as it is published: the header's length, the header, the bytes of the tensors.
+
+    Args:
+      tensors: name -> values.
+      others: name -> dtype in the format and in NumPy, where they are not float32.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
     for name, tensor in tensors.items():
-        begin, data = len(data), data + tensor.astype("<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, len(data)]}
+        dtype, numpy_dtype = (others or {}).get(name, ("F32", "<f4"))
+        begin, data = len(data), data + tensor.astype(numpy_dtype).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, len(data)]}
     written = json.dumps(header).encode()
     written += b" " * (-len(written) % 8)
     return struct.pack("<Q", len(written)) + written + data
@@ -202,12 +211,41 @@ def draw_model(rng: random.Random) -> Input:
     if rng.random() < 0.5:
         names.remove("config.json")
     name = rng.choice(names)
+    if name.endswith(".safetensors") and rng.random() < 0.3:
+        return _with_another_tensor(rng, files, name)
     if name.endswith(".safetensors") and rng.random() < 0.6:
         changed, told = _damage_header(rng, files[name])
         changed = {name: changed}
     else:
         changed, told = damage_one(rng, {name: files[name]})
     return Input(files | changed, told)
+
+
+_DTYPES = {"F16": "<f2", "F64": "<f8", "I64": "<i8", "U8": "u1", "BOOL": "u1", "F8_E4M3": "u1", "BF16": "<u2"}
+
+
+def _with_another_tensor(rng, files, name):
+    """A tensor is of another dtype or shape, has a value that is not finite, or is another's twin."""
+    tensors = from_safetensors(files[name])
+    one = rng.choice(sorted(tensors))
+    changed = tensors[one].copy()
+    match rng.choice(("dtype", "shape", "value", "name")):
+        case "dtype":
+            dtype = rng.choice(sorted(_DTYPES))
+            data = to_safetensors(tensors, {one: (dtype, _DTYPES[dtype])})
+            expected = UNKNOWN if dtype in ("F16", "F64", "BF16") else REFUSED
+            return Input({**files, name: data}, f"{one} is {dtype}", expected)
+        case "shape":
+            shape = rng.choice(((0,), (), (1, *changed.shape), changed.shape[::-1], (changed.size,), (3, 5)))
+            tensors[one] = np.zeros(shape, np.float32)
+            expected, told = UNKNOWN if shape == changed.shape else REFUSED, f"{one} has shape {shape}"
+        case "value":
+            changed.flat[rng.randrange(changed.size)] = rng.choice((np.nan, np.inf, -np.inf))
+            tensors[one], expected, told = changed, REFUSED, f"{one} is not finite"
+        case "name":
+            other = rng.choice((one.removeprefix("bert."), one.replace("weight", "gamma"), f"{one}\n", "", "cls.x"))
+            tensors[other], expected, told = changed, UNKNOWN, f"{one} is also {other!r}"
+    return Input({**files, name: to_safetensors(tensors)}, told, expected)
 
 
 def _damage_header(rng, data):
@@ -247,14 +285,17 @@ def draw_tokenizer(rng: random.Random) -> Input:
     if rng.random() < 0.05:
         return Input(files, "sound", Expected([[2, 8, 5, 7, 9, 10, 3], [2, 1, 3]], True))
     changed, told = damage_one(rng, files)
-    return Input(changed, told)
+    return Input(changed, told, options={"names": ["cannot be tokenised", "max_seq_length"]})
 
 
-def read_tokenizer(folder: Path, given: Input) -> list[list[int]]:
+def read_tokenizer(folder: Path, given: Input) -> list[list[int]] | None:
+    """Loads it, and has it take two texts as a training would."""
     tokenizer = load_tokenizer(folder)
+    split = readers.Split(["The good films.", "x"], None, None, ["0", "1"])
+    tokens = batches.tokenize(split, tokenizer, 8)
     if given.told != "sound":
-        return []
-    return [list(ids) for ids in tokenizer(["The good films.", "x"])["input_ids"]]
+        return None
+    return [tokens.input_ids[begin:end].tolist() for begin, end in itertools.pairwise(tokens.offsets.tolist())]
 
 
 # adapters
