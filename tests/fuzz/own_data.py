@@ -229,6 +229,10 @@ def draw_glue(rng: random.Random) -> Input:
                 "id": f"i{number}",
             }
             rows.append([cells.get(name, f"{name or 'x'}{number}") for name in names])
+        if task == "qqp" and rng.random() < 0.1:  # its first release has lines that are broken in two
+            rows = [*rows, *([str(number), *"abc0"[5 - len(names) :]] for number in range(2000))]
+            for number in range(rng.randint(0, 3)):
+                rows.insert(number * 7 % len(rows), ["broken"])
         headerless = task == "cola" and file != "test.tsv"
         files[f"{place}/{file}"] = draw.write_tsv(rng, None if headerless else names, rows)
     told = f"sound {task}"
@@ -248,7 +252,8 @@ def draw_glue(rng: random.Random) -> Input:
 
 
 def read_glue(folder: Path, given: Input) -> Any:
-    found = readers.read_glue(given.options["task"], folder, splits=("train", "validation", "test"))
+    splits = ("test",) if given.options["task"] == "ax" else ("train", "validation", "test")
+    found = readers.read_glue(given.options["task"], folder, splits=splits)
     values = {name: split_values(split) for name, split in found.items()}
     return {name: {key: value[key] for key in ("texts", "ids", "labels")} for name, value in values.items()}
 
@@ -321,42 +326,51 @@ def read_outside(folder: Path, given: Input) -> Any:
 
 
 def draw_gym(rng: random.Random) -> Input:
-    """A folder with two tasks, as JSON lines or as TSV files."""
+    """A folder with two tasks, read whole or by a partition beside which there is a third, damaged one."""
     files: dict[str, bytes | str] = {}
-    value = {}
+    value, marked = {}, set()
     for task in ("weather", "riddle"):
-        suffix = rng.choice((".jsonl", ".tsv"))
-        options = ["warm", "cold", draw.text(rng) if suffix == ".jsonl" else "very hot"]
-        if len(set(options)) < 3:
-            options[2] = "tepid"
-        samples: dict[int, dict[str, list]] = {}
-        for seed in (13, 21):
-            samples[seed] = {}
-            for split in ("train", "dev", "test"):
-                rows = []
-                for number in range(rng.choice((3, 4, 8))):
-                    given = draw.text(rng, breaks=draw.BREAKS if suffix == ".jsonl" else ())
-                    given = given if suffix == ".jsonl" else f"q {_one_line(given)} ."
-                    rows.append((given, options[number % 3]))
-                samples[seed][split] = [list(row) for row in rows]
-                name = f"{task}/{task}_16_{seed}_{split}{suffix}"
-                if suffix == ".tsv":
-                    files[name] = draw.write_tsv(rng, None, rows)
-                else:
-                    order = rng.sample(options, 3) if task == "riddle" else options
-                    files[name] = draw.write_json_lines(
-                        rng, ("task", "input", "output", "options"), [(task, *row, order) for row in rows]
-                    )
-        value[task] = samples
-    if rng.random() < 0.3:
+        suffix, marks = rng.choice((".jsonl", ".tsv")), rng.choice(("", "ABC", "123"))
+        value[task] = _draw_task(rng, task, suffix, marks, files)
+        marked |= {task} if suffix == ".tsv" and marks else set()
+    if rng.random() < 0.2:
         return Input(files, "sound", Expected(value, True))
+    if rng.random() < 0.2:
+        name = rng.choice(sorted(files))
+        damaged, told = damage_one(rng, {"gym/other/other_16_13_dev" + Path(name).suffix: files[name]}, special=0.2)
+        partition = json.dumps({"train": ["weather"], "dev": [], "test": ["riddle"]}).encode()
+        own = {f"gym/{name}": data for name, data in files.items()}
+        return Input({**own, **damaged, "partition.json": partition}, f"beside {told}", Expected(value, True))
     files, told = damage_one(rng, files)
     (name,) = (name for name in files if name in told)
-    return Input(files, told, _expect_gym(value, name, files[name]))
+    return Input(files, told, _expect_gym(value, name, files[name], marked))
 
 
-def _expect_gym(value, name, data):
-    """Two files of a sample stay as they were; of the damaged one, the number of rows where its lines are plain."""
+def _draw_task(rng, task, suffix, marks, files):
+    """Adds a task's files, in TSV with the options after the input where there are marks; gives its rows."""
+    options = ["warm", "cold", draw.text(rng) if suffix == ".jsonl" else "very hot"]
+    if len(set(options)) < 3:
+        options[2] = "tepid"
+    appended = "".join(f" ({mark}) {option}" for mark, option in zip(marks, options, strict=False))
+    samples: dict[int, dict[str, list]] = {13: {}, 21: {}}
+    for seed, splits in samples.items():
+        for split in ("train", "dev", "test"):
+            texts = [draw.text(rng, breaks=draw.BREAKS) for _ in range(rng.choice((3, 4, 8)))]
+            if suffix == ".tsv":
+                texts = [f"q {_one_line(text)} ." for text in texts]
+            rows = splits[split] = [[text, options[number % 3]] for number, text in enumerate(texts)]
+            name = f"{task}/{task}_16_{seed}_{split}{suffix}"
+            if suffix == ".tsv":
+                files[name] = draw.write_tsv(rng, None, [(text + appended, output) for text, output in rows])
+            else:
+                order = rng.sample(options, 3) if task == "riddle" else options
+                written = [(task, *row, order) for row in rows]
+                files[name] = draw.write_json_lines(rng, ("task", "input", "output", "options"), written)
+    return samples
+
+
+def _expect_gym(value, name, data, marked):
+    """All files but the damaged one stay as they were; of that, the number of rows is known."""
     task, _, seed, split = Path(name).stem.split("_")
     if isinstance(data, str):
         return UNKNOWN if data == "no file" else REFUSED
@@ -366,12 +380,18 @@ def _expect_gym(value, name, data):
         return REFUSED
     except Unclear:
         return UNKNOWN
-    count = len([line for line in lines if line.strip()])
-    changed = {**value, task: {**value[task], int(seed): {**value[task][int(seed)], split: [ANY] * count}}}
-    return Expected(changed, None)
+    count = len([line for line in lines if line.strip()]) if name.endswith(".jsonl") else len(lines)
+    samples = {**value[task], int(seed): {**value[task][int(seed)], split: [ANY] * count}}
+    if task in marked:  # if one line has no options any more, all lines are read as if they had none
+        samples = {s: {split: [ANY] * len(rows) for split, rows in splits.items()} for s, splits in samples.items()}
+    return Expected({**value, task: samples}, None)
 
 
 def read_gym(folder: Path, given: Input) -> Any:
+    if "partition.json" in given.files:
+        found = partitions.load_partitioned_gym(folder / "gym", folder / "partition.json")[0]
+    else:
+        found = gym.load_gym(folder)
     return {
         name: {
             sample.seed: {
@@ -379,7 +399,7 @@ def read_gym(folder: Path, given: Input) -> Any:
             }
             for sample in task.samples
         }
-        for name, task in gym.load_gym(folder).items()
+        for name, task in found.items()
     }
 
 

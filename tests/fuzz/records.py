@@ -13,6 +13,7 @@ from pats_jax import compare, comparison, downstream, gym_report, relative_gain,
 from pats_jax.errors import InputError
 from pats_jax.gym_settings import GymSettings
 from pats_jax.settings import Settings, read_config
+from pats_jax.upstream import PrimingSettings
 
 from .inputs import REFUSED, Expected, Input, Reader, must
 from .mutate import damage_bytes, damage_one
@@ -49,18 +50,26 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+_KINDS = {"glue": Settings, "gym": GymSettings, "prime": PrimingSettings}
+_OF_GLUE = ("task_name", "data_dir", "out_of_domain", "do_train", "num_train_epochs")
+
+
 def draw_settings(rng: random.Random) -> Input:
-    data = json.dumps(_SETTINGS).encode()
-    if rng.random() < 0.05:
-        return Input({"config.json": data}, "sound", Expected(_SETTINGS, True))
-    files, told = damage_one(rng, {"config.json": data})
-    return Input(files, told)
+    """The settings of a run of `pats-jax glue`, or those that the other programs have, too."""
+    kind = rng.choice(sorted(_KINDS))
+    values = {name: _SETTINGS[name] for name in _SETTINGS if kind == "glue" or name not in _OF_GLUE}
+    files: dict[str, bytes | str] = {"config.json": json.dumps(values).encode()}
+    told, expected = "sound", Expected(values, True)
+    if rng.random() > 0.05:
+        files, told = damage_one(rng, files)
+        told, expected = f"{kind}: {told}", Expected()
+    return Input(files, told, expected, {"kind": kind})
 
 
 def read_settings(folder: Path, given: Input) -> Any:
     """What is accepted must be what the file says, and fit to be checked."""
     path = folder / "config.json"
-    settings = read_config(str(path), Settings)
+    settings = read_config(str(path), _KINDS[given.options["kind"]])
     written = json.loads(path.read_bytes())
     found = {name: getattr(settings, name) for name in written}
     must(found == written or "NaN" in path.read_text(), "not the values of the file")
