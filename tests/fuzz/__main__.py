@@ -69,13 +69,14 @@ class Report:
 
 
 def table(readers: list[str], verdicts: list[Verdict]) -> str:
-    """A line a reader: inputs, what became of them, the seconds of the slowest."""
-    lines = [f"{'reader':12}{'inputs':>8}{ACCEPTED:>10}{REFUSED:>9}{FAILED:>8}{'slowest':>10}"]
+    """A line a reader: inputs, what became of them, the seconds of the slowest and its number."""
+    lines = [f"{'reader':12}{'inputs':>8}{ACCEPTED:>10}{REFUSED:>9}{FAILED:>8}{'slowest':>16}"]
     for name in readers:
         own = [verdict for verdict in verdicts if verdict.reader == name]
         counts = [sum(verdict.outcome == outcome for verdict in own) for outcome in (ACCEPTED, REFUSED, FAILED)]
-        slowest = max((verdict.seconds for verdict in own), default=0.0)
-        lines.append(f"{name:12}{len(own):8}{counts[0]:10}{counts[1]:9}{counts[2]:8}{slowest:8.2f} s")
+        slowest = max(own, key=lambda verdict: verdict.seconds)
+        shown = f"{slowest.seconds:.2f} s ({slowest.number})"
+        lines.append(f"{name:12}{len(own):8}{counts[0]:10}{counts[1]:9}{counts[2]:8}{shown:>16}")
     return "\n".join(lines)
 
 

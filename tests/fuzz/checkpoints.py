@@ -285,7 +285,7 @@ def draw_tokenizer(rng: random.Random) -> Input:
     if rng.random() < 0.05:
         return Input(files, "sound", Expected([[2, 8, 5, 7, 9, 10, 3], [2, 1, 3]], True))
     changed, told = damage_one(rng, files)
-    return Input(changed, told, options={"names": ["cannot be tokenised", "max_seq_length"]})
+    return Input(changed, told, options={"names": ["tokenizer", "max_seq_length"]})
 
 
 def read_tokenizer(folder: Path, given: Input) -> list[list[int]] | None:
