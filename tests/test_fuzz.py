@@ -24,7 +24,7 @@ FAULTS = {
 def test_planted_faults_are_reported_and_their_neighbours_go_on(tmp_path):
     # A process that dies, or must be killed, takes nobody else's inputs with it: each has exactly one verdict.
     names = ["sound", *FAULTS]
-    found = campaign.run(names, [0], seed=1, limit=0.5, grace=0.5, keep=tmp_path, module="fuzz.planted")
+    found = campaign.run(names, [0], seed=1, limit=1.0, grace=2.0, keep=tmp_path, module="fuzz.planted")
     assert sorted(verdict.reader for verdict in found) == sorted(names)
     kinds = {verdict.reader: verdict.kind for verdict in found}
     assert kinds.pop("sound") == ""
