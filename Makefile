@@ -12,7 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # and the second the hub's.
 DATA_DIR ?= $(wildcard ../shared/data/glue)
 
-.PHONY: demo test slow parity lint bench bench-check curves clean
+# Of `make fuzz`: more inputs, other ones, some of the readers only (see tests/fuzz/__init__.py).
+SEED ?= 1
+COUNT ?= 2000
+READERS ?=
+FUZZ := $(BIN)/python -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
+
+.PHONY: demo test slow fuzz parity lint bench bench-check curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -22,6 +28,10 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready
 	$(PYTEST) -m slow
+	$(FUZZ) --count 10000
+
+fuzz: $(VENV)/.ready
+	$(FUZZ) --count $(COUNT)
 
 parity: $(VENV)/.torch
 	$(BIN)/python -m pytest -m parity
