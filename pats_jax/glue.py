@@ -312,7 +312,7 @@ def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
 _SHORTEST_TEXT = 8  # tokens: a pair of sentences has three special ones
 
 
-def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> dict[str, float | None]:
+def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> methods.DropoutRates:
     """The rates for `models.from_pretrained`: as typed, else 0 where the method's authors do without, else None."""
     steps = count_steps(settings, len(splits["train"])) if "train" in splits else None
     return methods.dropout_rates(settings, steps)
@@ -330,7 +330,7 @@ def save_model(
         peft.save_peft(
             folder / "adapter", model=model, params=params, base_model_name_or_path=name, tokenizer=tokenizer
         )
-        if not model.peft.merges:
+        if not peft.config_of(model).merges:
             return
         model, params = peft.merge_and_unload(model, params)
     models.save_pretrained(folder / "model", params=params, config=model.config, tokenizer=tokenizer)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -212,17 +212,28 @@ def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:
     return any(method.without_dropout(total_steps) for method in get_methods(settings.method))
 
 
-def dropout_rates(settings: TrainingSettings, total_steps: int | None) -> dict[str, float | None]:
-    """The rates for `models.from_pretrained`: as typed, else 0 where the method's authors train without, else None.
+class DropoutRates(TypedDict):
+    """Arguments of `models.from_pretrained`; None: as the checkpoint says."""
+
+    hidden_dropout: float | None
+    attention_dropout: float | None
+    classifier_dropout: float | None
+
+
+def dropout_rates(settings: TrainingSettings, total_steps: int | None) -> DropoutRates:
+    """The rates as typed, else 0 where the method's authors train without, else None.
 
     Args:
       settings: see `TrainingSettings`.
       total_steps: optimizer steps of the training; None: nothing is trained.
     """
     authors = 0.0 if total_steps is not None and turns_dropout_off(settings, total_steps) else None
-    typed = {"hidden_dropout": settings.hidden_dropout, "attention_dropout": settings.attention_dropout}
-    chosen = {name: authors if rate is None else rate for name, rate in typed.items()}
-    return chosen | {"classifier_dropout": authors if settings.hidden_dropout is None else None}
+    hidden, attention = settings.hidden_dropout, settings.attention_dropout
+    return DropoutRates(
+        hidden_dropout=authors if hidden is None else hidden,
+        attention_dropout=authors if attention is None else attention,
+        classifier_dropout=authors if hidden is None else None,
+    )
 
 
 def statistics(settings: TrainingSettings, schedule: optax.Schedule, opt_state: Any) -> dict[str, jax.Array]:

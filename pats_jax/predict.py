@@ -81,6 +81,7 @@ def predict_texts(
     """
     split = read_texts(file)
     tokenizer = models.load_tokenizer(model)
+    network: models.SequenceClassifier
     if peft.is_peft_folder(model):
         network, params, config = peft.load_peft_model(model)
     else:

@@ -15,8 +15,6 @@ from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.peft import files
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # What PEFT 0.21.2 writes for the plain form of each kind.
 COMMON = {
     "auto_mapping": None,

@@ -55,8 +55,8 @@ def _log_level():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, quick_compilation):
-    """The folder of a tiny model, and programs compiled quickly."""
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny model."""
     return str(tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", 2))
 
 

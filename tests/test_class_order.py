@@ -17,8 +17,6 @@ from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
 from pats_jax.models import labels, peft
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ORDER = (2, 1, 0)  # of the head below: its class i is the task's class ORDER[i]
 NAMES = ("CONTRADICTION", "Neutral", "entail-ment")
 BIAS = np.array([2.4, 2.0, -2.4], np.float32)  # so that not all answers are the same

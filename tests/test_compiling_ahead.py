@@ -15,8 +15,6 @@ from pats_jax import make_loss_fn, make_train_step, models, parallel
 ROWS, LENGTHS = 16, (12, 5, 8)
 RUNNERS = {"one device": {"num_devices": 1}, "mesh": {}, "fsdp": {"fsdp": 2}, "pmap": {"kind": "pmap"}}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def compiled():

@@ -25,7 +25,6 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.gym_settings import GymSettings
 from pats_jax.models import peft
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RATES = {"full": 2e-3, "lora": 2e-2, "bitfit": 1e-2}
 QUICK = {
     "max_seq_length": 16,

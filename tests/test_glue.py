@@ -23,9 +23,6 @@ from pats_jax.settings import Settings
 TRAIN_ROWS, STEPS = 22, 12  # of SST-2: 4 epochs of 3 batches, the last one of 6 rows
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Settings of a quick run on a tiny SST-2; tests fill in the rest."""

@@ -18,7 +18,6 @@ from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KINDS = tuple(peft.KINDS)
 SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length": 4, "lora_dropout": 0.1}
 

@@ -16,8 +16,6 @@ from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -16,9 +16,6 @@ from pats_jax import methods, subnetworks, trees
 from pats_jax.errors import InputError
 from pats_jax.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 SETTINGS = Settings(learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1, max_grad_norm=0.5)
 
 

@@ -21,8 +21,6 @@ from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.option_scoring import HEADS, Head, encode_rows, get_head, load_scorer, option_scores, pad_to
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(tiny.CONFIG, max_position_embeddings=80)
 LONGEST = 64
 CLASSES = ("warm", "cold and dull", "rude")

@@ -25,9 +25,6 @@ needs_shared = pytest.mark.skipif(not (SHARED / "ood_nli").is_dir(), reason=f"th
 THREE, TWO = ("entailment", "neutral", "contradiction"), ("entailment", "not_entailment")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def write(path, *lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -32,7 +32,6 @@ CONFIGS = {
     "prompt": peft.PromptConfig(length=3),
     "prefix": peft.PrefixConfig(length=3),
 }
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MERGING = ("lora", "bitfit", "ia3")
 KINDS = pytest.mark.parametrize("name", CONFIGS)
 FAMILIES = pytest.mark.parametrize("family", ("bert", "roberta"))

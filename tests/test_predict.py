@@ -19,9 +19,6 @@ from pats_jax import cli, models
 NAMES = ("so so", "good", "bad")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a classifier of three named classes."""

@@ -11,8 +11,6 @@ import pytest
 import pats_jax
 from pats_jax import make_train_step, parallel, priming
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TASKS, ROWS, INPUTS, HIDDEN = 4, 5, 3, 4
 RATE = 0.3  # large, so that the second-order term is
 ONLY_BIASES = {"first": {"kernel": False, "bias": True}, "second": {"kernel": False, "bias": True}}

@@ -29,9 +29,6 @@ from pats_jax.errors import InputError
 STEPS = 60
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A run of PATS on a tiny SST-2 with everything that has a state: dropout, noise, evaluations, early stop, best."""

@@ -395,16 +395,15 @@ def test_a_place_that_cannot_be_written(builtin, tmp_path, capsys):
 
 
 def test_the_files_of_a_real_run_on_mnli(tmp_path, submit, caplog):
-    with tiny.quick_compilation(tmp_path / "compiled"):
-        settings = Settings(
-            model_name_or_path=str(tiny.save_checkpoint(tmp_path / "model", 3)),
-            task_name="mnli",
-            data_dir="builtin",
-            output_dir=str(tmp_path / "run"),
-            do_predict=True,
-            max_seq_length=16,
-        )
-        glue.run(settings)
+    settings = Settings(
+        model_name_or_path=str(tiny.save_checkpoint(tmp_path / "model", 3)),
+        task_name="mnli",
+        data_dir="builtin",
+        output_dir=str(tmp_path / "run"),
+        do_predict=True,
+        max_seq_length=16,
+    )
+    glue.run(settings)
     found = server_format.check(submit([tmp_path / "run"], "--placeholders"), builtin=True)
     for name in RUNS["mnli"]:
         assert (tmp_path / "run" / "predictions" / name).read_text() == table(found[name])

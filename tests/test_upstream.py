@@ -19,7 +19,6 @@ from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 from pats_jax.upstream import PrimingSettings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 META = ("maml", "fomaml", "reptile")
 QUICK = {
     "max_seq_length": 16,

@@ -1,16 +1,14 @@
 """A checkpoint and data small enough for the programs to run on in seconds."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from pats_jax import models
@@ -111,25 +109,6 @@ def reference_logits(
     tokenize = models.load_tokenizer(model_folder)
     encoded = tokenize(first, second, padding=True, truncation=True, max_length=max_length, return_tensors="np")
     return np.asarray(jax.jit(lambda batch: model.apply({"params": params}, **batch))(dict(encoded)))
-
-
-@contextlib.contextmanager
-def quick_compilation(folder: Path) -> Iterator[None]:
-    """Little optimisation by XLA, and its results kept in a folder: the same programs are compiled again and again."""
-    wanted = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    compilation_cache.reset_cache()
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def quick_settings(folder: Path, **changes) -> Settings:

@@ -30,6 +30,8 @@ from .low_resource import stratified_rows as stratified_rows
 from .out_of_domain import load_out_of_domain as load_out_of_domain
 from .partitions import (
     load_partition as load_partition,
+)
+from .partitions import (
     load_partitioned_gym as load_partitioned_gym,
 )
 from .prefetch import prefetch as prefetch

@@ -8,6 +8,8 @@ from .masked_lm import (
 )
 from .pretrained import (
     from_pretrained as from_pretrained,
+)
+from .pretrained import (
     lacks_pooler as lacks_pooler,
 )
 from .pretrained import (

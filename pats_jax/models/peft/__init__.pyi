@@ -25,6 +25,9 @@ from .model import (
     add_peft as add_peft,
 )
 from .model import (
+    config_of as config_of,
+)
+from .model import (
     count_parameters as count_parameters,
 )
 from .model import (
