@@ -486,7 +486,7 @@ def edit(folder, **changes):
         ({"bias": "all"}, "bias is 'all'"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
         ({"r": "eight"}, "adapter_config.json: r: Input should be a valid integer"),
-        ({"r": 3}, "r is 3, but tensor bert.encoder.layer.0.attention.self.query.lora_A.weight has shape (2, 16)"),
+        ({"r": 3}, "r is 3, but tensor bert.encoder.layer.0.attention.output.dense.lora_A.weight has shape (2, 16)"),
         ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha: Input should be a valid number"),
     ],
 )

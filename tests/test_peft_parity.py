@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import random
+import types
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from model_parity import logits_of
 
 from pats_jax.errors import InputError
 from pats_jax.models import from_pretrained, load_tokenizer, peft, save_pretrained
+from pats_jax.models.peft.saved import named_layers
 from pats_jax.models.sources import checkpoint_folder
 
 pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
@@ -18,6 +21,7 @@ pytest.importorskip("peft", reason="parity needs peft: make parity installs it w
 import peft as theirs
 import torch
 import torch_reference
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.parity
@@ -189,3 +193,30 @@ def test_the_plain_fields_are_the_defaults_of_pefts_classes():
         known = {*rules.read.__annotations__, *rules.without_effect, "inference_mode", "auto_mapping"}
         for field, value in make().to_dict().items():
             assert field in known or not value or rules.plain[field] == value, field
+
+
+def test_the_layers_that_a_config_names_are_those_that_peft_takes():
+    parts = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    layers = [f"bert.encoder.layer.{index}.{part}" for index in range(12) for part in parts] + ["bert.pooler.dense"]
+    ends = ["query", "dense", "output.dense", "self.key", "uery", "pooler.dense", "1.output.dense", "", *layers[:8]]
+    regexes = (r".*query", r".*\.(1|2)\..*dense", "bert.*", "query", r".*\.\d+\.output\.dense")
+    rng = random.Random(0)
+    for _ in range(500):
+        listed = rng.random() < 0.7
+        fields = {
+            "target_modules": rng.sample(ends, rng.randint(1, 4)) if listed else rng.choice(regexes),
+            "exclude_modules": rng.choice([None, None, rng.sample(ends, 2), r".*pooler.*", r".*\.0\..*"]),
+            "layers_to_transform": rng.choice([None, None, [], 0, [0, 1], [11]]) if listed else None,
+        }
+        patterns = [None, "layer", ["layer"], ["block"], ["encoder", "layer"]]
+        fields["layers_pattern"] = rng.choice(patterns) if fields["layers_to_transform"] is not None else None
+        settings = types.SimpleNamespace(**fields, target_parameters=None, modules_to_save=["classifier", "score"])
+        found = {layer: check_target_module_exists(settings, layer) for layer in layers}
+        expected = {layer for layer, yes in found.items() if yes and not isinstance(yes, _ExcludedModule)}
+        assert named_layers(fields, layers, (), "config") == expected, fields

@@ -106,7 +106,7 @@ class SavedModules(NamedTuple):
             InputError: The two differ, so that the file is incomplete or PEFT would leave some of it out.
         """
         in_file = [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
-        named = self._named_layers(default_targets)
+        named = named_layers(self.fields, self.layers, default_targets, self.source)
         for layer in self.layers:
             if layer in in_file and layer not in named:
                 raise InputError(f"{self.source}: target_modules leaves out {layer}, which has tensors beside it")
@@ -117,39 +117,48 @@ class SavedModules(NamedTuple):
                 )
         return in_file
 
-    def _named_layers(self, default_targets: Iterable[str]) -> set[str]:
-        """PEFT's rule for which of a model's linear layers have modules (``check_target_module_exists``)."""
-        targets, excluded = self.get("target_modules", list(default_targets)), self.get("exclude_modules", [])
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            named = set(self.layers)
-        else:
-            named = self._matching(targets, "target_modules")
-        indices = self.get("layers_to_transform", [])
-        if indices != [] and not isinstance(targets, str):
-            indices = [indices] if isinstance(indices, int) else indices
-            named = {layer for layer in named if layer in targets or self._layer_number(layer) in indices}
-        return named - (self._matching(excluded, "exclude_modules") if excluded else set())
 
-    def _matching(self, modules: str | list[str], field: str) -> set[str]:
-        """The layers that a field names: by a regex for the whole name, or by a list of whole names and endings."""
-        if isinstance(modules, str):
-            matches = compile_pattern(modules, f"{self.source}: {field}", whole=True)
-            return set(filter(matches, self.layers))
-        endings = tuple(f".{name}" for name in modules)
-        return {layer for layer in self.layers if layer in modules or layer.endswith(endings)}
+def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: Iterable[str], source: str) -> set[str]:
+    """The layers that a config names, by PEFT's rule (its ``check_target_module_exists``).
 
-    def _layer_number(self, layer: str) -> int | None:
-        """The N of ``bert.encoder.layer.N.output.dense`` if the word before it is one that layers_pattern allows."""
-        patterns = self.get("layers_pattern", [])
+    Args:
+        fields: The config: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
+        layers: The names of the model's linear layers that modules may change.
+        default_targets: What target_modules is where it is null.
+        source: What to call the config in error messages.
+    """
+    targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
+    targets = list(default_targets) if targets is None else targets
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        named = set(layers)
+    else:
+        named = _matching(targets, layers, f"{source}: target_modules")
+    indices, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
+    if indices not in (None, []) and not isinstance(targets, str):
+        indices = [indices] if isinstance(indices, int) else indices
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        for pattern in patterns:
-            if not pattern.isidentifier():  # PEFT takes regexes; names are all that people give
-                raise InputError(f"{self.source}: layers_pattern {shown(pattern)} is not supported, only a name")
-        words = layer.split(".")
-        for before, word in zip(words[1:], words[2:], strict=False):
-            if word.isdigit():
-                return int(word) if not patterns or before in patterns else None
-        return None
+        named = {layer for layer in named if layer in targets or _layer_number(layer, patterns, source) in indices}
+    return named - (_matching(excluded, layers, f"{source}: exclude_modules") if excluded else set())
+
+
+def _matching(modules: str | list[str], layers: list[str], source: str) -> set[str]:
+    """The layers that a field names: by a regex for the whole name, or by a list of whole names and endings."""
+    if isinstance(modules, str):
+        return set(filter(compile_pattern(modules, source, whole=True), layers))
+    endings = tuple(f".{name}" for name in modules)
+    return {layer for layer in layers if layer in modules or layer.endswith(endings)}
+
+
+def _layer_number(layer: str, patterns: list[str], source: str) -> int | None:
+    """The N of ``bert.encoder.layer.N.output.dense``, if the word before it is one that layers_pattern allows."""
+    for pattern in patterns:
+        if not pattern.isidentifier():  # PEFT takes regexes; names are all that people give
+            raise InputError(f"{source}: layers_pattern {shown(pattern)} is not supported, only a name")
+    words = layer.split(".")
+    for before, word in zip(words[1:], words[2:], strict=False):
+        if word.isdigit():
+            return int(word) if not patterns or before in patterns else None
+    return None
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
