@@ -132,10 +132,12 @@ def test_missing_and_unreadable_data(shell, monkeypatch):
     (data / "SST-2" / "dev.tsv").mkdir()
     shell.refuses("dev.tsv: cannot be read (Is a directory)", data_dir=data)
 
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
+    def refuse(path, *args, open=os.open, **options):
+        if str(path).endswith("train.tsv"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *args, **options)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)  # root may read anything
+    monkeypatch.setattr(os, "open", refuse)  # root may read anything
     shell.refuses("train.tsv: cannot be read (Permission denied)")
 
 
@@ -463,12 +465,13 @@ def test_signals_are_noted_once_there_is_something_to_save():
 
 
 def test_interruption_leaves_no_traceback(shell):
-    """Ctrl-C while `predict` waits for its texts, which come through a pipe that nobody writes to."""
+    """Ctrl-C while `predict` waits for its texts; a pipe that nobody writes to stands in for a slow disk."""
     pipe = shell.folder / "texts.txt"
     os.mkfifo(pipe)
     # a job in the background ignores SIGINT, and so would this child of it
     attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{attentive}; from pats_jax.cli import main; main()"
+    slow = "from pats_jax import predict; predict.read_texts = lambda file: open(file).read()"
+    program = f"{attentive}; {slow}; from pats_jax.cli import main; main()"
     command = [sys.executable, "-c", program, "predict", str(shell.home / "three"), "--file", str(pipe)]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         end = _open_when_read(pipe, process)
