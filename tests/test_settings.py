@@ -9,7 +9,7 @@ import typing
 
 import pytest
 
-from pats_jax import settings
+from pats_jax import errors, settings
 from pats_jax.errors import InputError
 from pats_jax.gym_settings import GymSettings
 from pats_jax.settings import FOREIGN_FLAGS, Settings
@@ -96,13 +96,14 @@ WRONG = [
     *(("warmup_ratio", value) for value in ("-0.1", "1.1", "nan")),
     *((name, "1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
     *((name, "-0.1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
-    *(("max_steps", value) for value in ("0", "-2")),
+    *(("max_steps", value) for value in ("0", "-2", str(2**31))),
+    *(("output_dir", value) for value in ("a\0b", "a\udcff")),
 ]
 
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_numbers_that_make_no_sense(name, value):
-    with refused(f"--{name} {value}"[:60], ": must be "):
+    with refused(f"--{name} {errors.shown(value, quoted=False)}"[:60], ": must be "):
         parse(f"--{name}={value}")
 
 
@@ -113,6 +114,11 @@ def test_numbers_that_make_no_sense(name, value):
 )
 def test_numbers_at_the_edge_of_sense(name, value):
     assert getattr(parse(f"--{name}={value}"), name) == pytest.approx(float(value))
+
+
+def test_a_task_is_no_path():
+    with refused("--task_name: '../../x' cannot be part of a path"):
+        settings.parse(["--task_name", "../../x"], "pats-jax glue", settings.Settings)
 
 
 def test_where_the_data_come_from_must_be_clear():
