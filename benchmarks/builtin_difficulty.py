@@ -24,7 +24,7 @@ from pats_jax.data.readers import Split, load_task
 from pats_jax.data.tasks import TASKS, Task
 from pats_jax.errors import InputError
 from pats_jax.metrics import compute_metrics
-from pats_jax.records import Evaluation
+from pats_jax.records import Scores
 
 STRENGTHS = (0.03, 0.3, 3.0)  # C of the logistic regression: the inverse of its regularisation
 NINE = [name for name in TASKS if name != "ax"]
@@ -36,7 +36,7 @@ class Scored(TypedDict):
     """What is read of a run's results.json."""
 
     task_name: str
-    best: Evaluation
+    best: Scores
 
 
 def overlap(split: Split) -> np.ndarray:

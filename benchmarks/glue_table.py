@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from pats_jax import files
 from pats_jax.errors import InputError
-from pats_jax.records import Evaluation, Scores
+from pats_jax.records import Scores
 
 
 class Row(TypedDict):
@@ -16,8 +16,8 @@ class Row(TypedDict):
     task_name: str
     method: str
     main_metric: str
-    final: Evaluation
-    best: Evaluation
+    final: Scores
+    best: Scores
     majority_class: Scores
 
 

@@ -191,7 +191,7 @@ class Tuner:
 
 def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
-    config, dropout = None, dict[str, Any](methods.dropout_rates(settings, settings.max_steps))
+    config, dropout = None, methods.dropout_rates(settings, settings.max_steps)
     if start.adapter is None and start.kind != "full":
         config = pe_modules.chosen_config(settings.with_peft(start.kind))
     return option_scoring.load_scorer(

@@ -203,6 +203,8 @@ class Settings(TrainingSettings):
     def check(self) -> None:
         """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
         super().check()
+        if self.task_name:
+            files.checked_name(self.task_name, "--task_name")  # it becomes part of the folder's name
         if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
             raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
         if self.low_resource and self.max_train_samples:

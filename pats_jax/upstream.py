@@ -116,7 +116,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
         settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
     )
     tokenizer = models.load_tokenizer(settings.model_name_or_path)
-    dropout: dict[str, Any] = methods.dropout_rates(settings, settings.max_steps)
+    dropout = methods.dropout_rates(settings, settings.max_steps)
     model, params = option_scoring.load_scorer(
         settings.model_name_or_path,
         settings.head,

@@ -12,7 +12,7 @@ import typing
 import numpy as np
 import pytest
 
-from pats_jax import methods, settings
+from pats_jax import errors, methods, settings
 from pats_jax.errors import InputError
 from pats_jax.fine_tuning import count_steps
 from pats_jax.gym_settings import GymSettings
@@ -101,13 +101,14 @@ WRONG = [
     *(("warmup_ratio", value) for value in ("-0.1", "1.1", "nan")),
     *((name, "1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
     *((name, "-0.1") for name in ("decay", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")),
-    *(("max_steps", value) for value in ("0", "-2")),
+    *(("max_steps", value) for value in ("0", "-2", str(2**31))),
+    *(("output_dir", value) for value in ("a\0b", "a\udcff")),
 ]
 
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_numbers_that_make_no_sense(name, value):
-    with refused(f"--{name} {value}"[:60], ": must be "):
+    with refused(f"--{name} {errors.shown(value, quoted=False)}"[:60], ": must be "):
         parse(f"--{name}={value}")
 
 
@@ -150,6 +151,11 @@ def test_epochs_without_end_are_refused_before_any_step():
     assert count_steps(parse("--num_train_epochs", "2.5", "--train_batch_size", "32"), 320) == 25
     with refused("--num_train_epochs 1e+06: makes 1e+12 steps"):
         count_steps(parse("--num_train_epochs", "1e6", "--train_batch_size", "1"), 10**6)
+
+
+def test_a_task_is_no_path():
+    with refused("--task_name: '../../x' cannot be part of a path"):
+        settings.parse(["--task_name", "../../x"], "pats-jax glue", settings.Settings)
 
 
 def test_where_the_data_come_from_must_be_clear():
