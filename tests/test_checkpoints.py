@@ -367,6 +367,16 @@ def test_too_many_open_files(state, tmp_path, more, caplog, capfd):
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20"] and not warnings(caplog)
 
 
+@pytest.mark.parametrize("name", ["record.json", "manifest.ocdbt"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(state, tmp_path, name):
+    save_two(tmp_path / "c", state)
+    path = tmp_path / "c" / "20" / "state" / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"c/20/state/{name}: not a regular file"):
+        Checkpoints(tmp_path / "c", keep=None).restore(state)
+
+
 def test_whatever_orbax_makes_of_sound_files_is_no_damage(state, tmp_path, monkeypatch):
     save_two(tmp_path / "c", state)
 

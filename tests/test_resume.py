@@ -73,7 +73,8 @@ def finish(process):
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
     """The run in one piece, in a process of its own."""
-    settings = dataclasses.replace(base, output_dir=str(tmp_path_factory.mktemp("whole") / "run"))
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    settings = dataclasses.replace(base, output_dir=str(folder), save_total_limit=100)  # all: flags cannot say None
     code, error = finish(start(settings))
     assert code == 0, error
     return pathlib.Path(settings.output_dir)
@@ -289,10 +290,15 @@ def saved(base, whole, tmp_path_factory):
     shutil.copytree(whole, folder)
     (folder / "results.json").unlink()
     steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
-    best = json.loads((folder / "checkpoints" / str(STEPS) / "state" / "record.json").read_text())["best_step"]
-    for step in steps:
-        if step not in (best, *[s for s in steps if s < best][-2:], *steps[-3:]):
-            shutil.rmtree(folder / "checkpoints" / str(step))
+
+    def best_of(step):
+        return json.loads((folder / "checkpoints" / str(step) / "state" / "record.json").read_text())["best_step"]
+
+    kept = {*steps[-3:], *[step for step in steps if step < best_of(STEPS)][-2:]}
+    while more := {best_of(step) for step in kept} - kept - {None}:
+        kept |= more
+    for step in {*steps} - kept:
+        shutil.rmtree(folder / "checkpoints" / str(step))
     taken = []
 
     def take(self, state, kind):
