@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import huggingface_hub
@@ -464,25 +463,32 @@ def test_signals_are_noted_once_there_is_something_to_save():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_interruption_leaves_no_traceback(shell):
-    """Ctrl-C while `predict` waits for its texts; a pipe that nobody writes to stands in for a slow disk."""
-    pipe = shell.folder / "texts.txt"
-    os.mkfifo(pipe)
-    # a job in the background ignores SIGINT, and so would this child of it
-    attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    slow = "from pats_jax import predict; predict.read_texts = lambda file: open(file).read()"
-    program = f"{attentive}; {slow}; from pats_jax.cli import main; main()"
-    command = [sys.executable, "-c", program, "predict", str(shell.home / "three"), "--file", str(pipe)]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        end = _open_when_read(pipe, process)
-        time.sleep(0.2)  # from opening the pipe to reading it
-        process.send_signal(signal.SIGINT)
+WAITING = """
+import signal, time
+import pats_jax.predict
+from pats_jax.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its child
+pats_jax.predict.read_texts = lambda file: (print("reading", flush=True), time.sleep(60))
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "number, code, message", [(signal.SIGINT, 130, "pats-jax: interrupted\n"), (signal.SIGTERM, -signal.SIGTERM, "")]
+)
+def test_interruption_leaves_no_traceback(number, code, message, shell):
+    """Ctrl-C and SIGTERM while `predict` reads its texts."""
+    command = [sys.executable, "-c", WAITING, "predict", str(shell.home / "three"), "--file", "texts.txt"]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(number)
         try:
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=30)
         finally:
             process.kill()
-            os.close(end)
-    assert process.returncode == 130 and error == "pats-jax: interrupted\n"
+    assert (process.returncode, error) == (code, message)
 
 
 def test_a_reader_that_has_seen_enough(shell):
@@ -496,16 +502,6 @@ def test_a_reader_that_has_seen_enough(shell):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-def _open_when_read(pipe, process):
-    """Opens a pipe for writing once the process has it open for reading."""
-    while process.poll() is None:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError(f"ended before reading: {process.stderr.read()}")
 
 
 def test_help_and_version_answer_in_under_a_second():
