@@ -146,6 +146,10 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
         )
     if values.get("revision") is not None:
         options = {"revision": values["revision"], **options}
+    try:
+        base_folder = checkpoint_folder(name, revision=options.get("revision"), check_weights=False)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path: {error}") from None
     count = _count_labels(folder)
     labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
@@ -154,7 +158,6 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
         if len(labels) != count:
             raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the head beside it has {count}")
     else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
-        base_folder = checkpoint_folder(name, revision=options.get("revision"), check_weights=False)
         of_head = EncoderConfig.from_folder(base_folder)
         labels = of_head.id2label if of_head.num_labels == count else None
     check_problem_type(of_head, count, str(folder))
