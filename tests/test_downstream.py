@@ -511,7 +511,7 @@ def refused(base, tmp_path, capsys, **changes):
         ({"max_steps": -1}, "--max_steps -1: must be at least 1"),
         ({"jobs": 0}, "--jobs 0: must be at least 1"),
         ({"max_test_rows": 0}, "--max_test_rows 0: must be at least 1"),
-        ({"kinds": ("lora", "lora")}, "must be different kinds"),
+        ({"kinds": ("lora", "lora")}, "--kinds lora lora: give at least one kind, each once"),
         ({"method": "r-drop"}, "--method r-drop: needs the GLUE program"),
         ({"method": "noisytune"}, "--method noisytune: needs the GLUE program"),
         ({"overwrite": True}, "--overwrite: finished tunings are kept"),
