@@ -80,11 +80,11 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         option_scoring.check_tasks(settings.head, tasks)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
+        check_folder(folder, settings, starts)
         tokenizer = models.load_tokenizer(settings.model_name_or_path)
         folder_of_model = models.checkpoint_folder(settings.model_name_or_path, check_weights=False)
         config = models.EncoderConfig.from_folder(folder_of_model)
         option_scoring.check_tokens(settings.head, tokenizer, config, tasks)
-        check_folder(folder, settings, starts)
         with hold(folder, settings.share) as locks:
             open_folder(folder, settings, starts)
             if settings.jobs > 1:

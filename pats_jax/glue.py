@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import re
 import shlex
 import warnings
 from typing import Any
@@ -34,6 +33,7 @@ from pats_jax import (
 from pats_jax.checkpoints import Checkpoints
 from pats_jax.console import say
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
+from pats_jax.data.labels import class_names
 from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError, Preempted
 from pats_jax.evaluation import Predictor, true_labels, write_files
@@ -205,17 +205,16 @@ def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]
       ('negative', 'positive')
       >>> labels_of_head(("LABEL_0", "LABEL_1"), {"spam", "ham"})
       ('ham', 'spam')
+      >>> labels_of_head(("LABEL_0", "LABEL_1", "LABEL_2"), {"10.0", "9.0", "2.0"})
+      ('2.0', '9.0', '10.0')
     """
     numbers = tuple(map(str, range(len(names))))
     if labels.is_nameless(names) and not written & set(names):
-        if written and written <= set(numbers):
+        if written and class_names({*numbers, *written}) == numbers:  # compared by value: 1.0 is 1
             return numbers
-        if len(written) == len(names):
-            return tuple(sorted(written, key=int if all(map(_WHOLE_NUMBER, written)) else None))
+        if len(class_names(written)) == len(names):
+            return class_names(written)
     return labels.respelled(names, sorted(written))
-
-
-_WHOLE_NUMBER = re.compile(r"-?\d+").fullmatch
 
 
 def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, readers.Split]:

@@ -349,6 +349,7 @@ def test_the_revision_of_the_base_model_is_the_one_in_the_file(tmp_path, monkeyp
         return base()[:3]
 
     monkeypatch.setattr(files, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(files, "checkpoint_folder", lambda name, **_: tmp_path)
     edit(written(tmp_path, "lora"), revision="v2")
     assert peft.load_peft_model(tmp_path)[0].peft.rank == 2
     peft.load_peft_model(tmp_path, revision="v3")

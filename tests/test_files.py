@@ -21,7 +21,7 @@ def refusal(call, *args) -> str:
     with pytest.raises(InputError) as caught:
         call(*args)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 600
     return message
 
 

@@ -406,5 +406,5 @@ def test_files_of_earlier_versions_are_read(own, quick_plots):
     settings = GymSettings(
         model_name_or_path="model", partition=kept["partition"], data_dir=kept["data_dir"], output_dir=str(own / "gym")
     )
-    downstream.open_folder(own / "gym", settings)
+    downstream.check_folder(own / "gym", settings, ())
     assert np.isclose(report_on_gym(own)["arms"]["mtl/plm/lora"]["against_direct"]["arg"], 50)
