@@ -25,8 +25,8 @@ from benchmarks.pipeline import Pipeline
 from benchmarks.priming import Priming
 from benchmarks.random_numbers import Random
 from benchmarks.step import Step
-from pats_jax.console import say
 from pats_jax.errors import InputError
+from pats_jax.reporting.console import say
 
 SUBJECTS: dict[str, type[report.Subject]] = {
     "step": Step,

@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks import cases, report
 from benchmarks.cases import Case
 from benchmarks.turns import Turns, take_turns
-from pats_jax import models, parallel
-from pats_jax.settings import Settings
+from pats_jax import models
+from pats_jax.run.settings import Settings
+from pats_jax.training import runners
 
 TORCH = "torch"
 WAYS = {  # to run torch: attention, and whether AdamW is its fused one
@@ -61,7 +62,7 @@ class AgainstTorch(report.Subject):
             sides = {TORCH: torch_step(folder, *WAYS[fastest], settings, batch)}
         for method in self.methods:
             training = cases.Training(model, params, cases.settings_of(method), 10_000, batch)
-            sides[method] = training.start(parallel.make_runner(num_devices=1))
+            sides[method] = training.start(runners.make_runner(num_devices=1))
             alone[method] = take_turns({method: sides[method]}, self.rounds_alone).median(method)
         alone[TORCH] = alone[fastest]
         turns = take_turns(sides, self.rounds, untimed=1)

@@ -23,8 +23,8 @@ from pats_jax import files
 from pats_jax.data.readers import Split, load_task
 from pats_jax.data.tasks import TASKS, Task
 from pats_jax.errors import InputError
-from pats_jax.metrics import compute_metrics
-from pats_jax.records import Scores
+from pats_jax.run.records import Scores
+from pats_jax.training.metrics import compute_metrics
 
 STRENGTHS = (0.03, 0.3, 3.0)  # C of the logistic regression: the inverse of its regularisation
 NINE = [name for name in TASKS if name != "ax"]

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import methods, models, objectives, parallel, pe_modules, subnetworks, train_state, trees
+from pats_jax import methods, models, objectives, train_state, trees
+from pats_jax.companions import subnetworks
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.config import EncoderConfig
-from pats_jax.settings import Settings
+from pats_jax.run import pe_modules
+from pats_jax.run.settings import Settings
+from pats_jax.training import runners
 
 # Sizes of Google's BERT models, from Turc et al., 2019, https://arxiv.org/abs/1908.08962: layers and width. Their
 # weights are drawn at random.
@@ -188,7 +191,7 @@ class Training:
         """The state's shapes; nothing is allocated."""
         return jax.eval_shape(self.create, self._params)
 
-    def start(self, runner: parallel.MeshRunner) -> Callable[[], Any]:
+    def start(self, runner: runners.MeshRunner) -> Callable[[], Any]:
         """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
         state = runner.create_state(lambda params: self.create(params), self._params)
         step = train_state.make_train_step(self._loss_fn, axis_name=runner.axis_name, skip_nonfinite=True)

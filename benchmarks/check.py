@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.step import Step
-from pats_jax.console import say
+from pats_jax.reporting.console import say
 
 
 @dataclasses.dataclass(frozen=True)

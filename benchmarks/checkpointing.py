@@ -10,8 +10,8 @@ import jax
 from benchmarks import cases, report
 from benchmarks.cases import Case
 from benchmarks.turns import take_turns
-from pats_jax import parallel
-from pats_jax.checkpoints import Checkpoints
+from pats_jax.training import runners
+from pats_jax.training.checkpoints import Checkpoints
 
 SAVING, PLAIN = "one save", "no save"
 
@@ -31,7 +31,7 @@ class Checkpoint(report.Subject):
         batch = cases.random_batch(config.vocab_size, case.rows, case.length)
         total_steps = 1 + 2 * self.rounds * self.save_steps
         training = cases.Training(model, params, cases.settings_of(self.method), total_steps, batch)
-        runner = parallel.make_runner()
+        runner = runners.make_runner()
         step = training.start(runner)
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name) / "checkpoints"
@@ -55,7 +55,7 @@ class Checkpoint(report.Subject):
         return results
 
     def _stretch(
-        self, step: Callable, checkpoints: Checkpoints | None = None, runner: parallel.MeshRunner | None = None
+        self, step: Callable, checkpoints: Checkpoints | None = None, runner: runners.MeshRunner | None = None
     ) -> Callable[[], None]:
         """A function that makes the steps of a stretch, and saves after the first of them where it has checkpoints."""
 

@@ -17,8 +17,8 @@ import tyro
 
 from benchmarks import cases, report
 from benchmarks.cases import Case
-from pats_jax import run_folder
 from pats_jax.errors import InputError
+from pats_jax.run import run_folder
 
 BASE = "finetune"
 PARTS = ("trace", "lower", "compile", "run")

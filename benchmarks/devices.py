@@ -14,8 +14,8 @@ import jax
 from benchmarks import cases, report
 from benchmarks.cases import Case
 from benchmarks.turns import take_turns
-from pats_jax import parallel
 from pats_jax.errors import InputError
+from pats_jax.training import runners
 
 PLAIN = "plain jit, 1 device"
 
@@ -59,7 +59,7 @@ class Devices(report.Subject):
         training = cases.Training(model, params, settings, 1000, batch)
         sides = {PLAIN: plain_step(training, params, batch)}
         for kind in self.runners:
-            sides[kind] = training.start(parallel.make_runner(kind, num_devices=count))
+            sides[kind] = training.start(runners.make_runner(kind, num_devices=count))
         turns = take_turns(sides, self.rounds)
         for name in sides:
             key = name if name == PLAIN else f"{name}, {count} device{'s' if count > 1 else ''}"

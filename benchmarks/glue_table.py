@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from pats_jax import files
 from pats_jax.errors import InputError
-from pats_jax.records import Scores
+from pats_jax.run.records import Scores
 
 
 class Row(TypedDict):

@@ -16,10 +16,11 @@ import numpy as np
 
 from benchmarks import cases, report
 from benchmarks.turns import take_turns
-from pats_jax import fine_tuning, glue, models, parallel
+from pats_jax import glue, models
 from pats_jax.data import batches
-from pats_jax.settings import Settings
-from pats_jax.trainer import Hooks, Rhythm, fit
+from pats_jax.run.settings import Settings
+from pats_jax.training import fine_tuning, runners
+from pats_jax.training.loop import Hooks, Rhythm, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Prepared:
     """A task's training rows, tokenised, and a model for it."""
 
     def __init__(self, settings: Settings):
-        self.runner = parallel.make_runner()
+        self.runner = runners.make_runner()
         self.settings = settings.with_batch_size(self.runner.num_devices)
         self.task, splits = glue.load_data(self.settings)
         self.split = splits["train"]

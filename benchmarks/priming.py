@@ -10,9 +10,12 @@ from benchmarks import cases, report
 from benchmarks.cases import Case
 from benchmarks.memory import figures_of
 from benchmarks.turns import take_turns
-from pats_jax import methods, option_scoring, parallel, pe_modules, priming, train_state
+from pats_jax import methods, train_state
 from pats_jax.models import peft
-from pats_jax.upstream import PrimingSettings
+from pats_jax.priming import meta_losses, option_scoring
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.run import pe_modules
+from pats_jax.training import runners
 
 BASE = "fomaml"
 OPTIONS, OPTION_LENGTH = 3, 8
@@ -36,7 +39,7 @@ class Priming(report.Subject):
     def run(self) -> report.Results:
         results = report.Results()
         case = Case.parse(self.case)
-        runner = parallel.make_runner(num_devices=1)
+        runner = runners.make_runner(num_devices=1)
         sides = {name: start(name, case, self.tasks, runner) for name in dict.fromkeys((BASE, *self.variants))}
         turns = take_turns(sides, self.rounds)
         table = report.table(f"Upstream step, {self.tasks} tasks, {case}", "algorithm", "median, s", f"to {BASE}")
@@ -87,7 +90,7 @@ class Upstream:
             model, params = peft.add_peft(model, params, modules, key=0)
         self._model, self.params = model, params
         self._trainable = option_scoring.trainable_mask(params, settings.train, settings.head)
-        loss_fn = priming.make_meta_loss(
+        loss_fn = meta_losses.make_meta_loss(
             algorithm,
             option_scoring.make_option_loss(option_scoring.get_head(settings.head), model),
             inner_learning_rate=settings.inner_learning_rate,
@@ -105,7 +108,7 @@ class Upstream:
         )
 
 
-def start(variant: str, case: Case, tasks: int, runner: parallel.MeshRunner) -> Any:
+def start(variant: str, case: Case, tasks: int, runner: runners.MeshRunner) -> Any:
     """A function that makes one step of a variant on the same batch."""
     training = Upstream(variant, case, tasks)
     state = runner.create_state(lambda params: training.create(params), training.params)
@@ -136,5 +139,5 @@ def random_tasks(vocab_size: int, tasks: int, rows: int, length: int) -> dict[st
         }
 
     support, query = draw(tasks, 1), draw(tasks)
-    named = {priming.SUPPORT + name: x for name, x in support.items()}
-    return named | {priming.QUERY + name: x for name, x in query.items()}
+    named = {meta_losses.SUPPORT + name: x for name, x in support.items()}
+    return named | {meta_losses.QUERY + name: x for name, x in query.items()}

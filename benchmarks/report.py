@@ -16,8 +16,9 @@ import rich.console
 import rich.table
 from typing_extensions import TypedDict
 
-from pats_jax import files, run_folder
+from pats_jax import files
 from pats_jax.errors import InputError
+from pats_jax.run import run_folder
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 

@@ -10,7 +10,7 @@ import jax.monitoring
 from benchmarks import cases, report
 from benchmarks.cases import Case
 from benchmarks.turns import Turns, take_turns
-from pats_jax import parallel
+from pats_jax.training import runners
 
 BASE = "finetune"
 METHODS = (
@@ -65,7 +65,7 @@ class Step(report.Subject):
         def start(method):
             settings = cases.settings_of(method, update_ratio=self._update_ratio)
             training = cases.Training(model, params, settings, self._total_steps, batch)
-            return Counted(training.start(parallel.make_runner())), cases.num_bytes(training.shapes.opt_state)
+            return Counted(training.start(runners.make_runner())), cases.num_bytes(training.shapes.opt_state)
 
         base = start(BASE)
         for group in groups([method for method in self.methods if method != BASE], self.together - 1):

@@ -31,12 +31,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pats_jax import glue, metrics, models, run_folder, train_state
+from pats_jax import glue, models, train_state
 from pats_jax.data import batches, tasks
 from pats_jax.errors import InputError
 from pats_jax.methods import make_optimizer
-from pats_jax.settings import Settings
-from pats_jax.trainer import predict_logits
+from pats_jax.run import run_folder
+from pats_jax.run.settings import Settings
+from pats_jax.training import evaluation, metrics
+from pats_jax.training.loop import predict_logits
 
 LOSS_BOUND = 1e-2  # between the two losses of any step
 SCORE_BOUND = 1.0  # points, hundredths of a metric
@@ -147,7 +149,7 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
         attention_dropout=0.0,
         classifier_dropout=0.0,
     )
-    max_length = glue.sequence_length(settings.max_seq_length, config)
+    max_length = evaluation.sequence_length(settings.max_seq_length, model)
     train, dev = (batches.tokenize(splits[name], tokenizer, max_length) for name in ("train", "validation"))
     train_labels, dev_labels = (np.asarray(splits[name].labels) for name in ("train", "validation"))
     with tempfile.TemporaryDirectory() as folder:

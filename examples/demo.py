@@ -12,8 +12,10 @@ import time
 import rich.console
 import rich.table
 
-from pats_jax import glue, plots, run_folder
-from pats_jax.settings import Settings
+from pats_jax import glue
+from pats_jax.reporting import plots
+from pats_jax.run import run_folder
+from pats_jax.run.settings import Settings
 
 TASK = "sst2"
 FOLDER = pathlib.Path("runs/demo")

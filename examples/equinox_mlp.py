@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
 import pats_jax
-from pats_jax.concentration import concentration
+from pats_jax.training.concentration import concentration
 
 
 def main() -> float:

@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import pats_jax
-from pats_jax.concentration import concentration
 from pats_jax.models import EncoderConfig, SequenceClassifier
 from pats_jax.models.config import default_labels
+from pats_jax.training.concentration import concentration
 
 CONFIG = EncoderConfig(
     vocab_size=256,

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import pats_jax
-from pats_jax.concentration import concentration
+from pats_jax.training.concentration import concentration
 
 
 class Network(nnx.Module):

@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand needs it, so that ``--help`` and `
 
 import contextlib
 import errno
+import importlib
 import inspect
 import logging
 import os
@@ -14,8 +15,8 @@ import warnings
 from collections.abc import Callable
 
 import pats_jax
-from pats_jax import console
 from pats_jax.errors import InputError, Preempted, shown
+from pats_jax.reporting import console
 
 
 def main(args: list[str] | None = None) -> None:
@@ -116,86 +117,73 @@ def _refusal(error):
 
 def glue(args: list[str]) -> None:
     """Fine-tune on a GLUE task or on files of your own, evaluate, predict."""
-    from pats_jax import settings
-
+    settings = _module("run.settings")
     parsed = settings.parse(args, "pats-jax glue", settings.Settings)
-    import rich.console
-
-    from pats_jax import glue as program
-
-    program.run(parsed, rich.console.Console())
+    _module("glue").run(parsed, _stdout())
 
 
 def compare(args: list[str]) -> None:
     """Run methods x tasks x seeds, and write a report with statistics and plots."""
-    import rich.console
-
-    from pats_jax import compare as program
-
-    program.run(args, rich.console.Console())
+    _module("comparison.compare").run(args, _stdout())
 
 
 def prime(args: list[str]) -> None:
     """Prime a model or PE modules on the upstream tasks of a few-shot gym."""
-    from pats_jax import settings, upstream
-
-    parsed = settings.parse(args, "pats-jax prime", upstream.PrimingSettings)
-    import rich.console
-
-    upstream.run(parsed, rich.console.Console())
+    program = _module("priming.upstream")
+    parsed = _module("run.settings").parse(args, "pats-jax prime", program.PrimingSettings)
+    program.run(parsed, _stdout())
 
 
 def gym(args: list[str]) -> None:
     """Tune on the target tasks of a few-shot gym, and report what priming gains."""
-    from pats_jax import downstream, gym_settings, settings
-
-    parsed = settings.parse(args, "pats-jax gym", gym_settings.GymSettings)
-    import rich.console
-
-    downstream.run(parsed, args, rich.console.Console())
+    kind = _module("priming.gym_settings").GymSettings
+    parsed = _module("run.settings").parse(args, "pats-jax gym", kind)
+    _module("priming.downstream").run(parsed, args, _stdout())
 
 
 def predict(args: list[str]) -> None:
     """Labels and probabilities for new texts, by a run's model."""
-    from pats_jax import predict as program
-
     paths = {"model": "model", "file": "--file", "output_file": "--output_file"}
-    _call(program.predict_file, args, "pats-jax predict", paths)
+    _call(_module("programs.predict").predict_file, args, "pats-jax predict", paths)
 
 
 def submission(args: list[str]) -> None:
     """Collect the predictions of finished runs into the zip that the GLUE server takes."""
-    from pats_jax import submission as program
-
-    _call(program.write_submission, args, "pats-jax submission", {"runs": "runs", "output_dir": "--output_dir"})
+    paths = {"runs": "runs", "output_dir": "--output_dir"}
+    _call(_module("programs.submission").write_submission, args, "pats-jax submission", paths)
 
 
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
-    from pats_jax.data import write_builtin
-
-    _call(write_builtin, args, "pats-jax builtin", {"directory": "--directory"})
+    _call(_module("data").write_builtin, args, "pats-jax builtin", {"directory": "--directory"})
 
 
 def methods(args: list[str]) -> None:
     """List the methods of `--method`: what each does, its settings, costs and source."""
-    import rich.console
-
-    from pats_jax import methods as room
 
     def show() -> None:
-        out = rich.console.Console()
+        out = _stdout()
         if not out.is_terminal:
             out.width = 200  # a file or a pipe has no width of its own
-        out.print(room.as_table())
+        out.print(_module("methods").as_table())
 
     console.parse_flags(show, args=args, prog="pats-jax methods", description=methods.__doc__)()
 
 
+def _module(name):
+    """A module of the library, imported when a command asks for it."""
+    return importlib.import_module(f"pats_jax.{name}")
+
+
+def _stdout():
+    import rich.console
+
+    return rich.console.Console()
+
+
 def _call(function, args, prog, paths):
     """Calls a function with the values of its flags; paths: argument -> what to call it in error messages."""
-    from pats_jax.settings import path_of_flag
-
+    path_of_flag = _module("run.settings").path_of_flag
     flags = console.parse_flags(function, args=args, prog=prog)
     given = inspect.signature(function).bind(*flags.args, **flags.keywords)
     for argument, name in paths.items():

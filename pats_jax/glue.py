@@ -11,35 +11,26 @@ import functools
 import logging
 import pathlib
 import shlex
-import warnings
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
 
-from pats_jax import (
-    methods,
-    model_card,
-    models,
-    parallel,
-    pe_modules,
-    plots,
-    preemption,
-    run_folder,
-    run_start,
-    train_state,
-)
-from pats_jax.checkpoints import Checkpoints
-from pats_jax.console import say
+from pats_jax import methods, models, train_state
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.data.labels import class_names
 from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError, Preempted
-from pats_jax.evaluation import Predictor, true_labels, write_files
-from pats_jax.fine_tuning import GlueTraining, Trained, count_steps, train
 from pats_jax.models import labels, peft
-from pats_jax.settings import Settings
+from pats_jax.reporting import plots
+from pats_jax.reporting.console import say
+from pats_jax.run import model_card, pe_modules, run_folder, run_start
+from pats_jax.run.settings import Settings
+from pats_jax.training import preemption, runners
+from pats_jax.training.checkpoints import Checkpoints
+from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
+from pats_jax.training.fine_tuning import GlueTraining, Trained, count_steps, train
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +101,7 @@ def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
                     trained = train(training, predictor, checkpoints, folder, results, console, asked)
                 elif "eval" in settings.phases:
                     trained.records.append({"step": 0, "eval": predictor.evaluate(trained.params)})
-                    if parallel.is_first():
+                    if runners.is_first():
                         run_folder.write_metrics(folder, trained.records)
                 if settings.out_of_domain:
                     names = settings.out_of_domain
@@ -127,7 +118,7 @@ def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
             if "eval" in settings.phases:
                 results |= describe_scores(predictor, trained.records)
             with trained.kept(checkpoints):
-                if parallel.is_first():
+                if runners.is_first():
                     run_folder.check_links(folder)
                     save_model(folder, settings, model, params, tokenizer)
                     if files:
@@ -278,7 +269,7 @@ def tokenize_split(
     tokens, config = batches.tokenize(split, tokenizer, max_length), model.config
     batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
     cut = batches.describe_cut(tokens, max_length, model.max_length)
-    if cut and parallel.is_first():
+    if cut and runners.is_first():
         logger.warning("%s: %s", name, cut)
     return tokens
 
@@ -288,27 +279,6 @@ def in_order_of_head(split: readers.Split, order: np.ndarray | None) -> readers.
     if order is None or split.labels is None:
         return split
     return dataclasses.replace(split, labels=order[split.labels], label_names=None)
-
-
-def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered with a warning to what the model has positions for.
-
-    Raises:
-      InputError: if virtual tokens leave no room for a text.
-    """
-    longest = model.max_length
-    if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
-        raise InputError(
-            f"--prompt_length, --prefix_length: of the model's positions they leave {longest} for the text"
-        )
-    if asked > longest:
-        warnings.warn(
-            f"--max_seq_length {asked} is above the model's {longest} positions; using {longest}", stacklevel=2
-        )
-    return min(asked, longest)
-
-
-_SHORTEST_TEXT = 8  # tokens: a pair of sentences has three special ones
 
 
 def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> methods.DropoutRates:

@@ -11,10 +11,11 @@ import optax
 import rich.markup
 import rich.table
 
-from pats_jax import anchors, objectives, sparse_updates, subnetworks, transforms
+from pats_jax import objectives, transforms
+from pats_jax.companions import anchors, sparse_updates, subnetworks
 from pats_jax.errors import InputError, shown
-from pats_jax.patterns import compile_pattern
-from pats_jax.settings import TrainingSettings
+from pats_jax.models.patterns import compile_pattern
+from pats_jax.run.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
 

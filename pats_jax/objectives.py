@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax import trees
-from pats_jax.arguments import check_number, is_plainly
 from pats_jax.train_state import Batch, LossFn, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.trees import check_number, is_plainly
 
 
 @dataclasses.dataclass(frozen=True)

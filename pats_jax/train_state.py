@@ -10,7 +10,7 @@ import optax
 from flax import serialization
 from flax.training import train_state
 
-from pats_jax import anchors, random, trees
+from pats_jax import random, trees
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
@@ -145,7 +145,7 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        params = anchors.forward_params(state.opt_state, state.params)
+        params = trees.forward_params(state.opt_state, state.params)
         if axis_name is None and accumulation_steps == 1:
             metrics, grads = means(params, state.frozen, batch, key)
         else:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from pats_jax import random, trees
-from pats_jax.arguments import check_number, choose
+from pats_jax.trees import check_number, choose
 
 Response = Callable[[jax.Array], jax.Array]
 Sampler = Callable[[jax.Array, tuple[int, ...]], jax.Array]

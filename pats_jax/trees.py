@@ -1,15 +1,18 @@
-"""Trees of parameters and of what an optimizer holds for them: masks, a key for every leaf, states inside states.
+"""What all transforms stand on: checks of arguments, masks, a key for every leaf, states inside states, W_eff.
 
 A transform holds state for the leaves that its mask takes: a tree like params with None at the others. Where
 `optax.masked` or `optax.partition` cut a leaf out, both have an `optax.MaskedNode` in its place.
 """
 
+import functools
+import numbers
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pats_jax import random
@@ -110,3 +113,75 @@ def as_extra_args_transform(
     return optax.with_extra_args_support(
         inner.gradient_transformation() if isinstance(inner, optax.MultiSteps) else inner
     )
+
+
+# the parameters of the forward pass
+
+
+class ForwardMix(NamedTuple):
+    """The parameters that the forward pass of the coming training step uses, as a mix of two.
+
+    ``W_eff = ((1-m) * target + m * W - p * target) / (1-p)``, whose mean over m is W when m is 1 with probability 1-p.
+
+    Attributes:
+      target: a tree like params, what stands in for a dropped weight; None where masked.
+      kept: a tree like params, m: bool, broadcasts to the leaf; None where masked.
+      keep_fraction: () float32, 1-p.
+    """
+
+    target: Any
+    kept: Any
+    keep_fraction: jax.Array
+
+
+def forward_params(opt_state: Any, params: Any) -> Any:
+    """The parameters that the forward pass of this training step uses.
+
+    W_eff of `ForwardMix` under `mixout` and `pats_jax.dps_mix`, at the leaves that these methods take; params
+    otherwise. The loss is differentiated AT these values, not through them (the authors' own backward pass, *code*)::
+
+        grads = jax.grad(loss)(pats_jax.forward_params(opt_state, params))
+        updates, opt_state = tx.update(grads, opt_state, params)
+
+    as `pats_jax.make_train_step` does. Evaluation uses params.
+
+    Args:
+      opt_state: the state of any optimizer, before the step's update.
+      params: the parameters.
+
+    Returns:
+      A tree like params.
+    """
+    for forward in find_states(opt_state, ForwardMix):
+        mix = functools.partial(_mix, keep_fraction=forward.keep_fraction)
+        params = replace_held(mix, params, forward.target, forward.kept)
+    return params
+
+
+def _mix(param, target, kept, *, keep_fraction):
+    """W_eff of one leaf, computed in float32, in the leaf's dtype."""
+    w, target = param.astype(jnp.float32), target.astype(jnp.float32)
+    return ((jnp.where(kept, w, target) - (1 - keep_fraction) * target) / keep_fraction).astype(param.dtype)
+
+
+# arguments; each failure is a ValueError of one line
+
+
+def choose(argument: str, name: Any, table: dict[str, Any]) -> Any:
+    """The table's entry of that name."""
+    if name not in table:
+        raise ValueError(f"{argument}={name!r} is not one of {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def check_number(argument: str, value: Any, holds: Callable[[float], bool], expected: str) -> None:
+    """Raises if a number is not as expected; traced numbers are not checked."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or not holds(float(value)):
+        raise ValueError(f"{argument}={value!r} must be {expected}")
+
+
+def is_plainly(value: Any, number: float) -> bool:
+    """Whether an argument is that number; arrays, traced or not, may change later and are never plainly anything."""
+    return isinstance(value, numbers.Real) and value == number

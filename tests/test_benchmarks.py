@@ -39,8 +39,8 @@ from benchmarks.cases import Case
 from benchmarks.checkpointing import Checkpoint
 from benchmarks.devices import Devices
 from benchmarks.turns import Turns, take_turns, take_turns_in_set_ups
-from pats_jax import parallel
 from pats_jax.errors import InputError
+from pats_jax.training import runners
 
 MACHINE = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2, "processor": "x", "system": "y"}
 
@@ -63,8 +63,8 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def one_device(monkeypatch):
     """Runners take one of the eight virtual devices, for which programs compile in half the time."""
-    make_runner = functools.partial(parallel.make_runner, num_devices=1)
-    monkeypatch.setattr(parallel, "make_runner", make_runner)
+    make_runner = functools.partial(runners.make_runner, num_devices=1)
+    monkeypatch.setattr(runners, "make_runner", make_runner)
 
 
 def silent_console():
@@ -349,7 +349,7 @@ def test_torch_makes_the_same_steps(checkpoint, tmp_path):
     batch = cases.random_batch(config.vocab_size, 8, 8)
     settings = cases.settings_of("finetune", learning_rate=1e-2, max_steps=4)
     model = pats_jax.models.SequenceClassifier(config)
-    ours = cases.Training(model, params, settings, 4, batch).start(parallel.make_runner(num_devices=1))
+    ours = cases.Training(model, params, settings, 4, batch).start(runners.make_runner(num_devices=1))
     expected = [float(ours()[1]["loss"]) for _ in range(4)]
     assert abs(expected[0] - expected[-1]) > 0.01
     for attention, fused in (("sdpa", True), ("eager", False)):

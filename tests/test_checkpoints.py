@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import pats_jax
-from pats_jax import checkpoints, parallel, trainer
-from pats_jax.checkpoints import Checkpoints
 from pats_jax.errors import InputError
+from pats_jax.training import checkpoints, loop, runners
+from pats_jax.training.checkpoints import Checkpoints
 
 
 def make_state(runner, scale=1.0, tx=None):
@@ -49,7 +49,7 @@ def make_state(runner, scale=1.0, tx=None):
 @pytest.fixture(scope="module")
 def state():
     """On one device; nobody gives its buffers away."""
-    return make_state(parallel.make_runner(num_devices=1))
+    return make_state(runners.make_runner(num_devices=1))
 
 
 def bits(state):
@@ -65,11 +65,11 @@ def bits(state):
 
 @pytest.mark.parametrize("target", [{}, {"num_devices": 4}, {"fsdp": 4}, {"kind": "pmap"}], ids=str)
 def test_a_state_comes_back_bit_by_bit_on_any_devices(tmp_path, target):
-    state = make_state(parallel.make_runner(fsdp=2))
+    state = make_state(runners.make_runner(fsdp=2))
     progress = {"step": 3, "pending": [{"loss": 0.1 + 0.2}], "nothing": None}
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         checkpoints.save(3, state, progress)
-    runner = parallel.make_runner(**target)
+    runner = runners.make_runner(**target)
     empty = runner.view(make_state(runner, scale=7.0))
     restored, found = Checkpoints(tmp_path / "c", keep=1).restore(empty)
     assert bits(restored) == bits(state) and found == progress
@@ -82,7 +82,7 @@ def test_a_state_comes_back_bit_by_bit_on_any_devices(tmp_path, target):
 
 def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
     """Steps that donate the saved buffers go on while the save is being written."""
-    runner = parallel.make_runner(num_devices=1)
+    runner = runners.make_runner(num_devices=1)
     state = make_state(runner)
     step = jax.jit(lambda s: s.replace(params=jax.tree.map(lambda p: p * 1.5, s.params)), donate_argnums=0)
     expected = {}
@@ -113,7 +113,7 @@ def test_the_newest_are_kept_and_every_best_one_that_they_name(state, tmp_path):
 
 def test_there_is_nothing_to_restore_and_nothing_is_made(tmp_path):
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        assert checkpoints.restore(make_state(parallel.make_runner())) is None and checkpoints.steps == []
+        assert checkpoints.restore(make_state(runners.make_runner())) is None and checkpoints.steps == []
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +136,7 @@ def save_two(folder, state, best=None):
 
 
 def warnings(caplog):
-    said = [record.message for record in caplog.records if record.name == "pats_jax.checkpoints"]
+    said = [record.message for record in caplog.records if record.name == "pats_jax.training.checkpoints"]
     assert all("\n" not in message for message in said)
     return said
 
@@ -238,13 +238,13 @@ def test_a_checkpoint_under_the_name_of_another_step(state, tmp_path, caplog):
 
 
 def test_progress_comes_back_as_its_type_with_numbers_that_are_none(state, tmp_path):
-    progress = trainer.Progress(
+    progress = loop.Progress(
         3, [{"step": 2, "loss": 0.1, "eval": {"f1": 1}}], [{"loss": math.nan, "x": -math.inf, "y": 5e-324}], 1
     )
     with Checkpoints(tmp_path / "c", keep=None) as saving:
         saving.save(3, state, dataclasses.asdict(progress))
         progress.records.append({})  # what comes later is not of that moment
-    _, found = Checkpoints(tmp_path / "c", keep=None).restore(state, trainer.Progress)
+    _, found = Checkpoints(tmp_path / "c", keep=None).restore(state, loop.Progress)
     progress.records.pop()
     assert repr(found) == repr(progress)
 
@@ -435,11 +435,11 @@ def test_a_record_of_ours_with_a_field_of_another_type(state, tmp_path):
     save_two(tmp_path / "c", state)
     rewrite(tmp_path / "c" / "20" / "state" / "record.json", progress={"step": "three"})
     with pytest.raises(InputError, match=r"c/20/state/record.json: step: Input should be a valid integer"):
-        Checkpoints(tmp_path / "c", keep=None).restore(state, trainer.Progress)
+        Checkpoints(tmp_path / "c", keep=None).restore(state, loop.Progress)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_and_kept(tmp_path):
-    runner = parallel.make_runner(num_devices=1)
+    runner = runners.make_runner(num_devices=1)
     with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
         checkpoints.save(1, make_state(runner, tx=optax.sgd(0.1)), {})
         checkpoints.wait()

@@ -11,11 +11,12 @@ import sklearn.metrics
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, evaluation, glue, models, parallel
+from pats_jax import cli, glue, models
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
 from pats_jax.models import labels, peft
+from pats_jax.training import evaluation, runners
 
 ORDER = (2, 1, 0)  # of the head below: its class i is the task's class ORDER[i]
 NAMES = ("CONTRADICTION", "Neutral", "entail-ment")
@@ -150,7 +151,7 @@ def test_metrics_are_those_of_the_tasks_classes(name):
     rows = iter(np.array_split(np.argsort(tokens.lengths, kind="stable"), 5))
     predictor = evaluation.Predictor(
         lambda params, batch: logits[next(rows)][:, ::-1],  # by a head in the other order
-        parallel.make_runner(num_devices=1),
+        runners.make_runner(num_devices=1),
         task,
         {"validation": split},
         {"validation": tokens}.__getitem__,

@@ -18,8 +18,10 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import cli, preemption, run_start
+from pats_jax import cli
 from pats_jax.errors import InputError, Preempted
+from pats_jax.run import run_start
+from pats_jax.training import preemption
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -465,10 +467,10 @@ def test_signals_are_noted_once_there_is_something_to_save():
 
 WAITING = """
 import signal, time
-import pats_jax.predict
+import pats_jax.programs.predict
 from pats_jax.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its child
-pats_jax.predict.read_texts = lambda file: (print("reading", flush=True), time.sleep(60))
+pats_jax.programs.predict.read_texts = lambda file: (print("reading", flush=True), time.sleep(60))
 main()
 """
 

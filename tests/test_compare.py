@@ -19,11 +19,12 @@ import rich.console
 import scipy.stats
 import tiny
 
-from pats_jax import compare, comparison, run_folder
-from pats_jax.comparison import FinishedRun, Run
+from pats_jax.comparison import compare, seed_statistics
+from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
-from pats_jax.folder_lock import FolderLock
-from pats_jax.settings import Settings
+from pats_jax.run import run_folder
+from pats_jax.run.folder_lock import FolderLock
+from pats_jax.run.settings import Settings
 
 FINETUNE = {1: 0.80, 2: 0.82, 3: 0.81, 4: 0.83, 5: 0.84}
 PATS = {1: 0.82, 2: 0.83, 3: 0.84, 4: 0.87, 5: 0.89}  # by 2, 1, 3, 4, 5 points better
@@ -31,7 +32,7 @@ BASE = Settings(model_name_or_path="model", task_name="mrpc", train_batch_size=3
 
 
 def measured(rng):
-    figures = {name: float(rng.uniform()) for name in comparison.FIGURES}
+    figures = {name: float(rng.uniform()) for name in seed_statistics.FIGURES}
     shares = (rng.dirichlet(np.ones(4)) * 0.9).tolist()  # a tenth is zero
     return {"all": figures, "layer.kernel": figures}, shares
 
@@ -86,7 +87,7 @@ def write_grid(root, scores, tasks=("mrpc",), **settings):
 
 
 def test_scores_and_differences_worked_out_by_hand(tmp_path):
-    summary = comparison.summarise(tmp_path, write_grid(tmp_path, {"finetune": FINETUNE, "pats": PATS}))
+    summary = seed_statistics.summarise(tmp_path, write_grid(tmp_path, {"finetune": FINETUNE, "pats": PATS}))
     methods = summary["tasks"]["mrpc"]["methods"]
     plain = methods["finetune"]
     assert (plain["n"], plain["min"], plain["max"]) == (5, 0.80, 0.84)
@@ -115,16 +116,16 @@ def bca(values, resamples=100_000):
 
 def test_the_bootstrap_interval_is_bca():
     values = np.round(np.random.default_rng(0).exponential(size=12), 3)  # skewed: other intervals lie elsewhere
-    interval, note = comparison.bootstrap_interval(values)
+    interval, note = seed_statistics.bootstrap_interval(values)
     low, high = bca(values)
     assert note is None and interval == [pytest.approx(low, abs=0.05), pytest.approx(high, abs=0.05)]
     assert high - values.mean() > 1.5 * (values.mean() - low)
-    assert comparison.bootstrap_interval(values)[0] == interval
+    assert seed_statistics.bootstrap_interval(values)[0] == interval
 
 
 @pytest.mark.parametrize("values", [[0.01], [0.01, 0.03], [0.02] * 5, []])
 def test_where_resampling_says_nothing_a_note_does(values):
-    interval, note = comparison.bootstrap_interval(np.array(values))
+    interval, note = seed_statistics.bootstrap_interval(np.array(values))
     assert interval is None and note.startswith("no interval: ")
 
 
@@ -139,20 +140,20 @@ def test_wilcoxon_against_all_signs(values):
     ranks = scipy.stats.rankdata(np.abs(nonzero))
     sums = np.array([np.dot(ranks, signs) for signs in itertools.product((-1, 1), repeat=len(nonzero))])
     expected = np.mean(np.abs(sums) >= abs(np.dot(ranks, np.sign(nonzero))) - 1e-9)
-    p_value, note = comparison.wilcoxon_p_value(values)
+    p_value, note = seed_statistics.wilcoxon_p_value(values)
     assert p_value == pytest.approx(expected) and (note is None) == (len(nonzero) == len(values))
 
 
 def test_rounding_breaks_no_ties():
     """0.85 - 0.84 and 0.84 - 0.83 differ in the last bit."""
-    found = comparison.paired_difference({1: 0.85, 2: 0.84, 3: 0.90}, {1: 0.84, 2: 0.83, 3: 0.95})
+    found = seed_statistics.paired_difference({1: 0.85, 2: 0.84, 3: 0.90}, {1: 0.84, 2: 0.83, 3: 0.95})
     assert found["values"][0] == found["values"][1] == 0.01
-    assert found["p_value"] == pytest.approx(comparison.wilcoxon_p_value(np.array([1.0, 1.0, -5.0]))[0])
+    assert found["p_value"] == pytest.approx(seed_statistics.wilcoxon_p_value(np.array([1.0, 1.0, -5.0]))[0])
 
 
 def test_only_common_seeds_are_paired(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": {4: 0.9, 9: 0.1}, "other": {7: 0.5}})
-    methods = comparison.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]
+    methods = seed_statistics.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]
     assert methods["pats"]["n"] == 2 and methods["pats"]["difference"]["seeds"] == [4]
     assert methods["pats"]["difference"]["mean"] == pytest.approx(0.07)
     none = methods["other"]["difference"]
@@ -162,7 +163,7 @@ def test_only_common_seeds_are_paired(tmp_path):
 
 def test_equal_scores(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": FINETUNE})
-    found = comparison.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]["pats"]["difference"]
+    found = seed_statistics.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]["pats"]["difference"]
     assert found["mean"] == 0 and found["p_value"] is None and found["interval"] is None and len(found["notes"]) == 2
 
 
@@ -180,7 +181,7 @@ def test_seconds_per_step_leave_out_the_line_that_compiled(tmp_path):
 def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
     one = write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, losses=(0.9, 0.5, 0.1))
     two = write_run(tmp_path, Run("mrpc", "pats", 2), 0.6, losses=(0.7, 0.6))
-    (numbers,) = comparison.summarise_task([one, two], ["pats"], "pats")["methods"].values()
+    (numbers,) = seed_statistics.summarise_task([one, two], ["pats"], "pats")["methods"].values()
     loss = numbers["curves"]["loss"]
     assert loss == {"step": [10, 20], "mean": pytest.approx([0.8, 0.55]), "low": [0.7, 0.5], "high": [0.9, 0.6]}
     assert numbers["curves"]["score"]["step"] == [15]
@@ -188,21 +189,21 @@ def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
 
 def test_concentration_is_averaged(tmp_path):
     runs = [write_run(tmp_path, Run("mrpc", "pats", seed), 0.8) for seed in (1, 2)]
-    found = comparison.mean_concentration([one.results["concentration"] for one in runs])
+    found = seed_statistics.mean_concentration([one.results["concentration"] for one in runs])
     raw = [one.results["concentration"] for one in runs]
     assert found["after"]["gini"]["mean"] == pytest.approx(np.mean([one["after"]["all"]["gini"] for one in raw]))
     expected = np.mean([one["log10_histogram"]["after"] for one in raw], axis=0)
     np.testing.assert_allclose(found["histogram"]["after"], expected)
-    assert comparison.mean_concentration([raw[0], None]) is None
+    assert seed_statistics.mean_concentration([raw[0], None]) is None
     old = {name: raw[0][name] for name in ("before", "after")}  # of a run that stored no histogram
-    assert comparison.mean_concentration([raw[0], old])["histogram"] is None
+    assert seed_statistics.mean_concentration([raw[0], old])["histogram"] is None
 
 
 def test_runs_with_other_settings_are_not_compared(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE})
     write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, learning_rate=1e-3)
     with pytest.raises(InputError, match="mrpc/pats/seed1 cannot be compared .*learning_rate was 0.001 and is 5e-05"):
-        comparison.summarise(tmp_path, [*runs, Run("mrpc", "pats", 1)])
+        seed_statistics.summarise(tmp_path, [*runs, Run("mrpc", "pats", 1)])
 
 
 # the report

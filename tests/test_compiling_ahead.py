@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import make_loss_fn, make_train_step, models, parallel
+from pats_jax import make_loss_fn, make_train_step, models
+from pats_jax.training import runners
 
 ROWS, LENGTHS = 16, (12, 5, 8)
 RUNNERS = {"one device": {"num_devices": 1}, "mesh": {}, "fsdp": {"fsdp": 2}, "pmap": {"kind": "pmap"}}
@@ -42,7 +43,7 @@ def make_batch(length):
 def prepare(**kind):
     """A runner, a first state, and a step with dropout and noise."""
     model = models.SequenceClassifier(tiny.CONFIG)
-    runner = parallel.make_runner(**kind)
+    runner = runners.make_runner(**kind)
     tx = pats_jax.pats(optax.adamw(1e-3), noise_scale=1e-3, key=3)
     create = functools.partial(pats_jax.TrainState.create, apply_fn=model.apply, tx=tx, key=0)
     state = runner.create_state(create, tiny.random_params(tiny.CONFIG))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pats_jax import concentration, train_state
+from pats_jax import train_state
+from pats_jax.training import concentration
 
 
 @pytest.mark.parametrize("count", [1, 7, 1000])

@@ -19,11 +19,14 @@ import rich.console
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, downstream, few_shot_tuning, metrics, models, option_scoring, run_folder, upstream
+from pats_jax import cli, models
 from pats_jax.data import load_gym
 from pats_jax.errors import InputError, Preempted
-from pats_jax.gym_settings import GymSettings
 from pats_jax.models import peft
+from pats_jax.priming import downstream, few_shot_tuning, option_scoring, upstream
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.run import run_folder
+from pats_jax.training import metrics
 
 RATES = {"full": 2e-3, "lora": 2e-2, "bitfit": 1e-2}
 QUICK = {

@@ -11,10 +11,12 @@ import time
 import pytest
 import rich.console
 
-from pats_jax import compare, downstream, folder_lock, run_start
+from pats_jax.comparison import compare
 from pats_jax.errors import InputError
-from pats_jax.folder_lock import FolderLock
-from pats_jax.settings import Settings
+from pats_jax.priming import downstream
+from pats_jax.run import folder_lock, run_start
+from pats_jax.run.folder_lock import FolderLock
+from pats_jax.run.settings import Settings
 
 AT_WORK = "another pats-jax is at work there"
 # Takes the lock, starts a process that holds it too, says its number and waits.

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import tiny
 
-from pats_jax import (
-    comparison_page,
-    evaluation,
-    model_card,
-    models,
-    plots,
-    run_folder,
-    submission,
-)
+from pats_jax import models
+from pats_jax.comparison import comparison_page
 from pats_jax.data import write_builtin
 from pats_jax.errors import InputError
-from pats_jax.journal import Journal
 from pats_jax.models import peft
+from pats_jax.programs import submission
+from pats_jax.reporting import plots
+from pats_jax.run import model_card, run_folder
+from pats_jax.run.journal import Journal
+from pats_jax.training import evaluation
 
 LINES = [{"step": 1, "loss": 1.0, "learning_rate": 0.0}]
 SETTINGS = {"model_name_or_path": "m", "load_best_model_at_end": False, "data_dir": None}

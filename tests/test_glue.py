@@ -15,10 +15,12 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, concentration, evaluation, fine_tuning, glue, parallel, replacing, run_folder, settings
+from pats_jax import cli, glue
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.run import replacing, run_folder, settings
+from pats_jax.run.settings import Settings
+from pats_jax.training import concentration, evaluation, fine_tuning, runners
 
 TRAIN_ROWS, STEPS = 22, 12  # of SST-2: 4 epochs of 3 batches, the last one of 6 rows
 
@@ -446,7 +448,7 @@ def test_answers_that_are_not_finite_are_no_scores(base):
     tokens = batches.tokenize(split, tiny.tokenizer(), 16)
     lost = evaluation.Predictor(
         lambda params, batch: np.full((8, 2), np.nan),
-        parallel.make_runner(num_devices=1),
+        runners.make_runner(num_devices=1),
         tasks.get_task("sst2"),
         {"x": split},
         {"x": tokens}.__getitem__,

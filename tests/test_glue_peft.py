@@ -13,10 +13,11 @@ import scipy.special
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue, methods, models, pats_noise, pe_modules, trees
+from pats_jax import cli, glue, methods, models, pats_noise, trees
 from pats_jax.errors import InputError
 from pats_jax.models import peft
-from pats_jax.settings import Settings
+from pats_jax.run import pe_modules
+from pats_jax.run.settings import Settings
 
 KINDS = tuple(peft.KINDS)
 SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length": 4, "lora_dropout": 0.1}

@@ -13,7 +13,7 @@ from pats_jax.data.few_shot import KINDS, FewShotTask, Row, Sample, build_task, 
 from pats_jax.data.gym import load_gym, task_names
 from pats_jax.data.partitions import load_partitioned_gym
 from pats_jax.errors import InputError
-from pats_jax.metrics import METRICS, compute_metrics
+from pats_jax.training.metrics import METRICS, compute_metrics
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "gym"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real few-shot gym is not at {SHARED}")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from pats_jax import gym_report, plots
-from pats_jax.relative_gain import summarise
+from pats_jax.priming import gym_report
+from pats_jax.priming.relative_gain import summarise
+from pats_jax.reporting import plots
 
 TASKS = ("alpha", "beta", "cola", "delta")
 SCORES = {  # arm -> mean test scores of TASKS; samples lie 0.1 below and above

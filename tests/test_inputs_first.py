@@ -10,11 +10,12 @@ import tiny
 import tokenizers
 import transformers
 
-from pats_jax import cli, glue, models, settings
+from pats_jax import cli, glue, models
 from pats_jax.data import batches
 from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.run import settings
+from pats_jax.run.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from pats_jax import glue, replacing, run_folder
+from pats_jax import glue
 from pats_jax.errors import InputError
-from pats_jax.journal import Journal, check_tensorboard
-from pats_jax.profiling import Profiler, seconds_since_process_start
+from pats_jax.run import replacing, run_folder
+from pats_jax.run.journal import Journal, check_tensorboard
+from pats_jax.training.profiling import Profiler, seconds_since_process_start
 
 TRAINED = {"step": 2, "loss": 0.5, "learning_rate": 1e-3, "skipped_steps": 0, "timing": {"seconds": 1.5}}
 EVALUATED = {"step": 2, "eval": {"accuracy": 0.75}}

@@ -12,9 +12,10 @@ import rich.console
 import tiny
 
 import pats_jax
-from pats_jax import methods, subnetworks, trees
+from pats_jax import methods, trees
+from pats_jax.companions import subnetworks
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.run.settings import Settings
 
 SETTINGS = Settings(learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1, max_grad_norm=0.5)
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from pats_jax.metrics import METRICS, compute_metrics
+from pats_jax.training.metrics import METRICS, compute_metrics
 
 CLASSES = np.random.default_rng(0).integers(0, 2, (2, 200))
 SCORES = np.random.default_rng(1).normal(size=(2, 100)).astype(np.float32)

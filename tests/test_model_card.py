@@ -2,7 +2,8 @@
 
 import pytest
 
-from pats_jax import model_card, plots
+from pats_jax.reporting import plots
+from pats_jax.run import model_card
 
 RESULTS = {
     "model_name_or_path": "tiny",

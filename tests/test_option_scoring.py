@@ -15,11 +15,12 @@ from model_parity import by_tensor_name
 from numpy_bert import NumpyBert, gelu
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import models, option_scoring
+from pats_jax import models
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.errors import InputError
 from pats_jax.models import peft
-from pats_jax.option_scoring import HEADS, Head, encode_rows, get_head, load_scorer, option_scores, pad_to
+from pats_jax.priming import option_scoring
+from pats_jax.priming.option_scoring import HEADS, Head, encode_rows, get_head, load_scorer, option_scores, pad_to
 
 CONFIG = dataclasses.replace(tiny.CONFIG, max_position_embeddings=80)
 LONGEST = 64

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import pats_jax
-from pats_jax import parallel
+from pats_jax.training import runners
 
 PARAMS = {"w": np.float32(np.arange(12).reshape(4, 3) / 7), "b": np.zeros(3, np.float32)}
 GRADS = {"w": np.float32(np.sin(np.arange(12)).reshape(4, 3)), "b": np.ones(3, np.float32)}
@@ -95,7 +95,7 @@ def test_without_a_target_the_words_are_plain_arrays(tmp_path):
 
 
 def test_a_state_on_a_mesh_and_one_of_many_seeds(tmp_path):
-    runner = parallel.make_runner(fsdp=2)
+    runner = runners.make_runner(fsdp=2)
 
     tx = OPTIMIZERS["pats"](3)
 

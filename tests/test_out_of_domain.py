@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny
 
-from pats_jax import cli, glue, settings
+from pats_jax import cli, glue
 from pats_jax.data import read_file, stratified_rows
 from pats_jax.data.out_of_domain import NAMES, load_out_of_domain
 from pats_jax.errors import InputError
-from pats_jax.evaluation import fold
-from pats_jax.settings import Settings
+from pats_jax.run import settings
+from pats_jax.run.settings import Settings
+from pats_jax.training.evaluation import fold
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "ood_nli").is_dir(), reason=f"the real files are not in {SHARED}")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pats_jax import glue, settings
+from pats_jax import glue
 from pats_jax.data import load_files, read_file
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.run import settings
+from pats_jax.run.settings import Settings
 
 
 def write(path: Path, labels, header="label") -> Path:

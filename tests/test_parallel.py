@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import make_loss_fn, make_predict_step, make_train_step, models, parallel, train_state
+from pats_jax import make_loss_fn, make_predict_step, make_train_step, models, train_state
 from pats_jax.errors import InputError
+from pats_jax.training import runners
 
 ROWS, LENGTH = 32, 12
 
@@ -54,7 +55,7 @@ def make_batch(config, number):
 
 def train(model, params, config, tx, steps, *, accumulation_steps=1, **kind):
     """The state after some steps without dropout, as arrays of the mesh, and the metrics of the last step."""
-    runner = parallel.make_runner(**kind)
+    runner = runners.make_runner(**kind)
     create = functools.partial(pats_jax.TrainState.create, apply_fn=model.apply, tx=tx, key=0)
     state = runner.create_state(create, params)
     loss_fn = make_loss_fn(model.apply, deterministic=True)
@@ -155,7 +156,7 @@ def test_fsdp_cuts_matrices_and_all_that_goes_with_them():
 @pytest.mark.parametrize("name", ["one device", "mesh", "pmap", "fsdp"])
 def test_predictions_are_those_of_one_device(name):
     model, params, config = roberta()
-    runner = parallel.make_runner(**RUNNERS[name])
+    runner = runners.make_runner(**RUNNERS[name])
     batch = {name: x for name, x in make_batch(config, 1).items() if name not in ("labels", "weights")}
     predict = runner.compile_predict(make_predict_step(model.apply))
     logits = predict(runner.place(params), {name: x[runner.own_rows(ROWS)] for name, x in batch.items()})
@@ -163,8 +164,8 @@ def test_predictions_are_those_of_one_device(name):
 
 
 def test_one_process_reads_all_rows():
-    np.testing.assert_array_equal(parallel.make_runner().own_rows(16), np.arange(16))
-    np.testing.assert_array_equal(parallel.make_runner(fsdp=8).own_rows(24), np.arange(24))
+    np.testing.assert_array_equal(runners.make_runner().own_rows(16), np.arange(16))
+    np.testing.assert_array_equal(runners.make_runner(fsdp=8).own_rows(24), np.arange(24))
 
 
 @pytest.mark.parametrize("name", ["mesh", "pmap", "fsdp"])
@@ -188,19 +189,19 @@ def test_training_compiles_once(name, caplog):
 )
 def test_devices_that_there_are_not(kind, message):
     with pytest.raises(InputError) as caught:
-        parallel.make_runner(**kind)
+        runners.make_runner(**kind)
     assert str(caught.value) == message
 
 
 def test_an_address_without_the_two_numbers():
     with pytest.raises(InputError, match="--num_processes, --process_id: needed too"):
-        parallel.initialize("localhost:1")
+        runners.initialize("localhost:1")
 
 
 def test_nothing_to_join_is_no_error(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    parallel.initialize()
+    runners.initialize()
     assert jax.process_count() == 1
 
 
@@ -212,8 +213,8 @@ def test_a_tpu_machine_asks_jax_for_its_pod_and_runs_alone_without_one(monkeypat
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(parallel, "_has_tpu", lambda: True)
-    parallel.initialize()
+    monkeypatch.setattr(runners, "_has_tpu", lambda: True)
+    runners.initialize()
     assert asked == [(None, None, None)]
     with pytest.raises(InputError, match="cannot be joined: coordinator_address should be defined"):
-        parallel.initialize("localhost:1", 2, 0)
+        runners.initialize("localhost:1", 2, 0)

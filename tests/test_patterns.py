@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pats_jax.errors import InputError
-from pats_jax.patterns import compile_pattern
+from pats_jax.models.patterns import compile_pattern
 
 NAMES = [
     f"bert.encoder.layer.{layer}.{rest}"

@@ -6,8 +6,8 @@ import warnings
 import matplotlib.text
 import pytest
 
-from pats_jax import plots
-from pats_jax.console import visible
+from pats_jax.reporting import plots
+from pats_jax.reporting.console import visible
 
 NAMES = ["$x_{$", "a $b$ c", r"\frac{$", "_hidden", "100 % ^ {", "中文", "x" * 500, "a\nb\x1b", "lone \udcff", r"a\$b"]
 CURVE = {"step": [1, 2], "mean": [1.0, 0.5], "low": [0.5, 0.5], "high": [1.5, 0.5]}

@@ -9,7 +9,9 @@ import optax
 import pytest
 
 import pats_jax
-from pats_jax import make_train_step, parallel, priming
+from pats_jax import make_train_step
+from pats_jax.priming import meta_losses
+from pats_jax.training import runners
 
 TASKS, ROWS, INPUTS, HIDDEN = 4, 5, 3, 4
 RATE = 0.3  # large, so that the second-order term is
@@ -135,24 +137,24 @@ def test_gradient_by_hand_is_that_of_differences():
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_maml_differentiates_through_the_inner_steps(inner_steps, remat):
     batch = make_batch(inner_steps)
-    found = gradient_in_float64(priming.maml(loss_fn, inner_learning_rate=RATE, remat=remat), batch)
+    found = gradient_in_float64(meta_losses.maml(loss_fn, inner_learning_rate=RATE, remat=remat), batch)
     assert_close(found, central_differences(lambda params: numpy_objective(params, batch), start()))
 
 
 def test_maml_moves_what_is_trainable_only():
     """The frozen leaves have the gradient of a loss that their inner steps leave them in."""
     batch = make_batch(2)
-    found = gradient_in_float64(priming.maml(loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES), batch)
+    found = gradient_in_float64(meta_losses.maml(loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES), batch)
     expected = central_differences(lambda params: numpy_objective(params, batch, ONLY_BIASES), start())
     assert_close(found, expected)
-    assert distance(found, gradient_in_float64(priming.maml(loss_fn, inner_learning_rate=RATE), batch)) > 0.01
+    assert distance(found, gradient_in_float64(meta_losses.maml(loss_fn, inner_learning_rate=RATE), batch)) > 0.01
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
 @pytest.mark.parametrize("moves", [None, ONLY_BIASES], ids=["all", "biases"])
 def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(moves, remat):
     batch = make_batch(3)
-    meta_loss = priming.make_meta_loss("fomaml", loss_fn, inner_learning_rate=RATE, trainable=moves, remat=remat)
+    meta_loss = meta_losses.make_meta_loss("fomaml", loss_fn, inner_learning_rate=RATE, trainable=moves, remat=remat)
     found = gradient_in_float64(meta_loss, batch)
 
     def of_task(task):
@@ -160,7 +162,7 @@ def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(mo
         return numpy_gradient(adapted, batch["query_x"][task], batch["query_y"][task])
 
     assert_close(found, mean_over_tasks(of_task))
-    maml = priming.make_meta_loss("maml", loss_fn, inner_learning_rate=RATE, trainable=moves)
+    maml = meta_losses.make_meta_loss("maml", loss_fn, inner_learning_rate=RATE, trainable=moves)
     assert distance(found, gradient_in_float64(maml, batch)) > 0.01
 
 
@@ -172,14 +174,14 @@ def test_first_order_objective_takes_inner_gradients_for_constants():
         moved = [jax.tree.map(lambda p, s: p - s, params, step) for step in steps]
         return np.mean(list(map(numpy_loss, moved, batch["query_x"], batch["query_y"])))
 
-    found = gradient_in_float64(priming.maml(loss_fn, inner_learning_rate=RATE, first_order=True), batch)
+    found = gradient_in_float64(meta_losses.maml(loss_fn, inner_learning_rate=RATE, first_order=True), batch)
     assert_close(found, central_differences(objective, start()))
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "fomaml"])
 def test_values_are_means_over_tasks(algorithm):
     batch = make_batch(2)
-    meta_loss = priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)
+    meta_loss = meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)
     with jax.enable_x64(True):
         loss, metrics = jax.device_get(jax.jit(meta_loss)(start(), batch, jax.random.key(0)))
     assert loss == pytest.approx(numpy_objective(start(), batch), rel=1e-9)
@@ -195,7 +197,7 @@ def test_values_are_means_over_tasks(algorithm):
 
 def test_remat_recomputes():
     def remats(**options):
-        meta_loss = priming.maml(loss_fn, inner_learning_rate=RATE, **options)
+        meta_loss = meta_losses.maml(loss_fn, inner_learning_rate=RATE, **options)
         return str(jax.make_jaxpr(meta_loss)(start(), make_batch(2), jax.random.key(0))).count("prevent_cse")
 
     assert remats() == 0 and remats(remat=True) == 2  # an inner step, the query
@@ -208,7 +210,7 @@ def test_adapted_parameters_are_those_of_plain_sgd(moves):
     expected, losses = numpy_adapt(start(), batch, 0, moves)
     with jax.enable_x64(True):
         found, found_losses = jax.device_get(
-            priming.adapt(loss_fn, start(), rows, jax.random.key(0), learning_rate=RATE, trainable=moves)
+            meta_losses.adapt(loss_fn, start(), rows, jax.random.key(0), learning_rate=RATE, trainable=moves)
         )
     assert_close(found, expected, 1e-12)
     np.testing.assert_allclose(found_losses, losses, rtol=1e-12)
@@ -225,7 +227,7 @@ def test_reptile_gradient_is_how_far_the_parameters_have_moved():
     expected = mean_over_tasks(
         lambda task: jax.tree.map(lambda p, a: (p - a) / RATE, start(), numpy_adapt(start(), batch, task)[0])
     )
-    meta_loss = priming.reptile(loss_fn, inner_learning_rate=RATE)
+    meta_loss = meta_losses.reptile(loss_fn, inner_learning_rate=RATE)
     assert_close(gradient_in_float64(meta_loss, batch), expected)
     with jax.enable_x64(True):
         loss, metrics = jax.jit(meta_loss)(start(), batch, jax.random.key(0))
@@ -237,7 +239,7 @@ def test_reptile_gradient_is_how_far_the_parameters_have_moved():
 
 def test_reptile_does_not_move_frozen_leaves():
     batch = make_batch(2)
-    found = gradient_in_float64(priming.reptile(loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES), batch)
+    found = gradient_in_float64(meta_losses.reptile(loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES), batch)
     expected = mean_over_tasks(
         lambda task: jax.tree.map(
             lambda p, a: (p - a) / RATE, start(), numpy_adapt(start(), batch, task, ONLY_BIASES)[0]
@@ -252,7 +254,7 @@ def test_reptile_with_sgd_goes_part_of_the_way_to_the_mean_of_the_adapted_parame
     batch, part = make_batch(3), 0.5
     adapted = mean_over_tasks(lambda task: numpy_adapt(start(), batch, task)[0])
     expected = jax.tree.map(lambda p, a: p + part * (a - p), start(), adapted)
-    step = jax.jit(make_train_step(priming.reptile(loss_fn, inner_learning_rate=RATE)))
+    step = jax.jit(make_train_step(meta_losses.reptile(loss_fn, inner_learning_rate=RATE)))
     state, metrics = step(new_state(optax.sgd(part * RATE)), in_float32(batch))
     assert_close(jax.device_get(state.params), expected, 1e-5)
     assert float(metrics["grad_norm"]) > 0
@@ -267,8 +269,8 @@ def test_one_step_of_reptile_is_multi_task_learning_at_any_inner_rate(rate):
     reptile, mtl = (
         jax.jit(jax.grad(lambda p, key, loss=loss, rows=rows: loss(p, rows, key)[0]))(*arguments)
         for loss, rows in (
-            (priming.reptile(loss_fn, inner_learning_rate=rate), batch),
-            (priming.make_meta_loss("mtl", loss_fn), same_rows),
+            (meta_losses.reptile(loss_fn, inner_learning_rate=rate), batch),
+            (meta_losses.make_meta_loss("mtl", loss_fn), same_rows),
         )
     )
     assert_close(jax.device_get(reptile), jax.device_get(mtl), 1e-5)
@@ -279,7 +281,7 @@ def test_one_step_of_reptile_is_multi_task_learning_at_any_inner_rate(rate):
 
 def test_multi_task_learning_is_the_mean_of_the_tasks_gradients():
     batch = make_batch()
-    found = gradient_in_float64(priming.make_meta_loss("mtl", loss_fn, inner_learning_rate=RATE), batch)
+    found = gradient_in_float64(meta_losses.make_meta_loss("mtl", loss_fn, inner_learning_rate=RATE), batch)
     assert_close(
         found, mean_over_tasks(lambda task: numpy_gradient(start(), batch["query_x"][task], batch["query_y"][task]))
     )
@@ -288,7 +290,7 @@ def test_multi_task_learning_is_the_mean_of_the_tasks_gradients():
 def test_multi_task_learning_on_one_task_is_plain_training():
     batch = in_float32(make_batch(tasks=1))
     plain = {"x": batch["query_x"][0], "y": batch["query_y"][0]}
-    found, metrics = jax.jit(make_train_step(priming.multi_task(loss_fn)))(new_state(optax.adamw(0.1)), batch)
+    found, metrics = jax.jit(make_train_step(meta_losses.multi_task(loss_fn)))(new_state(optax.adamw(0.1)), batch)
     expected, own = jax.jit(make_train_step(loss_fn))(new_state(optax.adamw(0.1)), plain)
     assert set(metrics) == set(own)
     for ours, theirs in zip(jax.tree.leaves((found, metrics)), jax.tree.leaves((expected, own)), strict=True):
@@ -317,8 +319,8 @@ def with_dropout(batch):
 
 
 def train(algorithm, devices=1, steps=4, **options):
-    meta_loss = priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)
-    runner = parallel.make_runner(num_devices=devices)
+    meta_loss = meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)
+    runner = runners.make_runner(num_devices=devices)
 
     create = functools.partial(pats_jax.TrainState.create, apply_fn=None, tx=noisy(), key=0)
     state = runner.create_state(create, in_float32(start()))
@@ -330,7 +332,7 @@ def train(algorithm, devices=1, steps=4, **options):
     return runner.to_host(state.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("algorithm", priming.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_several_devices_train_as_one_does(algorithm):
     """With dropout, whose draws are the tasks' own wherever they are, and PATS on AdamW."""
     params, metrics = train(algorithm)
@@ -343,16 +345,16 @@ def test_several_devices_train_as_one_does(algorithm):
         assert float(own["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", priming.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_micro_batches_of_tasks_are_the_whole_batch(algorithm):
     found, expected = (train(algorithm, accumulation_steps=parts)[0] for parts in (2, 1))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", priming.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_noise_changes_its_own_leaves_only(algorithm):
-    step = jax.jit(make_train_step(priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)))
+    step = jax.jit(make_train_step(meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)))
     states = [step(new_state(noisy(scale)), in_float32(make_batch()))[0] for scale in (0.05, 0.0)]
     with_noise, without = (jax.device_get(state.params) for state in states)
     assert (with_noise["first"]["kernel"] != without["first"]["kernel"]).mean() > 0.25  # those of low sensitivity
@@ -360,9 +362,9 @@ def test_noise_changes_its_own_leaves_only(algorithm):
     assert all(map(np.array_equal, jax.tree.leaves(with_noise), jax.tree.leaves(without)))
 
 
-@pytest.mark.parametrize("algorithm", priming.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_frozen_leaves_stay_in_training(algorithm):
-    meta_loss = priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES)
+    meta_loss = meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES)
     state, metrics = jax.jit(make_train_step(meta_loss))(
         new_state(optax.adamw(0.1), ONLY_BIASES), in_float32(make_batch(2))
     )
@@ -385,17 +387,17 @@ def drawn_loss(params, batch, key):
 @pytest.mark.parametrize("key", [jax.random.key(5), pats_jax.random.as_key(5)], ids=["JAX", "fast"])
 def test_every_inner_step_draws_anew(key):
     rows = {"task": np.zeros((6, 1), int)}
-    _, losses = priming.adapt(drawn_loss, jnp.ones(1), rows, key, learning_rate=1e-9)
+    _, losses = meta_losses.adapt(drawn_loss, jnp.ones(1), rows, key, learning_rate=1e-9)
     assert len(set(losses.tolist())) == 6
     assert np.ptp(losses) > 0.1
 
 
-@pytest.mark.parametrize("algorithm", priming.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 @pytest.mark.parametrize("key", [jax.random.key(5), pats_jax.random.as_key(5)], ids=["JAX", "fast"])
 def test_every_task_draws_anew_and_the_query_too(algorithm, key):
     tasks = np.arange(6)[:, None]
     batch = {"query_task": tasks, "support_task": tasks[:, None]}
-    meta_loss = priming.make_meta_loss(algorithm, drawn_loss, inner_learning_rate=1e-9)
+    meta_loss = meta_losses.make_meta_loss(algorithm, drawn_loss, inner_learning_rate=1e-9)
     (loss, metrics), draws = jax.value_and_grad(meta_loss, has_aux=True)(jnp.ones(6), batch, key)
     assert len(set(draws.tolist())) == 6
     assert np.ptp(6 * draws) > 0.1
@@ -410,19 +412,19 @@ def test_every_task_draws_anew_and_the_query_too(algorithm, key):
 @pytest.mark.parametrize("rate", [0, -1e-5, float("nan"), "1e-5", None])
 def test_inner_learning_rates_that_are_none(algorithm, rate):
     with pytest.raises(ValueError) as caught:
-        priming.make_meta_loss(algorithm, loss_fn, inner_learning_rate=rate)
+        meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=rate)
     assert str(caught.value) == f"inner_learning_rate={rate!r} must be a number above 0"
 
 
 def test_an_algorithm_that_there_is_not():
     with pytest.raises(ValueError) as caught:
-        priming.make_meta_loss("anil", loss_fn)
+        meta_losses.make_meta_loss("anil", loss_fn)
     assert str(caught.value) == "algorithm='anil' is not one of 'mtl', 'maml', 'fomaml', 'reptile'"
 
 
 def test_every_algorithm_has_a_line():
-    for algorithm, summary in priming.ALGORITHMS.items():
-        priming.make_meta_loss(algorithm, loss_fn)
+    for algorithm, summary in meta_losses.ALGORITHMS.items():
+        meta_losses.make_meta_loss(algorithm, loss_fn)
         assert summary and "\n" not in summary
 
 
@@ -439,5 +441,5 @@ def test_every_algorithm_has_a_line():
 def test_batches_without_what_the_algorithm_reads(algorithm, there, missing):
     batch = {name.replace("query_", there): x for name, x in make_batch().items() if name.startswith("query_")}
     with pytest.raises(ValueError) as caught:
-        priming.make_meta_loss(algorithm, loss_fn)(in_float32(start()), batch, jax.random.key(0))
+        meta_losses.make_meta_loss(algorithm, loss_fn)(in_float32(start()), batch, jax.random.key(0))
     assert str(caught.value) == f"the batch has no arrays named {missing}..., only {there}x, {there}y"

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import run_folder
+from pats_jax.run import run_folder
 
 pytestmark = pytest.mark.slow  # two processes at once, each of which starts, compiles and waits for the other
 

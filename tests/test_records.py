@@ -14,18 +14,22 @@ import pytest
 import rich.console
 import tiny
 
-from pats_jax import cli, compare, comparison, downstream, plots, records, run_folder
+from pats_jax import cli
+from pats_jax.comparison import compare, seed_statistics
 from pats_jax.errors import InputError
-from pats_jax.gym_settings import GymSettings
 from pats_jax.models import peft
-from pats_jax.priming import ALGORITHMS
-from pats_jax.settings import Settings
-from pats_jax.upstream import PrimingSettings
+from pats_jax.priming import downstream
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.meta_losses import ALGORITHMS
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.reporting import plots
+from pats_jax.run import records, run_folder
+from pats_jax.run.settings import Settings
 
 GLUE = {"task_name": "rte", "model_name_or_path": "model", "seed": 1}
 PRIME = {"model_name_or_path": "model", "seed": 1}
 SCORES = {"metrics": {"accuracy": 0.5}}
-FIGURES = {"all": {name: 0.5 for name in comparison.FIGURES}}
+FIGURES = {"all": {name: 0.5 for name in seed_statistics.FIGURES}}
 GLUE_RESULTS = {
     "method": "finetune",
     "data": "rte from a folder",

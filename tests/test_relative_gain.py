@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from pats_jax.errors import InputError
-from pats_jax.relative_gain import Arm, arg_interval, average_relative_gain, steps_to_score, summarise
+from pats_jax.priming.relative_gain import Arm, arg_interval, average_relative_gain, steps_to_score, summarise
 
 
 def tuning(arm, task, sample, test, *, seed=None, curve=(0.5, 0.6, 0.7), metric="accuracy", chance=0.5, **fields):

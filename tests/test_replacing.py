@@ -7,10 +7,11 @@ import pathlib
 
 import pytest
 
-from pats_jax import files, model_card, replacing, run_folder, run_start
+from pats_jax import files
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
-from pats_jax.upstream import PrimingSettings
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.run import model_card, replacing, run_folder, run_start
+from pats_jax.run.settings import Settings
 
 RESULTS = {
     "model_name_or_path": "tiny",

@@ -5,9 +5,9 @@ import html.parser
 import markdown_it
 import pytest
 
-from pats_jax import model_card
-from pats_jax.console import visible
-from pats_jax.report_page import Page, code, markdown_block, markdown_code, markdown_text, plain
+from pats_jax.reporting.console import visible
+from pats_jax.reporting.report_page import Page, code, markdown_block, markdown_code, markdown_text, plain
+from pats_jax.run import model_card
 
 AWKWARD = [
     "<script>alert(1)</script>",

@@ -22,9 +22,11 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import fine_tuning, glue, replacing, run_folder
-from pats_jax.checkpoints import Checkpoints
+from pats_jax import glue
 from pats_jax.errors import InputError
+from pats_jax.run import replacing, run_folder
+from pats_jax.training import fine_tuning
+from pats_jax.training.checkpoints import Checkpoints
 
 STEPS = 60
 
@@ -388,7 +390,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(b
     "broken, error",
     [
         ("safetensors.numpy.save_file", OSError(errno.ENOSPC, "No space left on device")),
-        ("pats_jax.plots._save", InputError("loss.png: cannot be written (No space left on device)")),
+        ("pats_jax.reporting.plots._save", InputError("loss.png: cannot be written (No space left on device)")),
     ],
 )
 def test_a_disk_that_is_full_at_the_end_costs_no_training(

@@ -8,9 +8,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from pats_jax import plots, run_folder
 from pats_jax.errors import InputError
-from pats_jax.settings import Settings
+from pats_jax.reporting import plots
+from pats_jax.run import run_folder
+from pats_jax.run.settings import Settings
 
 
 def refuses(folder, overwrite=False):

@@ -12,13 +12,14 @@ import typing
 import numpy as np
 import pytest
 
-from pats_jax import errors, methods, settings
+from pats_jax import errors, methods
 from pats_jax.errors import InputError
-from pats_jax.fine_tuning import count_steps
-from pats_jax.gym_settings import GymSettings
-from pats_jax.patterns import compile_pattern
-from pats_jax.settings import FOREIGN_FLAGS, Settings
-from pats_jax.upstream import PrimingSettings
+from pats_jax.models.patterns import compile_pattern
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.run import settings
+from pats_jax.run.settings import FOREIGN_FLAGS, Settings
+from pats_jax.training.fine_tuning import count_steps
 
 
 def parse(*args):

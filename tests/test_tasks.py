@@ -2,9 +2,9 @@
 
 import pytest
 
-from pats_jax import metrics
 from pats_jax.data.tasks import TASKS, get_task, own_task
 from pats_jax.errors import InputError
+from pats_jax.training import metrics
 
 # From the GLUE paper's table 1 (metrics) and the server's list of files; rows of the test sets from the data's card.
 OFFICIAL = {

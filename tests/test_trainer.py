@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pats_jax import trainer
 from pats_jax.errors import InputError, Preempted
-from pats_jax.trainer import Hooks, Rhythm, fit, predict_logits
+from pats_jax.training import loop
+from pats_jax.training.loop import Hooks, Rhythm, fit, predict_logits
 
 COUNTS = {"examples": 2.0, "tokens": 6.0, "computed_tokens": 8.0}
 
@@ -106,7 +106,7 @@ def test_training_ends_when_the_score_stays_where_it_is():
 
 def test_timing_counts_real_examples_waiting_for_data_and_no_evaluation(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
 
     def slow(seconds, function):
         def wrapped(*args):

@@ -12,12 +12,15 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, fine_tuning, models, option_scoring, parallel, pe_modules, preemption, run_folder, upstream
+from pats_jax import cli, models
 from pats_jax.data import load_gym
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
-from pats_jax.upstream import PrimingSettings
+from pats_jax.priming import option_scoring, upstream
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.run import pe_modules, run_folder
+from pats_jax.training import fine_tuning, preemption, runners
 
 META = ("maml", "fomaml", "reptile")
 QUICK = {
@@ -282,7 +285,7 @@ def tensors_at(folder, step):
 def make_training(settings, tasks=None):
     gym = load_gym(settings.data_dir)
     tasks = [gym[name] for name in tiny.PARTITION["train"]] if tasks is None else tasks
-    runner = parallel.make_runner(num_devices=1)
+    runner = runners.make_runner(num_devices=1)
     model, params = option_scoring.load_scorer(
         settings.model_name_or_path, settings.head, pe_modules.chosen_config(settings), key=settings.seed
     )

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from pats_jax import models
 from pats_jax.models.config import EncoderConfig, default_labels
-from pats_jax.settings import Settings
+from pats_jax.run.settings import Settings
 
 GOOD = ("warm", "bright", "kind", "calm")
 BAD = ("cold", "dull", "rude", "loud")

@@ -70,8 +70,7 @@ def load_gym(
       InputError: one line with the file, and the line of the file where it applies.
     """
     if str(source) == "builtin":
-        from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS
-        from pats_jax.data.builtin_gym import generate_gym
+        from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS, generate_gym
 
         if shots != BUILTIN_SHOTS:
             raise InputError(f"builtin: there are samples of {BUILTIN_SHOTS} shots only, not {shots}")

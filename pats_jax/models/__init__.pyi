@@ -2,17 +2,11 @@ from .bert import SequenceClassifier as SequenceClassifier
 from .config import EncoderConfig as EncoderConfig
 from .masked_lm import (
     load_mlm_head as load_mlm_head,
-)
-from .masked_lm import (
     mlm_logits as mlm_logits,
 )
 from .pretrained import (
     from_pretrained as from_pretrained,
-)
-from .pretrained import (
     lacks_pooler as lacks_pooler,
-)
-from .pretrained import (
     save_pretrained as save_pretrained,
 )
 from .sources import checkpoint_folder as checkpoint_folder

@@ -21,8 +21,8 @@ from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.sources import checkpoint_folder
+from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
-from pats_jax.whole_folder import new_folder
 
 logger = logging.getLogger(__name__)
 Parameters = dict[str, Any]

@@ -9,11 +9,13 @@ from typing import Any
 
 import rich.console
 
-from pats_jax import compare, comparison, downstream, gym_report, relative_gain, submission
+from pats_jax.comparison import compare, seed_statistics
 from pats_jax.errors import InputError
-from pats_jax.gym_settings import GymSettings
-from pats_jax.settings import Settings, read_config
-from pats_jax.upstream import PrimingSettings
+from pats_jax.priming import downstream, gym_report, relative_gain
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.programs import submission
+from pats_jax.run.settings import Settings, read_config
 
 from .inputs import REFUSED, Expected, Input, Reader, must
 from .mutate import damage_bytes, damage_one
@@ -146,7 +148,7 @@ def read_grid(folder: Path, given: Input) -> Any:
         compare.report(folder, _console())
         summary = json.loads((folder / "comparison.json").read_bytes())
     else:
-        summary = comparison.summarise(folder, compare.recorded_runs(folder))
+        summary = seed_statistics.summarise(folder, compare.recorded_runs(folder))
         json.dumps(summary, allow_nan=False)
     if given.told != "sound":
         return None

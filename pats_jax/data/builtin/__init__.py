@@ -29,7 +29,7 @@ from pats_jax.data.builtin.files import file_text
 from pats_jax.data.tasks import TASKS, get_task
 from pats_jax.errors import InputError
 from pats_jax.files import make_folder, write_text
-from pats_jax.whole_folder import new_folder
+from pats_jax.models.whole_folder import new_folder
 
 TRAIN_ROWS = 2000
 OTHER_ROWS = 400

@@ -8,7 +8,7 @@ from pats_jax.data.builtin_gym import SHOTS, generate_gym
 from pats_jax.data.few_shot import Row
 from pats_jax.errors import InputError
 from pats_jax.files import make_folder, write_text
-from pats_jax.whole_folder import new_folder
+from pats_jax.models.whole_folder import new_folder
 
 README = """\
 The built-in few-shot gym of pats_jax. This is NOT the few-shot gym of CrossFit.

@@ -19,8 +19,8 @@ from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
+from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import FieldRules, SavedModules
-from pats_jax.patterns import compile_pattern
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array

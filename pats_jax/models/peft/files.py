@@ -33,7 +33,7 @@ from pats_jax.models.peft.saved import (
 )
 from pats_jax.models.pretrained import check_problem_type, from_pretrained
 from pats_jax.models.sources import checkpoint_folder
-from pats_jax.whole_folder import new_folder
+from pats_jax.models.whole_folder import new_folder
 
 
 def save_peft(

@@ -25,6 +25,7 @@ import numpy as np
 from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
+from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.config import (
     FlatTree,
     Interceptor,
@@ -33,7 +34,6 @@ from pats_jax.models.peft.config import (
     linear_layers,
 )
 from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
-from pats_jax.patterns import compile_pattern
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
 _ENDING = ".ia3_l"

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from pats_jax.errors import InputError, shown
 from pats_jax.files import parse_json, parse_record, read_bytes
 from pats_jax.models.config import EncoderConfig
-from pats_jax.patterns import compile_pattern
+from pats_jax.models.patterns import compile_pattern
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TASK = "SEQ_CLS"

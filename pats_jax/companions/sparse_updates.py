@@ -1,0 +1,129 @@
+"""SIFT: an optimizer for a few entries of each tensor, which sees nothing else.
+
+Unlike the methods of `subnetworks`, which change the gradient at the head of a chain, it wraps an optimizer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pats_jax import trees
+from pats_jax.companions.ranking import rank
+from pats_jax.trees import check_number, is_plainly
+
+
+class SiftState(NamedTuple):
+    """State of `sift`.
+
+    Attributes:
+      started: () bool, whether the entries have been chosen.
+      indices: a tree like params, (k,) int32, the chosen entries of the flattened leaf; None where it is trained
+        densely.
+      inner: the inner optimizer's state, for a tree with a (k,) vector in place of each sifted leaf.
+    """
+
+    started: jax.Array
+    indices: Any
+    inner: Any
+
+
+def sift(
+    inner: optax.GradientTransformation | optax.MultiSteps, rate: float, *, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    r"""SIFT: an optimizer for the few entries of each tensor whose first gradient is largest; the rest stays frozen.
+
+    At the first update, of each tensor of N entries the ceil(N * ``rate``) with the largest |g| are chosen, for good
+    (*code*; among entries that tie the first ones, and at least one: ours). ``inner`` sees a vector of these entries
+    in the tensor's place, so its state is of that size: with AdamW, 12 bytes a chosen entry.
+
+    ``inner`` is initialised at the first update, when the entries are known; what a caller changes in its state before
+    that is lost. A mask that ``inner`` works out from shapes sees the vectors, and so does clipping inside it.
+
+    Args:
+      inner: the optimizer.
+      rate: share of each tensor's entries that is trained, in (0, 1]; the authors' is 0.008.
+      mask: a tree prefix of bools, or a function of params that returns one, or None for every leaf: which tensors are
+        thinned out. Leaves outside are trained densely; freeze them with Optax's own means.
+
+    Returns:
+      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner``, bit by bit.
+
+    Raises:
+      ValueError: if rate is outside (0, 1]; from ``update`` without params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, pats_jax
+      >>> params = {"w": jnp.zeros((2, 3))}
+      >>> tx = pats_jax.sift(optax.sgd(1.0), rate=0.3, mask=None)
+      >>> grads = {"w": jnp.array([[1.0, -5.0, 2.0], [3.0, 0.0, 1.0]])}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> print(updates["w"])
+      [[ 0.  5.  0.]
+       [-3.  0.  0.]]
+
+    References:
+      Song et al., `Sparse is Enough in Fine-tuning Pre-trained Large Language Models
+      <https://arxiv.org/abs/2312.11875>`_, 2024
+    """
+    check_number("rate", rate, lambda x: 0 < x <= 1, "in (0, 1]")
+    mask = False if is_plainly(rate, 1) else mask
+    inner = trees.as_extra_args_transform(inner)
+
+    def init(params):
+        sifted = trees.cut_to(trees.resolve_mask(mask, params), params)
+        indices = jax.tree.map(lambda p: jnp.arange(rank(p.size, rate), dtype=jnp.int32), sifted)
+        return SiftState(jnp.zeros([], bool), indices, inner.init(_gather(params, indices)))
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("sift needs the parameters: call tx.update(grads, opt_state, params)")
+        if not jax.tree.leaves(state.indices):  # nothing to choose from
+            updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+            return updates, state._replace(inner=inner_state)
+
+        def choose():
+            return trees.map_held(lambda i, g: jax.lax.top_k(_magnitude(g), i.size)[1], state.indices, updates)
+
+        indices = jax.lax.cond(state.started, lambda: state.indices, choose)
+        # Element by element, where the choice above is made by lax.cond: it fuses into what inner does, without a copy.
+        fresh = inner.init(_gather(params, indices))
+        inner_state = jax.tree.map(lambda old, new: jnp.where(state.started, old, new), state.inner, fresh)
+        if extra_args.get("grad") is not None:  # the raw gradient of `pats_jax.with_raw_gradient`
+            extra_args = extra_args | {"grad": _gather(extra_args["grad"], indices)}
+        sparse, inner_state = inner.update(
+            _gather(updates, indices), inner_state, _gather(params, indices), **extra_args
+        )
+        updates = trees.replace_held(_scatter, sparse, indices, params)
+        return updates, SiftState(jnp.ones([], bool), indices, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _magnitude(grad):
+    """|g| of a flattened leaf, float32; 0 where it is not finite."""
+    size = jnp.abs(_flat(grad).astype(jnp.float32))
+    return jnp.where(jnp.isfinite(size), size, 0.0)
+
+
+def _gather(tree, indices):
+    """A tree with the vector of its chosen entries in place of every sifted leaf."""
+    return trees.replace_held(lambda x, i: _flat(x)[i], tree, indices)
+
+
+def _scatter(sparse, indices, like):
+    """Zeros of a leaf's shape with the vector's entries at their places."""
+    zeros = jnp.zeros(like.size, sparse.dtype)
+    full = zeros.at[indices].set(sparse, unique_indices=True).reshape(like.shape)
+    return jax.sharding.reshard(full, jax.typeof(like).sharding) if _is_sharded(like) else full
+
+
+def _flat(x):
+    """The entries as one vector; whole on every device if axes are sharded explicitly, for these cannot be indexed."""
+    return (jax.sharding.reshard(x, jax.P()) if _is_sharded(x) else x).ravel()
+
+
+def _is_sharded(x):
+    """Whether an axis is sharded over one of a mesh's Explicit axes; XLA itself sees to the Auto ones."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)

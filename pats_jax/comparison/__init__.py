@@ -1,0 +1,1 @@
+"""A grid of methods, tasks and seeds: its runs, its statistics, its page."""

@@ -1,0 +1,1 @@
+"""Programs beside `pats_jax.glue`: predict and submission."""

@@ -1,0 +1,113 @@
+"""Labels and probabilities for new texts: `pats-jax predict`."""
+
+import logging
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import jax
+import numpy as np
+import scipy.special
+import tyro
+
+from pats_jax import models
+from pats_jax.data import batches, read_texts
+from pats_jax.errors import InputError
+from pats_jax.files import write_text
+from pats_jax.models import peft
+from pats_jax.train_state import make_predict_step
+from pats_jax.training.evaluation import BUCKETS, DAMAGED, check_finite, sequence_length, to_tsv
+from pats_jax.training.loop import predict_logits
+
+logger = logging.getLogger(__name__)
+
+
+def predict_file(
+    model: Annotated[str, tyro.conf.Positional],
+    *,
+    file: str,
+    output_file: str | None = None,
+    max_seq_length: int | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Writes a TSV of labels and probabilities (or scores) for the texts of a file.
+
+    Args:
+      model: folder of a trained model, such as RUN/model, or of PE modules, such as RUN/adapter
+      file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or .txt with one text a line
+      output_file: where to write; none: standard output
+      max_seq_length: tokens; longer texts are cut; none: as the model was trained
+      batch_size: rows
+    """
+    for part in ("model", "adapter"):
+        if (pathlib.Path(model) / part / "config.json").exists():
+            raise InputError(f"{model}: the folder of a run; its model is {pathlib.Path(model) / part}")
+    if batch_size < 1:
+        raise InputError(f"--batch_size {batch_size}: must be at least 1")
+    target = None if output_file is None else pathlib.Path(output_file)
+    if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
+        raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
+    if target and target.exists():
+        inputs = [pathlib.Path(file), *pathlib.Path(model).glob("*")]
+        read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
+        if read:
+            raise InputError(f"--output_file {target}: is {read}, which is read; give another file")
+    table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
+    if target:
+        _write(target, table)
+    else:
+        sys.stdout.write(table)
+
+
+def _write(path, text):
+    """A file is written whole, where a link leads to, too; a device or pipe as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path.resolve(), text)
+
+
+def predict_texts(
+    model: str, file: str, max_seq_length: int | None, batch_size: int
+) -> tuple[list[str], np.ndarray, tuple[str, ...] | None]:
+    """The ids of a file's rows, the model's logits for them (rows, num_labels), and the labels' names.
+
+    The names are None where the model predicts a score.
+
+    Raises:
+      InputError: if the model's answers are not finite, or its embedding table is smaller than the tokenizer's ids.
+    """
+    split = read_texts(file)
+    tokenizer = models.load_tokenizer(model)
+    network: models.SequenceClassifier
+    if peft.is_peft_folder(model):
+        network, params, config = peft.load_peft_model(model)
+    else:
+        network, params, config = models.from_pretrained(model, num_labels=None)
+    longest = network.max_length
+    asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
+    max_length = sequence_length(asked, network)
+    tokens = batches.tokenize(split, tokenizer, max_length)
+    batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
+    if cut := batches.describe_cut(tokens, max_length, longest):
+        logger.warning("%s", cut)
+    boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
+    rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
+    logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
+    check_finite(logits, DAMAGED)
+    names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
+    return split.ids, logits, names
+
+
+def as_table(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
+    """A TSV with the header ``index, prediction`` and, for classes, the probability of each by its name."""
+    if names is None:
+        scores = (f"{score:.4f}" for score in logits[:, 0])
+        return to_tsv(("index", "prediction"), zip(ids, scores, strict=True))
+    probabilities = scipy.special.softmax(logits, axis=1)
+    rows = (
+        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
+        for index, row in zip(ids, probabilities, strict=True)
+    )
+    return to_tsv(("index", "prediction", *names), rows)

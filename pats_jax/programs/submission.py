@@ -1,0 +1,305 @@
+"""The zip that the GLUE server takes, out of the predictions of finished runs: `pats-jax submission`.
+
+The server reads one archive with eleven TSV files at its top level, one a test set, the diagnostic set AX included. It
+says little about what it dislikes, so every file is checked here, to the byte, before anything is written.
+"""
+
+import collections
+import io
+import logging
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import rich.console
+import rich.table
+import rich.text
+import tyro
+
+from pats_jax import files
+from pats_jax.data.builtin import OTHER_ROWS
+from pats_jax.data.tables import listed
+from pats_jax.data.tasks import TASKS, Task
+from pats_jax.errors import InputError, shown
+from pats_jax.files import write_bytes
+from pats_jax.run.folder_lock import FolderLock
+from pats_jax.run.records import SubmittedConfig
+
+logger = logging.getLogger(__name__)
+
+HEADER = "index\tprediction"
+# File of the archive -> the task and the test split that it answers, in the archive's order.
+FILES = {file: (task, split) for task in TASKS.values() for split, file in task.prediction_files.items()}
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with predictions.
+
+    Attributes:
+      folder: The run's folder, as it was given.
+      task: What it was trained on.
+      is_builtin: Whether its data is the built-in data, not GLUE.
+      files: Its prediction files.
+    """
+
+    folder: pathlib.Path
+    task: Task
+    is_builtin: bool
+    files: list[pathlib.Path]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the archive.
+
+    Attributes:
+      file: Its name.
+      task: The task that it answers.
+      answers: The prediction of each row, as the server reads it.
+      run: The folder that it comes from; None if it is a placeholder.
+    """
+
+    file: str
+    task: Task
+    answers: list[str]
+    run: pathlib.Path | None
+
+    @property
+    def text(self) -> str:
+        lines = [HEADER, *(f"{index}\t{answer}" for index, answer in enumerate(self.answers))]
+        return "\n".join(lines) + "\n"
+
+
+def write_submission(
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
+    *,
+    output_dir: str,
+    placeholders: bool = False,
+) -> None:
+    """Writes submission.zip, the archive for the GLUE server, and prints what went in.
+
+    Args:
+      runs: folders of finished runs made with --do_predict, one for each task; the MNLI run brings AX along
+      output_dir: folder for submission.zip
+      placeholders: fill the files that no run offers with one constant answer, and name them
+    """
+    target = pathlib.Path(output_dir) / "submission.zip"
+    _check_free(target)
+    found = read_runs(runs)
+    _check_outside(target.parent, found)
+    entries = collect(found, placeholders)
+    with FolderLock(target.parent):
+        _check_free(target)
+        write_bytes(target, archive(entries))
+
+    is_builtin = found[0].is_builtin
+    console = rich.console.Console()
+    console.print(contents(entries, "built-in data, not GLUE" if is_builtin else "GLUE"))
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
+    constant = [entry.file for entry in entries if entry.run is None]
+    if constant:
+        logger.warning("placeholders, no model's answers: %s; their scores mean nothing", ", ".join(constant))
+    if is_builtin:
+        logger.warning("this zip is for trying the format only: its runs are on the built-in data, which is not GLUE")
+
+
+# runs
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in some folders, all on GLUE or all on the built-in data.
+
+    Raises:
+      InputError: No folder, one that `read_run` refuses, or both kinds of data.
+    """
+    if not folders:
+        raise InputError("no runs: give the folders of finished runs, made with --do_predict")
+    runs = [read_run(pathlib.Path(folder)) for folder in folders]
+    other = next((run for run in runs if run.is_builtin != runs[0].is_builtin), None)
+    if other:
+        builtin, real = (runs[0], other) if runs[0].is_builtin else (other, runs[0])
+        raise InputError(
+            f"{builtin.folder} is on the built-in data, {real.folder} is not; a submission cannot hold both"
+        )
+    return runs
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+      InputError: No folder of a run, a run on other data than GLUE's tasks, one that has not finished or has no
+        predictions, or one with a file that is not its own.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folders of finished runs")
+    config = _read_config(folder)
+    name = config.get("task_name")
+    task = TASKS.get((name or "").lower())
+    if task is None:
+        raise InputError(f"{folder}: not a run on a GLUE task (task_name {shown(name)}); leave it out")
+    if not (folder / "results.json").is_file():
+        raise InputError(f"{folder}: unfinished, it has no results.json; let the run come to its end first")
+    found = sorted((folder / "predictions").glob("*.tsv"))
+    if not found:
+        raise InputError(f"{folder}: no predictions; run it again with --do_predict")
+    own = {*task.prediction_files.values(), *(TASKS["ax"].prediction_files.values() if task.name == "mnli" else ())}
+    foreign = next((file for file in found if file.name not in own), None)
+    if foreign:
+        raise InputError(
+            f"{shown(str(foreign), 400, quoted=False)}: not a file that a run on {task.name} writes; remove it"
+        )
+    return Run(folder, task, config.get("data_dir") == "builtin", found)
+
+
+def _read_config(folder: pathlib.Path) -> SubmittedConfig:
+    """The settings in config.json; a saved model has a file of that name too, but without a task."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{folder}: not the folder of a run, it has no config.json")
+    config = files.read_record(path, SubmittedConfig)
+    if "task_name" not in config:
+        raise InputError(f"{folder}: not the folder of a run, its config.json names no task")
+    return config
+
+
+# files
+
+
+def collect(runs: Sequence[Run], placeholders: bool) -> list[Entry]:
+    """The eleven files of the archive, every one of them checked.
+
+    Args:
+      runs: As `read_runs` gives them.
+      placeholders: Whether a file that no run offers is filled with one constant answer; else it is an error.
+
+    Raises:
+      InputError: A file that two runs offer, or none, or that the server would not take.
+    """
+    offered: dict[str, tuple[Run, pathlib.Path]] = {}
+    for run in runs:
+        for file in run.files:
+            if file.name in offered:
+                raise InputError(f"{offered[file.name][0].folder} and {run.folder} both offer {file.name}; give one")
+            offered[file.name] = (run, file)
+    missing = [file for file in FILES if file not in offered]
+    if missing and not placeholders:
+        raise InputError(
+            f"no run offers {', '.join(missing)}; add runs with them (AX comes with mnli), or give --placeholders"
+        )
+    entries = {}
+    for name, (run, path) in offered.items():
+        entries[name] = Entry(name, FILES[name][0], read_answers(path, name, run.is_builtin), run.folder)
+    for name in missing:
+        task = FILES[name][0]
+        constant = [task.format_prediction(0)] * expected_rows(name, runs[0].is_builtin)
+        entries[name] = Entry(name, task, constant, None)
+    return [entries[name] for name in FILES]
+
+
+def expected_rows(name: str, is_builtin: bool) -> int:
+    """Rows of the test set that a file answers."""
+    task, split = FILES[name]
+    return OTHER_ROWS if is_builtin else task.test_rows[split]
+
+
+def read_answers(path: pathlib.Path, name: str, is_builtin: bool) -> list[str]:
+    """The predictions in a file that is to go into the archive as ``name``.
+
+    The file must be to the byte what the program writes: header, rows numbered from 0 without a gap, line feeds, no
+    blanks, predictions that the server knows, and as many rows as the test set.
+
+    Raises:
+      InputError: One line with the file, and the line where it applies.
+    """
+    text = files.read_bytes(path).decode("utf-8", "replace")  # a wrong byte is no part of any prediction
+    if "\r" in text:
+        raise InputError(f"{path}: carriage returns at the ends of lines; give the file as the run wrote it")
+    header, *lines = text.split("\n")
+    if header != HEADER:
+        raise InputError(f"{path}:1: the header is {header[:80]!r}, not {HEADER!r}")
+    if not lines or lines.pop():
+        raise InputError(f"{path}: the last line has no end; the file was cut off")
+    answers = []
+    for index, line in enumerate(lines):
+        number, _, answer = line.partition("\t")
+        if number != str(index):
+            raise InputError(f"{path}:{index + 2}: {line[:80]!r} where the row of index {index} is expected")
+        answers.append(answer)
+    _check_answers(path, FILES[name][0], answers)
+    rows = expected_rows(name, is_builtin)
+    if len(answers) != rows:
+        raise InputError(
+            f"{path}: {len(answers)} rows where the {'built-in' if is_builtin else 'GLUE'} test set has {rows}; "
+            "predict all of it, without --max_predict_samples"
+        )
+    return answers
+
+
+def _check_answers(path, task, answers):
+    low, high = task.score_range or (0, 0)
+    written = class_names(task)
+    expected = f"one of {listed(written)}" if written else f"a number from {low:g} to {high:g}"
+    for line, answer in enumerate(answers, 2):
+        right = answer in written if written else _NUMBER.fullmatch(answer) and low <= float(answer) <= high
+        if not right:
+            raise InputError(f"{path}:{line}: the prediction {answer[:80]!r} is not {expected}")
+
+
+def class_names(task: Task) -> list[str]:
+    """How the server reads the classes of a task, in the order of their indices; none for scores."""
+    return [] if task.labels is None else [task.format_prediction(index) for index in range(task.num_labels)]
+
+
+# archive and report
+
+
+def archive(entries: Sequence[Entry]) -> bytes:
+    """The zip of the files: the same bytes for the same predictions, whatever the time, the system and its zlib."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as out:
+        for entry in entries:
+            info = zipfile.ZipInfo(entry.file)  # dated 1980
+            info.create_system = 3  # Unix, on Windows too
+            info.external_attr = 0o644 << 16
+            out.writestr(info, entry.text)
+    return packed.getvalue()
+
+
+def _check_free(target):
+    if os.path.lexists(target):
+        raise InputError(f"{target}: exists already; remove it, or give another --output_dir")
+
+
+def _check_outside(folder, runs):
+    """A run's folder holds what the run wrote, and nothing else."""
+    inside = next((run.folder for run in runs if folder.resolve().is_relative_to(run.folder.resolve())), None)
+    if inside:
+        raise InputError(f"--output_dir {folder}: lies in the run {inside}; give another folder")
+
+
+def contents(entries: Sequence[Entry], data: str) -> rich.table.Table:
+    """A table of what went in, which names the placeholders."""
+    table = rich.table.Table(title=f"submission ({data})")
+    table.add_column("file", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("answers")
+    for entry in entries:
+        run = "placeholder" if entry.run is None else str(entry.run)
+        table.add_row(entry.file, str(len(entry.answers)), rich.text.Text(run), _shares(entry))
+    return table
+
+
+def _shares(entry):
+    """The share of each class, or the mean of the scores."""
+    if entry.task.is_regression:
+        return f"mean {sum(map(float, entry.answers)) / len(entry.answers):.3f}"
+    counts = collections.Counter(entry.answers)
+    return ", ".join(f"{name} {counts[name] / len(entry.answers):.1%}" for name in class_names(entry.task))

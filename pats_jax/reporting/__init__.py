@@ -1,0 +1,1 @@
+"""Pages, plots and lines on a console."""

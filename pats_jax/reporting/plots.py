@@ -1,0 +1,261 @@
+"""Pictures of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
+
+import io
+import itertools
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+
+from pats_jax import files
+from pats_jax.reporting.console import visible
+
+_LONGEST_NAME = 40  # characters
+_BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
+_COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
+# Color, line and marker, for more arms than there are colors.
+_STYLES = [(color, line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for color in _COLORS]
+
+
+def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Training loss and learning rate by step, from the lines of metrics.jsonl that have a ``loss``."""
+    lines = [record for record in records if "loss" in record]
+    figure, axes = _figure("Training loss", "step", "mean loss since the last point")
+    axes.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=_AFTER, label="loss")
+    rates = axes.twinx()
+    rates.plot([r["step"] for r in lines], [r["learning_rate"] for r in lines], color=_BEFORE, linestyle="--")
+    rates.set_ylabel("learning rate (dashed)")
+    _save(figure, path)
+
+
+def plot_scores(path: pathlib.Path, runs: dict[str, list[dict[str, Any]]], metric: str, majority: float) -> None:
+    """The main metric by step, one line a run, with the score of the majority class.
+
+    Args:
+      path: the PNG file to write.
+      runs: name of a run -> its lines of metrics.jsonl, of which those with an ``eval`` are drawn.
+      metric: name of the metric.
+      majority: its value when every row is given the most frequent class.
+    """
+    figure, axes = _figure("Validation score", "step", metric)
+    for (name, records), color in zip(runs.items(), itertools.cycle(_COLORS), strict=False):
+        lines = [record for record in records if "eval" in record]
+        axes.plot(
+            [r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=_name(name)
+        )
+    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) -> None:
+    """Distribution of sensitivity on a logarithmic axis, before and after training; zeros are counted in the legend.
+
+    Args:
+      path: the PNG file to write.
+      before: (n,) sensitivities before training.
+      after: (n,) sensitivities after training.
+    """
+    figure, axes = _figure("Distribution of sensitivity", "sensitivity |θ·g|", "share of parameters")
+    positive = np.concatenate([before[before > 0], after[after > 0]])
+    if positive.size:
+        low, high = np.log10(np.quantile(positive, 1e-4)), np.log10(positive.max())
+        edges = np.logspace(low, max(high, low + 1e-6), 80)
+        for values, color, name in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+            zeros = np.mean(values == 0)
+            weights = np.full(values.size, 1 / values.size)
+            label = f"{name} training" + (f" ({zeros:.1%} zero)" if zeros else "")
+            axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=weights, color=color, alpha=0.6, label=label)
+        axes.legend()
+    axes.set_xscale("log")
+    _save(figure, path)
+
+
+def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float) -> None:
+    """The scores of several methods: every seed a dot, the mean a bar, the score of the majority class a line.
+
+    Args:
+      path: the PNG file to write.
+      scores: name of a method -> the scores of its seeds.
+      metric: name of the metric.
+      majority: its value when every row is given the most frequent class.
+    """
+    figure, axes = _figure("Validation score by method, a dot a seed", "", metric)
+    for place, (values, color) in enumerate(zip(scores.values(), itertools.cycle(_COLORS), strict=False)):
+        spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
+        axes.plot(place + np.asarray(spread), values, "o", color=color, alpha=0.8)
+        axes.hlines(np.mean(values), place - 0.25, place + 0.25, color=color)
+    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    axes.set_xticks(range(len(scores)), list(map(_name, scores)), rotation=20 if len(scores) > 4 else 0)
+    axes.set_xlim(-0.5, len(scores) - 0.5)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_mean_curves(path: pathlib.Path, curves: dict[str, dict[str, dict[str, list[float]]]], metric: str) -> None:
+    """Training loss and validation score by step, the mean over seeds with a band from the lowest to the highest.
+
+    Args:
+      path: the PNG file to write.
+      curves: name of a method -> ``loss`` and ``score`` -> lists ``step``, ``mean``, ``low``, ``high`` of one length.
+      metric: name of the metric.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name, title, label in zip(
+        panels, ("loss", "score"), ("Training loss", "Validation score"), ("loss", metric), strict=True
+    ):
+        axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
+        axes.grid(alpha=0.3)
+        for (method, of_method), color in zip(curves.items(), itertools.cycle(_COLORS), strict=False):
+            curve = of_method[name]
+            axes.plot(
+                curve["step"], curve["mean"], color=color, marker="." if name == "score" else None, label=_name(method)
+            )
+            axes.fill_between(curve["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float], after: dict[str, list[float]]) -> None:
+    """Distributions of sensitivity on a logarithmic axis: before training, and after it with several methods.
+
+    Args:
+      path: the PNG file to write.
+      edges: (bins + 1,) edges of the bins, as powers of 10.
+      before: (bins,) share of the parameters in every bin before training.
+      after: name of a method -> the same after training.
+    """
+    figure, axes = _figure("Distribution of sensitivity, mean over seeds", "sensitivity |θ·g|", "share of parameters")
+    powers = 10.0 ** np.asarray(edges)
+    axes.stairs(before, powers, color=_BEFORE, fill=True, alpha=0.4, label="before training")
+    for (method, shares), color in zip(after.items(), itertools.cycle(_COLORS), strict=False):
+        axes.stairs(shares, powers, color=color, label=f"after, {_name(method)}")
+    held = np.flatnonzero(np.max([before, *after.values()], axis=0) > 1e-4)
+    if held.size:
+        axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
+    axes.set_xscale("log")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[float, list[float] | None]]]) -> None:
+    """Average relative gains as bars with their intervals, one panel a baseline.
+
+    All panels have the same rows, in the order of the panel with the most arms, and the same scale.
+
+    Args:
+      path: the PNG file to write.
+      panels: title -> name of an arm -> ARG in percent, and its interval (low, high) or None.
+    """
+    from matplotlib.figure import Figure
+
+    longest_first = sorted(panels.values(), key=len, reverse=True)
+    names = list(dict.fromkeys(name for arms in longest_first for name in arms))
+    figure = Figure(figsize=(3.0 + 4.0 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
+    for axes, (title, arms) in zip(
+        figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        axes.set(title=_name(title, 80), xlabel="ARG in percent, 95 % interval over tasks")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), list(map(_name, names)))
+        axes.label_outer()
+        axes.grid(alpha=0.3, axis="x")
+        axes.axvline(0, color=_BEFORE)
+        for name, (gain, interval) in arms.items():
+            place = names.index(name)
+            axes.barh(place, gain, color=_AFTER if gain >= 0 else _COLORS[1], alpha=0.7, height=0.6)
+            if interval is not None:
+                axes.hlines(place, *interval, color="black", linewidth=1)
+                axes.plot(interval, [place, place], "|", color="black")
+    _save(figure, path)
+
+
+def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], title: str) -> None:
+    """Relative gain by task, a dot an arm; tasks stand in the order of their mean gain over the arms that have them.
+
+    Args:
+      path: the PNG file to write.
+      gains: name of an arm -> task -> relative gain in percent.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    by_task: dict[str, list[float]] = {}
+    for arm in gains.values():
+        for task, gain in arm.items():
+            by_task.setdefault(task, []).append(gain)
+    tasks = sorted(by_task, key=lambda task: float(np.mean(by_task[task])))
+    figure = Figure(figsize=(8.0, 1.8 + 0.2 * len(tasks)), layout="constrained")
+    axes = figure.add_subplot(title=_name(title, 80), xlabel="relative gain in percent")
+    axes.axvline(0, color=_BEFORE)
+    axes.grid(alpha=0.3)
+    for (name, arm), (color, _, marker) in zip(gains.items(), itertools.cycle(_STYLES), strict=False):
+        places = [tasks.index(task) for task in arm]
+        axes.plot(list(arm.values()), places, linestyle="", marker=marker, color=color, alpha=0.8, label=_name(name))
+    axes.set_yticks(range(len(tasks)), list(map(_name, tasks)))
+    axes.set_ylim(-0.5, len(tasks) - 0.5)
+    _legend_beside(figure, axes)
+    _save(figure, path)
+
+
+def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], last: int, title: str) -> None:
+    """By step, the share of tunings that have reached a dev score: the empirical distribution of the steps it takes.
+
+    Args:
+      path: the PNG file to write.
+      first: name of an arm -> the step at which each of its tunings reached the score, None for never.
+      last: the last step of any tuning, where the lines end.
+      title: of the picture.
+    """
+    figure, axes = _figure(title, "step", "share of tunings that have reached it")
+    figure.set_size_inches(8.0, 4.5)
+    for (name, steps), (color, line, _) in zip(first.items(), itertools.cycle(_STYLES), strict=False):
+        reached = sorted(step for step in steps if step is not None)
+        shares = [count / len(steps) for count in range(len(reached) + 1)]
+        axes.step(
+            [0, *reached, last], [*shares, shares[-1]], where="post", color=color, linestyle=line, label=_name(name)
+        )
+    axes.set_ylim(-0.02, 1.02)
+    _legend_beside(figure, axes)
+    _save(figure, path)
+
+
+def _legend_beside(figure, axes):
+    """Beside the axes, where it hides nothing; the order is that of the drawing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")
+
+
+def _figure(title, xlabel, ylabel):
+    # The object interface, without pyplot: no global state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot(title=_name(title, 80), xlabel=xlabel, ylabel=_name(ylabel))
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _name(text, longest=_LONGEST_NAME):
+    """A text from outside as a picture shows it: as it is, not as a formula, and cut in the middle where it is long."""
+    text = visible(text)
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")  # Matplotlib's legends leave _names out
+
+
+def _save(figure, path):
+    """Writes the picture, by `files.write_bytes`."""
+    files.make_folder(path.parent)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # its box says as much
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # names all over it
+        figure.savefig(picture, format="png", dpi=120)
+    files.write_bytes(path, picture.getvalue())

@@ -1,0 +1,163 @@
+"""How a run starts: devices, the folder that it writes, and whether it goes on with the run in it."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import stat
+from typing import Any, Generic
+
+import jax
+import rich.console
+
+from pats_jax import methods
+from pats_jax.errors import InputError
+from pats_jax.run import replacing, run_folder
+from pats_jax.run.folder_lock import FolderLock
+from pats_jax.run.journal import check_tensorboard
+from pats_jax.run.settings import Kind, read_config
+from pats_jax.training import runners
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start(Generic[Kind]):
+    """A run that is about to start; a context manager, at whose end others may write the folder again.
+
+    Attributes:
+      settings: with the folder and the sizes of a batch worked out.
+      runner: over the run's devices.
+      folder: the run's.
+      console: where it speaks: nowhere in any process but the first.
+      resuming: whether it goes on with the run that the folder holds.
+      finished: the results of that run, if there is nothing to go on with.
+      lock: the folder's; process 0 takes it.
+    """
+
+    settings: Kind
+    runner: runners.MeshRunner
+    folder: pathlib.Path
+    console: rich.console.Console
+    resuming: bool
+    finished: dict[str, Any] | None
+    lock: FolderLock
+
+    def __enter__(self) -> "Start[Kind]":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
+
+    def open_folder(self) -> None:
+        """Makes the folder, or removes what a killed run has left, once every process has found its input right.
+
+        Raises:
+          InputError: in all processes, if another program is at work in it or it cannot be written.
+        """
+        runners.wait_for_all("every process has checked its input")
+        failure = None
+        if runners.is_first():
+            try:
+                self._open()
+            except InputError as error:
+                failure = error
+        is_open = runners.first_says(failure is None)
+        if failure is not None:
+            raise failure
+        if not is_open:
+            raise InputError(f"--output_dir {self.folder}: process 0 cannot use it, and says why")
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes results.json, which ends the run, and removes the run that it replaces; for process 0."""
+        run_folder.write_results(self.folder, results)
+        replacing.discard(self.folder)
+
+    def _open(self):
+        folder, overwrite = self.folder, self.settings.overwrite
+        self.lock.take()
+        if self.resuming:
+            if run_folder.read_results(folder) is not None:
+                raise InputError(f"--output_dir {folder}: another pats-jax has finished the run; give --resume again")
+            run_folder.check_links(folder)
+            run_folder.remove_leftovers(folder)
+            return
+        run_folder.check_free(folder, overwrite)  # it may hold something else by now
+        previous = replacing.kept(folder)
+        if previous and not overwrite:
+            replacing.keep_for_good(previous)
+        moved = replacing.set_aside(folder) if replacing.contents(folder) else None
+        try:
+            self.lock.take()  # that of before went with the run that was there
+            run_folder.start(folder, self.settings.to_dict())
+        except InputError:
+            replacing.put_back(folder, moved)
+            raise
+        previous = replacing.kept(folder)
+        if previous:
+            logger.info("the run that was there is kept as %s until this one is finished", previous)
+
+
+def begin(settings: Kind, default_folder: str, console: rich.console.Console | None) -> Start[Kind]:
+    """Joins the other processes, and finds devices and folder; nothing is written yet.
+
+    Args:
+      settings: what to do; ``check`` is called first.
+      default_folder: the run's folder where the settings name none.
+      console: where progress and scores go; none: nowhere.
+
+    Raises:
+      InputError: on settings that are wrong, devices that are not there, or a folder that cannot be the run's.
+    """
+    settings.check()
+    methods.get_methods(settings.method)
+    keep_compiled_programs(settings.compilation_cache_dir)
+    runners.initialize(
+        settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
+    )
+    runner = runners.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
+    console = console if console and runners.is_first() else rich.console.Console(quiet=True)
+    settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
+    folder = pathlib.Path(str(settings.output_dir))
+    lock = FolderLock(folder)
+    resuming = settings.resume and (folder / "config.json").exists()
+    finished = run_folder.read_results(folder) if resuming else None
+    with contextlib.ExitStack() as failing:
+        failing.callback(lock.release)
+        if finished is None and os.path.lexists(lock.path) and jax.process_count() == 1:
+            lock.take()  # now already, as nothing need be made for it
+        if resuming:
+            settings = settings.resuming(read_config(str(folder / "config.json"), type(settings)))
+            if finished is None:
+                run_folder.check_links(folder)
+        else:
+            run_folder.check_free(folder, settings.overwrite)
+            if settings.overwrite:
+                replacing.check_inputs(folder, settings)
+        if finished is None:
+            settings = settings.with_batch_size(runner.num_devices)
+            if settings.report_to == "tensorboard":
+                check_tensorboard()
+        failing.pop_all()
+    return Start(settings, runner, folder, console, resuming, finished, lock)
+
+
+def keep_compiled_programs(directory: str | None) -> None:
+    """Turns on JAX's cache on disk, in a folder that nobody else can write: what lies in it will be executed.
+
+    Raises:
+      InputError: if the folder cannot be made, or others can write in it.
+    """
+    if directory is None:
+        return
+    path = pathlib.Path(directory).absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--compilation_cache_dir {directory}: {error.strerror}") from None
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(f"--compilation_cache_dir {directory}: others can write in it; chmod 700, or another folder")
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second each by default, for some thirty

@@ -1,0 +1,202 @@
+"""Scores of a model on the validation data, and its predictions for the test data."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pats_jax import models
+from pats_jax.data import batches, out_of_domain, readers, tasks
+from pats_jax.errors import InputError
+from pats_jax.files import make_folder, write_text
+from pats_jax.models import peft
+from pats_jax.models.labels import respelled
+from pats_jax.train_state import Batch
+from pats_jax.training import metrics
+from pats_jax.training.loop import predict_logits
+from pats_jax.training.runners import MeshRunner
+
+BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Scores parameters on the validation splits and writes predictions for the test splits.
+
+    Attributes:
+      predict: gives logits (batch, num_labels) for parameters and this process's own rows of a batch.
+      runner: deals rows out to the devices.
+      task: what is scored, and how.
+      splits: the data by name.
+      tokenize: gives the tokens of a split by its name; called when they are first needed, and again at each use.
+      batch_size: rows of a device.
+      interrupt: called after every batch; what it raises ends the prediction.
+      order: for each class of the task its place in the model's head, (classes,); None: the same order.
+    """
+
+    predict: Callable[[Any, Batch], jax.Array]
+    runner: MeshRunner
+    task: tasks.Task
+    splits: dict[str, readers.Split]
+    tokenize: Callable[[str], batches.Tokens]
+    batch_size: int
+    interrupt: Callable[[], None] = lambda: None
+    order: np.ndarray | None = None
+
+    def logits(self, params: Any, name: str) -> np.ndarray:
+        """Logits (rows, num_labels) of a split, in the order of the task's classes.
+
+        Raises:
+          InputError: if they are not finite, for instance since the model has diverged.
+        """
+        tokens, devices = self.tokenize(name), self.runner.num_devices
+        boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
+        batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
+        own = self.runner.own_rows(batch_size)
+        rows = batches.eval_batches(tokens, None, batch_size, boundaries, own=own)
+        logits = predict_logits(self._predict, params, rows, len(tokens))
+        check_finite(logits, "lower --learning_rate" if "train" in self.splits else DAMAGED)
+        return logits if self.order is None else logits[:, self.order]
+
+    def _predict(self, params, batch):
+        self.interrupt()
+        return self.predict(params, batch)
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
+        return self._scores(lambda name: decide(self.logits(params, name), self.task))
+
+    def evaluate_majority(self) -> dict[str, float]:
+        """The same when every row is given the most frequent class (or the mean score) of the training labels."""
+        labels = true_labels(self.splits.get("train") or self.splits["validation"])
+        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
+        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
+
+    def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Accuracy and number of rows on other sets of inference, by name; see `fold` for those of two classes."""
+        scores = {}
+        for name in names:
+            split = self.splits[name]
+            answers = decide(self.logits(params, name), self.task)
+            names = split.label_names or ()
+            folded = fold(answers, respelled(self.task.labels or (), out_of_domain.THREE_CLASSES), names)
+            accuracy = metrics.compute_metrics(("accuracy",), folded, true_labels(split))
+            scores[name] = {"metrics": accuracy, "examples": len(split)}
+        return scores
+
+    def _scores(self, answer: Callable[[str], np.ndarray]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
+            if name in self.splits:
+                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
+                scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
+        return scores
+
+    def predictions(self, params: Any) -> dict[str, str]:
+        """The GLUE server's files by name: a header, then index and prediction of each row, apart by a tab."""
+        files = {}
+        for name in ("test", "test_mismatched", "ax"):
+            if name not in self.splits:
+                continue
+            task = tasks.get_task("ax") if name == "ax" else self.task
+            answers = decide(self.logits(params, name), task)
+            rows = zip(self.splits[name].ids, map(task.format_prediction, answers), strict=True)
+            files[task.prediction_files["test" if name == "ax" else name]] = to_tsv(("index", "prediction"), rows)
+        return files
+
+
+def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table with a line for each row and a tab between cells, whatever ids and labels hold.
+
+    Tabs, line feeds and carriage returns in a cell are written ``\t``, ``\n`` and ``\r``; a cell with quotes is quoted
+    as in CSV.
+
+    Example:
+      >>> to_tsv(("index", "prediction"), [("7", "so\tso"), ("8", "good")])
+      'index\tprediction\n7\tso\\tso\n8\tgood\n'
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    writer.writerows([cell.translate(_ESCAPES) for cell in row] for row in (header, *rows))
+    return out.getvalue()
+
+
+_ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def check_finite(logits: np.ndarray, what_to_do: str) -> None:
+    """Raises InputError if an answer of the model is nan or infinite."""
+    if not np.isfinite(logits).all():
+        raise InputError(f"the model's answers are not finite; {what_to_do}")
+
+
+DAMAGED = "the checkpoint is damaged or was saved after a training that diverged, take another"
+
+
+def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
+    """Writes texts by file name into a folder, made if need be."""
+    make_folder(folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+
+
+def true_labels(split: readers.Split) -> np.ndarray:
+    """The labels (rows,) of a split that must have them."""
+    if split.labels is None:
+        raise InputError("the validation data has no labels to compare with: give a file with a label column")
+    return split.labels
+
+
+def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
+    """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
+    return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
+
+
+def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Answers of a model of three-way inference as classes of a set that may have two.
+
+    The model's answer is the largest of its three probabilities; neutral and contradiction are then both
+    not_entailment where the set has that class. (The probabilities of the two are not added: an entailment of 0.4
+    stays one beside 0.3 and 0.3. This is the paper's rule, DPS, arXiv 2211.01642.)
+
+    Args:
+      answers: class indices of the model, (rows,).
+      labels: the model's classes by index.
+      names: the set's classes by index.
+
+    Returns:
+      Class indices of the set, (rows,).
+
+    Example:
+      >>> fold(np.array([0, 1, 2]), ("contradiction", "entailment", "neutral"), ("entailment", "not_entailment"))
+      array([1, 0, 1])
+    """
+    index = [names.index(label if label in names else "not_entailment") for label in labels]
+    return np.asarray(index)[answers]
+
+
+def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
+    """``--max_seq_length``, lowered with a warning to what the model has positions for.
+
+    Raises:
+      InputError: if virtual tokens leave no room for a text.
+    """
+    longest = model.max_length
+    if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
+        raise InputError(
+            f"--prompt_length, --prefix_length: of the model's positions they leave {longest} for the text"
+        )
+    if asked > longest:
+        warnings.warn(
+            f"--max_seq_length {asked} is above the model's {longest} positions; using {longest}", stacklevel=2
+        )
+    return min(asked, longest)
+
+
+_SHORTEST_TEXT = 8  # tokens: a pair of sentences has three special ones

@@ -1,0 +1,444 @@
+"""The fine-tuning of one run: what it needs, the loop with its logging and checkpoints, what it leaves."""
+
+import abc
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from pats_jax import methods, train_state, trees
+from pats_jax.companions import subnetworks
+from pats_jax.data import batches, readers, tasks
+from pats_jax.data.prefetch import prefetch
+from pats_jax.errors import InputError
+from pats_jax.methods import layer_mask, learning_rate_schedule
+from pats_jax.models.peft import PeftClassifier, trainable_mask
+from pats_jax.objectives import with_objectives
+from pats_jax.reporting import plots
+from pats_jax.run.journal import Journal
+from pats_jax.run.settings import Settings, TrainingSettings
+from pats_jax.training import concentration, preemption, runners
+from pats_jax.training.checkpoints import Checkpoints
+from pats_jax.training.loop import Hooks, Progress, Rhythm, fit
+from pats_jax.training.profiling import Profiler, seconds_since_process_start
+
+logger = logging.getLogger(__name__)
+
+
+def count_steps(settings: Settings, rows: int) -> int:
+    """Optimizer steps of the training.
+
+    Raises:
+      InputError: there are more than anybody could count in 32 bits.
+    """
+    if settings.max_steps > 0:
+        return settings.max_steps
+    steps = settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1))
+    if steps >= 2**31:
+        raise InputError(f"--num_train_epochs {settings.num_train_epochs:g}: makes {steps:.3g} steps, more than 2^31")
+    return math.ceil(steps)
+
+
+class Evaluator(Protocol):
+    """What scores parameters on the way."""
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """Scores by name. May raise `Preempted`."""
+
+
+class Training(abc.ABC):
+    """Everything that one training needs, built and checked before anything is written.
+
+    Attributes:
+      examples: rows that are learnt from.
+      evaluates: whether it is scored on the way.
+      measures_sensitivity: whether `sensitivity` is asked for, before and after training.
+    """
+
+    examples: int
+    evaluates: bool
+    measures_sensitivity = False
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        runner: runners.MeshRunner,
+        model,
+        params,
+        loss_fn: train_state.LossFn,
+        trainable,
+        *,
+        metric: str,
+        total_steps: int,
+        eval_steps: int,
+    ):
+        """Builds optimizer, state and step.
+
+        Args:
+          settings: of this training.
+          runner: where it runs.
+          model: gives the state its ``apply_fn``.
+          params: where it starts.
+          loss_fn: what is minimised.
+          trainable: a tree of bools like params, which are trained; None: all.
+          metric: the score that picks the best evaluation.
+          total_steps: its length.
+          eval_steps: steps between evaluations, where the settings do not say.
+        """
+        self.settings, self.runner, self.metric = settings, runner, metric
+        self.evaluates = "eval" in settings.phases
+        self.rhythm = Rhythm(
+            total_steps=total_steps,
+            logging_steps=settings.logging_steps,
+            eval_steps=settings.eval_steps or eval_steps,
+            save_steps=settings.save_steps,
+            save_best=settings.load_best_model_at_end,
+            patience=settings.early_stopping_patience,
+            max_nonfinite_steps=settings.max_nonfinite_steps,
+        )
+        self.schedule = learning_rate_schedule(settings, total_steps)
+        self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
+        trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
+        self.num_trained = sum(p.size for p in jax.tree.leaves(trained))
+        tx = methods.make_optimizer(settings, total_steps, trained, self.fisher_measure(trained, frozen))
+        create = functools.partial(
+            train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
+        )
+        self.state = runner.create_state(create, params)
+        self.step = runner.compile_step(
+            train_state.make_train_step(
+                loss_fn,
+                axis_name=runner.axis_name,
+                accumulation_steps=settings.gradient_accumulation_steps,
+                skip_nonfinite=True,
+            ),
+            self.state,
+        )
+        self.learning_rate = jax.jit(self.schedule)
+        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
+
+    @abc.abstractmethod
+    def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
+        """The batches from a step (counted from 0) on, as `MeshRunner.put_ahead` gives them, and their counts."""
+
+    def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
+        """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
+        return iter(())
+
+    @abc.abstractmethod
+    def describe_batch(self) -> str:
+        """What a step learns from, in a line."""
+
+    def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any] | None:
+        """``fisher(keep_fraction, mask)``, see `methods.Context`; None where nothing can be measured."""
+        return None
+
+    def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
+        """Sensitivity of the layers that take noise, by tensor."""
+        return {}
+
+
+class GlueTraining(Training):
+    """The training of a task that is one table of rows."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runner: runners.MeshRunner,
+        task: tasks.Task,
+        split: readers.Split,
+        tokens: batches.Tokens,
+        model,
+        params,
+    ):
+        self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        self.batch_size *= runner.num_devices
+        self.labels, self.tokens, self.examples = split.labels, tokens, len(tokens)
+        self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+        self.settings, self.runner = settings, runner
+        self.plan = self._plan(epoch=0)
+        self.mask = layer_mask(params, settings.noise_layers)
+        self.sensitivity_batches = settings.sensitivity_batches
+        self.measures_sensitivity = settings.sensitivity_batches > 0
+        self.loss_without_dropout = train_state.make_loss_fn(
+            model.apply, regression=task.is_regression, deterministic=True
+        )
+        params = runner.place(methods.starting_params(settings, params))
+        trainable = methods.trainable_mask(settings, params)
+        if isinstance(model, PeftClassifier):
+            trainable = trainable_mask(model, params)
+        super().__init__(
+            settings,
+            runner,
+            model,
+            params,
+            with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
+            trainable,
+            metric=task.main_metric,
+            total_steps=count_steps(settings, len(tokens)),
+            eval_steps=len(self.plan),
+        )
+
+    def batches(self, first_step):
+        lengths = self.tokens.lengths
+        for rows, length in self._planned(first_step):
+            counts = {
+                "examples": float(len(rows)),
+                "tokens": float(lengths[rows].sum()),
+                "computed_tokens": float(self.batch_size * length),
+            }
+            yield self.runner.put_ahead(self._fill(rows, length)), counts
+
+    def one_of_each_shape(self, first_step):
+        met: set[int] = set()
+        for rows, length in itertools.islice(self._planned(first_step), self.rhythm.total_steps - first_step):
+            if length not in met:
+                met.add(length)
+                yield self.runner.put_ahead(self._fill(rows, length))
+            if len(met) == len(self.boundaries):
+                return
+
+    def sensitivity(self, params):
+        """Measured on some batches of the first epoch, all of one shape."""
+        common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
+        chosen = [rows for rows, length in self.plan if length == common][: self.sensitivity_batches]
+        sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
+        in_turn = self.runner.in_turn
+        measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample, in_turn)
+        return concentration.selected(self.runner.to_host(measured), self.mask)
+
+    def fisher_measure(self, trained, frozen):
+        """The mask of Child-Tuning D, from one pass over the training data."""
+
+        def loss_fn(params, batch, key):
+            return self.loss_without_dropout(trees.combine(params, frozen), batch, key)
+
+        def measure(keep_fraction, mask):
+            everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
+            return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
+
+        return measure
+
+    def describe_batch(self):
+        settings, runner = self.settings, self.runner
+        micro_batches = settings.gradient_accumulation_steps
+        return (
+            f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
+            f"x {runner.num_devices} devices of {jax.process_count()} processes"
+            + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+        )
+
+    def _planned(self, first_step):
+        """Rows and length of every step from one (counted from 0) on, without end."""
+        epoch, done = divmod(first_step, len(self.plan))
+        for number in itertools.count(epoch):
+            yield from self._plan(number)[done:]
+            done = 0
+
+    def _plan(self, epoch):
+        return batches.epoch_plan(
+            self.tokens.lengths,
+            self.batch_size,
+            self.boundaries,
+            seed=self.settings.seed,
+            epoch=epoch,
+        )
+
+    def _fill(self, rows, length):
+        own = self.runner.own_rows(self.batch_size)
+        return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
+
+
+@dataclasses.dataclass
+class Trained:
+    """What training leaves.
+
+    Attributes:
+      params: the parameters that the run keeps.
+      records: the logged lines.
+      save: saves a checkpoint of the end, where there is none yet.
+      draw: draws what was measured before and after.
+    """
+
+    params: Any
+    records: list[dict[str, Any]]
+    save: Callable[[], None] = lambda: None
+    draw: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def kept(self, checkpoints: Checkpoints) -> Iterator[None]:
+        """If what follows fails, saves the training first: a resumed run then has only the end to do again.
+
+        With several processes only the last checkpoint is kept: no process knows that another has failed.
+        """
+        try:
+            yield
+        except Exception:
+            if jax.process_count() == 1:
+                try:
+                    self.save()
+                    checkpoints.wait()
+                except InputError as error:
+                    logger.warning("%s", error)  # what is on its way already says more
+            raise
+
+
+class TrainingHooks(Hooks):
+    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile.
+
+    Attributes:
+      seconds_to_first_step: from the start of the process until the first step of this start was done; None before.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        show: Callable[..., None],
+        journal: Journal | None,
+        profiler: Profiler | None,
+    ):
+        self.metric, self.evaluates = training.metric, training.evaluates
+        self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
+        self._show, self._journal, self._profiler = show, journal, profiler
+        self.seconds_to_first_step: float | None = None
+
+    def on_step(self, step, state):
+        if self.seconds_to_first_step is None:
+            jax.block_until_ready(state.params)
+            self.seconds_to_first_step = seconds_since_process_start()
+        self._show(completed=step)
+        if self._profiler:
+            self._profiler.after(step, state)
+
+    def describe(self, progress, state):
+        made = progress.step - progress.skipped_steps
+        figures = {"learning_rate": float(self._training.learning_rate(max(made - 1, 0)))}
+        figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        noisy = figures.pop("noisy_parameters", None)
+        return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
+
+    def on_record(self, record):
+        if self._journal:
+            self._journal.write(record)
+        if "loss" in record:
+            rate = record["timing"]["examples_per_second"]
+            self._show(status=f"loss {record['loss']:.4f}, {rate:.0f} examples/s")
+        self._checkpoints.check()
+
+    def evaluate(self, state):
+        return self._evaluator.evaluate(self._training.runner.view(state.all_params))
+
+    def save(self, state, progress):
+        best = progress.best(self.metric) if self._training.rhythm.save_best else None
+        view = self._training.runner.view(state)
+        self._checkpoints.save(progress.step, view, dataclasses.asdict(progress), best and best["step"])
+
+
+def train(
+    training: Training,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    folder: pathlib.Path,
+    results: dict[str, Any],
+    console: rich.console.Console,
+    asked: preemption.Preemption,
+) -> Trained:
+    """Trains from the last checkpoint or the start, and fills in results."""
+    asked.begin()
+    settings, rhythm, runner = training.settings, training.rhythm, training.runner
+    results |= {
+        "train_examples": training.examples,
+        "steps": rhythm.total_steps,
+        "trained_parameters": training.num_trained,
+    }
+    logger.info("%s", training.describe_batch())
+    if training.num_trained < training.num_parameters:
+        share = 100 * training.num_trained / training.num_parameters
+        logger.info("trained: %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
+    start = None
+    if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
+        start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
+    state, progress = training.state, Progress()
+    restored = checkpoints.restore(runner.view(state), Progress) if settings.resume else None
+    if restored:
+        state, progress = restored
+        logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
+    started, first_step = time.perf_counter(), progress.step
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
+        data = stack.enter_context(prefetch(training.batches(first_step)))
+        bar = stack.enter_context(progress_bar(console))
+        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
+        journal = profiler = None
+        if runners.is_first():
+            tensorboard = settings.report_to == "tensorboard"
+            journal = stack.enter_context(Journal(folder, progress.records, tensorboard=tensorboard))
+        if settings.profile:
+            profiler = stack.enter_context(Profiler(folder / "profile", first_step, rhythm.total_steps))
+        show = functools.partial(bar.update, number)
+        hooks = TrainingHooks(training, evaluator, checkpoints, show, journal, profiler)
+        state, progress = fit(
+            state,
+            training.step,
+            data,
+            rhythm,
+            hooks,
+            progress=progress,
+            preemption=asked,
+        )
+    seconds = time.perf_counter() - started
+    results["steps"] = progress.step
+    lines = (line for line in progress.records if line["step"] > first_step and "eval" not in line)
+    results["timing"] |= {
+        "seconds_to_first_step": hooks.seconds_to_first_step,
+        "train_seconds": seconds,
+        "data_wait_seconds": sum(line["timing"]["data_wait_seconds"] for line in lines),
+        "steps_per_second": (progress.step - first_step) / seconds,
+    }
+    params, results["model_step"] = runner.view(state.all_params), progress.step
+    best = progress.best(training.metric) if settings.load_best_model_at_end else None
+    if best is not None and best["step"] != progress.step:
+        params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
+    trained = Trained(params, progress.records, lambda: hooks.save(state, progress))
+    if start is not None:  # both now: before the first step nobody waits for it
+        before, after = training.sensitivity(runner.place(start)), training.sensitivity(params)
+        everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
+        histograms = [concentration.log10_histogram(values) for values in everything]
+        results["concentration"] = {
+            "before": concentration.by_tensor(before),
+            "after": concentration.by_tensor(after),
+            "log10_histogram": {
+                "edges": list(concentration.HISTOGRAM_EDGES),
+                "before": histograms[0],
+                "after": histograms[1],
+            },
+        }
+        trained.draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
+    return trained
+
+
+def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+    """Bar, loss, examples/s and time left; nothing where the console is no terminal."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[status]}"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,306 @@
+"""The loop: steps, logging that does not stall the device, evaluation, checkpoints, early stop.
+
+Nothing in it knows of tasks or texts: what a step is, what is measured and where lines go is handed in.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pats_jax.errors import InputError, Preempted
+from pats_jax.train_state import Batch, Metrics, TrainState, parameter_name
+from pats_jax.training.preemption import Preemption
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rhythm:
+    """When the loop stops and looks up, in optimizer steps; the last step is always logged and evaluated.
+
+    Attributes:
+      total_steps: length of the training.
+      logging_steps: steps between logged lines.
+      eval_steps: steps between evaluations.
+      save_steps: steps between checkpoints, and after the last step of a run longer than that; 0: none, but when the
+        run is asked to end.
+      save_best: whether to save after every evaluation that is the best so far.
+      patience: the training ends after so many evaluations without a better score; None: never before its last step.
+      max_nonfinite_steps: so many steps may be skipped because loss or gradient is not finite; one more is an error.
+    """
+
+    total_steps: int
+    logging_steps: int
+    eval_steps: int
+    save_steps: int = 0
+    save_best: bool = False
+    patience: int | None = None
+    max_nonfinite_steps: int = 0
+
+    def logs_at(self, step: int) -> bool:
+        """Whether a line is logged after this step (counted from 1)."""
+        return step % self.logging_steps == 0 or step == self.total_steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after this step (counted from 1)."""
+        return step % self.eval_steps == 0 or step == self.total_steps
+
+    def saves_at(self, step: int, ended: bool) -> bool:
+        """Whether a checkpoint is saved after this step (counted from 1), at which training may end."""
+        return self.save_steps > 0 and (step % self.save_steps == 0 or (ended and step > self.save_steps))
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a training has come: all that its future depends on beside the `TrainState`.
+
+    Attributes:
+      step: optimizer steps made.
+      records: the logged lines, those of evaluations included.
+      pending: metrics of the steps since the last line, as floats.
+      skipped_steps: steps up to the last line that were skipped because something was not finite.
+    """
+
+    step: int = 0
+    records: list[Record] = dataclasses.field(default_factory=list)
+    pending: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    skipped_steps: int = 0
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """The lines that have an ``eval``."""
+        return [record for record in self.records if "eval" in record]
+
+    def best(self, metric: str) -> Record | None:
+        """The first evaluation with the highest score, or None before the first."""
+        return max(self.evaluations, key=lambda record: record["eval"][metric], default=None)
+
+    def evaluations_without_gain(self, metric: str) -> int:
+        """How many evaluations there have been since the best one."""
+        best = self.best(metric)
+        return 0 if best is None else len(self.evaluations) - 1 - self.evaluations.index(best)
+
+
+class Hooks:
+    """What the loop calls; each does nothing unless a subclass says otherwise.
+
+    Attributes:
+      metric: the score that picks the best evaluation.
+      evaluates: whether anything is evaluated.
+    """
+
+    metric: str
+    evaluates: bool = False
+
+    def on_step(self, step: int, state: TrainState) -> None:
+        """A step has been dispatched; the device may still be at it."""
+
+    def describe(self, progress: Progress, state: TrainState) -> dict[str, float]:
+        """More figures for the line that is about to be logged."""
+        return {}
+
+    def on_record(self, record: Record) -> None:
+        """A line has been logged."""
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Scores of the parameters. May raise `Preempted`."""
+        return {}
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves a checkpoint."""
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[tuple[Batch, dict[str, float]]],
+    rhythm: Rhythm,
+    hooks: Hooks,
+    *,
+    progress: Progress | None = None,
+    preemption: Preemption | None = None,
+) -> tuple[TrainState, Progress]:
+    """Trains up to ``rhythm.total_steps`` steps, or until early stop.
+
+    The device runs ahead of Python: metrics are fetched at logging steps and checkpoints only.
+
+    Args:
+      state: where to start; its buffers are given away if train_step donates them.
+      train_step: a compiled step.
+      batches: from the step after ``progress.step`` on, pairs of a batch and its counts: ``examples`` and ``tokens``
+        that are real, and ``computed_tokens``.
+      rhythm: when to log, evaluate and save.
+      hooks: what to do then.
+      progress: where a resumed training stands; it is changed in place.
+      preemption: tells that the run is asked to end.
+
+    Returns:
+      The state and the progress after the last step.
+
+    Raises:
+      InputError: if more steps than allowed were not finite.
+      Preempted: if the run was asked to end; it has been saved then.
+    """
+    progress = Progress() if progress is None else progress
+    clock = _Clock()
+    fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
+    pending: list[dict[str, Any]] = []  # ... and those that may still be on the device
+    saved_at = progress.step
+
+    def save():
+        nonlocal saved_at
+        _fetch(fetched, pending)
+        progress.pending = list(fetched)
+        hooks.save(state, progress)
+        saved_at = progress.step
+
+    def log():
+        _fetch(fetched, pending)
+        record = _summarise(fetched, progress)
+        if progress.skipped_steps > rhythm.max_nonfinite_steps:
+            raise InputError(_divergence(progress, state))
+        record |= hooks.describe(progress, state) | {"timing": clock.lap()}
+        progress.records.append(record)
+        progress.pending = []
+        fetched.clear()
+        hooks.on_record(record)
+
+    while True:
+        try:
+            due = hooks.evaluates and progress.step and rhythm.evaluates_at(progress.step)
+            if due and not _was_evaluated(progress):
+                _fetch(fetched, pending)  # so that the pause is that of the evaluation alone
+                with clock.paused():
+                    scores = hooks.evaluate(state)
+                progress.records.append({"step": progress.step, "eval": scores})
+                hooks.on_record(progress.records[-1])
+            ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, hooks.metric)
+            if ended and (fetched or pending):
+                log()
+            if progress.step > saved_at and _is_to_be_saved(progress, rhythm, hooks.metric, ended):
+                save()
+            if ended:
+                return state, progress
+            if preemption is not None and preemption.arrived(progress.step):
+                raise Preempted("asked to end", preemption.signal_number or 0)
+        except Preempted:
+            if progress.step > saved_at:
+                save()
+            raise
+        with clock.waiting_for_data():
+            batch, counts = next(batches)
+        state, metrics = train_step(state, batch)
+        progress.step += 1
+        pending.append({**metrics, **counts})
+        clock.count(counts)
+        hooks.on_step(progress.step, state)
+        if rhythm.logs_at(progress.step):
+            log()
+
+
+def predict_logits(
+    predict_step: Callable[[Any, Batch], jax.Array], params: Any, batches: Iterator[tuple[np.ndarray, Batch]], rows: int
+) -> np.ndarray:
+    """Logits of every row, in the order of the rows.
+
+    Args:
+      predict_step: a compiled step that gives logits (batch, num_labels).
+      params: the model's parameters.
+      batches: pairs of row numbers (n,) and a batch whose first n rows are theirs; the rest is filler.
+      rows: number of rows in all.
+
+    Returns:
+      (rows, num_labels) float32.
+    """
+    parts = [(index, predict_step(params, batch)) for index, batch in batches]
+    order = np.concatenate([index for index, _ in parts])
+    logits = np.concatenate([np.asarray(part)[: len(index)] for index, part in parts])
+    result = np.empty((rows, logits.shape[1]), np.float32)
+    result[order] = logits
+    return result
+
+
+class _Clock:
+    """Seconds, those spent waiting for data, examples and tokens since the last line; evaluations do not count."""
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self):
+        self._started, self._waited, self._examples, self._tokens = time.perf_counter(), 0.0, 0.0, 0.0
+
+    def count(self, counts):
+        self._examples += counts["examples"]
+        self._tokens += counts["tokens"]
+
+    @contextlib.contextmanager
+    def paused(self):
+        since = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - since
+
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        since = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - since
+
+    def lap(self):
+        seconds = time.perf_counter() - self._started
+        rates = {"examples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
+        waited = self._waited
+        self._restart()
+        return {"seconds": seconds, "data_wait_seconds": waited, **rates}
+
+
+def _fetch(fetched, pending):
+    """Moves the metrics of all dispatched steps to the host."""
+    fetched.extend({name: float(value) for name, value in step.items()} for step in jax.device_get(pending))
+    pending.clear()
+
+
+def _summarise(steps, progress):
+    """One line: means over the steps that were not skipped, the share of padding, the count of skipped steps."""
+    kept = [step for step in steps if not _was_skipped(step)]
+    names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
+    means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}
+    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}  # JSON has no other numbers
+    padding = 1 - sum(step["tokens"] for step in steps) / sum(step["computed_tokens"] for step in steps)
+    progress.skipped_steps += len(steps) - len(kept)
+    return {"step": progress.step, **means, "padding_share": padding, "skipped_steps": progress.skipped_steps}
+
+
+def _was_skipped(step):
+    return step["skipped"] == 1 if "skipped" in step else not math.isfinite(step["loss"])
+
+
+def _divergence(progress, state):
+    """What to tell whoever finds that a training has diverged."""
+    sizes = jax.device_get(jax.tree.map(lambda p: jnp.max(jnp.abs(p), initial=0.0), state.params))
+    named = [(float(x), parameter_name(path)) for path, x in jax.tree_util.tree_leaves_with_path(sizes)]
+    size, name = max(named, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
+    return (
+        f"training stopped at step {progress.step}: loss or gradient was not finite in {progress.skipped_steps} steps, "
+        f"more than --max_nonfinite_steps; the largest parameter is in {name} ({size:.3g}); lower --learning_rate"
+    )
+
+
+def _was_evaluated(progress):
+    return any(record["step"] == progress.step for record in progress.evaluations)
+
+
+def _is_to_be_saved(progress, rhythm, metric, ended):
+    best = progress.best(metric) if rhythm.save_best else None
+    is_best = best is not None and best["step"] == progress.step
+    return is_best or rhythm.saves_at(progress.step, ended)
+
+
+def _is_out_of_patience(progress, rhythm, metric):
+    return rhythm.patience is not None and progress.evaluations_without_gain(metric) >= rhythm.patience
