@@ -369,7 +369,7 @@ def test_streams_that_cannot_show_everything():
 
 NEXT_FILE = """
 import os, sys
-from pats_jax import console
+from pats_jax.reporting import console
 was_open = console.open_streams()
 print("lost")
 sys.exit(os.open(os.devnull, os.O_RDONLY) + 10 * was_open)

@@ -22,7 +22,7 @@ AT_WORK = "another pats-jax is at work there"
 # Takes the lock, starts a process that holds it too, says its number and waits.
 HOLDER = """
 import pathlib, subprocess, sys, time
-from pats_jax.folder_lock import FolderLock
+from pats_jax.run.folder_lock import FolderLock
 with FolderLock(pathlib.Path(sys.argv[1])) as lock:
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], pass_fds=lock.descriptors)
     print(child.pid, flush=True)
@@ -133,11 +133,11 @@ def test_a_run_that_another_has_finished_meanwhile_is_not_made_again(tmp_path):
     with begin(tmp_path / "run", resume=True) as late:
         with begin(tmp_path / "run", resume=True) as start:
             start.open_folder()
-            start.finish({"seed": 1})
+            start.finish({"seed": 1, "method": "pats", "data": "sst2"})
         with pytest.raises(InputError, match="another pats-jax has finished the run; give --resume again"):
             late.open_folder()
     with FolderLock(tmp_path / "run"), begin(tmp_path / "run", resume=True) as start:
-        assert start.finished == {"seed": 1}, "to read a finished run nobody needs the lock"
+        assert start.finished["seed"] == 1, "to read a finished run nobody needs the lock"
 
 
 # shares of a gym

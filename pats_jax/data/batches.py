@@ -170,8 +170,8 @@ def largest_id(tokenizer) -> int:
 
 def largest_type(split: Split, tokenizer) -> int:
     """The largest token type that a tokenizer gives texts like these, single ones or pairs."""
-    second = None if split.sentence2 is None else "b"
-    return max(tokenizer("a", second, return_token_type_ids=True)["token_type_ids"])
+    second = None if split.sentence2 is None else ""  # special tokens alone: not every tokenizer takes every text
+    return max(tokenizer("", second, return_token_type_ids=True)["token_type_ids"])
 
 
 def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
