@@ -601,10 +601,10 @@ def test_another_run_of_a_stage_does_not_mix(base, home, tmp_path, primed):
 
 def test_a_folder_of_a_version_with_fewer_settings_goes_on(tmp_path):
     settings = GymSettings(output_dir=str(tmp_path))
-    downstream.open_folder(tmp_path, settings)
+    downstream.open_folder(tmp_path, settings, ())
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved.pop("ignore_mismatched_sizes") is False and saved.pop("shots") == GymSettings.shots
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    downstream.open_folder(tmp_path, settings)
+    downstream.open_folder(tmp_path, settings, ())
     with pytest.raises(InputError, match="ignore_mismatched_sizes was False and is True"):
-        downstream.open_folder(tmp_path, dataclasses.replace(settings, ignore_mismatched_sizes=True))
+        downstream.open_folder(tmp_path, dataclasses.replace(settings, ignore_mismatched_sizes=True), ())

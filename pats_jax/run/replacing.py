@@ -46,7 +46,7 @@ _FILES = [
     + _any_of((_CONFIG, "adapter_config.json", "adapter_model.safetensors", *_TOKENIZER.split())),
     rf"predictions/{_any_of((*_PREDICTIONS, 'test.tsv'))}",
     r"plots/(loss|score|sensitivity)\.png",
-    r"checkpoints/([\w.-]+/)+(_\w+|metadata|metrics|descriptor\.pbtxt|commit_success\.txt|manifest\.ocdbt|process_\d+"
+    r"checkpoints/([\w.-]+/)+(_\w+|metadata|metrics|record\.json|descriptor\.pbtxt|commit_success\.txt|manifest\.ocdbt|process_\d+"
     r"|d/[0-9a-f]+)(\.__lock)?",
     r"tensorboard/events\.out\.tfevents\.[^/]+",
     r"profile/plugins/profile/[^/]+/[^/]+\.(pb|json|gz)",
