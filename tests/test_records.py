@@ -276,7 +276,8 @@ def read_primed(root):
 
 def resume(kind):
     def read(root):
-        from pats_jax import glue, upstream
+        from pats_jax import glue
+        from pats_jax.priming import upstream
 
         folder = root / (RUN if kind is Settings else "primed")
         results = run_folder.read_results(folder)
