@@ -191,6 +191,7 @@ def test_bytes_of_trees():
 # subjects
 
 
+@pytest.mark.slow  # a subject of the benchmarks as a whole
 def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
     subject = step.Step(cases=(f"{checkpoint}:8x8",), methods=("finetune", "dps-dense", "pats"), rounds=4,
                         together=2)  # fmt: skip
@@ -205,6 +206,7 @@ def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
     assert state["finetune"] < state["pats"]
 
 
+@pytest.mark.slow  # a subject of the benchmarks as a whole
 def test_priming_measures_algorithms_and_what_tasks_in_turn_save(checkpoint, one_device):
     subject = priming.Priming(case=f"{checkpoint}:4x8", tasks=2, variants=("maml:lora",), rounds=2,
                               memory_case=f"{checkpoint}:64x16")  # fmt: skip
@@ -295,6 +297,7 @@ def test_memory_counts_state_and_temporaries(checkpoint):
     assert results.sizes[f"{checkpoint} 8x8 finetune step temporaries"] > 0
 
 
+@pytest.mark.slow  # a subject of the benchmarks as a whole
 def test_pipeline_reads_tiny_data(checkpoint, one_device, tmp_path):
     subject = pipeline.Pipeline(
         data_dir=str(tiny.write_sst2(tmp_path)),
@@ -322,6 +325,7 @@ def test_time_between_steps_counts_as_waiting():
     assert 0.045 <= watched.waiting_seconds() < 0.5
 
 
+@pytest.mark.slow  # a subject of the benchmarks as a whole
 def test_devices_and_checkpoint_run(checkpoint):
     results = Devices(case=f"{checkpoint}:8x8", method="finetune", counts=(2,), rounds=1).run()
     assert set(results.ratios) == {"jit, 2 devices", "pmap, 2 devices"}

@@ -63,7 +63,11 @@ def bits(state):
     return {jax.tree_util.keystr(path): to_bytes(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-@pytest.mark.parametrize("target", [{}, {"num_devices": 4}, {"fsdp": 4}, {"kind": "pmap"}], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [{}, pytest.param({"num_devices": 4}, marks=pytest.mark.slow), {"fsdp": 4}, {"kind": "pmap"}],
+    ids=str,
+)
 def test_a_state_comes_back_bit_by_bit_on_any_devices(tmp_path, target):
     state = make_state(runners.make_runner(fsdp=2))
     progress = {"step": 3, "pending": [{"loss": 0.1 + 0.2}], "nothing": None}

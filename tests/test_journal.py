@@ -100,7 +100,10 @@ def test_the_profiler_sees_ten_steps_or_all_of_a_shorter_run(tmp_path, first, to
 
 
 def test_the_age_of_the_process_counts_from_its_start(tmp_path):
-    program = "import time; time.sleep(0.3); from pats_jax.training import profiling; print(profiling.seconds_since_process_start())"
+    program = (
+        "import time; time.sleep(0.3)\n"
+        "from pats_jax.training import profiling; print(profiling.seconds_since_process_start())"
+    )
     begun = time.perf_counter()
     age = float(subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True).stdout)
     assert 0.3 < age < time.perf_counter() - begun + 0.05

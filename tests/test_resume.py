@@ -198,10 +198,20 @@ def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
 
 
 @pytest.mark.parametrize(
-    "there", [{"num_devices": 4}, {"num_devices": 8, "parallel": "pmap"}, {"num_devices": 8, "fsdp": 2}], ids=str
+    "there",
+    [
+        {"num_devices": 4, "train_batch_size": None, "per_device_train_batch_size": 5},
+        {"num_devices": 8, "parallel": "pmap"},
+        {"num_devices": 8, "fsdp": 2},
+    ],
+    ids=str,
 )
-def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there):
-    """The global batch stays: 8 rows, on 1 device, then on 4 or 8. Dropout is off, as pmap draws it by device."""
+def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there, caplog):
+    """The global batch stays, whatever is asked: 8 rows, on 1 device, then on 4 or 8.
+
+    Dropout is off, as pmap draws it by device.
+    """
+    caplog.set_level("INFO")
     still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "method": "finetune"}
     config = pathlib.Path(base.model_name_or_path) / "config.json"
     assert json.loads(config.read_text())["classifier_dropout"] == 0.1
@@ -213,7 +223,9 @@ def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there):
     still["model_name_or_path"] = str(quiet)
     run(base, tmp_path / "whole", **still)
     folder = interrupted(**still)
-    run(base, folder, resume=True, **still, **there)
+    run(base, folder, resume=True, **still | there)
+    assert f"8 rows a step: {8 // there['num_devices']} x {there['num_devices']} devices" in caplog.text
+    assert "after step 13 of 60" in caplog.text
     ours, theirs = lines(folder), lines(tmp_path / "whole")
     assert [(line["step"], line.keys()) for line in ours] == [(line["step"], line.keys()) for line in theirs]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True) if "loss" in a]
@@ -251,14 +263,6 @@ def test_other_settings_are_refused_by_name(base, interrupted):
         run(base, folder, resume=True, train_batch_size=16)
     with pytest.raises(InputError, match=r"--train_batch_size 8: cannot be dealt out evenly to 3 devices"):
         run(base, folder, resume=True, num_devices=3)
-
-
-def test_the_size_of_a_device_follows_from_the_global_batch(base, interrupted, caplog):
-    folder = interrupted()
-    here = dataclasses.replace(base, train_batch_size=None, per_device_train_batch_size=5)
-    caplog.set_level("INFO")
-    run(here, folder, resume=True, num_devices=4)
-    assert "8 rows a step: 2 x 4 devices" in caplog.text and "going on after step 13 of 60" in caplog.text
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, interrupted, caplog):
