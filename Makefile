@@ -26,8 +26,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(PYTEST) -m "not parity and not slow"
 
+# Tests of what the numbers are, which `make slow` repeats with all of XLA's optimisations.
+NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py
+
 slow: $(VENV)/.ready
 	$(PYTEST) -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity and not slow" $(addprefix tests/test_,$(NUMERICS))
 	$(FUZZ) --count 10000
 
 fuzz: $(VENV)/.ready
