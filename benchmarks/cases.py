@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from pats_jax import methods, models, objectives, train_state, trees
-from pats_jax.companions import subnetworks
+from pats_jax.companions.child_tuning import fisher_mask
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.config import EncoderConfig
@@ -206,7 +206,7 @@ class Training:
 
     def _fisher_mask(self, keep_fraction, mask):
         without_dropout = train_state.make_loss_fn(self._model.apply, deterministic=True)
-        return subnetworks.fisher_mask(without_dropout, self._params, [self._batch], keep_fraction, mask=mask)
+        return fisher_mask(without_dropout, self._params, [self._batch], keep_fraction, mask=mask)
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:

@@ -1,17 +1,19 @@
 from . import data as data, models as models, random as random
-from .companions.anchors import (
-    l2_sp as l2_sp,
-    mixout as mixout,
-)
-from .companions.sparse_updates import sift as sift
-from .companions.subnetworks import (
+from .companions.child_tuning import (
     child_tuning_d as child_tuning_d,
     child_tuning_f as child_tuning_f,
+    fisher_mask as fisher_mask,
+)
+from .companions.dps import (
     dps_dense as dps_dense,
     dps_mix as dps_mix,
-    fisher_mask as fisher_mask,
-    freeze_unselected as freeze_unselected,
 )
+from .companions.freeze_unselected import freeze_unselected as freeze_unselected
+from .companions.l2_sp import l2_sp as l2_sp
+from .companions.mixout import mixout as mixout
+from .companions.noisy_tune import noisy_tune as noisy_tune
+from .companions.sage import scale_by_sage as scale_by_sage
+from .companions.sift import sift as sift
 from .errors import InputError as InputError
 from .objectives import (
     Objective as Objective,
@@ -29,10 +31,8 @@ from .train_state import (
 )
 from .transforms import (
     PatsNoiseState as PatsNoiseState,
-    noisy_tune as noisy_tune,
     pats as pats,
     pats_noise as pats_noise,
-    scale_by_sage as scale_by_sage,
     sensitivity as sensitivity,
     with_raw_gradient as with_raw_gradient,
 )

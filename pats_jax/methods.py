@@ -12,7 +12,8 @@ import rich.markup
 import rich.table
 
 from pats_jax import objectives, transforms
-from pats_jax.companions import anchors, sparse_updates, subnetworks
+from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, sage, sift
+from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.run.settings import TrainingSettings
@@ -317,46 +318,46 @@ def _keep_fraction(context, authors):
 
 def _dps_dense(context):
     mask = _layers("dps-dense")(context.params)
-    return subnetworks.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask)
+    return dps.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask)
 
 
 def _dps_mix(context):
     mask = _layers("dps-mix")(context.params)
     keep, key = _keep_fraction(context, 0.7), context.settings.seed
-    return subnetworks.dps_mix(keep, _stage_steps(context), key=key, mask=mask)
+    return dps.dps_mix(keep, _stage_steps(context), key=key, mask=mask)
 
 
 def _child_tuning_f(context):
-    return subnetworks.child_tuning_f(_keep_fraction(context, 0.3), key=context.settings.seed)
+    return child_tuning.child_tuning_f(_keep_fraction(context, 0.3), key=context.settings.seed)
 
 
 def _child_tuning_d(context):
     if context.fisher is None:
         raise InputError("--method child-d: needs the training data, to measure the Fisher information on")
-    return subnetworks.child_tuning_d(context.fisher(_keep_fraction(context, 0.3), _layers("child-d")(context.params)))
+    return child_tuning.child_tuning_d(context.fisher(_keep_fraction(context, 0.3), _layers("child-d")(context.params)))
 
 
 def _mixout(context):
     settings = context.settings
-    return anchors.mixout(settings.drop_fraction, key=settings.seed, mask=_layers("mixout")(context.params))
+    return mixout.mixout(settings.drop_fraction, key=settings.seed, mask=_layers("mixout")(context.params))
 
 
 def _l2_sp(context):
     settings = context.settings
     head = layer_mask(context.params, _HEAD, "--method l2-sp")
-    return anchors.l2_sp(settings.pretrained_strength, settings.head_strength, head_mask=head)
+    return l2_sp.l2_sp(settings.pretrained_strength, settings.head_strength, head_mask=head)
 
 
 def _sage(context):
-    return transforms.scale_by_sage(context.settings.sage_decay, mask=_layers("sage")(context.params))
+    return sage.scale_by_sage(context.settings.sage_decay, mask=_layers("sage")(context.params))
 
 
 def _sift(context, optimizer):
-    return sparse_updates.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
+    return sift.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
 
 
 def _noisy_tune(params, settings):
-    return transforms.noisy_tune(params, settings.noise_intensity, key=settings.seed)
+    return noisy_tune.noisy_tune(params, settings.noise_intensity, key=settings.seed)
 
 
 def _r3f(settings):
@@ -377,7 +378,7 @@ def _lnsr(settings):
 
 def _freeze_unselected(optimizer, settings):
     try:
-        frozen = subnetworks.freeze_unselected(optimizer)
+        frozen = freeze_unselected(optimizer)
     except ValueError as error:
         raise InputError(f"--freeze_unselected: {error}") from None
     if not any(name in settings.method.split("+") for name in ("dps-dense", "dps-mix", "child-d")):

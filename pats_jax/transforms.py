@@ -1,4 +1,4 @@
-"""Sensitivity and noise: PATS, and with it SAGE and NoisyTune, as Optax gradient transformations.
+"""Sensitivity and noise: PATS as Optax gradient transformations.
 
 `pats_noise` adds the noise to whatever update comes in, `with_raw_gradient` hands it the gradient that sensitivity is
 measured with, and `pats` does both around any optimizer. `sensitivity` reads the result out of an optimizer state.
@@ -6,9 +6,6 @@ measured with, and `pats` does both around any optimizer. `sensitivity` reads th
 The idea is that of PATS, Perturbation According To Sensitivity (EMNLP 2022, https://arxiv.org/abs/2210.12403):
 parameters that matter less for the task get more noise. The paper's formulas were not available to this project, so the
 exact rule below is ours, and every number in it is an argument.
-
-`scale_by_sage` scales each update by how uncertain its parameter's sensitivity is; `noisy_tune` perturbs the parameters
-once, before training.
 """
 
 import copy
@@ -75,18 +72,6 @@ class PatsNoiseState(NamedTuple):
         return self.stored_key.key
 
 
-class SageState(NamedTuple):
-    """State of `scale_by_sage`.
-
-    Attributes:
-      count: () int32, number of updates made, t.
-      sensitivity: a tree like params, float32, A_t before bias correction; None where masked.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
-    sensitivity: Any
-
-
 def pats_noise(
     noise_scale: optax.ScalarOrSchedule,
     *,
@@ -134,7 +119,7 @@ def pats_noise(
       ValueError: on a negative scale, a decay outside [0, 1), an unknown response or distribution; from ``update``
         without params or ``grad``. Traced numbers are not checked.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.array([4.0, 3.0, 2.0, 1.0])}
       >>> noise = pats_jax.pats_noise(0.1, key=0, decay=0.5)
@@ -169,12 +154,12 @@ def pats_noise(
             stored_key=random.StoredKey.of(key),
             decay_power=jnp.ones([], jnp.float32),
             sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
-            initial_std=jax.tree.map(_std, noisy),
+            initial_std=jax.tree.map(trees.std, noisy),
         )
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
-        _require("pats_noise", params, grad)
+        trees.require_raw_gradient("pats_noise", params, grad)
         scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
         treedef: Any  # its methods are not in JAX's type stubs
         leaves, treedef = jax.tree.flatten(updates, is_leaf=trees.is_masked)
@@ -183,7 +168,7 @@ def pats_noise(
         def update_leaf(u, leaf_key, p, g, old, std):
             if old is None or trees.is_masked(u):
                 return u, old
-            new = _stored(_moving_average(old, _saliency(p, g), decay), sensitivity_dtype)
+            new = _stored(trees.moving_average(old, trees.saliency(p, g), decay), sensitivity_dtype)
             if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
                 return u, new
             noise = scale * std * respond(_relative(new)) * draw(leaf_key, u.shape)
@@ -263,7 +248,7 @@ def pats(
     Raises:
       ValueError: see `pats_noise` and `with_raw_gradient`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, pats_jax
       >>> tx = pats_jax.pats(optax.adam(0.05), noise_scale=1e-3, key=0)
       >>> params = jnp.array([1.0, -2.0])
@@ -343,124 +328,6 @@ def noise_statistics(
     return {"noise_norm": jnp.sqrt(square), "noisy_parameters": noisy}
 
 
-def scale_by_sage(
-    decay: float | jax.Array = 0.75, eps: float = 1e-6, *, bias_correction: bool = True, mask: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    r"""SAGE: multiplies each update by the uncertainty of its parameter's sensitivity, relative to the sensitivity.
-
-    With parameters theta, raw gradient g and incoming update u, at step t = 1, 2, ...::
-
-        I = |theta * g|
-        A = decay * A + (1 - decay) * I         A starts from 0
-        A^ = A / (1 - decay^t)                  A itself without ``bias_correction``
-        update = u * |I - A^| / (A^ + eps^2)    0 at the first step, where A^ = I
-
-    The rule is that of the authors' code (*code*), in two forms: with AdamW, whose decay is not multiplied, and with
-    Adamax, whose decay is, and whose A is not corrected. Learning rates are 2 to 5 times the plain ones. The authors
-    measure I after clipping, this transform before (ours: any chain, one meaning of the raw gradient). What is not
-    finite leaves A as it was (ours).
-
-    Goes between Adam and weight decay, and reads the raw gradient from `with_raw_gradient`::
-
-        pats_jax.with_raw_gradient(optax.chain(
-            optax.clip_by_global_norm(1.0), optax.scale_by_adam(), pats_jax.scale_by_sage(),
-            optax.add_decayed_weights(0.01), optax.scale_by_learning_rate(1e-4)))
-        pats_jax.with_raw_gradient(optax.chain(
-            optax.clip_by_global_norm(1.0), optax.scale_by_adamax(), optax.add_decayed_weights(0.01),
-            pats_jax.scale_by_sage(bias_correction=False), optax.scale_by_learning_rate(1e-4)))
-
-    Args:
-      decay: decay of the moving average of sensitivity, in (0, 1); 0.6 to 0.9 is useful. At 0 nothing would ever move.
-      eps: its square keeps the ratio finite where a parameter has no sensitivity.
-      bias_correction: True for the AdamW form, False for the Adamax form.
-      mask: a tree prefix of bools, or a function of params that returns one; the updates of leaves outside pass as they
-        are. None is every leaf; the authors take the weights and biases of attention and feed-forward blocks.
-
-    Returns:
-      A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
-
-    Raises:
-      ValueError: on a decay outside (0, 1) or an eps that is not positive (traced numbers are not checked); from
-        ``update`` without params or ``grad``.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, pats_jax
-      >>> params = jnp.array([1.0, 2.0])
-      >>> tx = pats_jax.with_raw_gradient(optax.chain(optax.sgd(1.0), pats_jax.scale_by_sage(decay=0.5)))
-      >>> state = tx.init(params)
-      >>> for grads in (jnp.array([1.0, 1.0]), jnp.array([1.0, 2.5])):
-      ...     updates, state = tx.update(grads, state, params)
-      ...     print(updates)
-      [-0. -0.]
-      [-0.    -0.625]
-
-    References:
-      Liang et al., `No Parameters Left Behind: Sensitivity Guided Adaptive Learning Rate for Training Large Transformer
-      Models <https://arxiv.org/abs/2202.02664>`_, 2022
-    """
-    check_number("decay", decay, lambda x: 0 < x < 1, "in (0, 1)")
-    check_number("eps", eps, lambda x: 0 < x < math.inf, "a finite number > 0")
-
-    def init(params):
-        scaled = trees.cut_to(trees.resolve_mask(mask, params), params)
-        return SageState(jnp.zeros([], jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), scaled))
-
-    def update(updates, state, params=None, *, grad=None, **extra_args):
-        del extra_args
-        _require("scale_by_sage", params, grad)
-        count = optax.safe_increment(state.count)
-        weight = 1 - jnp.float32(decay) ** count if bias_correction else 1.0
-        saliency = trees.map_held(lambda _, p, g: _saliency(p, g), state.sensitivity, params, grad)
-        average = trees.map_held(lambda a, i: _moving_average(a, i, decay), state.sensitivity, saliency)
-
-        def scale(u, a, i):
-            corrected = a / weight
-            return (u * (jnp.abs(i - corrected) / (corrected + eps**2))).astype(u.dtype)
-
-        return trees.replace_held(scale, updates, average, saliency), SageState(count, average)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | jax.Array, mask: Any = None) -> Any:
-    r"""NoisyTune: the pretrained parameters with a little uniform noise, once, before training.
-
-    ``W + U(-intensity/2, intensity/2) * std(W)`` for every tensor (*secondary*: read in later work, not in the authors'
-    code). The standard deviation is the population's, so a single number gets no noise (ours).
-
-    Args:
-      params: a tree of parameters.
-      intensity: width of the noise in standard deviations of the tensor, >= 0; 0.15 is the paper's on GLUE.
-      key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
-      mask: a tree prefix of bools, or a function of params that returns one; leaves outside stay as they are. None is
-        every leaf.
-
-    Returns:
-      A tree like params, of the same dtypes.
-
-    Raises:
-      ValueError: on a negative intensity; traced numbers are not checked.
-
-    Example:
-      >>> import jax.numpy as jnp, pats_jax
-      >>> noisy = pats_jax.noisy_tune({"w": jnp.array([0.0, 2.0]), "scalar": jnp.array(5.0)}, 0.5, key=0)
-      >>> print(jnp.max(jnp.abs(noisy["w"] - jnp.array([0.0, 2.0]))) < 0.25, noisy["scalar"])
-      True 5.0
-
-    References:
-      Wu et al., `NoisyTune: A Little Noise Can Help You Finetune Pretrained Language Models Better
-      <https://arxiv.org/abs/2202.12024>`_, 2022
-    """
-    check_number("intensity", intensity, lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    noisy = trees.cut_to(trees.resolve_mask(mask, params), params)
-
-    def add_noise(param, _, key):
-        noise = jax.random.uniform(key, param.shape, jnp.float32, -0.5, 0.5)
-        return (param + intensity * _std(param) * noise).astype(param.dtype)
-
-    return trees.replace_held(add_noise, params, noisy, trees.leaf_keys(trees.own_key(key, "noisy_tune"), noisy))
-
-
 def _noise_states(opt_state, caller):
     states = trees.find_states(opt_state, PatsNoiseState)
     if not states:
@@ -491,29 +358,6 @@ def _relative(sensitivity):
         sensitivity = jax.lax.optimization_barrier(sensitivity)
     # one division for the leaf, not one for each entry
     return sensitivity.astype(jnp.float32) * jnp.where(positive, 1.0 / jnp.where(positive, mean, 1.0), 0.0)
-
-
-def _require(transform, params, grad):
-    if params is None:
-        raise ValueError(f"{transform} needs the parameters: call tx.update(grads, opt_state, params)")
-    if grad is None:
-        raise ValueError(f"{transform} needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")
-
-
-def _saliency(param, grad):
-    """|theta * g| of one leaf, float32."""
-    return jnp.abs(param.astype(jnp.float32) * grad.astype(jnp.float32))
-
-
-def _moving_average(old, saliency, decay):
-    """S_t of one leaf, float32; what is not finite leaves it as it was."""
-    old = old.astype(jnp.float32)
-    return jnp.where(jnp.isfinite(saliency), decay * old + (1 - decay) * saliency, old)
-
-
-def _std(leaf):
-    """Population standard deviation of a leaf, () float32; 0 for an empty one."""
-    return jnp.std(leaf.astype(jnp.float32)) if leaf.size else jnp.zeros([], jnp.float32)
 
 
 def _warn_of_rounding(params):

@@ -1,4 +1,4 @@
-"""What all transforms stand on: checks of arguments, masks, a key for every leaf, states inside states, W_eff.
+"""What all transforms stand on: masks, a key for every leaf, states inside states, W_eff, input features, checks.
 
 A transform holds state for the leaves that its mask takes: a tree like params with None at the others. Where
 `optax.masked` or `optax.partition` cut a leaf out, both have an `optax.MaskedNode` in its place.
@@ -137,7 +137,7 @@ class ForwardMix(NamedTuple):
 def forward_params(opt_state: Any, params: Any) -> Any:
     """The parameters that the forward pass of this training step uses.
 
-    W_eff of `ForwardMix` under `mixout` and `pats_jax.dps_mix`, at the leaves that these methods take; params
+    W_eff of `ForwardMix` under `pats_jax.mixout` and `pats_jax.dps_mix`, at the leaves that these methods take; params
     otherwise. The loss is differentiated AT these values, not through them (the authors' own backward pass, *code*)::
 
         grads = jax.grad(loss)(pats_jax.forward_params(opt_state, params))
@@ -164,6 +164,53 @@ def _mix(param, target, kept, *, keep_fraction):
     return ((jnp.where(kept, w, target) - (1 - keep_fraction) * target) / keep_fraction).astype(param.dtype)
 
 
+# masks of input features
+
+
+def input_rows(tree: Any, input_axis: int) -> Any:
+    """For every leaf an array of bools with one entry for each of its input features, that broadcasts to the leaf.
+
+    A scalar or 1-D leaf has no rows: one entry for each of its own.
+
+    Raises:
+      ValueError: if a leaf of two or more dimensions has no such axis.
+    """
+
+    def rows(leaf):
+        if leaf.ndim < 2:
+            return jnp.ones(leaf.shape, bool)
+        if not -leaf.ndim <= input_axis < leaf.ndim:
+            raise ValueError(f"input_axis={input_axis} is not an axis of a parameter of shape {leaf.shape}")
+        return jnp.ones([n if axis == input_axis % leaf.ndim else 1 for axis, n in enumerate(leaf.shape)], bool)
+
+    return jax.tree.map(rows, tree)
+
+
+def draw_rows(key: jax.Array, count: jax.Array | int, rows: Any, keep_fraction: float | jax.Array) -> Any:
+    """Bools of the shapes of ``rows``, True with probability keep_fraction, drawn anew for every ``count``."""
+    keys = leaf_keys(jax.random.fold_in(key, count), rows)
+    return map_held(lambda row, k: jax.random.bernoulli(k, keep_fraction, row.shape), rows, keys)
+
+
+# figures of one leaf
+
+
+def saliency(param: jax.Array, grad: jax.Array) -> jax.Array:
+    """|theta * g| of one leaf, float32."""
+    return jnp.abs(param.astype(jnp.float32) * grad.astype(jnp.float32))
+
+
+def moving_average(old: jax.Array, saliency: jax.Array, decay: float | jax.Array) -> jax.Array:
+    """S_t of one leaf, float32; what is not finite leaves it as it was."""
+    old = old.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(saliency), decay * old + (1 - decay) * saliency, old)
+
+
+def std(leaf: jax.Array) -> jax.Array:
+    """Population standard deviation of a leaf, () float32; 0 for an empty one."""
+    return jnp.std(leaf.astype(jnp.float32)) if leaf.size else jnp.zeros([], jnp.float32)
+
+
 # arguments; each failure is a ValueError of one line
 
 
@@ -185,3 +232,11 @@ def check_number(argument: str, value: Any, holds: Callable[[float], bool], expe
 def is_plainly(value: Any, number: float) -> bool:
     """Whether an argument is that number; arrays, traced or not, may change later and are never plainly anything."""
     return isinstance(value, numbers.Real) and value == number
+
+
+def require_raw_gradient(transform: str, params: Any, grad: Any) -> None:
+    """Raises if ``update`` was called without params, or without the extra argument ``grad``."""
+    if params is None:
+        raise ValueError(f"{transform} needs the parameters: call tx.update(grads, opt_state, params)")
+    if grad is None:
+        raise ValueError(f"{transform} needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")

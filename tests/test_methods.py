@@ -13,7 +13,7 @@ import tiny
 
 import pats_jax
 from pats_jax import methods, trees
-from pats_jax.companions import subnetworks
+from pats_jax.companions.dps import DpsDenseState, DpsMixState
 from pats_jax.errors import InputError
 from pats_jax.run.settings import Settings
 
@@ -239,7 +239,7 @@ def test_the_table_of_methods_has_all_of_them():
 @pytest.mark.parametrize("name", ["dps-dense", "dps-mix"])
 def test_dps_takes_the_matrices_of_encoder_pooler_and_head(name):
     state = make_state(method=name)
-    (found,) = trees.find_states(state.opt_state, (subnetworks.DpsDenseState, subnetworks.DpsMixState))
+    (found,) = trees.find_states(state.opt_state, (DpsDenseState, DpsMixState))
     held = {methods.parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(found.scores)}
     assert held == {n for n in NAMES if n.endswith(".kernel")}
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import pats_jax
+from pats_jax.companions.dps import DpsDenseState, DpsMixState
 from pats_jax.companions.ranking import kth_largest
-from pats_jax.companions.subnetworks import DpsDenseState, DpsMixState
 
 RATE, MOMENTUM, DECAY = 0.125, 0.5, 0.25
 SHAPES = {"w": (6, 8), "v": (5, 4), "b": (4,)}

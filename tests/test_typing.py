@@ -60,7 +60,7 @@ def test_mypy_sees_the_public_names(tmp_path):
         assert errors[line].endswith(f"[{kind}]"), errors[line]
 
 
-@pytest.mark.parametrize("room", ["", "data", "models", "models/peft"])
+@pytest.mark.parametrize("room", ["", "data", "models", "models/peft", "objectives", "priming"])
 def test_every_name_of_a_stub_is_there(room):
     folder = pathlib.Path(pats_jax.__file__).parent / room
     stub = ast.parse((folder / "__init__.pyi").read_text())

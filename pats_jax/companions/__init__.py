@@ -1,1 +1,1 @@
-"""Optax-side methods that people compare PATS with: DPS, Child-Tuning, Mixout, L2-SP, SIFT."""
+"""Optax-side methods that people compare PATS with, one file each; the names are in `pats_jax` itself."""

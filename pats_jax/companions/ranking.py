@@ -1,10 +1,21 @@
-"""The k-th largest of many non-negative numbers, quick on CPU, GPU and TPU and for arrays sharded over devices."""
+"""Which entries score highest: a share of them as a number, their scores, and the threshold that they reach.
+
+The k-th largest of many non-negative numbers is quick on CPU, GPU and TPU and for arrays sharded over devices.
+"""
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pats_jax import trees
+
+
+def check_keep_fraction(keep_fraction: float | jax.Array) -> None:
+    """Raises if a share of entries is outside (0, 1]; traced numbers are not checked."""
+    trees.check_number("keep_fraction", keep_fraction, lambda x: 0 < x <= 1, "in (0, 1]")
 
 
 def rank(size: int, keep_fraction: float | jax.Array) -> int | jax.Array:
@@ -12,6 +23,12 @@ def rank(size: int, keep_fraction: float | jax.Array) -> int | jax.Array:
     if isinstance(keep_fraction, numbers.Real):
         return math.ceil(size * keep_fraction)
     return jnp.ceil(size * keep_fraction).astype(jnp.int32)
+
+
+def finite_square(grad: jax.Array) -> jax.Array:
+    """g * g of one leaf, float32; 0 where it is not finite."""
+    square = jnp.square(grad.astype(jnp.float32))
+    return jnp.where(jnp.isfinite(square), square, 0.0)
 
 
 def kth_largest(groups: list[list[jax.Array]], ranks: list[int | jax.Array]) -> list[jax.Array]:
@@ -39,3 +56,8 @@ def kth_largest(groups: list[list[jax.Array]], ranks: list[int | jax.Array]) -> 
 
     found = jax.lax.fori_loop(0, 31, fix_bit, [jnp.int32(0) for _ in groups])
     return [jax.lax.bitcast_convert_type(f, jnp.float32) for f in found]
+
+
+def selected_entries(scores: Any, threshold: Any) -> Any:
+    """Bools where the scores of a tree reach their leaf's threshold; None and optax.MaskedNode stay."""
+    return trees.map_held(lambda s, t: s >= t, scores, threshold)

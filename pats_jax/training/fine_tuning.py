@@ -19,7 +19,7 @@ import rich.console
 import rich.progress
 
 from pats_jax import methods, train_state, trees
-from pats_jax.companions import subnetworks
+from pats_jax.companions.child_tuning import fisher_mask
 from pats_jax.data import batches, readers, tasks
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
@@ -227,7 +227,7 @@ class GlueTraining(Training):
 
         def measure(keep_fraction, mask):
             everything = (self.runner.put(self._fill(rows, length)) for rows, length in self.plan)
-            return subnetworks.fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
+            return fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
 
         return measure
 

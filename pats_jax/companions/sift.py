@@ -1,6 +1,6 @@
 """SIFT: an optimizer for a few entries of each tensor, which sees nothing else.
 
-Unlike the methods of `subnetworks`, which change the gradient at the head of a chain, it wraps an optimizer.
+Unlike DPS and Child-Tuning, which change the gradient at the head of a chain, it wraps an optimizer.
 """
 
 from typing import Any, NamedTuple
@@ -48,12 +48,12 @@ def sift(
         thinned out. Leaves outside are trained densely; freeze them with Optax's own means.
 
     Returns:
-      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner``, bit by bit.
+      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner``, bit for bit.
 
     Raises:
       ValueError: if rate is outside (0, 1]; from ``update`` without params.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.zeros((2, 3))}
       >>> tx = pats_jax.sift(optax.sgd(1.0), rate=0.3, mask=None)

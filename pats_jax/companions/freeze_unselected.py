@@ -1,0 +1,67 @@
+"""`freeze_unselected`: a wrapper that keeps the weights which DPS or Child-Tuning D leave out where they are."""
+
+import jax.numpy as jnp
+import optax
+
+from pats_jax import trees
+from pats_jax.companions.child_tuning import ChildTuningDState
+from pats_jax.companions.dps import DpsDenseState, DpsMixState
+from pats_jax.companions.ranking import selected_entries
+
+_SELECTING = (DpsDenseState, DpsMixState, ChildTuningDState)
+
+
+def freeze_unselected(
+    inner: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the weights that a subnetwork leaves out exactly where they are.
+
+    In the authors' code of DPS and Child-Tuning D the gradient of these weights is zero, but momentum and weight decay
+    still move them. This wrapper (ours) sets their final update to zero, whatever stands behind the subnetwork in the
+    chain. It touches stage II of `dps_dense` and `dps_mix`, and `child_tuning_d`. `child_tuning_f` and Mixout draw anew
+    at each step and leave no weight out for longer; `sift` freezes what it leaves out by itself.
+
+    It is a wrapper because the subnetwork stands first in the chain, and what moves the weights comes after it.
+
+    Args:
+      inner: the whole optimizer, with `dps_dense`, `dps_mix` or `child_tuning_d` in it.
+
+    Returns:
+      A gradient transformation; its state is ``inner``'s.
+
+    Raises:
+      ValueError: from ``init``, if there is no such transform inside.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, pats_jax
+      >>> params = {"w": jnp.array([1.0, 1.0])}
+      >>> subnetwork = pats_jax.child_tuning_d({"w": jnp.array([True, False])})
+      >>> tx = optax.chain(subnetwork, optax.adamw(0.5, weight_decay=0.1))
+      >>> for optimizer in (tx, pats_jax.freeze_unselected(tx)):
+      ...     updates, _ = optimizer.update({"w": jnp.array([1.0, 1.0])}, optimizer.init(params), params)
+      ...     print(updates["w"].round(3))
+      [-0.55 -0.05]
+      [-0.55  0.  ]
+    """
+    inner = trees.as_extra_args_transform(inner)
+
+    def init(params):
+        state = inner.init(params)
+        if not trees.find_states(state, *_SELECTING):
+            raise ValueError(
+                "freeze_unselected: nothing inside selects parameters; chain dps_dense, dps_mix or child_tuning_d"
+            )
+        return state
+
+    def update(updates, state, params=None, **extra_args):
+        updates, state = inner.update(updates, state, params, **extra_args)
+        for selecting in trees.find_states(state, *_SELECTING):
+            updates = trees.replace_held(lambda u, kept: jnp.where(kept, u, 0), updates, _selection(selecting))
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _selection(state):
+    """The entries that the last update of a state in _SELECTING let through."""
+    return state.keep if isinstance(state, ChildTuningDState) else selected_entries(state.scores, state.threshold)

@@ -1,0 +1,49 @@
+"""NoisyTune: a little noise on the pretrained parameters, once, before training."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pats_jax import trees
+from pats_jax.trees import check_number
+
+
+def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | jax.Array, mask: Any = None) -> Any:
+    r"""NoisyTune: the pretrained parameters with a little uniform noise, once, before training.
+
+    ``W + U(-intensity/2, intensity/2) * std(W)`` for every tensor (*secondary*: read in later work, not in the authors'
+    code). The standard deviation is the population's, so a single number gets no noise (ours).
+
+    Args:
+      params: a tree of parameters.
+      intensity: width of the noise in standard deviations of the tensor, >= 0; 0.15 is the paper's on GLUE.
+      key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside stay as they are. None is
+        every leaf.
+
+    Returns:
+      A tree like params, of the same dtypes.
+
+    Raises:
+      ValueError: on a negative intensity; traced numbers are not checked.
+
+    Examples:
+      >>> import jax.numpy as jnp, pats_jax
+      >>> noisy = pats_jax.noisy_tune({"w": jnp.array([0.0, 2.0]), "scalar": jnp.array(5.0)}, 0.5, key=0)
+      >>> print(jnp.max(jnp.abs(noisy["w"] - jnp.array([0.0, 2.0]))) < 0.25, noisy["scalar"])
+      True 5.0
+
+    References:
+      Wu et al., `NoisyTune: A Little Noise Can Help You Finetune Pretrained Language Models Better
+      <https://arxiv.org/abs/2202.12024>`_, 2022
+    """
+    check_number("intensity", intensity, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+    noisy = trees.cut_to(trees.resolve_mask(mask, params), params)
+
+    def add_noise(param, _, key):
+        noise = jax.random.uniform(key, param.shape, jnp.float32, -0.5, 0.5)
+        return (param + intensity * trees.std(param) * noise).astype(param.dtype)
+
+    return trees.replace_held(add_noise, params, noisy, trees.leaf_keys(trees.own_key(key, "noisy_tune"), noisy))

@@ -1,0 +1,14 @@
+from .divergences import (
+    squared_difference as squared_difference,
+    symmetric_kl as symmetric_kl,
+)
+from .lnsr import lnsr as lnsr
+from .objective import (
+    Objective as Objective,
+    Step as Step,
+    Term as Term,
+    with_objectives as with_objectives,
+)
+from .r3f import r3f as r3f
+from .r_drop import r_drop as r_drop
+from .smart import smart as smart

@@ -1,0 +1,66 @@
+"""LNSR: random noise on the output of one layer."""
+
+import jax
+import jax.numpy as jnp
+
+from pats_jax.objectives.objective import Objective, Step, Term, check_positive, check_weight
+from pats_jax.trees import is_plainly
+
+
+def lnsr(layer: int, lam: float | jax.Array = 1.0, noise_std: float | jax.Array = 0.05) -> Objective:
+    r"""LNSR: what noise on the output of one layer changes in the outputs of the layers above should be small.
+
+    ::
+
+        h_r: output of layer r;   k = ``layer``;   z ~ N(0, noise_std^2) for each entry
+        h'_k = h_k + z, and h'_r for r > k what the layers above make of it
+        change = sum over layers r > k of the mean over tokens and units of (h'_r - h_r)^2
+        loss   = task_loss + lam * mean over rows of change
+
+    That Gaussian noise goes into one layer and that the change above is penalised is the paper's (*abstract*). *Ours*:
+    the squared difference and its mean over tokens (padding left out) and units, the numbers, that both passes have the
+    same dropout, so that noise is all that differs, and gradients through both. With the model's ``first_token_only``
+    the last layer counts by its first token alone, as that is all there is of it. Layers up to k are computed once.
+
+    Args:
+      layer: k; 0 is the output of the embeddings, the last but one the highest that has a layer above.
+      lam: weight of the regulariser, not negative.
+      noise_std: standard deviation of the noise, in units of the hidden states' entries, which LayerNorm leaves at
+        around 1; above 0.
+
+    Raises:
+      ValueError: if layer or lam is negative or noise_std not above 0 (traced numbers are not checked); from the loss,
+        if the model has no layer above.
+
+    References:
+      Hua et al., `Noise Stability Regularization for Improving BERT Fine-tuning <https://arxiv.org/abs/2107.04835>`_,
+      2021, and `Fine-tuning Pre-trained Language Models with Noise Stability Regularization
+      <https://arxiv.org/abs/2206.05658>`_, 2022
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"layer={layer!r} must be a number of a layer, from 0 (the embeddings)")
+    check_weight("lam", lam)
+    check_positive("noise_std", noise_std)
+
+    def term(step: Step, key: jax.Array) -> Term:
+        if is_plainly(lam, 0):
+            return Term(jnp.zeros(len(step.logits)))
+        if layer + 1 >= len(step.hidden_states):
+            raise ValueError(f"lnsr: layer={layer} has no layer above, of {len(step.hidden_states) - 1}")
+        hidden = step.hidden_states[layer]
+        noised = hidden + noise_std * jax.random.normal(key, hidden.shape, hidden.dtype)
+        _, above = step.apply(
+            step.params, step.key, continue_from=(layer, noised), output_hidden_states=True, **step.rest
+        )
+        mask = step.inputs.get("attention_mask", jnp.ones(hidden.shape[:2]))
+        pairs = zip(above[1:], step.hidden_states[layer + 1 :], strict=True)
+        changes = [_mean_over_tokens(jnp.square(a.astype(jnp.float32) - b), mask) for a, b in pairs]
+        return Term(sum(changes, start=jnp.zeros(len(hidden))))
+
+    return Objective("lnsr", lam, term, needs_hidden_states=not is_plainly(lam, 0))
+
+
+def _mean_over_tokens(values, mask):
+    """Means (batch,) over units and the mask's tokens, from (batch, length, units), or its first token alone."""
+    mask = mask[:, : values.shape[1], None]
+    return jnp.sum(values * mask, axis=(1, 2)) / jnp.maximum(values.shape[2] * jnp.sum(mask, axis=(1, 2)), 1)

@@ -1,0 +1,165 @@
+"""What an objective is, and the loss with objectives in it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pats_jax import trees
+from pats_jax.train_state import Batch, LossFn, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.trees import check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step's inputs and its plain forward pass, and the means to make further passes.
+
+    Attributes:
+      apply_fn: the model's apply function.
+      params: the parameters.
+      inputs: ids (and attention mask, token types) by name, (batch, length).
+      rest: the inputs but for the ids.
+      regression: whether the model gives scores rather than classes.
+      deterministic: whether dropout is off.
+      key: the key of the plain pass's dropout.
+      logits: of the plain pass, (batch, num_labels) float32.
+      hidden_states: of the plain pass, (batch, length, hidden) each, if an objective asked for them; else ().
+    """
+
+    apply_fn: Callable
+    params: Any
+    inputs: dict[str, Any]
+    regression: bool
+    deterministic: bool
+    key: jax.Array
+    logits: jax.Array
+    hidden_states: tuple[jax.Array, ...] = ()
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        return {name: x for name, x in self.inputs.items() if name != "input_ids"}
+
+    def embed(self) -> jax.Array:
+        """The word embeddings of the ids, (batch, length, hidden)."""
+        return self.apply_fn({"params": self.params}, self.inputs["input_ids"], method="embed")
+
+    def apply(self, params: Any, key: jax.Array, **inputs: Any) -> Any:
+        """Another pass, by its own inputs and the key of its dropout."""
+        return _apply(self.apply_fn, params, key, self.deterministic, inputs)
+
+
+class Term(NamedTuple):
+    """What an objective gives.
+
+    Attributes:
+      values: the regulariser of each row, (batch,), before it is weighted.
+      logits: of passes that are to learn the task as well as the plain one, (batch, num_labels) each.
+    """
+
+    values: jax.Array
+    logits: tuple[jax.Array, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A regulariser of the loss.
+
+    Attributes:
+      name: its name among the metrics.
+      weight: what its mean is multiplied by in the loss.
+      term: ``term(step, key)``: key for what it draws.
+      needs_hidden_states: whether ``step.hidden_states`` must be there.
+    """
+
+    name: str
+    weight: float | jax.Array
+    term: Callable[[Step, jax.Array], Term]
+    needs_hidden_states: bool = False
+
+
+def with_objectives(
+    apply_fn: Callable, *objectives: Objective, regression: bool = False, deterministic: bool = False
+) -> LossFn:
+    r"""The loss of a task with regularisers added to it.
+
+    ::
+
+        loss = task_loss + sum over objectives of weight * mean over rows of values
+
+    The task loss is that of `pats_jax.make_loss_fn`; if an objective makes passes that learn the task too (R-Drop), it
+    is the mean over these and the plain pass. All means weigh the rows by ``batch["weights"]``. Dropout of the plain
+    pass is that of `make_loss_fn`, and what an objective draws does not depend on which others there are. Of two
+    objectives of one kind both are added, under one name among the metrics.
+
+    Args:
+      apply_fn: a model's apply function that gives logits (batch, num_labels), such as `SequenceClassifier.apply`. R3F
+        and SMART need ``apply_fn({"params": params}, ids, method="embed")`` and its ``inputs_embeds``, LNSR its
+        ``output_hidden_states`` and ``continue_from``.
+      *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`; without any, the result is `make_loss_fn`'s.
+      regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
+      deterministic: whether dropout is off; noise is drawn all the same.
+
+    Returns:
+      ``loss_fn(params, batch, key) -> (loss, metrics)`` for `make_train_step`; metrics are ``task_loss`` and, by the
+      name of each objective, its mean before it is weighted.
+
+    Examples:
+      A model whose logits are its first word's embedding.
+
+      >>> import jax, jax.numpy as jnp, pats_jax
+      >>> def apply(variables, input_ids=None, inputs_embeds=None, method=None, **unused):
+      ...     table = variables["params"]["table"]
+      ...     embeddings = table[input_ids] if inputs_embeds is None else inputs_embeds
+      ...     return embeddings if method == "embed" else embeddings[:, 0]
+      >>> params = {"table": jnp.eye(2)}
+      >>> batch = {"input_ids": jnp.array([[0], [1]]), "labels": jnp.array([0, 1])}
+      >>> loss_fn = pats_jax.with_objectives(apply, pats_jax.r3f(lam=2.0, eps=0.5))
+      >>> loss, metrics = loss_fn(params, batch, pats_jax.random.fast_key(0))
+      >>> print(f"{loss:.4f} = {metrics['task_loss']:.4f} + 2 * {metrics['r3f']:.4f}")
+      0.3497 = 0.3133 + 2 * 0.0182
+    """
+    if not objectives:
+        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic)
+    wants_states = any(objective.needs_hidden_states for objective in objectives)
+
+    def loss_fn(params: Any, batch: Batch, key: jax.Array):
+        inputs = model_inputs(batch)
+        states: tuple = ()
+        if wants_states:
+            output = _apply(apply_fn, params, key, deterministic, inputs | {"output_hidden_states": True})
+            logits, states = output
+        else:
+            logits = _apply(apply_fn, params, key, deterministic, inputs)
+        step = Step(apply_fn, params, inputs, regression, deterministic, key, logits.astype(jnp.float32), states)
+
+        def mean(values):
+            return weighted_mean(values, batch.get("weights"))
+
+        terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in objectives]
+        learners = [logits, *(extra for term in terms for extra in term.logits)]
+        task_loss = mean(sum(losses(x, batch["labels"], regression) for x in learners) / len(learners))
+        loss, metrics = task_loss, {"task_loss": task_loss}
+        for objective, term in zip(objectives, terms, strict=True):
+            value = mean(term.values)
+            loss += objective.weight * value
+            metrics[objective.name] = metrics.get(objective.name, 0.0) + value
+        return loss, metrics
+
+    return loss_fn
+
+
+def check_weight(argument: str, value: float | jax.Array) -> None:
+    """Raises if the weight of an objective is negative; traced numbers are not checked."""
+    check_number(argument, value, lambda x: x >= 0, "at least 0")
+
+
+def check_positive(argument: str, value: float | jax.Array) -> None:
+    """Raises if a number is not above 0, or infinite; traced numbers are not checked."""
+    check_number(argument, value, lambda x: 0 < x < float("inf"), "above 0")
+
+
+def _apply(apply_fn, params, key, deterministic, inputs):
+    rngs = None if deterministic else {"dropout": key}
+    return apply_fn({"params": params}, **inputs, deterministic=deterministic, rngs=rngs)
