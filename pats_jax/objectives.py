@@ -119,7 +119,7 @@ def with_objectives(
       ``loss_fn(params, batch, key) -> (loss, metrics)`` for `make_train_step`; metrics are ``task_loss`` and, by the
       name of each objective, its mean before it is weighted.
 
-    Example:
+    Examples:
       A model whose logits are its first word's embedding.
 
       >>> import jax, jax.numpy as jnp, pats_jax
@@ -361,7 +361,7 @@ def symmetric_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
 
     As one sum over products of differences it is accurate, and not negative, where p and q nearly agree.
 
-    Example:
+    Examples:
       >>> print(symmetric_kl(jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))))
       [0.27465308]
     """

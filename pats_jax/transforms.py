@@ -134,7 +134,7 @@ def pats_noise(
       ValueError: on a negative scale, a decay outside [0, 1), an unknown response or distribution; from ``update``
         without params or ``grad``. Traced numbers are not checked.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.array([4.0, 3.0, 2.0, 1.0])}
       >>> noise = pats_jax.pats_noise(0.1, key=0, decay=0.5)
@@ -255,7 +255,14 @@ def pats(
 
     Args:
       inner: the optimizer, for instance ``optax.adamw(2e-5)``.
-      noise_scale, key, decay, response, distribution, mask, sensitivity_dtype: see `pats_noise`.
+      noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in standard deviations of its
+        tensor; see `pats_noise`, as for the arguments below.
+      key: an int or a typed key.
+      decay: of the moving average of sensitivity.
+      response: the share of the noise by relative sensitivity.
+      distribution: ``"uniform"`` or ``"normal"``.
+      mask: which leaves get noise.
+      sensitivity_dtype: dtype of the stored sensitivity.
 
     Returns:
       A gradient transformation whose ``update`` requires params.
@@ -263,7 +270,7 @@ def pats(
     Raises:
       ValueError: see `pats_noise` and `with_raw_gradient`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, pats_jax
       >>> tx = pats_jax.pats(optax.adam(0.05), noise_scale=1e-3, key=0)
       >>> params = jnp.array([1.0, -2.0])
@@ -383,7 +390,7 @@ def scale_by_sage(
       ValueError: on a decay outside (0, 1) or an eps that is not positive (traced numbers are not checked); from
         ``update`` without params or ``grad``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = jnp.array([1.0, 2.0])
       >>> tx = pats_jax.with_raw_gradient(optax.chain(optax.sgd(1.0), pats_jax.scale_by_sage(decay=0.5)))
@@ -441,7 +448,7 @@ def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | j
     Raises:
       ValueError: on a negative intensity; traced numbers are not checked.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, pats_jax
       >>> noisy = pats_jax.noisy_tune({"w": jnp.array([0.0, 2.0]), "scalar": jnp.array(5.0)}, 0.5, key=0)
       >>> print(jnp.max(jnp.abs(noisy["w"] - jnp.array([0.0, 2.0]))) < 0.25, noisy["scalar"])

@@ -74,7 +74,7 @@ def mixout(
       ValueError: if drop_fraction is outside [0, 1) (traced numbers are not checked); from ``init``, if a leaf of two
         or more dimensions has no such axis.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"kernel": jnp.ones((4, 2))}
       >>> tx = optax.chain(pats_jax.mixout(0.5, key=0), optax.sgd(0.1))
@@ -143,7 +143,7 @@ def l2_sp(
       ValueError: on a negative strength (traced numbers are not checked) or no head_mask; from ``update`` without
         params.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"encoder": jnp.array([1.0, 2.0]), "head": jnp.array([3.0])}
       >>> tx = pats_jax.l2_sp(0.5, 0.1, head_mask={"encoder": False, "head": True})

@@ -53,7 +53,7 @@ def sift(
     Raises:
       ValueError: if rate is outside (0, 1]; from ``update`` without params.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.zeros((2, 3))}
       >>> tx = pats_jax.sift(optax.sgd(1.0), rate=0.3, mask=None)

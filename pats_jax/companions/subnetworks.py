@@ -126,7 +126,7 @@ def dps_dense(
       ValueError: if keep_fraction is outside (0, 1] or stage_steps is not a whole number >= 1. Traced numbers are not
         checked.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.zeros(4)}
       >>> tx = optax.chain(pats_jax.dps_dense(0.5, stage_steps=1), optax.sgd(1.0))
@@ -213,7 +213,7 @@ def dps_mix(
         checked); from ``init``, if a leaf of two or more dimensions has no axis ``input_axis``; from ``update``
         without params.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, pats_jax
       >>> params = {"kernel": jnp.array([[1.0], [2.0], [3.0], [4.0]])}
       >>> tx = optax.chain(pats_jax.dps_mix(0.5, stage_steps=2, key=0), optax.sgd(0.5))
@@ -321,7 +321,7 @@ def child_tuning_f(
     Raises:
       ValueError: if keep_fraction is outside (0, 1]; traced numbers are not checked.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, pats_jax
       >>> tx = pats_jax.child_tuning_f(0.5, key=0)
       >>> grads, _ = tx.update(jnp.ones(6), tx.init(jnp.zeros(6)))
@@ -373,7 +373,7 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
     Raises:
       ValueError: from ``init``, on a mask that is not of bools or not of its parameter's shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, pats_jax
       >>> tx = pats_jax.child_tuning_d({"encoder": jnp.array([True, False]), "head": True})
       >>> grads = {"encoder": jnp.array([1.0, 2.0]), "head": jnp.array([3.0])}
@@ -422,7 +422,7 @@ def fisher_mask(loss_fn: Any, params: Any, batches: Iterable[Any], keep_fraction
     Raises:
       ValueError: if keep_fraction is outside (0, 1], or there is no batch.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, pats_jax
       >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
       >>> def loss_fn(params, batch, key):
@@ -465,7 +465,7 @@ def freeze_unselected(
     Raises:
       ValueError: from ``init``, if there is no such transform inside.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
       >>> params = {"w": jnp.array([1.0, 1.0])}
       >>> subnetwork = pats_jax.child_tuning_d({"w": jnp.array([True, False])})
