@@ -45,7 +45,7 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in docs/performance.md.
+# Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in benchmarks/NOTES.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 KEPT_MEMORY := $(LARGE_PAGES):glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 WHOLE_STEPS := step torch

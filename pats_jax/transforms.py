@@ -39,7 +39,7 @@ RESPONSES: dict[str, Response] = {
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform on [-sqrt(3), sqrt(3)]: a 32-bit integer with its sign, scaled.
 
-    Fewer operations for each entry than jax.random.uniform has; docs/performance.md says what that is worth.
+    Fewer operations for each entry than jax.random.uniform has; benchmarks/NOTES.md says what that is worth.
     """
     signed = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint32), jnp.int32)
     return signed.astype(jnp.float32) * np.float32(math.sqrt(3) / 2**31)
