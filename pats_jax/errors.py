@@ -31,7 +31,7 @@ def shown(value: Any, length: int = 80, *, quoted: bool = True) -> str:
       length: characters of the value at most.
       quoted: whether a text stands in quotes.
 
-    Example:
+    Examples:
       >>> print(shown("a\\nb"), shown("x" * 90, 8))
       'a\\nb' 'xxxxxxxx'... (90 characters)
     """

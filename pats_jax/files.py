@@ -116,7 +116,7 @@ def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
     Raises:
       InputError: as from `read_bytes`, or the file does not hold such a record; the message names the field.
 
-    Example:
+    Examples:
       >>> import pathlib, tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "steps.json")
@@ -165,7 +165,7 @@ def checked_name(name: Any, source: str) -> str:
     Raises:
       InputError: it is no text, empty, over 200 bytes, begins with a dot, or holds a slash or a control character.
 
-    Example:
+    Examples:
       >>> checked_name("mrpc", "grid.json")
       'mrpc'
     """

@@ -191,7 +191,7 @@ def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]
     A head without names (``LABEL_0``, ...) has as many labels as the file, which are numbered as for training: in
     numerical or alphabetical order.
 
-    Example:
+    Examples:
       >>> labels_of_head(("NEGATIVE", "POSITIVE"), {"positive", "negative"})
       ('negative', 'positive')
       >>> labels_of_head(("LABEL_0", "LABEL_1"), {"spam", "ham"})

@@ -76,7 +76,7 @@ def fast_key(seed: Any) -> jax.Array:
       TypeError: the seed is not an integer.
       ValueError: the seed is an array of seeds, or does not fit 64 bits.
 
-    Example:
+    Examples:
       >>> key = fast_key(0)
       >>> jax.random.bits(key, (2,))
       Array([965448177, 842631996], dtype=uint32)
@@ -134,7 +134,7 @@ class StoredKey:
       words: uint32, of the keys' shape and that of one key's data ((2,) for the fast kind).
       kind: static: the kind's name; of a kind without a registered name, what ``jax.random.key_impl`` gives.
 
-    Example:
+    Examples:
       >>> stored = StoredKey.of(fast_key(0))
       >>> stored.kind, stored.words.shape, stored.key == fast_key(0)
       ('pats_fast', (2,), Array(True, dtype=bool))

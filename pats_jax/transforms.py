@@ -36,7 +36,7 @@ RESPONSES: dict[str, Response] = {
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform on [-sqrt(3), sqrt(3)]: a 32-bit integer with its sign, scaled.
 
-    Fewer operations for each entry than jax.random.uniform has; docs/performance.md says what that is worth.
+    Fewer operations for each entry than jax.random.uniform has; benchmarks/NOTES.md says what that is worth.
     """
     signed = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint32), jnp.int32)
     return signed.astype(jnp.float32) * np.float32(math.sqrt(3) / 2**31)
@@ -240,7 +240,14 @@ def pats(
 
     Args:
       inner: the optimizer, for instance ``optax.adamw(2e-5)``.
-      noise_scale, key, decay, response, distribution, mask, sensitivity_dtype: see `pats_noise`.
+      noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in standard deviations of its
+        tensor; see `pats_noise`, as for the arguments below.
+      key: an int or a typed key.
+      decay: of the moving average of sensitivity.
+      response: the share of the noise by relative sensitivity.
+      distribution: ``"uniform"`` or ``"normal"``.
+      mask: which leaves get noise.
+      sensitivity_dtype: dtype of the stored sensitivity.
 
     Returns:
       A gradient transformation whose ``update`` requires params.

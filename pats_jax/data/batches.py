@@ -11,6 +11,7 @@ filler rows and 1 for all others.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Tokens:
         return np.diff(self.offsets)
 
 
-def tokenize(split: Split, tokenizer, max_length: int) -> Tokens:
+def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
     """Tokenises every row once, pairs truncated longest first.
 
     Args:

@@ -115,7 +115,7 @@ class FewShotTask:
 def task_metric(name: str) -> str:
     """The metric by which CrossFit scores a task, by its name in ``pats_jax.metrics``; accuracy for any other.
 
-    Example:
+    Examples:
       >>> [task_metric(name) for name in ("glue-cola", "tweet_eval-irony", "glue-sst2", "my-own")]
       ['matthews_correlation', 'macro_f1', 'accuracy', 'accuracy']
     """

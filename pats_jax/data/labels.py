@@ -99,7 +99,7 @@ def class_names(cells: Iterable[str]) -> tuple[str, ...]:
 
     Of numbers that are equal the shortest is the name.
 
-    Example:
+    Examples:
       >>> class_names(["10", "9", "9.0"]), class_names(["10", "9", "x"])
       (('9', '10'), ('10', '9', 'x'))
     """

@@ -28,7 +28,7 @@ def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
     Raises:
       InputError: there are fewer rows than that, or more classes.
 
-    Example:
+    Examples:
       >>> labels = np.array([0] * 6 + [1] * 3 + [2])
       >>> np.bincount(labels[stratified_rows(labels, 5, seed=0)]).tolist()
       [3, 1, 1]

@@ -20,7 +20,7 @@ def prefetch(items: Iterator[T], ahead: int = 2) -> Iterator[Iterator[T]]:
       items: taken from in the thread only, one item after the other.
       ahead: how many items are ready or being made while one is in use, at least 1.
 
-    Example:
+    Examples:
       >>> with prefetch(iter("abc")) as letters:
       ...     print(list(letters))
       ['a', 'b', 'c']

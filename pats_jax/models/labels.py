@@ -12,7 +12,7 @@ import numpy as np
 def simplified(label: str) -> str:
     """A label without case, blanks, hyphens and underscores.
 
-    Example:
+    Examples:
       >>> simplified("Not-Entailment") == simplified("not_entailment") == simplified("NOT ENTAILMENT")
       True
     """
@@ -31,7 +31,7 @@ def match_labels(labels: Sequence[str], others: Sequence[str]) -> np.ndarray | N
     Returns:
       int32 (labels,): ``others[result[i]]`` is ``labels[i]``. None unless both have the same names.
 
-    Example:
+    Examples:
       >>> match_labels(("entailment", "neutral", "contradiction"), ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))
       array([2, 1, 0], dtype=int32)
     """
@@ -46,7 +46,7 @@ def match_labels(labels: Sequence[str], others: Sequence[str]) -> np.ndarray | N
 def is_nameless(labels: Mapping[int, str] | Sequence[str]) -> bool:
     """Whether a head's labels say no more than their numbers: ``LABEL_0``, ``LABEL_1``, ... or ``0``, ``1``, ...
 
-    Example:
+    Examples:
       >>> is_nameless(("LABEL_0", "LABEL_1")), is_nameless({0: "0", 1: "1"}), is_nameless(("LABEL_1", "LABEL_0"))
       (True, True, False)
     """
@@ -63,7 +63,7 @@ def respelled(names: Sequence[str], written: Sequence[str]) -> tuple[str, ...]:
       names: the head's, by index.
       written: the labels that occur in the data, in any order; the data may lack some classes.
 
-    Example:
+    Examples:
       >>> respelled(("NEGATIVE", "POSITIVE"), ["positive"])
       ('NEGATIVE', 'positive')
     """

@@ -25,7 +25,7 @@ def compile_pattern(pattern: Any, source: str, *, whole: bool = False) -> Callab
     Raises:
         InputError: It is no regular expression; from the function, it takes too long to match.
 
-    Example:
+    Examples:
         >>> is_query = compile_pattern(r"\.query$", "--lora_layers")
         >>> is_query("attention.self.query"), is_query("attention.self.key")
         (True, False)

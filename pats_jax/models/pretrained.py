@@ -68,7 +68,9 @@ def from_pretrained(
         ignore_mismatched_sizes: The same if the checkpoint's head has another number of labels, or several labels to
             a text.
         strict_labels: Refuse a head whose labels are not those of ``id2label``, rather than rename them with a warning.
-        hidden_dropout, attention_dropout, classifier_dropout: Rates in place of the config's.
+        hidden_dropout: Rate in place of the config's.
+        attention_dropout: Rate in place of the config's.
+        classifier_dropout: Rate in place of the config's.
         gradient_checkpointing: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
 

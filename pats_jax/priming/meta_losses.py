@@ -58,7 +58,7 @@ def adapt(
     Returns:
       The parameters after the steps, and the loss before each, (steps,) float32.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> square = lambda params, batch, key: (jnp.mean((params - batch["x"]) ** 2), {})
       >>> adapt(square, jnp.zeros(()), {"x": jnp.ones((2, 3))}, jax.random.key(0), learning_rate=0.25)

@@ -351,7 +351,7 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
     """The row with the right option and others drawn at random, ``most`` in all, in their order; or itself if it has
     no more than that.
 
-    Example:
+    Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
       >>> with_fewer_options(row, 2, np.random.default_rng(0))
       Row(input='2 + 2', options=('4', '6'), answer=0)

@@ -77,7 +77,7 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
     Raises:
       ValueError: if there is no task, the tasks are not the same, or a score is not finite.
 
-    Example:
+    Examples:
       >>> average_relative_gain({"a": 0.75, "b": 0.625, "c": 0.1}, {"a": 0.5, "b": 0.5, "c": 0.0})
       AverageRelativeGain(value=37.5, by_task={'a': 50.0, 'b': 25.0}, left_out=('c',))
 
@@ -140,7 +140,7 @@ def steps_to_score(curve: Curve, target: float) -> int | None:
     Raises:
       ValueError: if the lists are empty or of different lengths.
 
-    Example:
+    Examples:
       >>> steps_to_score({"step": [0, 25, 50], "dev": [0.5, 0.7, 0.6]}, 0.6)
       25
     """

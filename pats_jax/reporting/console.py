@@ -32,7 +32,7 @@ def visible(text: str, keep: str = "") -> str:
       text: any text.
       keep: characters that stay what they are.
 
-    Example:
+    Examples:
       >>> print(visible("café\n\x1b[2J"))
       café\n\x1b[2J
     """
@@ -42,7 +42,7 @@ def visible(text: str, keep: str = "") -> str:
 def one_line(text: str, length: int = _LONGEST_LINE) -> str:
     """A text on one line, cut in the middle where it is long.
 
-    Example:
+    Examples:
       >>> one_line("a long text of many words", 17)
       'a long ...  words'
     """

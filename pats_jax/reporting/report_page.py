@@ -130,7 +130,7 @@ def _markdown(text):
 def markdown_text(value: Any) -> str:
     r"""A value that Markdown, as GitHub reads it, shows as it is; on one line, and fit for a cell of a table.
 
-    Example:
+    Examples:
       >>> print(markdown_text("a_b <b> *c* | [1](2)"))
       a_b \<b> \*c\* \| [1\](2)
     """
@@ -146,7 +146,7 @@ def markdown_paragraph(text: str) -> str:
 def markdown_code(value: Any) -> str:
     """A value as code in Markdown, on one line, and fit for a cell of a table.
 
-    Example:
+    Examples:
       >>> print(markdown_code("query|key"), markdown_code("a`b"))
       `query\\|key` <code>a&#96;b</code>
     """

@@ -96,7 +96,7 @@ def log10_histogram(values: np.ndarray) -> list[float]:
     Args:
       values: (n,), n >= 1.
 
-    Example:
+    Examples:
       >>> shares = log10_histogram(np.array([0.0, 1e-3, 1.1e-3, 1.0]))
       >>> [(HISTOGRAM_EDGES[i], share) for i, share in enumerate(shares) if share]
       [(-3.0, 0.5), (0.0, 0.25)]

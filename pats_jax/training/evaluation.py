@@ -117,7 +117,7 @@ def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     Tabs, line feeds and carriage returns in a cell are written ``\t``, ``\n`` and ``\r``; a cell with quotes is quoted
     as in CSV.
 
-    Example:
+    Examples:
       >>> to_tsv(("index", "prediction"), [("7", "so\tso"), ("8", "good")])
       'index\tprediction\n7\tso\\tso\n8\tgood\n'
     """
@@ -173,7 +173,7 @@ def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np
     Returns:
       Class indices of the set, (rows,).
 
-    Example:
+    Examples:
       >>> fold(np.array([0, 1, 2]), ("contradiction", "entailment", "neutral"), ("entailment", "not_entailment"))
       array([1, 0, 1])
     """

@@ -58,7 +58,7 @@ SOURCES = {
 def source_set(task: str) -> str:
     """The set of texts that a task is built on.
 
-    Example:
+    Examples:
       >>> [source_set(task) for task in ("superglue-rte", "glue-rte", "quartz-no_knowledge", "paws")]
       ['rte', 'rte', 'quartz', 'paws']
     """

@@ -74,7 +74,7 @@ def add_peft(
         InputError: The settings do not fit the model.
         ValueError: It has PE modules already.
 
-    Example:
+    Examples:
         >>> import jax, pats_jax
         >>> from pats_jax import models
         >>> from pats_jax.models import peft
