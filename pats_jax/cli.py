@@ -1,6 +1,6 @@
 """`pats-jax`: the command line, each subcommand a thin call into the room that does the work.
 
-Nothing heavy is imported before a subcommand needs it, so that ``--help`` and ``--version`` answer at once.
+Heavy modules are imported only when a subcommand needs them, so ``--help`` and ``--version`` answer at once.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from pats_jax.reporting import console
 def main(args: list[str] | None = None) -> None:
     """Runs `pats-jax`.
 
-    Exits with code 2 and one line on stderr when the input is wrong or the system refuses a file or memory, 130 on
-    Ctrl-C, 141 when nobody reads its output any more, 143 on SIGTERM.
+    Exits with code 2 and one line on stderr if the input is wrong or the system refuses a file or memory, 130 on
+    Ctrl-C, 141 if its output is closed, and 143 on SIGTERM.
     """
     code = _outcome(sys.argv[1:] if args is None else args)
     if code is not None:
@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _outcome(args):
-    """The exit code; None where a command has come to its end."""
+    """The exit code; None if the command succeeds."""
     try:
         code = _dispatch(args)
         sys.stdout.flush()
@@ -57,7 +57,7 @@ def _outcome(args):
     except RuntimeError as error:
         said = str(error)
         if said.startswith("Unable to initialize backend"):
-            return _fail(f"the environment variable JAX_PLATFORMS asks for what is not there: {said}")
+            return _fail(f"the environment variable JAX_PLATFORMS names a platform that is not available: {said}")
         if "RESOURCE_EXHAUSTED" not in said:  # XLA's word for it
             raise
         return _fail(f"not enough memory ({said.partition(': ')[2]}); {_LESS_MEMORY}")
@@ -77,9 +77,9 @@ def _dispatch(args):
     name, rest = args[0], args[1:]
     _show_warnings_in_a_line()
     if name not in COMMANDS:
-        raise InputError(f"{shown(name, quoted=False)}: no such command; there are {', '.join(COMMANDS)}")
+        raise InputError(f"{shown(name, quoted=False)}: no such command; choose one of {', '.join(COMMANDS)}")
     if not stdout_is_open and name == "predict" and not any(arg.startswith("--output") for arg in rest):
-        raise InputError("standard output is closed; give --output_file")
+        raise InputError("standard output is closed; set --output_file")
     try:
         COMMANDS[name](rest)
     except SystemExit as ended:  # from the parser of flags
@@ -88,7 +88,7 @@ def _dispatch(args):
 
 
 _LONGEST_ARGUMENT = 10_000  # characters: paths end at 4096, and the parser takes seconds over longer ones
-_LESS_MEMORY = "lower the batch size, --max_seq_length or --lora_rank, --adapter_size, or use --gradient_checkpointing"
+_LESS_MEMORY = "lower the batch size, --max_seq_length, --lora_rank or --adapter_size, or use --gradient_checkpointing"
 
 
 def _fail(message):
@@ -102,13 +102,13 @@ def _tell(message):
 
 
 def _leave_stdout():
-    """What is still to be written goes nowhere, so that it does not fail again at exit."""
+    """Discards what is still to be written, so that it does not fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refusal(error):
-    """What the system would not do, in a line."""
+    """What the system refused to do, in one line."""
     cannot = "could not be written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "cannot be used"
     has_name = isinstance(error.filename, str | bytes)  # not the number of an open file
     path = shown(os.fsdecode(error.filename), 300, quoted=False) if has_name else "a file"
@@ -116,19 +116,19 @@ def _refusal(error):
 
 
 def glue(args: list[str]) -> None:
-    """Fine-tune on a GLUE task or on files of your own, evaluate, predict."""
+    """Fine-tune, evaluate and predict on a GLUE task or on your own files."""
     settings = _module("run.settings")
     parsed = settings.parse(args, "pats-jax glue", settings.Settings)
     _module("glue").run(parsed, _stdout())
 
 
 def compare(args: list[str]) -> None:
-    """Run methods x tasks x seeds, and write a report with statistics and plots."""
+    """Compare methods over tasks and seeds, and write a report with statistics and plots."""
     _module("comparison.compare").run(args, _stdout())
 
 
 def prime(args: list[str]) -> None:
-    """Prime a model or PE modules on the upstream tasks of a few-shot gym."""
+    """Prime a model or its adapters on the upstream tasks of a few-shot gym."""
     program = _module("priming.upstream")
     parsed = _module("run.settings").parse(args, "pats-jax prime", program.PrimingSettings)
     program.run(parsed, _stdout())
@@ -142,24 +142,24 @@ def gym(args: list[str]) -> None:
 
 
 def predict(args: list[str]) -> None:
-    """Labels and probabilities for new texts, by a run's model."""
+    """Predict labels and probabilities (or scores) for new texts with a trained model."""
     paths = {"model": "model", "file": "--file", "output_file": "--output_file"}
-    _call(_module("programs.predict").predict_file, args, "pats-jax predict", paths)
+    _call(_module("programs.predict").predict_file, args, "pats-jax predict", paths, predict.__doc__)
 
 
 def submission(args: list[str]) -> None:
-    """Collect the predictions of finished runs into the zip that the GLUE server takes."""
+    """Collect the predictions of finished runs in a zip file for the GLUE server."""
     paths = {"runs": "runs", "output_dir": "--output_dir"}
-    _call(_module("programs.submission").write_submission, args, "pats-jax submission", paths)
+    _call(_module("programs.submission").write_submission, args, "pats-jax submission", paths, submission.__doc__)
 
 
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
-    _call(_module("data").write_builtin, args, "pats-jax builtin", {"directory": "--directory"})
+    _call(_module("data").write_builtin, args, "pats-jax builtin", {"directory": "--directory"}, builtin.__doc__)
 
 
 def methods(args: list[str]) -> None:
-    """List the methods of `--method`: what each does, its settings, costs and source."""
+    """List the methods that --method accepts, with their settings, costs and sources."""
 
     def show() -> None:
         out = _stdout()
@@ -181,10 +181,10 @@ def _stdout():
     return rich.console.Console()
 
 
-def _call(function, args, prog, paths):
-    """Calls a function with the values of its flags; paths: argument -> what to call it in error messages."""
+def _call(function, args, prog, paths, description):
+    """Calls a function with the values of its flags; paths: argument -> its name in error messages."""
     path_of_flag = _module("run.settings").path_of_flag
-    flags = console.parse_flags(function, args=args, prog=prog)
+    flags = console.parse_flags(function, args=args, prog=prog, description=description)
     given = inspect.signature(function).bind(*flags.args, **flags.keywords)
     for argument, name in paths.items():
         value = given.arguments.get(argument)
@@ -218,23 +218,23 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`pats-jax COMMAND --help` lists a command's flags; `pats-jax --version` the version.",
+            "Run `pats-jax COMMAND --help` for a command's flags, and `pats-jax --version` for the version.",
         ]
     )
 
 
 def _show_warnings_in_a_line() -> None:
-    """Warnings and the library's log as single lines on stderr, without the source line that raised them."""
+    """Prints warnings and the library's log as single lines on stderr, without the source line that raised them."""
     warnings.showwarning = lambda message, *_, **__: _tell(console.one_line(f"warning: {message}"))
     handler = logging.StreamHandler()
     handler.setFormatter(_Line("pats-jax: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("pats_jax").setLevel(logging.INFO)
-    # Orbax talks of its inner life by the first three, Matplotlib of its fonts by the last.
+    # Orbax logs internals to the first three, Matplotlib its fonts to the last.
     for name in ("absl", "asyncio", "concurrent.futures", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _leave_failures_of_threads_to_those_who_wait_for_them()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch, which we have no use for
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
 
 
 class _Line(logging.Formatter):
@@ -245,7 +245,7 @@ class _Line(logging.Formatter):
 
 
 def _leave_failures_of_threads_to_those_who_wait_for_them() -> None:
-    """No tracebacks of background threads: a save that fails in one is told by `Checkpoints`, in a line."""
+    """Hides tracebacks of background threads; `Checkpoints` reports a failed save in one line."""
     log = logging.getLogger(__name__)
     sys.unraisablehook = lambda failed: log.debug("in %s: %r", failed.object, failed.exc_value)
     threading.excepthook = lambda failed: log.debug("in %s: %r", failed.thread, failed.exc_value)

@@ -1,8 +1,8 @@
 """The GLUE program: ``python -m pats_jax.glue``, or `pats-jax glue`.
 
-Reads a task, loads a pretrained encoder, trains it with the chosen method in one jitted step, evaluates with the task's
-own metric and leaves a folder of results. `carry_out` reads from top to bottom as the program does; every input is
-checked before the folder is touched.
+Reads a task, loads a pretrained encoder, trains it with the chosen method in one jitted step, evaluates it with the
+task's own metric and writes a folder of results. `carry_out` is the program from top to bottom; it checks every input
+before it touches the folder.
 """
 
 import concurrent.futures
@@ -39,26 +39,26 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     """Runs the program.
 
     Args:
-      settings: what to do.
-      console: where progress and scores go; none: nowhere.
+      settings: the settings of the run.
+      console: where to print progress and scores; None: nowhere.
 
     Returns:
       What results.json holds.
 
     Raises:
-      InputError: on anything in settings, data or checkpoint that is wrong, before anything is written; or when
-        training diverges, or the disk is full.
-      Preempted: if the run was asked to end; it has been saved then.
+      InputError: on invalid settings, data or checkpoint, before anything is written; or if training diverges, or
+        the disk is full.
+      Preempted: if the run was asked to stop; it has been saved.
     """
     with run_start.begin(settings, default_folder(settings), console) as start:
         if start.finished:
-            say(start.console, f"finished already: {summary(start.finished, start.folder)}")
+            say(start.console, f"already finished: {summary(start.finished, start.folder)}")
             return start.finished
         return carry_out(start)
 
 
 def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
-    """Does the work of `run` from where the settings are checked and the devices known."""
+    """The part of `run` after settings and devices are checked."""
     settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
 
     # data and model; Transformers, which the tokenizer needs, is imported meanwhile
@@ -141,7 +141,7 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
         task = tasks.get_task(settings.task_name)
         if settings.do_regression not in (None, task.is_regression):
             kind = "scores" if task.is_regression else "classes"
-            raise InputError(f"--do_regression: the labels of --task_name {task.name} are {kind}; leave the flag out")
+            raise InputError(f"--do_regression: the labels of --task_name {task.name} are {kind}; omit the flag")
         splits = readers.load_task(task, settings.data_dir, splits=names)
         if task.name == "mnli" and "predict" in settings.phases:
             splits |= load_diagnostic(settings.data_dir)
@@ -160,13 +160,11 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
 
 
 def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, readers.Split]]:
-    """The same from ``--train_file`` and the like; without training, the labels are those of the checkpoint's head."""
+    """The same for ``--train_file`` and the like; without training, the labels are those of the checkpoint's head."""
     paths = {name: getattr(settings, f"{name}_file") for name in names}
     for name, path in paths.items():
         if path is None:
-            raise InputError(
-                f"--{name}_file is missing: {', '.join(sorted(settings.phases))} need {', '.join(names)} data"
-            )
+            raise InputError(f"--{name}_file is missing; this run needs {' and '.join(names)} data")
     if "train" in names:
         splits = readers.load_files(paths, regression=settings.do_regression)
         return tasks.own_task(splits["train"].label_names), splits
@@ -177,7 +175,7 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
     is_regression = config.num_labels == 1
     if settings.do_regression not in (None, is_regression):
         kind = "gives scores" if is_regression else f"has {len(of_head)} classes"
-        raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; leave the flag out")
+        raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; omit the flag")
     if is_regression:
         return tasks.own_task(None), readers.load_files(paths, regression=True)
     written = readers.labels_in(paths["validation"]) if "validation" in paths else set()
@@ -188,7 +186,7 @@ def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dic
 def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]:
     """The names of a head's classes by index, as a file with some of these labels writes them.
 
-    A head without names (``LABEL_0``, ...) has as many labels as the file, which are numbered as for training: in
+    A head without names (``LABEL_0``, ...) must have as many labels as the file; these are numbered as in training, in
     numerical or alphabetical order.
 
     Examples:
@@ -213,7 +211,7 @@ def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, reader
     if not settings.out_of_domain:
         return {}
     if labels.match_labels(task.labels or (), out_of_domain.THREE_CLASSES) is None:
-        raise InputError(f"--out_of_domain: needs a model of the classes {', '.join(out_of_domain.THREE_CLASSES)}")
+        raise InputError(f"--out_of_domain: needs a model with the classes {', '.join(out_of_domain.THREE_CLASSES)}")
     folder, data_dir = settings.out_of_domain_dir, settings.data_dir
     found = {name: out_of_domain.load_out_of_domain(name, folder, data_dir) for name in settings.out_of_domain}
     return {name: split.first(settings.max_eval_samples) for name, split in found.items()}
@@ -223,7 +221,7 @@ _SPLITS = {"train": "train", "eval": "validation", "predict": "test"}
 
 
 def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
-    """The diagnostic set AX, which a model trained on MNLI answers, where the data has it."""
+    """The diagnostic set AX, on which an MNLI model predicts, if the data includes it."""
     try:
         return {"ax": readers.load_task("ax", data_dir, splits=["test"])["test"]}
     except InputError as error:
@@ -232,7 +230,7 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
-    """The model, its parameters and its config, for the task's labels, with the PE modules of ``--peft``."""
+    """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
     model, params, config = models.from_pretrained(
         settings.model_name_or_path,
         num_labels=task.num_labels,
@@ -250,8 +248,8 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     if modules:
         if not modules.train_pooler and models.lacks_pooler(settings.model_name_or_path):
             raise InputError(
-                f"--peft {settings.peft}: the checkpoint has no pooler, and a new one must be trained and saved, too; "
-                "give --peft_pooler"
+                f"--peft {settings.peft}: the checkpoint has no pooler, so a new one must be trained and saved; "
+                "set --peft_pooler"
             )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
         pe_modules.check_methods(settings, params)
@@ -261,10 +259,10 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
 def tokenize_split(
     name: str, split: readers.Split, tokenizer: Any, model: models.SequenceClassifier, max_length: int
 ) -> batches.Tokens:
-    """The tokens of a split; says how many of its texts were cut.
+    """Tokenizes a split; warns how many of its texts were truncated.
 
     Raises:
-      InputError: if the model has no embedding for one of them.
+      InputError: if the model has no embedding for a token.
     """
     tokens, config = batches.tokenize(split, tokenizer, max_length), model.config
     batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
@@ -275,14 +273,14 @@ def tokenize_split(
 
 
 def in_order_of_head(split: readers.Split, order: np.ndarray | None) -> readers.Split:
-    """The rows with their labels numbered as the model's head numbers them; see `Predictor.order`."""
+    """The rows with labels numbered as in the model's head; see `Predictor.order`."""
     if order is None or split.labels is None:
         return split
     return dataclasses.replace(split, labels=order[split.labels], label_names=None)
 
 
 def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> methods.DropoutRates:
-    """The rates for `models.from_pretrained`: as typed, else 0 where the method's authors do without, else None."""
+    """The rates for `models.from_pretrained`: as set, else 0 if the method's authors use none, else None."""
     steps = count_steps(settings, len(splits["train"])) if "train" in splits else None
     return methods.dropout_rates(settings, steps)
 
@@ -293,7 +291,7 @@ def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> metho
 def save_model(
     folder: pathlib.Path, settings: Settings, model: models.SequenceClassifier, params: Any, tokenizer: Any
 ) -> None:
-    """Writes ``model/``; with PE modules ``adapter/``, and ``model/`` too where they can be merged into the weights."""
+    """Writes ``model/``; with an adapter ``adapter/``, and ``model/`` too if it can be merged into the weights."""
     if isinstance(model, peft.PeftClassifier):
         name = settings.model_name_or_path
         peft.save_peft(
@@ -306,7 +304,7 @@ def save_model(
 
 
 def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str, Any]:
-    """What results.json says of a run before anything is trained."""
+    """What results.json records before training."""
     return {
         "model_name_or_path": settings.model_name_or_path,
         "task_name": settings.task_name,
@@ -323,7 +321,7 @@ def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str,
 
 
 def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The final and the best of the logged evaluations, and what a constant answer scores."""
+    """The final and the best logged evaluation, and the score of a constant answer."""
     scores = [{"step": record["step"], "metrics": record["eval"]} for record in records if "eval" in record]
     return {
         "eval_examples": len(predictor.splits["validation"]),
@@ -334,7 +332,7 @@ def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict
 
 
 def default_folder(settings: Settings) -> str:
-    """``runs/TASK-METHOD-seedSEED``; with PE modules ``TASK-KIND-METHOD-...``."""
+    """``runs/TASK-METHOD-seedSEED``; with an adapter ``runs/TASK-KIND-METHOD-seedSEED``."""
     file = settings.train_file or settings.validation_file or settings.test_file
     name = settings.task_name or pathlib.Path(str(file)).stem
     kind = f"{settings.peft}-" if settings.peft else ""
@@ -342,7 +340,7 @@ def default_folder(settings: Settings) -> str:
 
 
 def describe_data(settings: Settings) -> str:
-    """What the run reads, in words; the built-in data is never called GLUE."""
+    """Describes the data; the built-in data is never called GLUE."""
     if not settings.task_name:
         return str(settings.train_file or settings.validation_file or settings.test_file)
     if settings.data_dir == "builtin":
@@ -351,7 +349,7 @@ def describe_data(settings: Settings) -> str:
 
 
 def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Draws loss and score from the lines of metrics.jsonl."""
+    """Plots loss and score from the lines of metrics.jsonl."""
     if "steps" not in results:
         return
     plots.plot_loss(folder / "plots" / "loss.png", records)
@@ -361,9 +359,9 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], record
 
 
 def how_to_go_on(folder: pathlib.Path, saved: bool) -> str:
-    """What to type after an interruption."""
+    """The message after an interruption, with the command that resumes the run."""
     config = shlex.quote(str(folder / "config.json"))
-    return f"interrupted{' and saved' if saved else ''}; go on with: pats-jax glue --config {config} --resume"
+    return f"interrupted{' and saved' if saved else ''}; to resume, run: pats-jax glue --config {config} --resume"
 
 
 def summary(results: dict[str, Any], folder: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""METHODS: a name -> what it adds to plain fine-tuning, which layers it touches, and with what it goes together."""
+"""METHODS: name -> what a method adds to plain fine-tuning, and to which layers; which methods can be combined."""
 
 import dataclasses
 import math
@@ -22,11 +22,11 @@ from pats_jax.train_state import parameter_name
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a method is made from.
+    """What a method is built from.
 
     Attributes:
-      settings: its flags are among them.
-      total_steps: optimizer steps of the training.
+      settings: the settings of the run, its flags among them.
+      total_steps: number of optimizer steps.
       schedule: the learning rate by step.
       params: the parameters that are trained.
       fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
@@ -41,25 +41,25 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to fine-tune: what it adds, and where.
+    """A fine-tuning method: what it adds, and where.
 
     Attributes:
-      kind: methods of one kind exclude each other, but for "noise" and "objective".
-      summary: what it does, in a line.
-      source: where it comes from.
+      kind: methods of one kind exclude each other, except "noise" and "objective".
+      summary: what it does, in one line.
+      source: the paper.
       flags: the settings it reads.
-      layers: the parameters it touches, a regex over their paths.
-      state_bytes: optimizer state beyond AdamW's 8, in bytes for each parameter it touches.
+      layers: regex of the paths of the parameters it acts on.
+      state_bytes: optimizer state beyond AdamW's 8 bytes, in bytes per parameter it acts on.
       passes: forward and backward passes beyond one each.
-      first: a transform before clipping and AdamW.
-      scaling: a transform between Adam and weight decay.
-      last: a transform after AdamW.
-      around: a wrapper of the whole.
-      trainable: the parameters that are trained, a regex; the others have no gradient and no state.
-      start: the parameters that training starts from.
-      objective: a term that is added to the loss.
-      without_dropout: whether the authors turn dropout off, by the number of steps.
-      statistics: figures, () each, of what the last step did, for the log.
+      first: makes a transform that runs before clipping and AdamW.
+      scaling: makes a transform that runs between Adam and weight decay.
+      last: makes a transform that runs after AdamW.
+      around: wraps the whole optimizer.
+      trainable: regex of the trained parameters; the others have no gradient and no state.
+      start: changes the parameters before training.
+      objective: makes a term of the loss.
+      without_dropout: whether the authors turn dropout off, given the number of steps.
+      statistics: scalars that describe the last step, for the log.
     """
 
     kind: str
@@ -84,25 +84,25 @@ def get_methods(names: str) -> list[Method]:
     """The methods of ``--method``: one name, or several joined by ``+``.
 
     Raises:
-      InputError: no such method, or two that do not go together; the message says why.
+      InputError: no such method, or two that cannot be combined; the message says why.
     """
     chosen = names.split("+")
     for name in chosen:
         if name not in METHODS:
             what = f"--method {shown(name, quoted=False)}"
-            raise InputError(f"{what}: no such method; choose of {', '.join(METHODS)}, or join some by +")
+            raise InputError(f"{what}: no such method; choose one of {', '.join(METHODS)}, or join several by +")
     for position, name in enumerate(chosen):
         for other in chosen[:position]:
             reason = _conflict(name, other)
             if reason:
-                raise InputError(f"--method {names}: {other} and {name} do not go together: {reason}")
+                raise InputError(f"--method {names}: {other} and {name} cannot be combined: {reason}")
     return [METHODS[name] for name in chosen]
 
 
 def check_layers(settings: TrainingSettings, num_layers: int) -> None:
-    """Raises InputError if ``settings.method`` needs a layer that a model of so many does not have."""
+    """Raises InputError if ``settings.method`` needs a layer that a model with ``num_layers`` lacks."""
     if "lnsr" in settings.method.split("+") and settings.lnsr_layer >= num_layers:
-        raise InputError(f"--lnsr_layer {settings.lnsr_layer}: must be below the model's {num_layers} layers")
+        raise InputError(f"--lnsr_layer {settings.lnsr_layer}: must be less than the model's {num_layers} layers")
 
 
 def _conflict(name, other):
@@ -115,16 +115,16 @@ def _conflict(name, other):
     if len(kinds) == 1 and not kinds & {"noise", "objective"}:
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:
-        return "both change the weights of the forward pass"
+        return "both replace the weights of the forward pass"
     if {name, other} in ({"sift", "pats"}, {"sift", "mixout"}):
-        return "SIFT hands on single entries, the other one needs whole tensors"
+        return "SIFT updates single entries; the other method needs whole tensors"
     return None
 
 
 _WHY_ONE = {
-    "subnetwork": "both choose which parameters move",
-    "anchor": "both hold on to the pretrained weights",
-    "scaling": "both scale Adam's step",
+    "subnetwork": "both select the parameters to update",
+    "anchor": "both pull weights back to their pretrained values",
+    "scaling": "both rescale Adam's step",
 }
 
 
@@ -146,12 +146,12 @@ def make_optimizer(
 
     Args:
       settings: see `TrainingSettings`.
-      total_steps: optimizer steps of the training.
+      total_steps: number of optimizer steps.
       params: the parameters that are trained.
-      fisher: see `Context`; Child-Tuning D needs it.
+      fisher: see `Context`; required by Child-Tuning D.
 
     Raises:
-      InputError: on an unknown method, layers that match no parameter, or too few steps for a stage.
+      InputError: on an unknown method, a regex that matches no parameter, or a stage of less than one step.
     """
     methods = get_methods(settings.method)
     schedule = learning_rate_schedule(settings, total_steps)
@@ -178,9 +178,9 @@ def make_optimizer(
 
 
 def _clip_by_global_norm(max_norm):
-    """As `optax.clip_by_global_norm`, but for rounding: one factor for all, so that XLA fuses it into what follows.
+    """Like `optax.clip_by_global_norm` up to rounding: one factor for all entries, which XLA fuses into what follows.
 
-    Optax's division of every entry is written to memory first, a copy of the gradient.
+    Optax divides every entry, and XLA writes the result to memory first: a copy of the gradient.
     """
 
     def update(updates, state, params=None):
@@ -191,7 +191,7 @@ def _clip_by_global_norm(max_norm):
 
 
 def trainable_mask(settings: TrainingSettings, params: Any) -> Any:
-    """A tree of bools like params: which of them ``settings.method`` trains; None where it trains all."""
+    """A tree of bools like params: which parameters ``settings.method`` trains; None if it trains all."""
     patterns = [method.trainable for method in get_methods(settings.method) if method.trainable]
     return layer_mask(params, patterns[0], "--method") if patterns else None
 
@@ -215,7 +215,7 @@ def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:
 
 
 class DropoutRates(TypedDict):
-    """Arguments of `models.from_pretrained`; None: as the checkpoint says."""
+    """Arguments of `models.from_pretrained`; None: the checkpoint's rate."""
 
     hidden_dropout: float | None
     attention_dropout: float | None
@@ -223,11 +223,11 @@ class DropoutRates(TypedDict):
 
 
 def dropout_rates(settings: TrainingSettings, total_steps: int | None) -> DropoutRates:
-    """The rates as typed, else 0 where the method's authors train without, else None.
+    """The rates that were set, else 0 if the method's authors train without dropout, else None.
 
     Args:
       settings: see `TrainingSettings`.
-      total_steps: optimizer steps of the training; None: nothing is trained.
+      total_steps: number of optimizer steps; None: nothing is trained.
     """
     authors = 0.0 if total_steps is not None and turns_dropout_off(settings, total_steps) else None
     hidden, attention = settings.hidden_dropout, settings.attention_dropout
@@ -239,7 +239,7 @@ def dropout_rates(settings: TrainingSettings, total_steps: int | None) -> Dropou
 
 
 def statistics(settings: TrainingSettings, schedule: optax.Schedule, opt_state: Any) -> dict[str, jax.Array]:
-    """Figures of what the methods did in the last step."""
+    """Scalars that describe what the methods did in the last step."""
     found = [m.statistics(opt_state, schedule, settings) for m in get_methods(settings.method) if m.statistics]
     return {name: value for figures in found for name, value in figures.items()}
 
@@ -248,18 +248,18 @@ def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     """A tree of bools like params: whether the parameter's path, its names joined by dots, matches the regex.
 
     Raises:
-      InputError: if the pattern is no regex, takes too long to match, or matches no parameter.
+      InputError: if the pattern is not a valid regex, takes too long to match, or matches no parameter.
     """
     matches = compile_pattern(pattern, flag)
     paths = jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path), params)
     mask = jax.tree.map(matches, paths)
     if not any(jax.tree.leaves(mask)):
-        raise InputError(f"{flag} {shown(pattern)}: matches no parameter; one is called {jax.tree.leaves(paths)[-1]}")
+        raise InputError(f"{flag} {shown(pattern)}: matches no parameter; one path is {jax.tree.leaves(paths)[-1]}")
     return mask
 
 
 def as_table() -> rich.table.Table:
-    """Every method: what it does, its settings with their defaults, what it costs and where it comes from."""
+    """A table of all methods: what each does, its settings with defaults, its costs and its source."""
     table = rich.table.Table(show_lines=True)
     for title in ("method", "what it does", "settings", "beyond AdamW"):
         table.add_column(title, overflow="fold")
@@ -267,7 +267,7 @@ def as_table() -> rich.table.Table:
     for name, method in METHODS.items():
         what = f"{method.summary}\n{method.layers or 'all parameters'}\n{method.source}"
         flags = "\n".join(f"--{flag} {getattr(defaults, flag)}" for flag in method.flags)
-        costs = f"{method.state_bytes} bytes of state a parameter\nextra passes: {method.passes}"
+        costs = f"{method.state_bytes} bytes of state per parameter\nextra passes: {method.passes}"
         table.add_row(*map(rich.markup.escape, (name, what, flags, costs)))
     return table
 
@@ -276,12 +276,12 @@ def as_table() -> rich.table.Table:
 
 
 def _layers(name):
-    """A mask of the parameters that a method touches, of those that are trained."""
+    """A function from trained parameters to the mask of those that a method acts on."""
     return lambda params: layer_mask(params, METHODS[name].layers, f"--method {name}")
 
 
 def _noise_scale(schedule, settings):
-    """The noise's scale follows the learning rate, so that training ends quietly."""
+    """The noise scale follows the learning rate, so noise vanishes at the end of training."""
     return lambda count: settings.noise_scale * schedule(count) / settings.learning_rate
 
 
@@ -306,9 +306,7 @@ def _stage_steps(context):
     """us = int(total steps * update ratio), the length of a stage of DPS."""
     steps = int(context.total_steps * context.settings.update_ratio)
     if steps < 1:
-        raise InputError(
-            f"--update_ratio {context.settings.update_ratio}: a stage of {context.total_steps} steps has none; raise it"
-        )
+        raise InputError(f"--update_ratio {context.settings.update_ratio}: gives stages of 0 steps; increase it")
     return steps
 
 
@@ -333,7 +331,7 @@ def _child_tuning_f(context):
 
 def _child_tuning_d(context):
     if context.fisher is None:
-        raise InputError("--method child-d: needs the training data, to measure the Fisher information on")
+        raise InputError("--method child-d: needs training data to measure the Fisher information")
     return child_tuning.child_tuning_d(context.fisher(_keep_fraction(context, 0.3), _layers("child-d")(context.params)))
 
 
@@ -382,7 +380,7 @@ def _freeze_unselected(optimizer, settings):
     except ValueError as error:
         raise InputError(f"--freeze_unselected: {error}") from None
     if not any(name in settings.method.split("+") for name in ("dps-dense", "dps-mix", "child-d")):
-        raise InputError(f"--freeze_unselected: --method {settings.method} leaves nothing out for long")
+        raise InputError(f"--freeze_unselected: --method {settings.method} has no lasting selection; omit the flag")
     return frozen
 
 
@@ -395,7 +393,7 @@ METHODS = {
     "finetune": Method("plain", "AdamW on every parameter", "https://arxiv.org/abs/1810.04805"),
     "pats": Method(
         "noise",
-        "noise on the weights, most where sensitivity is least",
+        "adds noise to the weights, more to those with low sensitivity",
         "https://arxiv.org/abs/2210.12403",
         ("noise_scale", "decay", "response", "distribution", "noise_layers", "sensitivity_dtype"),
         layers=_MATRICES,
@@ -405,7 +403,7 @@ METHODS = {
     ),
     "dps-dense": Method(
         "subnetwork",
-        "trains the weights of large gradient, chosen anew every other stage",
+        "trains the weights with the largest gradients, selected anew every other stage",
         "https://arxiv.org/abs/2211.01642",
         ("keep_fraction", "update_ratio", "freeze_unselected"),
         layers=_WITH_POOLER_AND_HEAD,
@@ -415,7 +413,7 @@ METHODS = {
     ),
     "dps-mix": Method(
         "subnetwork",
-        "the same, with older weights mixed into the forward pass",
+        "like dps-dense, with older weights mixed into the forward pass",
         "https://arxiv.org/abs/2211.01642",
         ("keep_fraction", "update_ratio", "freeze_unselected"),
         layers=_WITH_POOLER_AND_HEAD,
@@ -425,7 +423,7 @@ METHODS = {
     ),
     "sage": Method(
         "scaling",
-        "bigger steps where sensitivity is uncertain; a learning rate 2 to 5 times the plain one",
+        "scales steps by the uncertainty of sensitivity; use 2 to 5 times the usual learning rate",
         "https://arxiv.org/abs/2202.02664",
         ("sage_decay",),
         layers=r"encoder\.layer\.(?!.*LayerNorm).*\.(kernel|bias)$",
@@ -434,21 +432,21 @@ METHODS = {
     ),
     "noisytune": Method(
         "noise",
-        "a little noise on every tensor, once, before training",
+        "adds a little noise to every tensor once, before training",
         "https://arxiv.org/abs/2202.12024",
         ("noise_intensity",),
         start=_noisy_tune,
     ),
     "child-f": Method(
         "subnetwork",
-        "a random share of the gradient at each step",
+        "keeps a random fraction of the gradient at each step",
         "https://arxiv.org/abs/2109.05687",
         ("keep_fraction",),
         first=_child_tuning_f,
     ),
     "child-d": Method(
         "subnetwork",
-        "a fixed share of the encoder's gradient, by Fisher information",
+        "keeps a fixed fraction of the encoder's gradient, selected by Fisher information",
         "https://arxiv.org/abs/2109.05687",
         ("keep_fraction", "freeze_unselected"),
         layers=r"encoder\.layer\.",
@@ -458,7 +456,7 @@ METHODS = {
     ),
     "mixout": Method(
         "anchor",
-        "pretrained weights mixed into the forward pass",
+        "mixes pretrained weights into the forward pass",
         "https://arxiv.org/abs/1909.11299",
         ("drop_fraction",),
         layers=r"(encoder\.layer|pooler).*\.kernel$",
@@ -468,7 +466,7 @@ METHODS = {
     ),
     "l2-sp": Method(
         "anchor",
-        "decay towards the pretrained weights; --weight_decay then belongs at 0",
+        "decays weights towards their pretrained values; use it with --weight_decay 0",
         "https://arxiv.org/abs/1802.01483",
         ("pretrained_strength", "head_strength"),
         state_bytes="4",
@@ -476,7 +474,7 @@ METHODS = {
     ),
     "r3f": Method(
         "objective",
-        "the answer stays when the word embeddings shift a little at random",
+        "penalizes changes of the output under small random noise on the word embeddings",
         "https://arxiv.org/abs/2008.03156",
         ("r3f_lambda", "r3f_eps"),
         layers="none",
@@ -485,7 +483,7 @@ METHODS = {
     ),
     "r-drop": Method(
         "objective",
-        "two passes with different dropout agree",
+        "penalizes disagreement between two passes with different dropout",
         "https://arxiv.org/abs/2106.14448",
         ("r_drop_alpha",),
         layers="none",
@@ -494,7 +492,7 @@ METHODS = {
     ),
     "smart": Method(
         "objective",
-        "the answer stays when the word embeddings shift where it changes most",
+        "penalizes changes of the output under a small adversarial step on the word embeddings",
         "https://arxiv.org/abs/1911.03437",
         ("smart_alpha", "smart_step_size", "smart_noise_std"),
         layers="none",
@@ -503,7 +501,7 @@ METHODS = {
     ),
     "lnsr": Method(
         "objective",
-        "noise on one layer's output changes little above it",
+        "penalizes how far noise on one layer's output changes the layers above it",
         "https://arxiv.org/abs/2206.05658",
         ("lnsr_layer", "lnsr_lambda", "lnsr_noise_std"),
         layers="none",
@@ -512,17 +510,17 @@ METHODS = {
     ),
     "sift": Method(
         "subnetwork",
-        "trains the few entries of each attention matrix whose first gradient is largest, and the head",
+        "trains the head and the entries of each attention matrix with the largest first gradients",
         "https://arxiv.org/abs/2312.11875",
         ("sift_rate",),
         layers=_ATTENTION,
-        state_bytes="12 for a chosen entry, in place of 8 for each",
+        state_bytes="12 per selected entry, instead of 8 per entry",
         around=_sift,
         trainable=f"{_ATTENTION}|pooler|{_HEAD}",
     ),
     "bitfit": Method(
         "subnetwork",
-        "trains the biases and the head only; learning rate 1e-3",
+        "trains only the biases and the head; use a learning rate near 1e-3",
         "https://arxiv.org/abs/2106.10199",
         layers=rf"bias$|{_HEAD}",
         state_bytes="-8 for all others",

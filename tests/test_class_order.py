@@ -267,7 +267,7 @@ def test_modules_on_a_new_pooler_need_it_trained_and_saved(base, tmp_path):
     model = save_head(tmp_path / "model", NAMES)
     weights = model / "model.safetensors"
     save_file({name: x for name, x in load_file(weights).items() if "pooler" not in name}, weights)
-    with pytest.raises(InputError, match="no pooler, and a new one must be trained and saved, too; give --peft_pooler"):
+    with pytest.raises(InputError, match="no pooler, so a new one must be trained and saved; set --peft_pooler"):
         load(base, model, do_train=True, peft="lora")
     load(base, model, do_train=True, peft="lora", peft_pooler=True)
 

@@ -173,16 +173,16 @@ def test_no_data_from_the_hub_without_network(shell, monkeypatch):
 
 def test_unknown_names(shell):
     shell.refuses("--task_name news: no such task; choose one of cola, sst2", task_name="news")
-    shell.refuses("--method sgd: no such method; choose of finetune, pats", method="sgd")
+    shell.refuses("--method sgd: no such method; choose one of finetune, pats", method="sgd")
     shell.refuses("--method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
-    shell.refuses("fit: no such command; there are glue, compare, prime, gym, predict", args=["fit"])
+    shell.refuses("fit: no such command; choose one of glue, compare, prime, gym, predict", args=["fit"])
 
 
 def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
-    shell.refuses("--fp16 has no meaning here", fp16=True)
-    shell.refuses("--overwrite_output_dir has no meaning here: use --overwrite", overwrite_output_dir=True)
-    shell.refuses("--task_name and --train_file", "exclude each other", train_file="a.csv")
+    shell.refuses("--fp16 is not supported", fp16=True)
+    shell.refuses("--overwrite_output_dir is not supported: use --overwrite", overwrite_output_dir=True)
+    shell.refuses("--task_name cannot be used with --train_file", train_file="a.csv")
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
         ("per_device_train_batch_size", 0, "must be at least 1"),
         ("per_device_train_batch_size", 23, "a batch of 23 rows is more than the 22 training rows"),
         ("per_device_eval_batch_size", -1, "must be at least 1"),
-        ("learning_rate", "nan", "must be a number above 0"),
-        ("num_train_epochs", -1, "must be a number above 0"),
+        ("learning_rate", "nan", "must be greater than 0"),
+        ("num_train_epochs", -1, "must be greater than 0"),
         ("max_steps", 0, "must be at least 1"),
         ("max_train_samples", 0, "must be at least 1"),
         ("max_seq_length", 2, "too short"),
@@ -296,7 +296,7 @@ def test_wrong_input_of_predict(shell):
         shell.refuses(*parts, args=["predict", str(model), "--file", str(file), *flags])
 
     refuses("none: no such folder", model=shell.folder / "none")
-    refuses(f"the folder of a run; its model is {shell.home / 'model'}", model=shell.home)
+    refuses(f"this is the folder of a run; use its model, {shell.home / 'model'}", model=shell.home)
     refuses("has no classification head", model=shell.home / "model")
     refuses("none.txt: no such file", file=shell.folder / "none.txt")
     refuses("empty.txt: the file is empty", file=shell.write("empty.txt", ""))
@@ -449,7 +449,7 @@ def test_names_and_texts_of_predict_and_builtin_that_are_no_paths(shell):
 
 
 def test_a_layer_that_the_model_does_not_have(shell):
-    shell.refuses("--lnsr_layer 1: must be below the model's 1 layers", method="lnsr", lnsr_layer=1)
+    shell.refuses("--lnsr_layer 1: must be less than the model's 1 layers", method="lnsr", lnsr_layer=1)
 
 
 def test_signals_are_noted_once_there_is_something_to_save():

@@ -359,7 +359,7 @@ def test_finished_runs_are_never_run_again(home, jobs):
     out = home.compare("--jobs", jobs)
     assert home.started() == ALL and "mrpc/pats/seed1: combined_score 0.8000" in out
     assert (home.grid / "report.html").exists() and str(home.grid / "report.html") in out
-    assert "4 of 4 runs are finished already" in home.compare() and home.started() == []
+    assert "4 of 4 runs are already finished" in home.compare() and home.started() == []
     write_run(home.folder / "model", Run("mrpc", "pats", 3), 0.9)
     home.compare(methods="pats", seeds="3")
     assert home.started() == ["pats-3"]
@@ -388,7 +388,7 @@ def test_whoever_ends_the_grid_ends_its_runs_and_learns_how_to_go_on(home):
         home.compare("--learning_rate", "5e-5")
     assert caught.value.signal_number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
     assert (home.folder / "ended").exists() and home.started() == ["finetune-1", "finetune-2", "pats-1"]
-    message, _, command = str(caught.value).partition("; go on with: pats-jax compare ")
+    message, _, command = str(caught.value).partition("; to resume, run: pats-jax compare ")
     assert message == "interrupted; 2 of 4 runs are finished"
     (home.folder / "interrupt").unlink()
     compare.run(shlex.split(command), rich.console.Console(file=io.StringIO()))
@@ -443,7 +443,7 @@ def test_a_planted_link_is_not_followed(name, home):
         ("--task-name=sst2", "--task_name: use --tasks"),
         ("--overwrite", "--overwrite: finished runs are kept"),
         ("--jobs 0", "--jobs 0: must be at least 1"),
-        ("--methods pats pats", "--methods pats pats: each may stand there once"),
+        ("--methods pats pats", "--methods pats pats: list each only once"),
         ("--methods pats none", "no such method"),
         ("--tasks news", "no such task"),
         ("--tasks ax", "--tasks ax: no training data"),
@@ -451,9 +451,9 @@ def test_a_planted_link_is_not_followed(name, home):
         ("--seeds", "--seeds is missing"),
         ("--seeds 1 -2", "--seed -2: must be"),
         ("--learning_rate 0", "--learning_rate 0.0: must be"),
-        ("--fp16", "--fp16 has no meaning here"),
+        ("--fp16", "--fp16 is not supported"),
         ("--do_eval", "a comparison needs both"),
-        ("--report_only", "no grid was started in it"),
+        ("--report_only", "no grid was started there"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_run(flags, message, tmp_path):
@@ -496,7 +496,7 @@ def test_the_command_starts_no_backend_and_ends_with_code_2(tmp_path):
     done = subprocess.run([sys.executable, "-c", GRID, *flags.split()], capture_output=True, text=True)
     first, second, last = done.stderr.splitlines()
     assert first.startswith("pats-jax: sst2/finetune/seed1 failed: no luck; see ") and "sst2/pats/seed1" in second
-    assert last == "pats-jax: error: 2 of 2 runs failed; the same command tries them again" and done.returncode == 2
+    assert last == "pats-jax: error: 2 of 2 runs failed; repeat the command to retry them" and done.returncode == 2
     assert not (tmp_path / "grid" / "report.md").exists()
 
 

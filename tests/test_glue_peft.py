@@ -64,7 +64,7 @@ def test_lora_with_pats(base, tmp_path, texts, capsys, caplog):
     expected = scipy.special.softmax(tiny.reference_logits(tmp_path / "run" / "model", _lines(texts), max_length=16), 1)
     np.testing.assert_allclose(by_model, expected, atol=2e-4)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"`--peft lora` ({trained} of" in card and "`adapter/`" in card and "PEFT (torch) does too" in card
+    assert f"`--peft lora` ({trained} of" in card and "`adapter/`" in card and "So does PEFT (torch)" in card
 
 
 def _folders(base, tmp_path):
@@ -89,7 +89,7 @@ def test_what_does_not_merge_leaves_an_adapter(kind, base, tmp_path, texts, caps
     assert ("PEFT (torch)" in card) == (kind == "prefix")
     with pytest.raises(SystemExit):
         cli.main(["predict", str(tmp_path / "run"), "--file", str(texts)])
-    assert "its model is" in capsys.readouterr().err
+    assert "use its model, " in capsys.readouterr().err
 
 
 def test_resumed_is_bitwise_the_whole_run(base, tmp_path):
@@ -141,13 +141,13 @@ def test_methods_that_go_with_matrices(kind, method):
 @pytest.mark.parametrize(
     "kind, method, reason",
     [
-        ("lora", "bitfit", "both choose which parameters are trained"),
-        ("prefix", "pats+sift", "both choose which parameters are trained"),
-        ("adapters", "noisytune", "changes the weights of the base model"),
-        ("prompt", "lnsr", "the prompt's tokens are among the hidden states"),
-        ("prompt", "pats", "touches no PE module.*one is called peft.prompt_embeddings; --noise_layers chooses others"),
-        ("ia3", "dps-dense", "touches no PE module"),
-        ("bitfit", "mixout", "touches no PE module"),
+        ("lora", "bitfit", "both select the parameters to train"),
+        ("prefix", "pats+sift", "both select the parameters to train"),
+        ("adapters", "noisytune", "changes the base model's weights"),
+        ("prompt", "lnsr", "LNSR cannot handle the prompt's tokens"),
+        ("prompt", "pats", "no adapter parameter matches.*one path is peft.prompt_embeddings; set --noise_layers"),
+        ("ia3", "dps-dense", "no adapter parameter matches"),
+        ("bitfit", "mixout", "no adapter parameter matches"),
     ],
 )
 def test_pairs_that_do_not_go_together(kind, method, reason):
@@ -176,7 +176,7 @@ def pats_state():
         ({"peft": "lora", "lora_rank": 0}, "--lora_rank 0: must be at least 1"),
         ({"peft_pooler": True}, "--peft_pooler: needs --peft"),
         ({"peft": "prompt", "prompt_length": 20}, "of the model's positions they leave 4 for the text"),
-        ({"peft": "lora", "method": "bitfit"}, "--peft lora --method bitfit: both choose"),
+        ({"peft": "lora", "method": "bitfit"}, "--peft lora --method bitfit: both select"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(changes, message, base, tmp_path):

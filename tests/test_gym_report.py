@@ -147,7 +147,7 @@ def test_the_details_of_the_gains(reported):
     assert maml[0] == "maml/plm/lora" and maml[3:] == ["–", "1", "3", "1", "8", "0/3/1"]
     assert [row[1] for row in rows] == ["direct/lora"] * 2 + ["direct/odd|kind"] + ["direct/full"] * 5
     text = (reported / "report.md").read_text(encoding="utf-8")
-    assert "- `mtl/plm/lora` against direct tuning of the same PE kind: `cola`" in text
+    assert "- `mtl/plm/lora` against direct tuning with the same PEFT method: `cola`" in text
 
 
 def test_steps_scores_and_time(reported):
@@ -158,7 +158,7 @@ def test_steps_scores_and_time(reported):
     spread = f"± {100 * np.std([0.1, -0.1], ddof=1):.1f}"
     assert lora[2] == ["beta", "accuracy", "50.0", *(f"{score} {spread}" for score in ("40.0", "50.0", "60.0", "50.0"))]
     assert lora[3][:3] == ["cola", "matthews_correlation", "0.0"]
-    assert lora[-1] == ["mean of the column", "", "37.5", "42.5", "42.5", "50.0", "40.0"]
+    assert lora[-1] == ["column mean", "", "37.5", "42.5", "42.5", "50.0", "40.0"]
     assert time[1] == ["direct/full", "8", "1.5", "12"] and time[3] == ["mtl/plm/lora", "8", "3.5", "28"]
 
 
@@ -189,7 +189,7 @@ def test_the_pictures_are_linked_and_not_blank(reported):
 
 def test_the_console_has_the_main_tables():
     lines = gym_report.table_lines(summarise(records()))
-    assert lines[0] == "ARG in percent against direct tuning of the same PE kind [95 % interval over tasks]"
+    assert lines[0] == "ARG in percent against direct tuning with the same PEFT method [95 % interval over tasks]"
     assert lines[1].split() == ["upstream", "lora", "odd|kind"] and lines[2].startswith("  mtl, plm ")
     assert "+15.0 [" in lines[2] and len({len(line) for line in lines[1:5]}) == 1
     assert lines[5].endswith("direct tuning of the whole model [95 % interval over tasks]") and len(lines) == 11

@@ -141,7 +141,7 @@ def test_layers_of_ones_own_choice():
 
 @pytest.mark.parametrize(
     "pattern, message",
-    [("decoder", r"matches no parameter; one is called"), ("(", "not a regular expression")],
+    [("decoder", r"matches no parameter; one path is"), ("(", "not a regular expression")],
 )
 def test_layers_that_do_not_exist(pattern, message):
     with pytest.raises(InputError, match=message) as caught:
@@ -150,7 +150,7 @@ def test_layers_that_do_not_exist(pattern, message):
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(InputError, match="--method sgd: no such method; choose of finetune, pats, dps-dense"):
+    with pytest.raises(InputError, match="--method sgd: no such method; choose one of finetune, pats, dps-dense"):
         methods.make_optimizer(Settings(method="sgd"), 10, tree(0))
 
 
@@ -269,18 +269,18 @@ def test_methods_compose():
 @pytest.mark.parametrize(
     "names, reason",
     [
-        ("dps-dense+child-f", "both choose which parameters move"),
-        ("mixout+l2-sp", "both hold on to the pretrained weights"),
-        ("mixout+dps-mix", "both change the weights of the forward pass"),
+        ("dps-dense+child-f", "both select the parameters to update"),
+        ("mixout+l2-sp", "both pull weights back to their pretrained values"),
+        ("mixout+dps-mix", "both replace the weights of the forward pass"),
         ("pats+pats", "they are the same"),
         ("finetune+pats", "finetune adds nothing"),
-        ("sift+pats", "SIFT hands on single entries"),
-        ("mixout+sift", "SIFT hands on single entries"),
+        ("sift+pats", "SIFT updates single entries"),
+        ("mixout+sift", "SIFT updates single entries"),
         ("r3f+pats+r3f", "they are the same"),
     ],
 )
 def test_pairs_that_do_not_go_together(names, reason):
-    with pytest.raises(InputError, match=f"do not go together: {reason}") as caught:
+    with pytest.raises(InputError, match=f"cannot be combined: {reason}") as caught:
         methods.get_methods(names)
     assert str(caught.value).startswith(f"--method {names}: ")
 
@@ -317,7 +317,7 @@ def test_noisytune_changes_every_tensor_once_before_training():
 
 
 def test_a_stage_without_a_step_is_an_error():
-    with pytest.raises(InputError, match=r"--update_ratio 0.05: a stage of 10 steps has none; raise it"):
+    with pytest.raises(InputError, match=r"--update_ratio 0.05: gives stages of 0 steps; increase it"):
         methods.make_optimizer(Settings(method="dps-dense"), 10, MODEL)
 
 

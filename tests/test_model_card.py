@@ -67,4 +67,4 @@ def test_the_card_of_a_primed_model_that_was_not_watched(tmp_path):
     primed = {"algorithm": "mtl", "train": "plm", "peft": None, "head": "pair", "data_dir": "builtin"}
     counts = {"upstream_tasks": ["weather"], "trained_parameters": 7, "num_parameters": 9}
     model_card.write_primed(tmp_path, {"partition": "builtin"}, results | primed | counts)
-    assert "Not watched on dev tasks." in (tmp_path / "README.md").read_text()
+    assert "Not evaluated on dev tasks." in (tmp_path / "README.md").read_text()

@@ -315,11 +315,11 @@ def test_folding_by_hand():
         (["--low_resource", "0"], "--low_resource 0: must be at least 1"),
         (
             ["--low_resource", "5", "--max_train_samples", "9"],
-            "--low_resource and --max_train_samples exclude each other",
+            "--low_resource and --max_train_samples cannot be used together",
         ),
         (["--low_resource", "5", "--do_eval"], "--low_resource: needs --do_train"),
         (["--out_of_domain", "snli", "--do_predict"], "--out_of_domain: needs --do_eval"),
-        (["--out_of_domain", "snli", "mnli_mm"], "--out_of_domain mnli_mm: not out of the domain of --task_name MNLI"),
+        (["--out_of_domain", "snli", "mnli_mm"], "--out_of_domain mnli_mm: is the set of --task_name itself"),
     ],
 )
 def test_settings_that_make_no_sense(flags, message):
@@ -428,7 +428,7 @@ def test_the_rows_trained_on_are_those_drawn(tmp_path):
 
 def test_another_kind_of_task_has_no_out_of_domain_sets(tmp_path):
     given = Settings(task_name="sst2", data_dir=str(tiny.write_sst2(tmp_path)), out_of_domain=["snli"])
-    with pytest.raises(InputError, match="--out_of_domain: needs a model of the classes entailment, neutral"):
+    with pytest.raises(InputError, match="--out_of_domain: needs a model with the classes entailment, neutral"):
         glue.load_data(given)
 
 

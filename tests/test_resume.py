@@ -145,8 +145,8 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole, tmp_pa
     process.send_signal(signal.SIGTERM)
     code, error = finish(process)
     assert code == 143 and "Traceback" not in error
-    assert error.splitlines()[-1].endswith(f"go on with: pats-jax glue --config {folder}/config.json --resume")
-    command = error.splitlines()[-1].partition("go on with: pats-jax glue ")[2].split()
+    assert error.splitlines()[-1].endswith(f"to resume, run: pats-jax glue --config {folder}/config.json --resume")
+    command = error.splitlines()[-1].partition("to resume, run: pats-jax glue ")[2].split()
     code, error = finish(start(base, [*command, "--save_steps=4"]))
     assert code == 0 and "going on after step" in error
     assert_same_run(folder, whole)
@@ -257,11 +257,11 @@ def test_other_settings_are_refused_by_name(base, interrupted):
     with pytest.raises(InputError) as caught:
         run(base, folder, resume=True, learning_rate=1e-3, seed=1, per_device_eval_batch_size=3, save_steps=1)
     assert str(caught.value) == (
-        f"--resume: {folder} is a run with other settings: learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
+        f"--resume: {folder} holds a run with different settings: learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
     )
     with pytest.raises(InputError, match="train_batch_size was 8 and is 16"):
         run(base, folder, resume=True, train_batch_size=16)
-    with pytest.raises(InputError, match=r"--train_batch_size 8: cannot be dealt out evenly to 3 devices"):
+    with pytest.raises(InputError, match=r"--train_batch_size 8: cannot be split evenly across 3 devices"):
         run(base, folder, resume=True, num_devices=3)
 
 

@@ -129,7 +129,7 @@ def test_runs_on_the_built_in_data_are_said_to_be_no_glue(builtin, submit, capsy
     with pytest.raises(server_format.Refused):
         server_format.check(path)
     assert "built-in data, not GLUE" in capsys.readouterr().out
-    assert "for trying the format only" in caplog.text and "not GLUE" in caplog.text
+    assert "do not submit this zip" in caplog.text and "not GLUE" in caplog.text
 
 
 def test_the_same_predictions_are_the_same_bytes(builtin, submit, tmp_path):
@@ -180,7 +180,7 @@ def test_ax_may_come_from_a_run_of_its_own(builtin, submit, tmp_path):
 def test_missing_files_are_listed(builtin, refuses):
     runs, _ = builtin
     some = [run for task, run in runs.items() if task not in ("mnli", "qnli")]
-    refuses(some, "no run offers MNLI-m.tsv, MNLI-mm.tsv, QNLI.tsv, AX.tsv;", "--placeholders")
+    refuses(some, "no run provides MNLI-m.tsv, MNLI-mm.tsv, QNLI.tsv, AX.tsv;", "--placeholders")
 
 
 def test_placeholders_are_constant_and_named(official, submit, capsys, caplog):
@@ -193,7 +193,7 @@ def test_placeholders_are_constant_and_named(official, submit, capsys, caplog):
     for name, predictions in found.items():
         assert (len(set(predictions)) == 1) == ("placeholder" in rows[name]) == (name not in taken)
         assert (name in caplog.text) == (name not in taken)
-    assert "placeholders, no model's answers" in caplog.text
+    assert "placeholders, not predictions of a model" in caplog.text
 
 
 def test_a_placeholder_of_scores_is_a_score(builtin, submit):
@@ -223,7 +223,7 @@ def test_the_official_numbers_are_those_of_the_files():
 @pytest.mark.parametrize("rows", [100, 400])
 def test_a_subset_is_refused(rows, tmp_path, refuses):
     run = write_run(tmp_path / "run", "cola", {"CoLA.tsv": answers("CoLA.tsv", rows)}, data_dir=None)
-    parts = ("CoLA.tsv: ", f"{rows} rows where the GLUE test set has 1063", "--max_predict_samples")
+    parts = ("CoLA.tsv: ", f"{rows} rows, but the GLUE test set has 1063", "--max_predict_samples")
     refuses([run], *parts, flags=["--placeholders"])
 
 
@@ -251,9 +251,13 @@ DAMAGES = {
     "no header": ("RTE.tsv", replace_line(0, ""), ":1: the header"),
     "byte-order mark": ("RTE.tsv", lambda text: f"\ufeff{text}", ":1: the header"),
     "row missing": ("RTE.tsv", replace_line(8, ""), ":9: '8\\t"),
-    "last row missing": ("RTE.tsv", replace_line(-1, ""), ": 399 rows where the built-in test set has 400"),
+    "last row missing": ("RTE.tsv", replace_line(-1, ""), ": 399 rows, but the built-in test set has 400"),
     "row too many": ("RTE.tsv", lambda text: text + "400\tentailment\n", ": 401 rows"),
-    "index twice": ("RTE.tsv", replace_line(8, "6\tentailment\n"), ":9: '6\\tentailment' where the row of index 7"),
+    "index twice": (
+        "RTE.tsv",
+        replace_line(8, "6\tentailment\n"),
+        ":9: '6\\tentailment': expected the row with index 7",
+    ),
     "rows in another order": ("RTE.tsv", swap_rows, ":2: '1\\t"),
     "index with zeros": ("RTE.tsv", replace_line(8, "07\tentailment\n"), ":9: '07\\t"),
     "label of another task": ("RTE.tsv", replace_line(8, "7\tneutral\n"), ":9: the prediction 'neutral' is not one"),
@@ -264,7 +268,7 @@ DAMAGES = {
     "blank behind a label": ("QNLI.tsv", replace_line(8, "7\tentailment \n"), ":9: the prediction 'entailment '"),
     "no prediction": ("CoLA.tsv", replace_line(8, "7\n"), ":9: the prediction ''"),
     "third column": ("CoLA.tsv", replace_line(8, "7\t1\t0.9\n"), ":9: the prediction '1\\t0.9'"),
-    "comma": ("CoLA.tsv", replace_line(8, "7,1\n"), ":9: '7,1' where"),
+    "comma": ("CoLA.tsv", replace_line(8, "7,1\n"), ":9: '7,1': expected"),
     "nan": ("STS-B.tsv", replace_line(8, "7\tnan\n"), ":9: the prediction 'nan' is not a number from 0 to 5"),
     "infinite score": ("STS-B.tsv", replace_line(8, "7\tinf\n"), ":9: the prediction 'inf'"),
     "score too low": ("STS-B.tsv", replace_line(8, "7\t-0.100\n"), ":9: the prediction '-0.100'"),
@@ -272,11 +276,11 @@ DAMAGES = {
     "score with a blank": ("STS-B.tsv", replace_line(8, "7\t 1.000\n"), ":9: the prediction ' 1.000'"),
     "score in other digits": ("STS-B.tsv", replace_line(8, "7\t١.٠\n"), ":9: the prediction"),
     "carriage returns": ("SST-2.tsv", lambda text: text.replace("\n", "\r\n"), "carriage returns"),
-    "blank line at the end": ("SST-2.tsv", lambda text: f"{text}\n", ":402: '' where the row of index 400"),
-    "blank at the end": ("SST-2.tsv", lambda text: f"{text} ", "the last line has no end"),
-    "cut off": ("STS-B.tsv", lambda text: text[:-2], "the last line has no end"),
+    "blank line at the end": ("SST-2.tsv", lambda text: f"{text}\n", ":402: '': expected the row with index 400"),
+    "blank at the end": ("SST-2.tsv", lambda text: f"{text} ", "the last line is incomplete"),
+    "cut off": ("STS-B.tsv", lambda text: text[:-2], "the last line is incomplete"),
     "nothing in it": ("MRPC.tsv", lambda text: "", ":1: the header is ''"),
-    "header alone, without its end": ("MRPC.tsv", lambda text: HEADER.strip(), "the last line has no end"),
+    "header alone, without its end": ("MRPC.tsv", lambda text: HEADER.strip(), "the last line is incomplete"),
     "not UTF-8": ("MRPC.tsv", replace_line(8, "7\t1\udcff\n"), ":9: the prediction '1\ufffd'"),
 }
 
@@ -316,14 +320,14 @@ def test_a_file_that_cannot_be_read(builtin, tmp_path, refuses):
 def test_two_runs_that_offer_the_same_file(builtin, tmp_path, refuses):
     runs, given = builtin
     other = write_run(tmp_path / "other", "cola", {"CoLA.tsv": given["CoLA.tsv"]})
-    refuses([*runs.values(), other], runs["cola"], other, "both offer CoLA.tsv")
-    refuses([other, other], "both offer CoLA.tsv", flags=["--placeholders"])
+    refuses([*runs.values(), other], runs["cola"], other, "both have CoLA.tsv")
+    refuses([other, other], "both have CoLA.tsv", flags=["--placeholders"])
 
 
 def test_built_in_data_and_glue_do_not_mix(builtin, official, refuses):
     rte, wnli = builtin[0]["rte"], official[0]["wnli"]
     for runs in ((rte, wnli), (wnli, rte)):
-        message = f"{rte} is on the built-in data, {wnli} is not"
+        message = f"{rte} used the built-in data, {wnli} is not"
         refuses(runs, message, flags=["--placeholders"])
 
 
@@ -335,12 +339,12 @@ def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, re
 
     bad(tmp_path / "none", "none: no such folder")
     (tmp_path / "empty").mkdir()
-    bad(tmp_path / "empty", "not the folder of a run, it has no config.json")
+    bad(tmp_path / "empty", "not the folder of a run: it has no config.json")
     bad(good / "config.json", "no such folder")
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "bert"}')
-    bad(model, "not the folder of a run, its config.json names no task")
+    bad(model, "not the folder of a run: its config.json names no task")
     (model / "config.json").write_text("[")
     bad(model, "config.json: Invalid JSON")
     (model / "config.json").write_text("[]")
@@ -353,13 +357,13 @@ def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, re
     os.mkfifo(model / "config.json")
     bad(model, "config.json: not a regular file")
     bad(write_run(tmp_path / "own", None, {"test.tsv": given}), "not a run on a GLUE task (task_name None)")
-    bad(write_run(tmp_path / "killed", "cola", {"CoLA.tsv": given}, results=False), "unfinished, it has no results")
+    bad(write_run(tmp_path / "killed", "cola", {"CoLA.tsv": given}, results=False), "unfinished: it has no results")
     bad(write_run(tmp_path / "unpredicted", "cola", {}), "no predictions; run it again with --do_predict")
-    bad(write_run(tmp_path / "stray", "cola", {"QNLI.tsv": given}), "QNLI.tsv: not a file that a run on cola writes")
+    bad(write_run(tmp_path / "stray", "cola", {"QNLI.tsv": given}), "QNLI.tsv: a run on cola writes no such file")
 
 
 def test_no_run_at_all(refuses):
-    refuses([], "no runs: give the folders", flags=["--placeholders"])
+    refuses([], "no runs: name the folders", flags=["--placeholders"])
 
 
 # where it goes
@@ -371,7 +375,7 @@ def test_a_submission_is_not_overwritten(builtin, submit, capsys):
     before = path.read_bytes()
     with pytest.raises(SystemExit):
         submit([runs["rte"]], "--placeholders")
-    assert f"{path}: exists already" in capsys.readouterr().err and path.read_bytes() == before
+    assert f"{path}: already exists" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_no_place_in_a_run(builtin, capsys):
@@ -379,7 +383,7 @@ def test_no_place_in_a_run(builtin, capsys):
     for place in (folder, folder / "predictions"):
         with pytest.raises(SystemExit):
             cli.main(["submission", *map(str, builtin[0].values()), "--output_dir", str(place)])
-        assert f"--output_dir {place}: lies in the run {folder}" in capsys.readouterr().err
+        assert f"--output_dir {place}: is inside the run {folder}" in capsys.readouterr().err
         assert not (place / "submission.zip").exists()
 
 

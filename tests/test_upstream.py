@@ -128,7 +128,7 @@ def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, tr
         assert again.peft.rank == 2
     assert found["trained_parameters"] == sum(sizes[part] for part in train.split("+"))
     card = (tmp_path / "README.md").read_text()
-    assert f"--algorithm {algorithm} --train {train} --head embedding" in card and "Not watched" in card
+    assert f"--algorithm {algorithm} --train {train} --head embedding" in card and "Not evaluated" in card
 
 
 def tensors_of(folder):
@@ -168,7 +168,7 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     error = tiny.refused(capsys, "prime", *args, "--partition", watched.partition, "--output_dir", tmp_path / "run")
     assert "not empty" in error
     cli.main(["prime", "--config", str(tmp_path / "run" / "config.json"), "--resume"])
-    assert "finished already: mtl of plm on 2 tasks" in capsys.readouterr().out
+    assert "already finished: mtl of plm on 2 tasks" in capsys.readouterr().out
 
 
 def test_the_primed_model_has_the_dropout_of_its_checkpoint(base, home, tmp_path):
@@ -237,10 +237,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(eventful, whole, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
-        with pytest.raises(Preempted, match="interrupted and saved; go on with: pats-jax prime --config ") as caught:
+        with pytest.raises(
+            Preempted, match="interrupted and saved; to resume, run: pats-jax prime --config "
+        ) as caught:
             run(eventful, folder)
     assert not (folder / "results.json").exists() and (folder / "checkpoints" / "3").exists()
-    cli.main(str(caught.value).partition("go on with: pats-jax ")[2].split())
+    cli.main(str(caught.value).partition("to resume, run: pats-jax ")[2].split())
     assert_same_run(folder, whole)
 
 
@@ -437,19 +439,19 @@ def refused(home, tmp_path, capsys, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train": "pe"}, "--train pe: needs the PE modules of --peft"),
-        ({"train": "plm+pe"}, "--train plm+pe: needs the PE modules of --peft"),
-        ({"peft": "lora"}, "--train plm: there are no PE modules upstream"),
+        ({"train": "pe"}, "--train pe: set --peft"),
+        ({"train": "plm+pe"}, "--train plm+pe: set --peft"),
+        ({"peft": "lora"}, "--train plm: trains no adapter"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"max_steps": -1}, "--max_steps -1: must be at least 1"),
         ({"max_options": 1}, "--max_options 1: must be at least 2"),
-        ({"method": "r-drop"}, "--method r-drop: not for the upstream stage"),
-        ({"method": "pats+bitfit"}, "--method bitfit: not for the upstream stage"),
-        ({"method": "child-d"}, "--method child-d: needs the training data"),
-        ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the weights of the base model"),
-        ({"train": "pe", "peft": "bitfit", "method": "pats"}, "touches no PE module"),
-        ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be dealt out evenly to 1 devices"),
-        ({"num_devices": 8}, "--tasks_per_step 2: cannot be dealt out evenly to 8 devices"),
+        ({"method": "r-drop"}, "--method r-drop: not available for priming"),
+        ({"method": "pats+bitfit"}, "--method bitfit: not available for priming"),
+        ({"method": "child-d"}, "--method child-d: needs training data"),
+        ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the base model's weights"),
+        ({"train": "pe", "peft": "bitfit", "method": "pats"}, "no adapter parameter matches"),
+        ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be split evenly across 1 devices"),
+        ({"num_devices": 8}, "--tasks_per_step 2: cannot be split evenly across 8 devices"),
         ({"train_batch_size": 8}, "--train_batch_size: use --tasks_per_step, --task_batch_size"),
         ({"train": "pe", "peft": "prompt"}, "--max_seq_length, --prompt_length, --prefix_length: they leave 4 of 24"),
         ({"max_seq_length": 5}, "they leave 5 of 24 tokens for a text; it needs 8"),

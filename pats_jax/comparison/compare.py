@@ -1,6 +1,6 @@
-"""A grid of methods x tasks x seeds, each run by the GLUE program in a process of its own: `pats-jax compare`.
+"""A grid of methods x tasks x seeds, each run by the GLUE program in its own process: `pats-jax compare`.
 
-This process starts no JAX backend, so that accelerators are left to the runs.
+This process starts no JAX backend, so accelerators are free for the runs.
 """
 
 import collections
@@ -44,51 +44,51 @@ _POLL_SECONDS = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Compare fine-tuning methods: run methods x tasks x seeds, and write a report with statistics and plots.
+    """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
-    All other flags are those of `pats-jax glue`; every run gets them.
+    All other flags are those of `pats-jax glue`, and apply to every run.
     """
 
-    output_dir: str  # the grid's folder; the same command goes on with the grid in it
-    methods: tuple[str, ...] = ()  # names as --method of `pats-jax glue` takes them; differences are to finetune
+    output_dir: str  # folder of the grid; repeat the same command to resume it
+    methods: tuple[str, ...] = ()  # as --method of `pats-jax glue`; finetune is the baseline if listed
     tasks: tuple[str, ...] = ()  # cola sst2 mrpc stsb qqp mnli qnli rte wnli
-    seeds: tuple[int, ...] = ()  # each method on each task is run with each
-    jobs: int = 1  # runs at a time, which share the cores
-    report_only: bool = False  # run nothing: report on the runs of the folder that are finished
+    seeds: tuple[int, ...] = ()  # run each method on each task with each of these seeds
+    jobs: int = 1  # number of parallel runs, which share the cores
+    report_only: bool = False  # run nothing; report on the finished runs in output_dir
 
     def runs(self) -> list[Run]:
-        """Seed by seed, so that an unfinished grid has all methods on its first seeds."""
+        """Seed by seed, so an unfinished grid has all methods for its first seeds."""
         return [
             Run(task, method, seed) for seed, task, method in itertools.product(self.seeds, self.tasks, self.methods)
         ]
 
 
-# Flags of a run that the grid decides on -> what to say to whoever gives them.
+# Flags of a run that the grid sets itself -> what to use instead.
 _REFUSED = {
     "method": "use --methods",
     "task_name": "use --tasks",
     "seed": "use --seeds",
-    "train_file": "the grid is one of GLUE tasks; use --tasks and --data_dir",
-    "validation_file": "the grid is one of GLUE tasks; use --tasks and --data_dir",
-    "test_file": "the grid is one of GLUE tasks; use --tasks and --data_dir",
-    "overwrite": "finished runs are kept; delete their folders to have them run again",
-    "resume": "a grid always goes on where it was interrupted",
-    "coordinator_address": "runs of a grid are on one machine",
-    "num_processes": "runs of a grid are on one machine; for several at a time use --jobs",
-    "process_id": "runs of a grid are on one machine",
+    "train_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
+    "validation_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
+    "test_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
+    "overwrite": "finished runs are kept; to repeat a run, delete its folder",
+    "resume": "not needed; a grid always resumes",
+    "coordinator_address": "a grid runs on one machine",
+    "num_processes": "a grid runs on one machine; use --jobs for parallel runs",
+    "process_id": "a grid runs on one machine",
 }
 
 
 def run(args: list[str], console: rich.console.Console) -> None:
-    """Runs the grid, or what is left of it, and writes the report.
+    """Runs what is left of the grid, and writes the report.
 
     Args:
       args: the command line.
       console: where progress, scores and tables go.
 
     Raises:
-      InputError: on wrong input, before anything is run; or after the report, if some runs failed.
-      Preempted: if the grid was asked to end; its runs have been saved then.
+      InputError: on invalid input, before anything runs; or after the report, if some runs failed.
+      Preempted: if the grid was asked to stop; its runs have been saved.
     """
     grid, flags = parse(args)
     root = pathlib.Path(grid.output_dir)
@@ -109,17 +109,17 @@ def run(args: list[str], console: rich.console.Console) -> None:
         if len(failures) < len(grid.runs()):
             report(root, console)
     if failures:
-        raise InputError(f"{len(failures)} of {len(grid.runs())} runs failed; the same command tries them again")
+        raise InputError(f"{len(failures)} of {len(grid.runs())} runs failed; repeat the command to retry them")
 
 
 # what to run
 
 
 def parse(args: list[str]) -> tuple[Grid, list[str]]:
-    """The grid, and the flags that are left for its runs.
+    """The grid, and the remaining flags for its runs.
 
     Raises:
-      InputError: if those have a flag that the grid decides on.
+      InputError: if these include a flag that the grid sets itself.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
     grid, flags = parse_flags(Grid, args=args, prog="pats-jax compare", return_unknown_args=True)
@@ -132,17 +132,17 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
 
 
 def check(grid: Grid, flags: list[str]) -> Settings:
-    """The settings of the first run, once everything about the grid is found to be right.
+    """Checks the grid and gives the settings of its first run.
 
     Raises:
-      InputError: if something is not.
+      InputError: on anything wrong in the grid.
     """
     for name in ("methods", "tasks", "seeds"):
         values = getattr(grid, name)
         if not values:
             raise InputError(f"--{name} is missing")
         if len(set(values)) < len(values):
-            raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: each may stand there once")
+            raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
     run_settings.check_value("jobs", grid.jobs, lambda x: x >= 1, "at least 1")
     run_settings.check_value("jobs", grid.jobs, lambda x: x <= 1000, "at most 1000")
     for method in grid.methods:
@@ -154,19 +154,19 @@ def check(grid: Grid, flags: list[str]) -> Settings:
     root, runs = pathlib.Path(grid.output_dir), grid.runs()
     first = run_settings.parse([*flags, *flags_of(runs[0], root)], "pats-jax compare", Settings)
     if not {"train", "eval"} <= first.phases:
-        raise InputError("--do_train and --do_eval: a comparison needs both; leave all --do_... out, or give both")
+        raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
     for run in runs:
         settings_of(run, root, first).check()
     return first
 
 
 def check_runs_of_before(grid: Grid, settings: Settings) -> list[str]:
-    """Holds the folder's runs against the settings; gives the flags that make the others like them.
+    """Checks existing runs against the settings, and returns flags that make new runs match them.
 
-    Where there are runs, the rest gets their number of rows a step, whatever the devices are now.
+    If there are runs, new ones use the same number of rows per step, whatever the devices are now.
 
     Raises:
-      InputError: if a run has other settings; the message names it and them.
+      InputError: if a run has different settings; the message names both.
     """
     root, flags = pathlib.Path(grid.output_dir), []
     for run in dict.fromkeys([*recorded_runs(root), *grid.runs()]):
@@ -182,22 +182,22 @@ def check_runs_of_before(grid: Grid, settings: Settings) -> list[str]:
             for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
                 if getattr(settings, name) != getattr(saved, name):
                     raise InputError(
-                        f"{run.name}: {name} was {getattr(saved, name)} and is {getattr(settings, name)}; to share the "
-                        f"rows of a step out otherwise, give --train_batch_size {saved.train_batch_size}, too"
+                        f"{run.name}: {name} was {getattr(saved, name)} and is {getattr(settings, name)}; to split "
+                        f"a step differently, also set --train_batch_size {saved.train_batch_size}"
                     )
             flags = ["--train_batch_size", str(saved.train_batch_size)]
     return flags
 
 
 def settings_of(run: Run, root: pathlib.Path, settings: Settings) -> Settings:
-    """The settings of a run, from those that all share."""
+    """The settings of a run: the shared ones and its own."""
     return dataclasses.replace(
         settings, task_name=run.task, method=run.method, seed=run.seed, output_dir=str(run.folder(root))
     )
 
 
 def flags_of(run: Run, root: pathlib.Path) -> list[str]:
-    """The flags that tell a run from the others."""
+    """The flags that are specific to a run."""
     own = {"task_name": run.task, "method": run.method, "seed": run.seed, "output_dir": run.folder(root)}
     return [part for name, value in own.items() for part in (f"--{name}", str(value))]
 
@@ -206,11 +206,11 @@ def flags_of(run: Run, root: pathlib.Path) -> list[str]:
 
 
 def check_place(root: pathlib.Path, grid: Grid) -> None:
-    """Raises InputError if the folder holds what the grid would write over, or links that lead out of it."""
+    """Raises InputError if the folder contains files that the grid would overwrite, or links that leave the folder."""
     if not (root / "grid.json").exists():
         present = next((name for name in _OWN if os.path.lexists(root / name)), None)
         if present:
-            raise InputError(f"--output_dir {root}: holds {present}, which no grid wrote; give another folder")
+            raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
     for path in (root / "plots", root / "compiled", *(run.folder(root) for run in grid.runs())):
         files.checked_place(path / "file", root)
 
@@ -219,12 +219,12 @@ _OWN = ("comparison.json", "report.md", "report.html", "plots")
 
 
 def report_lock(root: pathlib.Path) -> FolderLock:
-    """Held by whoever writes the report: a grid at its end, or `--report_only` while the grid is being run."""
+    """Lock for writing the report: a grid takes it at its end, and `--report_only` while a grid is running."""
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
 def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
-    """Adds the grid, the command and the machine to grid.json, which knows of all earlier starts."""
+    """Adds the grid, the command and the machine to grid.json, which records every start."""
     before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
     runs = [dataclasses.asdict(run) for run in grid.runs()]
     now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": [describe_machine()]}
@@ -233,10 +233,10 @@ def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
 
 
 def read_grid(root: pathlib.Path) -> GridFile | None:
-    """What grid.json holds: ``runs``, ``commands`` and ``machines`` of all starts; None where there is none.
+    """Reads grid.json: ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
 
     Raises:
-      InputError: naming the file, if it is damaged, or has a run whose names cannot be those of folders.
+      InputError: naming the file, if it is damaged, or contains a name that cannot be that of a folder.
     """
     path = root / "grid.json"
     if not os.path.lexists(path):
@@ -245,19 +245,19 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
     for number, run in enumerate(grid["runs"]):
         task = glue_tasks.TASKS.get(run["task"])
         if task is None or "train" not in task.files:
-            raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task of a grid")
+            raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task for a grid")
         files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
     return grid
 
 
 def recorded_runs(root: pathlib.Path) -> list[Run]:
-    """The runs of grid.json; none where there is no such file."""
+    """The runs in grid.json; none if there is no such file."""
     grid = read_grid(root)
     return [Run(**run) for run in grid["runs"]] if grid else []
 
 
 def describe_machine() -> dict[str, str]:
-    """What the runs are made on: system, processor, cores that may be used, and JAX's devices."""
+    """Describes the machine: system, processor, usable cores, and JAX's devices."""
     source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
     asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     return {
@@ -269,20 +269,20 @@ def describe_machine() -> dict[str, str]:
 
 
 def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
-    """Where a run's output goes: beside its folder."""
+    """The file for a run's output, next to its folder."""
     folder = run.folder(root)
     return folder.with_name(f"{folder.name}.log")
 
 
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
-    """Writes the report on the runs that are finished, and prints its tables.
+    """Writes the report on the finished runs, and prints its tables.
 
     Raises:
-      InputError: if there is no grid, no finished run, or runs have different settings.
+      InputError: if there is no grid or no finished run, or if runs have different settings.
     """
     known = read_grid(root)
     if known is None:
-        raise InputError(f"--output_dir {root}: no grid.json there, so no grid was started in it")
+        raise InputError(f"--output_dir {root}: no grid was started there; it has no grid.json")
     summary = seed_statistics.summarise(root, recorded_runs(root))
     files.checked_place(root / "plots" / "file", root)
     with report_lock(root):
@@ -292,7 +292,7 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
         say(console, f"{task}, {numbers['metric']} x 100")
         for line in aligned([header, *rows]):
             say(console, f"  {line}")
-    say(console, f"report in {root / 'report.html'}")
+    say(console, f"report: {root / 'report.html'}")
 
 
 # running
@@ -300,7 +300,7 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run at work, the cores that it has (None: all), and since when, on the clock of `time.perf_counter`."""
+    """A running process, its cores (None: all), and its start time by `time.perf_counter`."""
 
     run: Run
     process: subprocess.Popen
@@ -311,24 +311,24 @@ class Job:
 def run_all(
     grid: Grid, flags: list[str], command: str, console: rich.console.Console, lock: FolderLock
 ) -> dict[Run, str]:
-    """Runs what is not finished; says of each run that failed why.
+    """Runs what is not finished, and returns why each failed run failed.
 
     Args:
       grid: what to run.
-      flags: of all runs.
-      command: what to type to go on.
+      flags: those of all runs.
+      command: the command that resumes the grid.
       console: for progress.
-      lock: the grid's, which its runs hold, too: they may outlive this process.
+      lock: the grid's; its runs hold it too, as they may outlive this process.
 
     Raises:
-      Preempted: if this process was asked to end. Its runs have been asked, too, and have ended.
+      Preempted: if this process was asked to stop; its runs have been stopped too.
     """
     root, runs = pathlib.Path(grid.output_dir), grid.runs()
     waiting = collections.deque(run for run in runs if not is_finished(run, root))
     slots, jobs = collections.deque(shares_of_cores(grid.jobs)), list[Job]()
     failures: dict[Run, str] = {}
     if len(waiting) < len(runs):
-        say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+        say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
     with note_signals() as asked, progress(console, len(waiting)) as show:
         try:
             while (waiting or jobs) and asked.signal_number is None:
@@ -349,7 +349,7 @@ def run_all(
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
-            f"interrupted; {done} of {len(runs)} runs are finished; go on with: {command}", asked.signal_number
+            f"interrupted; {done} of {len(runs)} runs are finished; to resume, run: {command}", asked.signal_number
         )
     return failures
 
@@ -360,10 +360,10 @@ def is_finished(run: Run, root: pathlib.Path) -> bool:
 
 
 def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None, lock: FolderLock) -> "Job":
-    """Starts a run in a process group of its own: Ctrl-C then reaches this process alone, which passes it on once."""
+    """Starts a run in its own process group: Ctrl-C then reaches only this process, which passes it on once."""
     log = log_file(root, run)
     files.make_folder(log.parent)
-    in_order = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the last line of the log is the last one written
+    in_order = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the log ends with the last line written
     with open_log(log) as file:
         process = subprocess.Popen(
             glue_command(run, root, flags),
@@ -381,7 +381,7 @@ def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None
 
 
 def open_log(path: pathlib.Path, *, fresh: bool = False) -> BinaryIO:
-    """A file that processes write to, at its end or instead of what is there; no link is followed.
+    """Opens a file for output of processes, which is appended or replaces the content; no link is followed.
 
     Raises:
       InputError: the system refuses.
@@ -405,17 +405,17 @@ def outcome(run: Run, root: pathlib.Path) -> str:
 
 
 def failure(run: Run, root: pathlib.Path, code: int) -> str | None:
-    """Why a run that has ended has failed, by the last line of its log; None if it has not."""
+    """Why a run failed, from the last line of its log; None if it succeeded."""
     if code == 0 and is_finished(run, root):
         return None
     lines = log_file(root, run).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    how = f"ended by signal {-code}: " if code < 0 else ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    how = f"killed by signal {-code}: " if code < 0 else ""
     return how + last.removeprefix("pats-jax: error: ")
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks processes to end and waits until they have saved what they do; kills them if that is interrupted."""
+    """Asks processes to stop and waits until they have saved; kills them if the wait is interrupted."""
     for process in processes:
         process.terminate()
     try:
@@ -427,7 +427,7 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def shares_of_cores(jobs: int) -> list[set[int] | None]:
-    """A set of cores for each job; None where there are fewer than jobs, or the system does not pin processes."""
+    """A set of cores for each job; None if there are fewer cores than jobs, or the system cannot pin processes."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if jobs == 1 or len(cores) < jobs:
         return [None] * jobs
@@ -436,7 +436,7 @@ def shares_of_cores(jobs: int) -> list[set[int] | None]:
 
 @contextlib.contextmanager
 def note_signals() -> Iterator[preemption.Preemption]:
-    """Takes note of Ctrl-C, SIGTERM and a closed terminal (unless `nohup` has it ignored)."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal (unless `nohup` ignores it)."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -447,7 +447,7 @@ def note_signals() -> Iterator[preemption.Preemption]:
 
 @contextlib.contextmanager
 def progress(console: rich.console.Console, total: int) -> Iterator[Callable[[Sequence["Job"], int], None]]:
-    """A bar over runs with time left, where the console is a terminal; gives ``show(jobs at work, number just ended)``.
+    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended)``.
 
     The time left is known once a run has ended.
     """

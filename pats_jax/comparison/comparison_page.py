@@ -1,4 +1,4 @@
-"""The report of a comparison, one text in two forms: report.md, and report.html with its pictures inside."""
+"""The report of a comparison in two forms: report.md, and report.html with embedded pictures."""
 
 import json
 import pathlib
@@ -17,9 +17,9 @@ def write_report(
 
     Args:
       root: the grid's folder.
-      summary: what `comparison.summarise` gives.
-      commands: what was typed.
-      machines: fact -> value of each machine that runs were made on.
+      summary: the result of `seed_statistics.summarise`.
+      commands: the commands that started the grid.
+      machines: fact -> value, for each machine that ran a part of the grid.
     """
     everything = {"commands": commands, "machines": machines, **summary}
     files.write_text(root / "comparison.json", json.dumps(everything, indent=2, allow_nan=False) + "\n")
@@ -34,8 +34,8 @@ def write_report(
 
 
 def score_table(numbers: dict[str, Any], baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a task's table: scores and differences in points (hundredths), a row a method."""
-    header = ["method", "n", "mean", "sd", "min", "max", f"difference to {baseline}", "95 % interval", "p", "s/step"]
+    """Header and rows of a task's table, one row per method: scores and differences in points (hundredths)."""
+    header = ["method", "n", "mean", "sd", "min", "max", f"difference from {baseline}", "95 % interval", "p", "s/step"]
     rows = []
     for method, row in numbers["methods"].items():
         scores = [_points(row[name]) for name in ("mean", "sd", "min", "max")]
@@ -48,13 +48,13 @@ def _write_overview(page, summary):
     tasks = ", ".join(map(plain, summary["tasks"]))
     model = code(summary["settings"]["model_name_or_path"])
     page.paragraph(
-        f"{model} fine-tuned on {tasks}. All runs share their settings; runs of one seed share the new head, the "
-        f"order of examples and the keys of dropout, so methods are compared with {code(summary['baseline'])} seed by "
-        "seed."
+        f"{model} fine-tuned on {tasks}. All runs share their settings; runs with the same seed also share the new "
+        f"head, the order of examples and the dropout keys. Each method is compared with {code(summary['baseline'])} "
+        "seed by seed."
     )
     if summary["missing"]:
         names = ", ".join(map(code, summary["missing"]))
-        page.paragraph(f"Not finished, and not in any number below: {len(summary['missing'])} runs: {names}.")
+        page.paragraph(f"{len(summary['missing'])} unfinished runs are left out of all numbers: {names}.")
 
 
 def _write_task(page, root, task, numbers, baseline):
@@ -63,7 +63,7 @@ def _write_task(page, root, task, numbers, baseline):
     page.paragraph(
         f"Data: {plain(numbers['data'])}; {numbers['train_examples']} training rows, {numbers['eval_examples']} "
         f"validation rows. Scores are {code(numbers['metric'])} of the model that each run kept, times 100; the "
-        f"majority class has {_points(numbers['majority_class'])}."
+        f"majority class scores {_points(numbers['majority_class'])}."
     )
     header, rows = score_table(numbers, baseline)
     page.table(list(map(plain, header)), [list(map(plain, row)) for row in rows])
@@ -91,8 +91,8 @@ def _write_concentration(page, root, task, methods):
         return
     page.heading(f"{plain(task)}: sensitivity", 3)
     page.paragraph(
-        "How sensitivity, the mean of |θ·g| over some training batches, is spread over the encoder's matrices, before "
-        "and after training; means over seeds. A Gini coefficient of 0 and an entropy of 1 mean evenly spread."
+        "How evenly sensitivity, the mean of |θ·g| over some training batches, is spread over the encoder's matrices, "
+        "before and after training (means over seeds). A Gini coefficient of 0 and an entropy of 1 mean evenly spread."
     )
     header = ["method", "Gini before", "after", "entropy before", "after", "top 10 % hold before", "after"]
     rows = [
@@ -119,46 +119,46 @@ def _write_limits(page, summary):
         for row in numbers["methods"].values()
         if row["difference"] and row["difference"]["seeds"]
     ]
-    page.heading("What this shows, and what it does not")
+    page.heading("How to read these numbers")
     settings = summary["settings"]
     texts = []
     for count in sorted({len(one["seeds"]) for one in differences}):
         smallest = seed_statistics.smallest_p_value(count)
-        below = "so none of them can fall below 0.05" if smallest >= 0.05 else "when all differences agree in sign"
+        below = "so none can be below 0.05" if smallest >= 0.05 else "if all differences have the same sign"
         texts.append(
             f"With {count} paired seed{'s' * (count > 1)} the smallest two-sided p of Wilcoxon's signed-rank test is "
             f"2/2^{count} = {smallest:.4g}, {below}."
         )
     if differences:
         texts += [
-            "p is that test's, on the differences by seed. The interval is a bootstrap of their mean (BCa), too narrow "
-            "for few seeds: below about ten take it as a hint.",
-            f"Comparisons on this page: {len(differences)}. Their p-values are not corrected for being several.",
+            "p is from that test, on the differences seed by seed. The interval is a BCa bootstrap of their mean; it "
+            "is too narrow for few seeds, so treat it as a hint with fewer than about ten.",
+            f"Comparisons on this page: {len(differences)}. The p-values are not corrected for multiple comparisons.",
         ]
     else:
-        texts.append("Nothing is compared: no two methods have a finished seed in common.")
-    texts.append("Seeds vary head, order and noise, on one split of the data; other data may say something else.")
+        texts.append("Nothing is compared: no two methods share a finished seed.")
+    texts.append("Seeds vary the head, the order and the noise on one split of the data; other data may differ.")
     if settings["load_best_model_at_end"]:
         texts.append(
-            "The scores are those of each run's best evaluation (`--load_best_model_at_end`), chosen on the rows that "
-            "they are measured on: they are too high, for all methods."
+            "The scores are those of each run's best evaluation (`--load_best_model_at_end`), selected on the same "
+            "rows that they are measured on, so they are too high for all methods."
         )
     else:
         texts.append("The scores are those of the last step, not of the best evaluation.")
     texts += [
-        "All methods ran with one set of hyperparameters; a method that needs others is not shown at its best.",
-        "Seconds per step are medians of the logged lines, the first of each run left out as it is compilation; "
-        "whatever else ran on the machine, other runs of this grid included, is in them.",
+        "All methods ran with the same hyperparameters; a method that needs different ones is not shown at its best.",
+        "Seconds per step are medians of the logged lines, without the first line of each run, which includes "
+        "compilation. Other work on the machine, including other runs of this grid, slows them.",
     ]
     if settings["data_dir"] == "builtin":
-        texts.append("The data is generated, not GLUE: its scores compare with nothing else.")
+        texts.append("The data is generated, not GLUE; do not compare its scores with any others.")
     if any(len(found) > 1 for found in summary["versions"].values()):
-        texts.append("Not all runs were made with the same versions, see below.")
+        texts.append("Not all runs used the same versions; see below.")
     page.bullets(texts)
 
 
 def _write_origin(page, summary, commands, machines):
-    page.heading("How it was made")
+    page.heading("How this report was made")
     page.code("\n".join(commands))
     versions = ", ".join(plain(f"{name} {' and '.join(found)}") for name, found in summary["versions"].items())
     places = [plain("; ".join(f"{name}: {value}" for name, value in machine.items())) for machine in machines]

@@ -1,6 +1,6 @@
-"""The report on priming: relative gains over direct tuning, by algorithm, what was trained, PE kind and task.
+"""The report on priming: relative gains over direct tuning, by algorithm, trained part, PEFT method and task.
 
-What its numbers mean is said in docs/priming.md.
+docs/priming.md explains the numbers.
 """
 
 import json
@@ -19,19 +19,19 @@ Table = tuple[list[str], list[list[str]]]
 
 _NONE = "–"
 _BASELINES = {  # key of an arm's numbers -> what it is compared with
-    "against_direct": "direct tuning of the same PE kind",
+    "against_direct": "direct tuning with the same PEFT method",
     "against_full": "direct tuning of the whole model",
 }
 
 
 def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: Sequence[str]) -> None:
-    """Writes report.json, report.md, report.html (one page with its pictures inside) and the pictures in ``plots/``.
+    """Writes report.json, report.md, report.html (one page with embedded pictures) and the pictures in ``plots/``.
 
     Args:
-      folder: where to; made if need be.
-      summary: what `relative_gain.summarise` gives.
+      folder: where to write; created if missing.
+      summary: the result of `relative_gain.summarise`.
       title: heading of the page.
-      about: what the tunings were made with, a line each: commands, machine, settings. Shown as they are.
+      about: lines that describe the tunings (commands, machine, settings), shown verbatim.
     """
     files.make_folder(folder)
     page = Page(plain(title))
@@ -41,7 +41,7 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
     _write_tasks(page, folder, summary)
     _write_time(page, summary)
     _write_limits(page, summary)
-    page.heading("How it was made")
+    page.heading("How this report was made")
     page.code("\n".join(about))
     everything = json.dumps({"title": title, "about": list(about), **summary}, indent=2, allow_nan=False) + "\n"
     for name, text in (("report.json", everything), ("report.md", page.markdown()), ("report.html", page.html())):
@@ -49,10 +49,10 @@ def write_report(folder: pathlib.Path, summary: Summary, *, title: str, about: S
 
 
 def table_lines(summary: Summary) -> list[str]:
-    """The tables of gains as lines for a console, those against direct tuning first.
+    """The tables of gains as lines for a console; gains over direct tuning come first.
 
     Args:
-      summary: what `relative_gain.summarise` gives.
+      summary: the result of `relative_gain.summarise`.
     """
     lines = []
     for key, baseline in _BASELINES.items():
@@ -64,10 +64,10 @@ def table_lines(summary: Summary) -> list[str]:
 
 
 def gain_table(summary: Summary, key: str) -> Table:
-    """Header and rows of the main table: upstream stage by PE kind, cells "ARG [low, high]" in percent.
+    """Header and rows of the main table: upstream stage by PEFT method, cells "ARG [low, high]" in percent.
 
     Args:
-      summary: what `relative_gain.summarise` gives.
+      summary: the result of `relative_gain.summarise`.
       key: ``against_direct`` or ``against_full``.
     """
     arms = _compared(summary, key).values()
@@ -81,7 +81,7 @@ def gain_table(summary: Summary, key: str) -> Table:
 
 
 def arm_table(summary: Summary) -> Table:
-    """Header and rows of the details of the gains, a row for each arm and baseline."""
+    """Header and rows of the details of the gains, one row per arm and baseline."""
     header = ["arm", "against", "ARG", "sd of seeds", "seeds", "tasks", "left out", "tunings", "wins/ties/losses"]
     rows = []
     for key in _BASELINES:
@@ -95,8 +95,8 @@ def arm_table(summary: Summary) -> Table:
 
 
 def step_table(summary: Summary) -> Table:
-    """Header and rows of the steps to the best dev score of direct tuning, a row an arm with an upstream stage."""
-    header = ["arm", "tunings", "reached it", "median step of these", "median step of direct tuning"]
+    """Header and rows of the steps to direct tuning's best dev score, one row per arm with an upstream stage."""
+    header = ["arm", "tunings", "reached it", "their median step", "median step of direct tuning"]
     rows = []
     for name, arm in summary["arms"].items():
         steps = arm["steps"]
@@ -108,11 +108,11 @@ def step_table(summary: Summary) -> Table:
 
 
 def task_table(summary: Summary, kind: str) -> Table:
-    """Header and rows of the scores of a PE kind: a row a task, a column an arm, mean ± sd over samples, times 100.
+    """Header and rows of the scores with a PEFT method: a row per task, a column per arm, mean ± sd over samples x 100.
 
     Args:
-      summary: what `relative_gain.summarise` gives.
-      kind: of PE modules; direct tuning of the whole model stands beside it.
+      summary: the result of `relative_gain.summarise`.
+      kind: the PEFT method; direct tuning of the whole model is shown next to it.
     """
     arms = {name: arm for name, arm in summary["arms"].items() if arm["peft"] in (kind, "full")}
     columns = [name if arm["peft"] == "full" else _stage(arm) for name, arm in arms.items()]
@@ -124,25 +124,25 @@ def task_table(summary: Summary, kind: str) -> Table:
         for task in tasks
     ]
     means = [_points(arm["mean_test"]) for arm in arms.values()]
-    return ["task", "metric", "chance", *columns], [*rows, ["mean of the column", "", _mean_chance(facts), *means]]
+    return ["task", "metric", "chance", *columns], [*rows, ["column mean", "", _mean_chance(facts), *means]]
 
 
 def time_table(summary: Summary) -> Table:
-    """Header and rows of the time that tunings took, a row an arm."""
+    """Header and rows of the time that tunings took, one row per arm."""
     rows = [
         [name, str(spent["tunings"]), f"{spent['median']:.3g}", f"{spent['total']:.0f}"]
         for name, arm in summary["arms"].items()
         if (spent := arm["seconds"]) is not None
     ]
-    return ["arm", "tunings", "median seconds", "seconds of all"], rows
+    return ["arm", "tunings", "median seconds", "total seconds"], rows
 
 
 def _write_gains(page, folder, summary):
     page.paragraph(
         f"{summary['tunings']} few-shot tunings on {len(summary['tasks'])} tasks. ARG is the average relative gain: "
         "the mean over tasks of (P - P0)/P0 in percent, where P is a task's mean test score over its samples and P0 "
-        "that of the baseline. In brackets, its 95 % bootstrap interval over tasks. Only tasks and samples that both "
-        "have are in it."
+        "that of the baseline. Brackets show its 95 % bootstrap interval over tasks. It includes only tasks and "
+        "samples that both have."
     )
     for key, baseline in _BASELINES.items():
         page.heading(f"ARG against {baseline}")
@@ -168,10 +168,10 @@ def _write_arms(page, summary):
     header, rows = arm_table(summary)
     if not rows:
         return
-    page.heading("What the gains are made of")
+    page.heading("Details of the gains")
     page.paragraph(
-        "ARG is computed for every upstream seed and then averaged. `tunings` are those that have a partner of the "
-        "same task and sample in the baseline. Wins, ties and losses count tasks, those left out of the ARG included."
+        "ARG is computed for every upstream seed and then averaged. `tunings` counts those with a counterpart for the "
+        "same task and sample in the baseline. Wins, ties and losses count tasks, including those left out of the ARG."
     )
     _table(page, header, rows)
     left_out = [
@@ -181,7 +181,7 @@ def _write_arms(page, summary):
         if arm[key]["left_out"]
     ]
     if left_out:
-        page.paragraph("Tasks without a relative gain, as the baseline's score is 0 or below:")
+        page.paragraph("Tasks without a relative gain, because the baseline's score is at most 0:")
         page.bullets(left_out)
 
 
@@ -191,8 +191,8 @@ def _write_steps(page, folder, summary):
         return
     page.heading("Steps to the best dev score of direct tuning")
     page.paragraph(
-        "For every task and sample, the first evaluated step at which the dev score is at least the best one of direct "
-        "tuning of the same PE kind. Tunings that never reach it are in no median."
+        "For every task and sample, the first evaluated step at which the dev score reaches the best dev score of "
+        "direct tuning with the same PEFT method. The medians leave out tunings that never reach it."
     )
     _table(page, header, rows)
     for kind in _kinds(summary):
@@ -208,8 +208,8 @@ def _write_steps(page, folder, summary):
 def _write_tasks(page, folder, summary):
     page.heading("Scores by task")
     page.paragraph(
-        "Mean test score ± standard deviation over samples (n - 1, within an upstream seed), times 100, of all tunings "
-        "that there are, those without a partner in the baseline included."
+        "Mean test score ± standard deviation over samples (n - 1, within an upstream seed), times 100, of all "
+        "tunings, including those without a counterpart in the baseline."
     )
     for kind in _kinds(summary) or ["full"]:
         page.heading(plain(kind), 3)
@@ -229,32 +229,31 @@ def _write_time(page, summary):
     header, rows = time_table(summary)
     if rows:
         page.heading("Time")
-        page.paragraph("Of the tunings, as each recorded it; the upstream stage is not in it.")
+        page.paragraph("Time of the tunings, as each recorded it, without the upstream stage.")
         _table(page, header, rows)
 
 
 def _write_limits(page, summary):
-    page.heading("What this shows, and what it does not")
+    page.heading("How to read these numbers")
     seeds = {len(arm["seeds"]) for arm in summary["arms"].values() if arm["algorithm"] != "direct"}
     texts = [
-        "The interval resamples tasks: it says what other tasks like these might give, nothing of other upstream "
-        "seeds.",
-        "A task with a low baseline weighs much in an ARG: from 5 to 10 points counts as 100 %. Look at the gains by "
-        "task.",
-        "The mean of a column mixes metrics, and is over the tasks that the arm has.",
+        "The interval resamples tasks: it covers what other tasks like these might give, but not other upstream seeds.",
+        "A task with a low baseline has a large weight in an ARG: a gain from 5 to 10 points counts as 100 %. Check "
+        "the gains by task.",
+        "A column mean mixes metrics, and covers only the tasks that the arm has.",
         "No number is corrected for the number of arms on this page.",
     ]
     if 1 in seeds:
-        texts.append("At least one arm has one upstream seed; how much another would change is not known.")
+        texts.append("At least one arm has only one upstream seed; its variation over seeds is unknown.")
     short = [name for name, arm in summary["arms"].items() if _lacks_something(arm, summary["tasks"])]
     if short:
         names = ", ".join(map(code, short))
-        texts.append(f"Not all tunings are there: these arms lack tasks or samples that others have: {names}.")
+        texts.append(f"Some tunings are missing. These arms lack tasks or samples that others have: {names}.")
     page.bullets(texts)
 
 
 def _table(page, header, rows):
-    """Arms and tasks are named by whoever wrote the records."""
+    """Adds a table of plain text: the names of arms and tasks come from records."""
     page.table(list(map(plain, header)), [list(map(plain, row)) for row in rows])
 
 
@@ -263,7 +262,7 @@ def _lacks_something(arm, tasks):
 
 
 def _compared(summary, key):
-    """Name -> arm, of those that are compared with the baseline of the key, without that baseline itself."""
+    """Name -> arm, for the arms that are compared with the baseline of the key, without the baseline itself."""
     return {
         name: arm
         for name, arm in summary["arms"].items()

@@ -1,7 +1,7 @@
-"""The upstream stage, `pats-jax prime`: a pretrained encoder, PE modules or both learn the upstream tasks of a gym.
+"""The upstream stage, `pats-jax prime`: trains an encoder, its adapters or both on the upstream tasks of a gym.
 
-The loop, its logging, checkpoints, resuming and early stop are those of the GLUE program (`fine_tuning.train`); here
-stand the batches of tasks, the score by which the stage is watched, and what it leaves.
+The loop, logging, checkpoints, resuming and early stopping are those of the GLUE program (`fine_tuning.train`); this
+file adds the batches of tasks, the dev score, and what the stage saves.
 """
 
 import dataclasses
@@ -38,24 +38,25 @@ _MOST_ROWS = 2**20  # of a step, which is drawn whole in memory
 
 @dataclasses.dataclass(frozen=True)
 class PrimingSettings(TrainingSettings):
-    """Prime a pretrained encoder, PE modules or both on the upstream tasks of a few-shot gym."""
+    """Prime a pretrained encoder, its adapters or both on the upstream tasks of a few-shot gym."""
 
-    learning_rate: float = 3e-5  # of the outer optimizer: linear warmup, then linear decay to 0
-    max_grad_norm: float = 0.1  # clipping by global norm
+    learning_rate: float = 3e-5  # peak rate of the outer optimizer: linear warmup, then linear decay to 0
+    max_grad_norm: float = 0.1  # clip gradients to this global norm
     max_steps: int = 1000  # outer steps
+    eval_steps: int | None = None  # evaluate every N steps; if unset, about five times in all
     data_dir: str = "builtin"  # folder of few-shot tasks, or "builtin" for generated ones
-    partition: str = "builtin"  # builtin, metaicl or a JSON file: train (upstream), dev and test lists of tasks
-    share_sources: bool = False  # take a partition with tasks of two lists that are built on the same source set
-    shots: int = SHOTS  # the number in the files' names
-    algorithm: Literal["mtl", "maml", "fomaml", "reptile"] = "mtl"  # multi-task learning, or a meta-learner
-    train: Literal["plm", "pe", "plm+pe"] = "plm"  # the pretrained model, the PE modules of --peft, or both
-    head: Literal["embedding", "pair", "mlm"] = "embedding"  # how options are scored
-    max_options: int = 6  # of a training row with more: the right one and others drawn at random
-    tasks_per_step: int = 4  # tasks of a step, over all devices and micro-batches
-    task_batch_size: int = 8  # rows of a task: that mtl learns from, that maml and fomaml judge adapted parameters by
-    inner_learning_rate: float = 1e-5  # meta-learners: of the inner steps, plain SGD
-    inner_steps: int = 1  # meta-learners: steps on a task's training rows
-    inner_batch_size: int = 16  # meta-learners: rows of an inner step
+    partition: str = "builtin"  # builtin, metaicl or a JSON file with train (upstream), dev and test lists
+    share_sources: bool = False  # allow lists of a partition to contain tasks built from the same dataset
+    shots: int = SHOTS  # shots, as in the names of the task files
+    algorithm: Literal["mtl", "maml", "fomaml", "reptile"] = "mtl"  # multi-task learning (mtl), or a meta-learner
+    train: Literal["plm", "pe", "plm+pe"] = "plm"  # what to train: model, adapter (--peft), or both
+    head: Literal["embedding", "pair", "mlm"] = "embedding"  # how to score the options
+    max_options: int = 6  # if a training row has more, keep the right one and draw the others at random
+    tasks_per_step: int = 4  # tasks per step, over all devices and micro-batches
+    task_batch_size: int = 8  # rows per task: mtl trains on them; maml and fomaml test adapted parameters on them
+    inner_learning_rate: float = 1e-5  # meta-learners: learning rate of the inner steps (plain SGD)
+    inner_steps: int = 1  # meta-learners: inner steps on each task's training rows
+    inner_batch_size: int = 16  # meta-learners: rows per inner step
 
     def check(self) -> None:
         super().check()
@@ -63,16 +64,16 @@ class PrimingSettings(TrainingSettings):
         rows = self.tasks_per_step * (self.task_batch_size + self.inner_steps * self.inner_batch_size)
         if rows > _MOST_ROWS:
             raise InputError(
-                f"--tasks_per_step, --task_batch_size, --inner_steps, --inner_batch_size: a step of {rows} rows; "
-                f"there must be at most {_MOST_ROWS}"
+                f"--tasks_per_step, --task_batch_size, --inner_steps, --inner_batch_size: a step has {rows} rows; "
+                f"reduce it to at most {_MOST_ROWS}"
             )
         if ("pe" in self.train.split("+")) != (self.peft is not None):
-            missing = "needs the PE modules of --peft" if self.peft is None else "there are no PE modules upstream"
+            missing = "set --peft" if self.peft is None else "trains no adapter; omit --peft or use plm+pe"
             raise InputError(f"--train {self.train}: {missing}")
         for name in self.method.split("+"):
             method = methods.get_methods(name)[0]
             if method.objective or method.trainable or method.around:
-                raise InputError(f"--method {name}: not for the upstream stage, only for fine-tuning on one task")
+                raise InputError(f"--method {name}: not available for priming; it works only with pats-jax glue")
         if self.per_device_train_batch_size != TrainingSettings.per_device_train_batch_size or self.train_batch_size:
             raise InputError(
                 "--per_device_train_batch_size, --train_batch_size: use --tasks_per_step, --task_batch_size"
@@ -82,27 +83,27 @@ class PrimingSettings(TrainingSettings):
         parts = num_devices * self.gradient_accumulation_steps
         if self.tasks_per_step % parts:
             raise InputError(
-                f"--tasks_per_step {self.tasks_per_step}: cannot be dealt out evenly to {num_devices} devices "
+                f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across {num_devices} devices "
                 f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
         return self
 
 
 def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> dict[str, Any]:
-    """Runs the stage; see `pats_jax.glue.run` for what it may raise.
+    """Runs the stage; see `pats_jax.glue.run` for the exceptions.
 
     Returns:
       What results.json holds.
     """
     with run_start.begin(settings, default_folder(settings), console) as start:
         if start.finished:
-            say(start.console, f"finished already: {summary(start.finished, start.folder)}")
+            say(start.console, f"already finished: {summary(start.finished, start.folder)}")
             return start.finished
         return carry_out(start)
 
 
 def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
-    """Does the work of `run` from where the settings are checked and the devices known."""
+    """The part of `run` after settings and devices are checked."""
     settings, runner, folder = start.settings, start.runner, start.folder
     gym, partition = load_partitioned_gym(
         settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
@@ -145,7 +146,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
                 checkpoints.wait()
                 config = shlex.quote(str(folder / "config.json"))
                 raise Preempted(
-                    f"interrupted and saved; go on with: pats-jax prime --config {config} --resume",
+                    f"interrupted and saved; to resume, run: pats-jax prime --config {config} --resume",
                     error.signal_number,
                 ) from None
             primed = runner.to_host(trained.params)
@@ -164,7 +165,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
 
 
 class UpstreamTraining(Training):
-    """The training on upstream tasks: each step takes a batch of tasks."""
+    """Training on upstream tasks: each step takes a batch of tasks."""
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class UpstreamTraining(Training):
         settings = self.settings
         micro_batches = settings.gradient_accumulation_steps
         return (
-            f"{settings.tasks_per_step} tasks a step, on {self.runner.num_devices} devices of {jax.process_count()} "
+            f"{settings.tasks_per_step} tasks per step, on {self.runner.num_devices} devices of {jax.process_count()} "
             "processes" + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
         )
 
@@ -238,13 +239,13 @@ class UpstreamTraining(Training):
         return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length, share_options=share_options)
 
     def share_options(self, task: FewShotTask) -> bool:
-        """Whether the rows of a batch of the task all have the same options."""
+        """Whether all rows in a batch of the task have the same options."""
         return task.options is not None and len(task.options) <= self.settings.max_options
 
     def _by_shape(self, tasks):
-        """Tasks whose rows are padded alike: (tasks, shapes of their arrays without the rows' axis).
+        """Groups of tasks with the same padding: (tasks, shapes of their arrays without the rows' axis).
 
-        Options that a batch holds once are so little work that those of all tasks are padded alike.
+        Options that a batch holds only once cost so little that those of all tasks are padded to one length.
         """
         most = self.settings.max_options
         groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
@@ -264,12 +265,12 @@ class UpstreamTraining(Training):
         return list(groups.values())
 
     def _put(self, batch):
-        """This process's own tasks of a batch, on the way to the devices."""
+        """Sends this process's own tasks of a batch to the devices."""
         own = self.runner.own_rows(self.settings.tasks_per_step)
         return self.runner.put_ahead({name: x[own] for name, x in batch.items()})
 
     def _group(self, rng):
-        """Number of the group of a step: as often as it has tasks."""
+        """Draws the group of a step, in proportion to its number of tasks."""
         sizes = np.array([len(members) for members, _ in self.groups], float)
         return int(rng.choice(len(sizes), p=sizes / sizes.sum()))
 
@@ -285,8 +286,8 @@ class UpstreamTraining(Training):
     def _task(self, rng, task, shapes):
         """One task's part of a batch, without the axis of tasks: rows of one of its samples.
 
-        A meta-learner takes its inner rows from the training rows and is judged by dev rows; multi-task learning
-        takes both kinds.
+        A meta-learner takes its inner rows from the training rows and is evaluated on dev rows; multi-task learning
+        uses both.
         """
         settings = self.settings
         sample = task.samples[rng.integers(len(task.samples))]
@@ -311,20 +312,20 @@ class UpstreamTraining(Training):
 
 
 class UpstreamScore:
-    """How the stage is watched: accuracy on dev tasks, by the primed parameters as they are (multi-task learning), or
+    """The dev score of the stage: accuracy on dev tasks, of the primed parameters as they are (multi-task learning), or
     after the inner steps on each task's training rows (meta-learners)."""
 
     def __init__(self, training: UpstreamTraining, tasks: Sequence[FewShotTask], asked: preemption.Preemption):
         """Compiles nothing yet.
 
         Args:
-          training: what is watched; it is told whether there is anything to score.
-          tasks: the dev tasks; none: nothing is scored.
-          asked: tells that the run is asked to end.
+          training: the training to score; its ``evaluates`` is set.
+          tasks: the dev tasks; if empty, nothing is scored.
+          asked: signals that the run should stop.
 
         Raises:
-          InputError: early stop or the best model are asked for, and there are no dev tasks; or the tokenizer cannot
-            take a text of theirs, which must not show up in the middle of the training.
+          InputError: early stopping or the best model need dev tasks and there are none; or the tokenizer rejects a
+            text of theirs, which must not happen in the middle of training.
         """
         settings = training.settings
         training.evaluates = bool(tasks)
@@ -373,14 +374,14 @@ class UpstreamScore:
 
 
 def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: Any, tokenizer: Any) -> None:
-    """Writes what was trained: ``model/``, the primed model as Transformers loads it; ``adapter/``, the PE modules.
+    """Writes what was trained: ``model/``, the primed model, which Transformers loads; ``adapter/``, the adapter.
 
     Args:
       folder: the run's.
       settings: its settings.
       model: the scorer.
       params: its parameters on the host.
-      tokenizer: saved along.
+      tokenizer: saved with them.
     """
     params = {name: tree for name, tree in params.items() if name != "mlm"}  # the base model's own, not trained
     base = settings.model_name_or_path
@@ -410,7 +411,7 @@ def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
 
 
 def _with_dropout_of(name_or_dir, config):
-    """The config with a checkpoint's own dropout: that of the upstream stage is not what tuning shall start with."""
+    """The config with the checkpoint's own dropout, so that tuning does not inherit that of the upstream stage."""
     own = models.EncoderConfig.from_folder(models.checkpoint_folder(name_or_dir))
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
@@ -421,6 +422,6 @@ def _named(prefix, batch):
 
 
 def _take(rng, rows, count):
-    """So many of the rows in random order, from the start again where there are fewer."""
+    """Takes ``count`` rows in random order; starts over if there are fewer."""
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
     return [rows[index] for index in order[:count]]

