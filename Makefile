@@ -47,7 +47,7 @@ lint: $(VENV)/.ready
 
 # The site, in build/site; a dead link or a reference to nothing fails. (The variable silences an advertisement.)
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in benchmarks/NOTES.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
