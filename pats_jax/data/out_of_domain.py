@@ -143,7 +143,7 @@ def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
 def _hub_table(source: InferenceSet) -> Table:
     import datasets
 
-    rows = load_from_hub("--out_of_domain_dir with the authors' files,", **source.hub, split="test")
+    rows = load_from_hub("--out_of_domain_dir to the published files", **source.hub, split="test")
     columns = {column: list(rows[column]) for column in rows.column_names if column in _WANTED}
     for column, feature in rows.features.items():
         if column in columns and isinstance(feature, datasets.ClassLabel):

@@ -227,7 +227,7 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
-    instead = "--data_dir builtin, --data_dir with a folder of GLUE's TSV files,"
+    instead = "--data_dir to builtin or to a folder of GLUE's TSV files"
     rows = load_from_hub(instead, path="nyu-mll/glue", name=task.name)
     wanted = [name for split in splits for name in (split, f"{split}_mismatched") if name in task.hub_splits]
     return {name: _hub_split(task, rows[task.hub_splits[name]][:]) for name in wanted}
@@ -237,7 +237,7 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
     """What ``datasets.load_dataset`` loads.
 
     Args:
-      instead: For the message, what to give to work offline.
+      instead: For the error message: the flag to set, and to what, to work offline.
       path: The set's name on the hub.
       **arguments: The others that it takes.
 
@@ -251,8 +251,8 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
     except Exception as error:  # no network, no cache, a broken download: each layer below raises its own kind
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path} could not be loaded from the hub ({reason}); to work offline, give {instead} or HF_HUB_OFFLINE=1 "
-            "with a filled cache"
+            f"{path} could not be loaded from the hub ({reason}); to work offline, set {instead}, or set "
+            "HF_HUB_OFFLINE=1 and use a filled cache"
         ) from error
 
 
