@@ -234,9 +234,14 @@ def is_plainly(value: Any, number: float) -> bool:
     return isinstance(value, numbers.Real) and value == number
 
 
-def require_raw_gradient(transform: str, params: Any, grad: Any) -> None:
-    """Raises if ``update`` was called without params, or without the extra argument ``grad``."""
+def require_params(transform: str, params: Any) -> None:
+    """Raises if ``update`` was called without params."""
     if params is None:
         raise ValueError(f"{transform} needs the parameters: call tx.update(grads, opt_state, params)")
+
+
+def require_raw_gradient(transform: str, params: Any, grad: Any) -> None:
+    """Raises if ``update`` was called without params, or without the extra argument ``grad``."""
+    require_params(transform, params)
     if grad is None:
         raise ValueError(f"{transform} needs the raw gradient: wrap the whole optimizer in pats_jax.with_raw_gradient")

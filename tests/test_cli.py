@@ -165,7 +165,7 @@ def test_no_data_from_the_hub_without_network(shell, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    shell.refuses("nyu-mll/glue could not be loaded from the hub", "--data_dir builtin", data_dir=None)
+    shell.refuses("nyu-mll/glue could not be loaded from the hub", "set --data_dir to builtin", data_dir=None)
 
 
 # flags

@@ -360,7 +360,7 @@ def test_without_a_network_the_ways_to_work_offline_are_named(monkeypatch, error
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"--data_dir builtin, .*TSV files, or HF_HUB_OFFLINE=1") as caught:
+    with pytest.raises(InputError, match=r"--data_dir to builtin .*TSV files, or set HF_HUB_OFFLINE=1") as caught:
         load_task("rte")
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,7 @@ import pats_jax
 
 RIGHT = """
 import jax, numpy as np, optax, pats_jax
-from pats_jax import models
+from pats_jax import models, objectives
 from pats_jax.models import peft
 
 tx = pats_jax.pats(optax.adamw(1e-3), noise_scale=3e-3, key=0, response="exponential", mask={"w": True})
@@ -22,6 +22,7 @@ state = pats_jax.TrainState.create(apply_fn=model.apply, params=params, tx=tx, k
 step = jax.jit(pats_jax.make_train_step(pats_jax.make_loss_fn(model.apply)))
 labels: dict[str, int] = config.label2id
 tuned, params = peft.add_peft(model, params, peft.LoraConfig(rank=4), key=0)
+loss_fn = pats_jax.with_objectives(model.apply, pats_jax.r3f(lam=0.5), objectives.lnsr(2))
 rows: int = len(pats_jax.data.read_file("train.csv"))
 key: jax.Array = pats_jax.random.fast_key(0)
 """
@@ -33,6 +34,8 @@ WRONG = {
     "pats_jax.pats(optax.adamw(1e-3))": "call-arg",
     "pats_jax.pats_noise(1e-3, key=None)": "arg-type",
     "pats_jax.dps_mix(0.5, 2)": "call-arg",
+    "pats_jax.mixout(0.5)": "call-arg",
+    'pats_jax.smart(alpha="x")': "arg-type",
     "pats_jax.no_such_name": "attr-defined",
     "pats_jax.TrainState.create(params={})": "call-arg",
     'models.from_pretrained("x", num_label=2)': "call-arg",

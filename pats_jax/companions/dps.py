@@ -223,8 +223,7 @@ def dps_mix(
         )
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("dps_mix needs the parameters: call tx.update(grads, opt_state, params)")
+        trees.require_params("dps_mix", params)
         second, start = _stage(state.count, stage_steps)
 
         def sum_up(old, g, row):

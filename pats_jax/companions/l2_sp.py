@@ -73,8 +73,7 @@ def l2_sp(
         return L2SpState(jax.tree.map(jnp.copy, trees.cut_to(pretrained, params)))
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("l2_sp needs the parameters: call tx.update(grads, opt_state, params)")
+        trees.require_params("l2_sp", params)
 
         def pull(anchor, g, w):
             strength = head_strength if anchor is None else pretrained_strength

@@ -77,8 +77,7 @@ def sift(
         return SiftState(jnp.zeros([], bool), indices, inner.init(_gather(params, indices)))
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("sift needs the parameters: call tx.update(grads, opt_state, params)")
+        trees.require_params("sift", params)
         if not jax.tree.leaves(state.indices):  # nothing to choose from
             updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
             return updates, state._replace(inner=inner_state)

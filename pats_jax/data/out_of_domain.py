@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pats_jax.data.readers import NO_GOLD_LABEL, Split, leave_out_unlabelled, load_task
+from pats_jax.data.readers import NO_GOLD_LABEL, Split, leave_out_unlabelled, load_from_hub, load_task
 from pats_jax.data.tables import INDEX_COLUMNS, Table, listed, read_csv, read_json_rows, read_tsv
 from pats_jax.errors import InputError
 
@@ -143,20 +143,12 @@ def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
 def _hub_table(source: InferenceSet) -> Table:
     import datasets
 
-    path = source.hub["path"]
-    try:
-        rows = datasets.load_dataset(**source.hub, split="test")
-    except Exception as error:  # no network, no cache, a broken download: each layer below raises its own kind
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path} could not be loaded from the hub ({reason}); to work offline, give --out_of_domain_dir with the "
-            "authors' files, or HF_HUB_OFFLINE=1 with a filled cache"
-        ) from error
+    rows = load_from_hub("--out_of_domain_dir to the published files", **source.hub, split="test")
     columns = {column: list(rows[column]) for column in rows.column_names if column in _WANTED}
     for column, feature in rows.features.items():
         if column in columns and isinstance(feature, datasets.ClassLabel):
             columns[column] = [NO_GOLD_LABEL if row < 0 else feature.names[row] for row in columns[column]]
-    return Table(Path(path), rows.column_names, columns, range(1, len(rows) + 1))
+    return Table(Path(source.hub["path"]), rows.column_names, columns, range(1, len(rows) + 1))
 
 
 def _split(name: str, source: InferenceSet, table: Table) -> Split:

@@ -22,6 +22,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -224,20 +225,35 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     Raises:
       InputError: The hub cannot be reached and the cache does not hold the task.
     """
-    import datasets
-
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
+    instead = "--data_dir to builtin or to a folder of GLUE's TSV files"
+    rows = load_from_hub(instead, path="nyu-mll/glue", name=task.name)
+    wanted = [name for split in splits for name in (split, f"{split}_mismatched") if name in task.hub_splits]
+    return {name: _hub_split(task, rows[task.hub_splits[name]][:]) for name in wanted}
+
+
+def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
+    """What ``datasets.load_dataset`` loads.
+
+    Args:
+      instead: For the error message: the flag to set, and to what, to work offline.
+      path: The set's name on the hub.
+      **arguments: The others that it takes.
+
+    Raises:
+      InputError: The hub cannot be reached and the cache does not hold the set.
+    """
+    import datasets
+
     try:
-        rows = datasets.load_dataset("nyu-mll/glue", task.name)
+        return datasets.load_dataset(path=path, **arguments)
     except Exception as error:  # no network, no cache, a broken download: each layer below raises its own kind
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"nyu-mll/glue could not be loaded from the hub ({reason}); to work offline, give --data_dir builtin, "
-            "--data_dir with a folder of GLUE's TSV files, or HF_HUB_OFFLINE=1 with a filled cache"
+            f"{path} could not be loaded from the hub ({reason}); to work offline, set {instead}, or set "
+            "HF_HUB_OFFLINE=1 and use a filled cache"
         ) from error
-    wanted = [name for split in splits for name in (split, f"{split}_mismatched") if name in task.hub_splits]
-    return {name: _hub_split(task, rows[task.hub_splits[name]][:]) for name in wanted}
 
 
 def _hub_split(task: Task, columns: dict[str, list]) -> Split:

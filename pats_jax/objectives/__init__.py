@@ -12,11 +12,10 @@ An objective changes the loss and nothing else, so it goes with any optimizer: P
 Notation: f(x) are the logits of a row for its word embeddings x, p = softmax(f(x)), q the same of a second pass, and
 J(p, q) = KL(p||q) + KL(q||p) = sum over classes of (p - q) (log p - log q). Every pass draws its own dropout, but for
 LNSR's.
-
-The stub file beside this one lists the names. Each is imported on first use (PEP 562).
 """
 
 import lazy_loader
 
-# Since lazy_loader 0.6 a function keeps its name when the submodule of that name, such as `r3f`, is imported.
+# The stub file beside this one lists the names; each is imported on first use. Since lazy_loader 0.6 a function keeps
+# its name when the file of that name, such as r3f.py, is imported.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
