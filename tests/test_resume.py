@@ -148,7 +148,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole, tmp_pa
     assert error.splitlines()[-1].endswith(f"to resume, run: pats-jax glue --config {folder}/config.json --resume")
     command = error.splitlines()[-1].partition("to resume, run: pats-jax glue ")[2].split()
     code, error = finish(start(base, [*command, "--save_steps=4"]))
-    assert code == 0 and "going on after step" in error
+    assert code == 0 and "resuming after step" in error
     assert_same_run(folder, whole)
 
 
@@ -245,7 +245,8 @@ def test_other_settings_are_refused_by_name(base, interrupted):
     with pytest.raises(InputError) as caught:
         run(base, folder, resume=True, learning_rate=1e-3, seed=1, per_device_eval_batch_size=3, save_steps=1)
     assert str(caught.value) == (
-        f"--resume: {folder} holds a run with different settings: learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
+        f"--resume: {folder} holds a run with different settings: "
+        "learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
     )
     with pytest.raises(InputError, match="train_batch_size was 8 and is 16"):
         run(base, folder, resume=True, train_batch_size=16)
@@ -258,7 +259,7 @@ def test_the_size_of_a_device_follows_from_the_global_batch(base, interrupted, c
     here = dataclasses.replace(base, train_batch_size=None, per_device_train_batch_size=5)
     caplog.set_level("INFO")
     run(here, folder, resume=True, num_devices=4)
-    assert "8 rows a step: 2 x 4 devices" in caplog.text and "going on after step 13 of 60" in caplog.text
+    assert "8 rows a step: 2 x 4 devices" in caplog.text and "resuming after step 13 of 60" in caplog.text
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, interrupted, caplog):
@@ -278,7 +279,7 @@ def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(base, whole_
     (folder / "checkpoints" / str(best) / "state" / "manifest.ocdbt").write_bytes(b"")
     run(base, folder, resume=True)
     assert f"{folder / 'checkpoints' / str(best)} is damaged" in caplog.text
-    assert f"28 needs the best one so far, {folder / 'checkpoints' / str(best)}" in caplog.text
+    assert f"28 needs the best checkpoint so far, {folder / 'checkpoints' / str(best)}" in caplog.text
     assert lines(folder) == lines(whole_here) and results(folder)["best"] == results(whole_here)["best"]
 
 
@@ -410,7 +411,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
     assert replacing.foreign(tmp_path / "run") is None
     caplog.set_level("INFO")
     run(base, tmp_path / "run", resume=True)
-    assert f"going on after step {STEPS} of {STEPS}" in caplog.text
+    assert f"resuming after step {STEPS} of {STEPS}" in caplog.text
     assert lines(tmp_path / "run") == lines(whole_here) and results(tmp_path / "run") == results(whole_here)
 
 
