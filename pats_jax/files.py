@@ -44,7 +44,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
-        raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
+        raise InputError(f"{shown(str(path))}: not a path: it contains a null byte") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -177,7 +177,7 @@ def checked_name(name: Any, source: str) -> str:
         and 0 < len(name.encode()) <= 200
     )
     if not fits:
-        raise InputError(f"{source}: {shown(name)} cannot be part of a path; a name without slashes is expected")
+        raise InputError(f"{source}: {shown(name)} cannot be part of a path; use a name without slashes")
     return name
 
 
@@ -192,7 +192,7 @@ def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     except (OSError, RuntimeError):  # a circle of links
         outside = True
     if outside:
-        raise InputError(f"{path}: leads out of {folder} by a link; remove the link")
+        raise InputError(f"{path}: a link leads out of {folder}; remove the link")
     return path
 
 
@@ -208,7 +208,7 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be created ({error.strerror})") from None
     return folder
 
 
@@ -226,7 +226,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path}: cannot be written (its text has a lone surrogate, which is no character)") from None
+        raise InputError(f"{path}: cannot be written (the text contains a lone surrogate, not a character)") from None
     write_bytes(path, data)
 
 
@@ -252,4 +252,4 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     except ValueError:
-        raise InputError(f"{shown(str(path))}: not a path, it has a null byte") from None
+        raise InputError(f"{shown(str(path))}: not a path: it contains a null byte") from None

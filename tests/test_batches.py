@@ -144,7 +144,7 @@ def test_resuming_within_an_epoch_gives_the_rest_of_it():
 
 
 def test_a_batch_larger_than_the_data_names_the_flag():
-    with pytest.raises(InputError, match=r"--per_device_train_batch_size: a batch of 32 rows is more than the 31"):
+    with pytest.raises(InputError, match=r"--per_device_train_batch_size: a batch has 32 rows, more than the 31"):
         epoch_plan(skewed_lengths(31), 32, [47], seed=0, epoch=0)
 
 
@@ -230,7 +230,7 @@ def test_chunks_leave_no_trace(tokenizer, monkeypatch):
 
 
 def test_a_length_without_room_for_text_names_the_flag(tokenizer):
-    with pytest.raises(InputError, match=r"--max_seq_length 4: too short, [34] of its tokens are special ones"):
+    with pytest.raises(InputError, match=r"--max_seq_length 4: too short: special tokens take [34] of them"):
         tokenize(PAIRS, tokenizer, 4)
 
 
@@ -282,11 +282,11 @@ def test_rows_that_are_cut_are_counted(pairs, length):
 def test_ids_beyond_a_table_of_the_model():
     tokens = Tokens(np.array([1, 7, 2], np.int32), np.array([0, 0, 1], np.uint8), np.array([0, 2, 3]), pad_id=8)
     check_ids(tokens, 9, 2)
-    with pytest.raises(InputError, match="ids up to 8, and the model's embedding table has 8 rows"):
+    with pytest.raises(InputError, match="ids up to 8, but the model's embedding table has 8 rows"):
         check_ids(tokens, 8, 2)  # the padding token
-    with pytest.raises(InputError, match="ids up to 7, and the model's embedding table has 7 rows"):
+    with pytest.raises(InputError, match="ids up to 7, but the model's embedding table has 7 rows"):
         check_ids(dataclasses.replace(tokens, pad_id=0), 7, 2)
-    with pytest.raises(InputError, match="token types up to 1, and the model's table of them has 1 rows"):
+    with pytest.raises(InputError, match="token types up to 1, but the model's table has 1 rows"):
         check_ids(tokens, 9, 1)
 
 

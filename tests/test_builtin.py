@@ -238,7 +238,7 @@ def test_labels_follow_from_the_meaning(table, holds, worlds):
 def test_refuses_what_it_cannot_do_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
-    with pytest.raises(InputError, match="full: not an empty folder"):
+    with pytest.raises(InputError, match="full: not empty"):
         write_builtin(tmp_path / "full")
     with pytest.raises(InputError, match="squad: no such task"):
         write_builtin(tmp_path / "new", tasks=["rte", "squad"])

@@ -54,7 +54,7 @@ def test_seed_decides_the_rows_and_a_choice_does_not_change_them(gym):
         load_gym("builtin", tasks=["mode", "mood"])
     with pytest.raises(InputError, match="adjective_relation: no sample of seed 7; there are 13, 21, 42, 87, 100"):
         load_gym("builtin", seeds=[7, 13])
-    with pytest.raises(InputError, match="builtin: there are samples of 16 shots only"):
+    with pytest.raises(InputError, match="builtin: has only samples of 16 shots"):
         load_gym("builtin", shots=32)
 
 
@@ -197,7 +197,7 @@ def test_files_are_read_as_what_they_were_written_from(gym, tmp_path):
     assert load_gym(tmp_path / "gym") == {name: gym[name] for name in names}
     assert len(list((tmp_path / "gym").glob("*/*.jsonl"))) == 3 * 11
     assert "NOT the few-shot gym of CrossFit" in (tmp_path / "gym/README.txt").read_text()
-    with pytest.raises(InputError, match="gym: not an empty folder"):
+    with pytest.raises(InputError, match="gym: not empty"):
         write_builtin_gym(tmp_path / "gym", tasks=names)
     with pytest.raises(InputError, match="no task 'x'"):
         write_builtin_gym(tmp_path / "other", tasks=["x"])

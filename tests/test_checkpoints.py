@@ -238,7 +238,7 @@ def test_a_checkpoint_under_the_name_of_another_step(state, tmp_path, caplog):
     save_two(tmp_path / "c", state)
     (tmp_path / "c" / "20").rename(tmp_path / "c" / "30")
     assert Checkpoints(tmp_path / "c", keep=None).restore(state)[1] == {"step": 10}
-    assert "it is the checkpoint of step 20" in warnings(caplog)[0]
+    assert "it belongs to step 20" in warnings(caplog)[0]
 
 
 def test_progress_comes_back_as_its_type_with_numbers_that_are_none(state, tmp_path):
@@ -299,7 +299,7 @@ def test_a_checkpoint_is_whole_only_with_the_best_one_that_it_names(state, tmp_p
         names = {"10", "20", "40.without_best", "50.without_best"} | (set() if lost else {"30.damaged"})
         assert {path.name for path in folder.iterdir()} == names
         said = warnings(caplog)
-        assert f"50 needs the best one so far, {folder / '30'}, which is not whole" in " ".join(said)
+        assert f"50 needs the best checkpoint so far, {folder / '30'}, which is damaged" in " ".join(said)
         for step in (30, 40):
             restoring.save(step, state, {"step": step}, 30)
     assert Checkpoints(folder, keep=None).restore(state)[1] == {"step": 40}
@@ -311,7 +311,7 @@ def test_nothing_whole_is_left(state, tmp_path, caplog):
     (folder / "10" / "state" / "_METADATA").write_text("{}")
     assert Checkpoints(folder, keep=None).restore(state) is None
     assert sorted(path.name for path in folder.iterdir()) == ["10.damaged", "20.without_best"]
-    assert warnings(caplog)[-1] == f"{folder} holds no whole checkpoint any more: training begins at its start"
+    assert warnings(caplog)[-1] == f"{folder} has no valid checkpoint; training starts from the beginning"
 
 
 def test_best_parameters_that_are_damaged_when_they_are_needed(state, tmp_path):
@@ -319,7 +319,7 @@ def test_best_parameters_that_are_damaged_when_they_are_needed(state, tmp_path):
     with Checkpoints(tmp_path / "c", keep=None) as restoring:
         jax.tree.map(np.testing.assert_array_equal, restoring.restore_params(20, state), state.params)
         (tmp_path / "c" / "20" / "state" / "_sharding").unlink()
-        with pytest.raises(InputError, match=r"c/20 is damaged: state/_sharding is missing; --resume makes it again"):
+        with pytest.raises(InputError, match=r"c/20 is damaged: state/_sharding is missing; --resume rebuilds it"):
             restoring.restore_params(20, state)
     assert Checkpoints(tmp_path / "c", keep=None).steps == [10, 20]
 
@@ -407,7 +407,7 @@ def test_a_damaged_one_that_cannot_be_renamed(state, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "version", "expected"),
-    [(2, "0.9.1", "is of format 2"), ("x" * 1000, "1" * 1000, "is of format 'xxx"), (None, None, "is of format None")],
+    [(2, "0.9.1", "has format 2"), ("x" * 1000, "1" * 1000, "has format 'xxx"), (None, None, "has format None")],
 )
 def test_another_format_is_refused_and_kept(state, tmp_path, number, version, expected):
     save_two(tmp_path / "c", state)
@@ -429,8 +429,8 @@ def test_a_checkpoint_of_before_formats_had_numbers(state, tmp_path):
     with pytest.raises(InputError) as caught:
         Checkpoints(tmp_path / "c", keep=None).restore(state)
     assert str(caught.value) == (
-        f"checkpoint {tmp_path / 'c' / '20'} has no format number, and pats_jax {pats_jax.__version__} reads format 1: "
-        "resume with pats_jax 0.1.0, which reads it"
+        f"checkpoint {tmp_path / 'c' / '20'} has no format number, but pats_jax {pats_jax.__version__} reads format 1; "
+        "resume with pats_jax 0.1.0"
     )
     assert Checkpoints(tmp_path / "c", keep=None).steps == [10, 20]
 
@@ -447,13 +447,13 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_kept(tmp_path):
     with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
         checkpoints.save(1, make_state(runner, tx=optax.sgd(0.1)), {})
         checkpoints.wait()
-        with pytest.raises(InputError, match=r"c/1 is of another model or optimizer: opt_state\..* differs"):
+        with pytest.raises(InputError, match=r"c/1 belongs to another model or optimizer: opt_state\..* differs"):
             checkpoints.restore(make_state(runner))
         assert checkpoints.steps == [1]
 
 
 def test_a_path_that_orbax_would_take_for_a_pattern(tmp_path):
-    with pytest.raises(InputError, match="no checkpoints can be kept under a path with"):
+    with pytest.raises(InputError, match="cannot save checkpoints under a path with"):
         Checkpoints(tmp_path / "run [1]" / "checkpoints", keep=1)
 
 

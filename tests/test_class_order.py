@@ -56,7 +56,7 @@ def run(base, model, output, **changes):
     settings = dataclasses.replace(base, model_name_or_path=str(model), output_dir=str(output), **changes)
     with contextlib.ExitStack() as stack:
         if "ordered" not in str(model):
-            stack.enter_context(pytest.warns(UserWarning, match="keeps its order, and labels are matched by name"))
+            stack.enter_context(pytest.warns(UserWarning, match="the order is kept, and labels are matched by name"))
         return glue.run(settings)
 
 
@@ -226,10 +226,10 @@ def test_a_head_with_other_names_is_trained_with_a_warning_and_not_evaluated(bas
 def test_a_new_head_by_the_flag(base, tmp_path, capsys, caplog):
     model = save_head(tmp_path / "model", ("yes", "no"))
     flags = tiny.flags(model_name_or_path=model, task_name="mnli", data_dir=base.data_dir, output_dir=tmp_path / "run")
-    assert "has 2 labels and 3 are needed; give --ignore_mismatched_sizes" in tiny.refused(capsys, "glue", *flags)
+    assert "has 2 labels, but 3 are needed; set --ignore_mismatched_sizes" in tiny.refused(capsys, "glue", *flags)
     _, _, config = load(base, model, do_train=True, ignore_mismatched_sizes=True)
     assert tuple(config.id2label.values()) == tasks.get_task("mnli").labels
-    assert "newly initialised: classifier" in caplog.text
+    assert "newly initialized: classifier" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_training_data_with_ids_beyond_the_table_are_refused_before_anything_is_
         do_predict=True,
     )
     size = len(tiny.VOCABULARY)
-    with pytest.raises(InputError, match=f"ids up to {size}, and the model's embedding table has {size} rows"):
+    with pytest.raises(InputError, match=f"ids up to {size}, but the model's embedding table has {size} rows"):
         glue.run(settings)
     assert not (tmp_path / "run").exists()
 

@@ -112,8 +112,8 @@ DATA = "sentence\tlabel\nann is warm\t1\nbob is cold\t0\n"
     "content, message",
     [
         ("", "train.tsv: the file is empty"),
-        ("text\tlabel\nann is warm\t1\n", "train.tsv:1: no column 'sentence', which sst2 needs"),
-        (DATA + "ann\tis\t1\n", "train.tsv:4: 3 columns where 2 are expected"),
+        ("text\tlabel\nann is warm\t1\n", "train.tsv:1: no column 'sentence', which sst2 requires"),
+        (DATA + "ann\tis\t1\n", "train.tsv:4: expected 2 columns separated by tabs, got 3"),
         (DATA + "ann is calm\t2\n", "train.tsv:4: unknown label '2'"),
         ("sentence\tlabel\n", "train.tsv: no rows below the header"),
         (DATA.encode() + b"caf\xe9\t1\n", "train.tsv:4: not UTF-8"),
@@ -151,10 +151,10 @@ def test_wrong_data_of_ones_own(shell):
         ("sentence1,sentence2,label\na,b,yes\n", "v.csv: pairs of texts where"),
         ("words,label\na,yes\n", "v.csv:1: no text column among 'words', 'label'"),
         ("sentence\na\n", "v.csv: no labels for the validation data"),
-        ('sentence,label\n"ann,yes\n', "v.csv:2: not readable as CSV"),
+        ('sentence,label\n"ann,yes\n', "v.csv:2: not valid CSV"),
     ):
         shell.refuses(message, **own, validation_file=shell.write("v.csv", content))
-    shell.refuses("v.doc: unknown kind of file '.doc'", **own, validation_file=shell.write("v.doc", "x"))
+    shell.refuses("v.doc: unknown file type '.doc'", **own, validation_file=shell.write("v.doc", "x"))
     shell.refuses("none.csv: no such file", **own, validation_file=shell.folder / "none.csv")
     same = shell.write("same.csv", "sentence,label\na,yes\nb,yes\n")
     shell.refuses("every row has the label 'yes'", **(own | {"train_file": same}), validation_file=good)
@@ -189,7 +189,7 @@ def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
     "name, value, message",
     [
         ("per_device_train_batch_size", 0, "must be at least 1"),
-        ("per_device_train_batch_size", 23, "a batch of 23 rows is more than the 22 training rows"),
+        ("per_device_train_batch_size", 23, "a batch has 23 rows, more than the 22 training rows"),
         ("per_device_eval_batch_size", -1, "must be at least 1"),
         ("learning_rate", "nan", "must be greater than 0"),
         ("num_train_epochs", -1, "must be greater than 0"),
@@ -224,7 +224,7 @@ def test_the_output_folder(shell):
     (shell.folder / "run").mkdir()
     shell.write("run/notes.txt", "mine")
     shell.refuses(f"--output_dir {shell.folder / 'run'}: not empty", "--overwrite")
-    shell.refuses("--overwrite would lose notes.txt", overwrite=True)
+    shell.refuses("--overwrite would delete notes.txt", overwrite=True)
     shell.refuses("notes.txt is a file", output_dir=shell.folder / "run" / "notes.txt" / "below")
 
 
@@ -282,7 +282,7 @@ def test_a_damaged_tokenizer(shell):
     shell.write("model/tokenizer.json", "{")
     shell.refuses(f"{folder}: the tokenizer cannot be loaded", model_name_or_path=folder)
     (folder / "tokenizer.json").unlink()
-    shell.refuses(f"{folder}: holds no tokenizer", model_name_or_path=folder)
+    shell.refuses(f"{folder}: has no tokenizer", model_name_or_path=folder)
 
 
 # predict
@@ -563,6 +563,6 @@ def test_a_folder_that_others_can_write_is_refused_for_compiled_programs(shell):
     cache = shell.folder / "cache"
     cache.mkdir()
     cache.chmod(0o777)
-    shell.refuses(f"--compilation_cache_dir {cache}: others can write in it", compilation_cache_dir=cache)
+    shell.refuses(f"--compilation_cache_dir {cache}: others can write to it", compilation_cache_dir=cache)
     (shell.folder / "file").write_text("")
     shell.refuses("--compilation_cache_dir", compilation_cache_dir=shell.folder / "file" / "cache")

@@ -147,8 +147,8 @@ def test_a_report_can_be_made_again(base, whole, tmp_path, capsys):
     shutil.rmtree(folder / "report")
     args = tiny.flags(output_dir=folder, report_only=True, share="1/2")
     cli.main(["gym", *args])
-    assert (folder / "report" / "report.html").exists() and "report in" in capsys.readouterr().out
-    assert "no tuning is finished there" in tiny.refused(capsys, "gym", *tiny.flags(output_dir=tmp_path), *args[2:])
+    assert (folder / "report" / "report.html").exists() and "report: " in capsys.readouterr().out
+    assert "has no finished tunings" in tiny.refused(capsys, "gym", *tiny.flags(output_dir=tmp_path), *args[2:])
 
 
 # a tuning
@@ -336,10 +336,13 @@ def test_other_settings_are_refused_by_name(base, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "gym")
     with pytest.raises(InputError) as caught:
         run(base, folder, max_steps=4, seed=1, per_device_eval_batch_size=3)
-    told = f"--output_dir {folder}: holds tunings with other settings: max_steps was 3 and is 4, seed was 42 and is 1"
+    told = (
+        f"--output_dir {folder}: contains tunings with different settings: "
+        "max_steps was 3 and is 4, seed was 42 and is 1"
+    )
     assert sorted(str(caught.value).split(": ")[-1].split(", ")) == sorted(told.split(": ")[-1].split(", "))
     assert str(caught.value).startswith(told.rpartition(": ")[0])
-    with pytest.raises(InputError, match=r"--grid: .*direct-lora/.*json has tried 0.02, not 0.1, 0.02; give the same"):
+    with pytest.raises(InputError, match=r"--grid: .*direct-lora/.*json used 0.02, not 0.1, 0.02; use the same"):
         run(base, folder, grid=("lora=0.1,0.02",))
     run(base, folder, grid=(*GRID, "ia3=1"), jobs=1)
 
@@ -367,7 +370,7 @@ def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(few_shot_tuning.Tuner, "tune", tune)
-        with pytest.raises(Preempted, match="interrupted; the same command goes on"):
+        with pytest.raises(Preempted, match="interrupted; repeat the command to resume"):
             run(base, tmp_path / "gym")
     assert len(records(tmp_path / "gym")) == 1
     found = run(base, tmp_path / "gym")
@@ -388,7 +391,7 @@ def test_many_processes(base, whole, home, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pats_jax.cli", *args], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0 and "report in" in done.stdout, done.stderr
+    assert done.returncode == 0 and "report: " in done.stdout, done.stderr
     found = records(tmp_path / "gym")
     assert found.keys() == {("direct-lora", "manners", seed) for seed in tiny.SEEDS}
     assert {record["test"] for record in found.values()} <= {number / 12 for number in range(13)}
@@ -415,7 +418,7 @@ def test_a_planted_link_is_not_followed(name, base, tmp_path, monkeypatch):
     folder = tmp_path / "gym"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=f"leads out of {folder} by a link"):
+    with pytest.raises(InputError, match=f"a link leads out of {folder}"):
         run(base, folder)
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -542,25 +545,25 @@ def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
         error = refused(base, tmp_path, capsys, primed=(str(folder),), **changes)
         assert error.startswith(f"--primed {folder}: ") and message in error, error
 
-    refuses(tmp_path / "none", "no results.json there; give the folder of a finished pats-jax prime")
+    refuses(tmp_path / "none", "no results.json; use the folder of a finished `pats-jax prime` run")
     unfinished = primed()
     (unfinished / "results.json").unlink()
-    refuses(unfinished, "no results.json there")
+    refuses(unfinished, "no results.json;")
     run_folder.write_results(unfinished, {"data": "rte", "method": "pats", "peft": None})
     refuses(unfinished, "not a run of pats-jax prime")
     refuses(home / "plm", "was primed with --head embedding, not pair", head="pair")
-    refuses(home / "pe", "holds lora modules; put lora among --kinds", kinds=("bitfit",))
-    refuses(home / "plm", "put a PE kind among --kinds", kinds=("full",))
-    refuses(home / "pe", "was primed with other lora modules: --lora_rank was 2 and is 4", lora_rank=4)
+    refuses(home / "pe", "contains a lora adapter; add lora to --kinds", kinds=("bitfit",))
+    refuses(home / "plm", "add a PEFT method to --kinds", kinds=("full",))
+    refuses(home / "pe", "was primed with a different lora adapter: --lora_rank was 2 and is 4", lora_rank=4)
     refuses(
         home / "plm", f"not from --model_name_or_path {home / 'plm' / 'model'}", model_name_or_path=home / "plm/model"
     )
     shutil.rmtree(unfinished)
-    refuses(primed(upstream_tasks=["weather", "manners"]), "has learnt manners, which is a target task")
+    refuses(primed(upstream_tasks=["weather", "manners"]), "was trained on manners, which is a target task")
     shutil.rmtree(unfinished)
     both = (home / "plm", primed())
     error = refused(base, tmp_path, capsys, primed=tuple(map(str, both)))
-    assert error == f"--primed {both[1]}: mtl-plm-seed1-lora is {both[0]} already; keep one"
+    assert error == f"--primed {both[1]}: mtl-plm-seed1-lora is {both[0]}; keep one"
 
 
 def test_modules_of_another_base_model(base, home, tmp_path, primed):
@@ -595,7 +598,7 @@ def test_another_run_of_a_stage_does_not_mix(base, home, tmp_path, primed):
     results = json.loads((folder / "results.json").read_text())
     results["timing"] = {"train_seconds": 1e6}
     (folder / "results.json").write_text(json.dumps(results))
-    with pytest.raises(InputError, match=r"--primed: .*manners-13.json started from another run of that stage; give"):
+    with pytest.raises(InputError, match=r"--primed: .*manners-13.json started from another run of that stage; use"):
         run(base, tmp_path / "gym", primed=(str(folder),), **one)
 
 

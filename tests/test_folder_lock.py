@@ -18,7 +18,7 @@ from pats_jax.run import folder_lock, run_start
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
 
-AT_WORK = "another pats-jax is at work there"
+AT_WORK = "another pats-jax, or a process that it started, is using it"
 # Takes the lock, starts a process that holds it too, says its number and waits.
 HOLDER = """
 import pathlib, subprocess, sys, time
@@ -86,7 +86,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with FolderLock(tmp_path):
-        assert "its file system has no locks" in caplog.text
+        assert "the file system has no locks" in caplog.text
 
 
 def test_a_planted_link_is_not_followed(tmp_path):
@@ -134,7 +134,7 @@ def test_a_run_that_another_has_finished_meanwhile_is_not_made_again(tmp_path):
         with begin(tmp_path / "run", resume=True) as start:
             start.open_folder()
             start.finish({"seed": 1, "method": "pats", "data": "sst2"})
-        with pytest.raises(InputError, match="another pats-jax has finished the run; give --resume again"):
+        with pytest.raises(InputError, match="another pats-jax finished the run; repeat the command"):
             late.open_folder()
     with FolderLock(tmp_path / "run"), begin(tmp_path / "run", resume=True) as start:
         assert start.finished["seed"] == 1, "to read a finished run nobody needs the lock"

@@ -429,7 +429,7 @@ def test_dropout_is_off_where_the_methods_authors_do_without(base):
 
 
 def test_a_length_above_the_models_is_lowered_with_a_warning(base, plain, tmp_path):
-    with pytest.warns(UserWarning, match="--max_seq_length 512 is above the model's 24 positions; using 24"):
+    with pytest.warns(UserWarning, match="--max_seq_length 512 exceeds the model's 24 positions; using 24"):
         run(base, tmp_path / "run", model_name_or_path=str(plain / "model"), do_eval=True, max_seq_length=512)
     assert (tmp_path / "run" / "results.json").exists()
 

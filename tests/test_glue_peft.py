@@ -172,10 +172,10 @@ def pats_state():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"peft": "lora", "lora_layers": "nose"}, "lora_layers 'nose': matches no linear layer; one is called bert"),
+        ({"peft": "lora", "lora_layers": "nose"}, "lora_layers 'nose': matches no linear layer; one is named bert"),
         ({"peft": "lora", "lora_rank": 0}, "--lora_rank 0: must be at least 1"),
         ({"peft_pooler": True}, "--peft_pooler: needs --peft"),
-        ({"peft": "prompt", "prompt_length": 20}, "of the model's positions they leave 4 for the text"),
+        ({"peft": "prompt", "prompt_length": 20}, "they leave 4 of the model's positions for the text"),
         ({"peft": "lora", "method": "bitfit"}, "--peft lora --method bitfit: both select"),
     ],
 )

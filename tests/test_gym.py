@@ -151,21 +151,27 @@ def test_the_order_of_the_classes_does_not_depend_on_the_samples_that_are_read(t
             [line("a", "a", "b"), '{"a": ' + "9" * 5000],
             r"mood_16_13_dev.jsonl:2: .* \(a number is too long",
         ),
-        ([line("a", "a", "b")[:-1] + ', "output": "b"}'], r"mood_16_13_dev.jsonl:1: two keys are called 'output'"),
+        ([line("a", "a", "b")[:-1] + ', "output": "b"}'], r"mood_16_13_dev.jsonl:1: two keys are named 'output'"),
         ([line("a", "a", "b", given="x\ud800")], r"mood_16_13_dev.jsonl:1: \\ud800 is a lone surrogate"),
         ([line("a", "a", "b\udfff")], r"mood_16_13_dev.jsonl:1: \\udfff is a lone surrogate"),
-        ([line("a", "a", "b"), "[1]"], r"mood_16_13_dev.jsonl:2: a JSON object is expected"),
+        ([line("a", "a", "b"), "[1]"], r"mood_16_13_dev.jsonl:2: expected a JSON object"),
         ([line("a", "a", "b"), line("c", "a", "b")], r"jsonl:2: the output 'c' is not among its options 'a', 'b'$"),
         (
             [line("a", "a", "b"), line("a", "a")],
-            r"dev.jsonl:2: a row needs two different options at least; it has 'a'$",
+            r"dev.jsonl:2: a row needs at least two different options; it has 'a'$",
         ),
-        ([line("a", "a", "a")], r"dev.jsonl:1: a row needs two different options at least; it has 'a', 'a'$"),
-        ([line("a")], r"dev.jsonl:1: a row needs two different options at least; it has none$"),
+        ([line("a", "a", "a")], r"dev.jsonl:1: a row needs at least two different options; it has 'a', 'a'$"),
+        ([line("a")], r"dev.jsonl:1: a row needs at least two different options; it has none$"),
         ([line("a", "a", "b", task="mod")], r"dev.jsonl:1: a row of task 'mod' in a file of mood"),
-        ([line("a", "a", "b", options="ab")], r"dev.jsonl:1: 'options' must be a list of texts"),
-        ([line("a", "a", "b", input=1)], r"dev.jsonl:1: 'options' must be a list of texts, and all other fields texts"),
-        (['{"task": "mood", "input": "x"}'], r"dev.jsonl:1: no field 'output', 'options'; a row has 'task', 'input'"),
+        ([line("a", "a", "b", options="ab")], r"dev.jsonl:1: 'options' must be a list of strings"),
+        (
+            [line("a", "a", "b", input=1)],
+            r"dev.jsonl:1: 'options' must be a list of strings, and all other fields strings",
+        ),
+        (
+            ['{"task": "mood", "input": "x"}'],
+            r"dev.jsonl:1: no field 'output', 'options'; each row needs 'task', 'input'",
+        ),
     ],
 )
 def test_a_wrong_json_line_is_one_line_with_file_and_line(tmp_path, lines, message):
@@ -180,9 +186,9 @@ def test_a_wrong_json_line_is_one_line_with_file_and_line(tmp_path, lines, messa
     ("lines", "message"),
     [
         ([], r"mood_16_13_train.tsv: the file is empty"),
-        (["a\tx", "b\ty\tz"], r"mood_16_13_train.tsv:2: 3 columns where 2 are expected"),
-        (["a\tx", "b"], r"mood_16_13_train.tsv:2: 1 columns where 2 are expected"),
-        (["a\tx"], r"mood_16_13_train.tsv:1: mood has one output only, 'x'"),
+        (["a\tx", "b\ty\tz"], r"mood_16_13_train.tsv:2: expected 2 columns separated by tabs, got 3"),
+        (["a\tx", "b"], r"mood_16_13_train.tsv:2: expected 2 columns separated by tabs, got 1"),
+        (["a\tx"], r"mood_16_13_train.tsv:1: mood has only one output, 'x'"),
         (["a\tx", "b\ty", "c\tz"], r"mood_16_13_train.tsv:1: mood has 4 outputs in 4 rows, so it is text generation"),
     ],
 )
@@ -210,24 +216,26 @@ def test_more_outputs_than_any_classification_task_has_are_refused(tmp_path):
 def test_missing_and_superfluous_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere: no such folder; .* or builtin"):
         load_gym(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no few-shot task, no file <task>_16_<seed>_train.jsonl or .tsv$"):
+    with pytest.raises(InputError, match=r"no few-shot task: no file <task>_16_<seed>_train.jsonl or .tsv$"):
         load_gym(tmp_path)
     write(tmp_path / "mood/mood_16_13_test.tsv", "a\tx", "b\ty")
-    with pytest.raises(InputError, match=r"mood: mood has a test file only"):
+    with pytest.raises(InputError, match=r"mood: mood has only a test file"):
         load_gym(tmp_path)
     write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty", seeds=(13, 21))
     (tmp_path / "mood/mood_16_21_dev.tsv").unlink()
-    with pytest.raises(InputError, match=r"mood: mood has no dev file of seed 21, but other files of it"):
+    with pytest.raises(InputError, match=r"mood: mood has files of seed 21, but no dev file"):
         load_gym(tmp_path)
     write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty", seeds=(13, 21, 42))
     (tmp_path / "mood/mood_16_42_test.tsv").unlink()
-    with pytest.raises(InputError, match=r"mood: mood has no test file of seed 42"):
+    with pytest.raises(InputError, match=r"mood: mood has files of seed 42, but no test file"):
         load_gym(tmp_path)
     double = write(tmp_path / "mood_16_42_dev.jsonl", line("a", "a", "b"))
     with pytest.raises(InputError, match=r"mood_16_42_dev.jsonl: the same split as .*mood/mood_16_42_dev.tsv"):
         load_gym(tmp_path)
     double.rename(tmp_path / "mood/mood_16_42_test.jsonl")
-    with pytest.raises(InputError, match=r"mood_16_42_test.jsonl: mood has .tsv files too; one task's files must be"):
+    with pytest.raises(
+        InputError, match=r"mood_16_42_test.jsonl: mood also has .tsv files; all files of a task must be"
+    ):
         load_gym(tmp_path)
     (tmp_path / "mood/mood_16_42_test.jsonl").rename(tmp_path / "mood/mood_16_42_tst.jsonl")
     with pytest.raises(

@@ -52,7 +52,9 @@ def test_a_lone_surrogate_in_the_test_file_is_told_before_training(own, untraine
     chosen, test = own
     with open(test, "a") as file:
         file.write("\n" + json.dumps({"text": "ann is \ud800 kind"}) + "\n")
-    with pytest.raises(InputError, match=r"test.jsonl:24: 'text': \\ud800 is a lone surrogate, which is no character"):
+    with pytest.raises(
+        InputError, match=r"test.jsonl:24: 'text': \\ud800 is a lone surrogate, which is not a character"
+    ):
         glue.run(chosen)
     assert not (tmp_path / "run").exists()
 
@@ -78,7 +80,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_told_before_training(own, untr
     monkeypatch.setattr(models, "load_tokenizer", lambda *_: picky())
     with pytest.raises(InputError) as caught:
         glue.run(chosen)
-    assert str(caught.value) == f"the tokenizer cannot take row '22', 'zoe is kind' ({REASON})"
+    assert str(caught.value) == f"the tokenizer cannot encode row '22', 'zoe is kind' ({REASON})"
     assert not (tmp_path / "run").exists()
 
 
@@ -86,10 +88,10 @@ def test_the_row_that_cannot_be_tokenised_is_found_among_many(monkeypatch):
     monkeypatch.setattr(batches, "_CHUNK", 7)
     texts = ["ann is kind"] * 30
     pairs = Split(texts, [*texts[:17], "odd", *texts[18:]], None, [f"q{n}" for n in range(30)])
-    with pytest.raises(InputError, match=r"cannot take row 'q17', 'ann is kind'"):
+    with pytest.raises(InputError, match=r"cannot encode row 'q17', 'ann is kind'"):
         batches.tokenize(pairs, picky(), 16)
     assert len(batches.tokenize(pairs.first(17), picky(), 16)) == 17
-    with pytest.raises(InputError, match=r"row '1': \\ud800 is a lone surrogate, which is no character"):
+    with pytest.raises(InputError, match=r"row '1': \\ud800 is a lone surrogate, which is not a character"):
         batches.check_room(Split(["a", "b\ud800"], None, None, ["0", "1"]), tiny.tokenizer(), 16)
 
 

@@ -85,7 +85,7 @@ def test_float32_scores_one_rounding_step_apart_are_not_taken_for_constant():
     [(np.zeros(3), np.zeros(4)), (np.zeros((3, 2)), np.zeros((3, 2))), (np.zeros(0), np.zeros(0))],
 )
 def test_arrays_that_do_not_fit_are_refused(predictions, labels):
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="equal length"):
         compute_metrics("stsb", predictions, labels)
 
 

@@ -149,7 +149,7 @@ def test_hidden_states_are_those_of_a_model_cut_off():
     (
         ({}, "exactly one of input_ids, inputs_embeds and continue_from"),
         ({"input_ids": np.ones((1, 2), int), "inputs_embeds": np.ones((1, 2, 16))}, "exactly one of"),
-        ({"continue_from": (2, np.ones((1, 2, 16)))}, "hidden state 2: of 2 layers, 0 to 1 have a layer above"),
+        ({"continue_from": (2, np.ones((1, 2, 16)))}, "hidden state 2: must be 0 to 1, which have a layer above"),
         ({"inputs_embeds": np.ones((1, 25, 16))}, "25 tokens"),
     ),
 )

@@ -508,7 +508,7 @@ def test_what_is_loaded(scorer, checkpoint, head):
 
 def test_a_head_of_another_size_is_replaced_where_the_flag_is_given(tmp_path):
     folder = tiny.save_checkpoint(tmp_path / "model", 3)
-    with pytest.raises(InputError, match="has 3 labels and 1 are needed; give --ignore_mismatched_sizes"):
+    with pytest.raises(InputError, match="has 3 labels, but 1 are needed; set --ignore_mismatched_sizes"):
         load_scorer(str(folder), "pair", None, key=0)
     _, params = load_scorer(str(folder), "pair", None, key=0, ignore_mismatched_sizes=True)
     assert params["classifier"]["kernel"].shape == (16, 1)
@@ -546,7 +546,7 @@ def refused(call, message):
 
 
 def test_a_head_that_there_is_not(checkpoint):
-    message = "--head sum: no such head; choose of embedding, pair, mlm, classes"
+    message = "--head sum: no such head; choose one of embedding, pair, mlm, classes"
     for call in (lambda: get_head("sum"), lambda: load_scorer(str(checkpoint), "sum", None, key=0)):
         refused(call, message)
 
@@ -563,7 +563,7 @@ def test_classes_have_no_answer_to_multiple_choice():
         for head in ("embedding", "pair", "mlm"):
             option_scoring.check_tasks(head, [wrong])
     option_scoring.check_tasks("classes", [most])
-    refused(lambda: encode("classes", ROWS["own"]), "--head classes: rows with options of their own have no classes")
+    refused(lambda: encode("classes", ROWS["own"]), "--head classes: rows with their own options have no classes")
 
 
 def test_a_checkpoint_without_the_head_that_is_asked_for(tmp_path):

@@ -183,7 +183,7 @@ def test_every_format_of_the_authors_is_read(tmp_path, caplog):
         own = above / path.split("/")[1]
         check_pairs(load_out_of_domain(name, own), name)  # the set's own folder is taken as well
     log = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert f"{tmp_path}/a/SNLI/snli_1.0_test.jsonl: 2 rows without a gold label left out" in log
+    assert f"{tmp_path}/a/SNLI/snli_1.0_test.jsonl: skipped 2 rows without a gold label" in log
     assert len(log) == 4, "twice each of the two files that have such rows"
 
 
@@ -202,21 +202,21 @@ def test_every_format_of_the_authors_is_read(tmp_path, caplog):
             "sick",
             "SICK/SICK_test_annotated.txt",
             ["a\tb", "c\td"],
-            "SICK_test_annotated.txt:1: no two texts and a label",
+            "SICK_test_annotated.txt:1: no two text columns and a label",
         ),
         (
             "sick",
             "SICK/SICK.txt",
             [SICK_ALL, sick_row("a", "b", "NEUTRAL", "TRAIN")],
-            "SICK.txt: no row of the test split",
+            "SICK.txt: no rows of the test split",
         ),
         (
             "scitail",
             "SciTail/scitail_1.0_test.tsv",
             ["a\tb\tentails", "a\tb"],
-            "scitail_1.0_test.tsv:2: 2 columns where 3",
+            "scitail_1.0_test.tsv:2: expected 3 columns separated by tabs, got 2",
         ),
-        ("scitail", "SciTail/other.txt", ["a"], "SciTail: no test file of scitail; it is called one of tsv_format/"),
+        ("scitail", "SciTail/other.txt", ["a"], "SciTail: no test file of scitail; expected one of tsv_format/"),
     ],
 )
 def test_files_that_are_wrong(tmp_path, name, path, lines, message):
@@ -227,7 +227,7 @@ def test_files_that_are_wrong(tmp_path, name, path, lines, message):
 
 
 def test_folders_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match="--out_of_domain_dir .*none: no such folder; leave it out"):
+    with pytest.raises(InputError, match="--out_of_domain_dir .*none: no such folder; omit the flag"):
         load_out_of_domain("snli", tmp_path / "none")
     write(tmp_path / "MNLI" / "dev_matched.tsv", tabs("sentence1", "sentence2", "gold_label"), "a\tb\tneutral")
     assert load_out_of_domain("mnli", None, tmp_path).labels.tolist() == [1]
@@ -319,7 +319,10 @@ def test_folding_by_hand():
         ),
         (["--low_resource", "5", "--do_eval"], "--low_resource: needs --do_train"),
         (["--out_of_domain", "snli", "--do_predict"], "--out_of_domain: needs --do_eval"),
-        (["--out_of_domain", "snli", "mnli_mm"], "--out_of_domain mnli_mm: is the set of --task_name itself"),
+        (
+            ["--out_of_domain", "snli", "mnli_mm"],
+            "--out_of_domain mnli_mm: is the set of --task_name itself; choose another",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(flags, message):
@@ -475,7 +478,7 @@ def test_the_real_sample_of_mnli_trains_with_a_draw():
 
 def test_two_columns_of_one_name_pipes_and_surrogates(tmp_path):
     write(tmp_path / "SNLI/test.csv", "premise,hypothesis,label,label", "a,b,neutral,entailment")
-    with pytest.raises(InputError, match=r"test.csv:1: two columns are called 'label'"):
+    with pytest.raises(InputError, match=r"test.csv:1: two columns are named 'label'"):
         load_out_of_domain("snli", tmp_path)
     write(
         tmp_path / "SNLI/snli_1.0_test.jsonl", snli_json("a", "b", "neutral"), "", snli_json("a\ud800", "b", "neutral")

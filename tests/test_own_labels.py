@@ -65,7 +65,7 @@ def test_the_line_of_a_missing_cell_in_json(tmp_path):
 def test_among_words_such_a_cell_is_a_class_and_warned_of(tmp_path, caplog, cell):
     split = read_file(write(tmp_path / "train.csv", ["pos", "neg", cell]))
     assert split.label_names == tuple(sorted(["pos", "neg", cell]))
-    assert f"train.csv:4: the label '{cell}' is taken as the name of a class" in told(caplog, logging.WARNING)
+    assert f"train.csv:4: the label '{cell}' is read as a class name" in told(caplog, logging.WARNING)
 
 
 def test_one_word_among_numbers_is_warned_of(tmp_path, caplog):
@@ -88,12 +88,12 @@ def test_what_only_python_takes_for_a_number_is_a_word(tmp_path, word):
 @pytest.mark.parametrize(
     ("labels", "names", "announced"),
     [
-        (["0", "2", "1"], ("0", "1", "2"), "3 classes: 0, 1, 2; for scores give --do_regression"),
-        (["1.0", "0.0", "1.0"], ("0.0", "1.0"), "2 classes: 0.0, 1.0; for scores give --do_regression"),
-        (["5", "0", "3", "10"], ("0", "3", "5", "10"), "4 classes: 0, 3, 5, 10; for scores give --do_regression"),
-        (["1", "1.0", "0"], ("0", "1"), "2 classes: 0, 1; for scores give --do_regression"),
-        (["0.5", "0", "5"], None, "scores from 0 to 5; for classes give --do_regression false"),
-        (["1e0", "0", "2"], None, "scores from 0 to 2; for classes give --do_regression false"),
+        (["0", "2", "1"], ("0", "1", "2"), "3 classes: 0, 1, 2; for scores, set --do_regression"),
+        (["1.0", "0.0", "1.0"], ("0.0", "1.0"), "2 classes: 0.0, 1.0; for scores, set --do_regression"),
+        (["5", "0", "3", "10"], ("0", "3", "5", "10"), "4 classes: 0, 3, 5, 10; for scores, set --do_regression"),
+        (["1", "1.0", "0"], ("0", "1"), "2 classes: 0, 1; for scores, set --do_regression"),
+        (["0.5", "0", "5"], None, "scores from 0 to 5; for classes, set --do_regression false"),
+        (["1e0", "0", "2"], None, "scores from 0 to 2; for classes, set --do_regression false"),
         (["ham", "spam"], ("ham", "spam"), "2 classes: ham, spam"),
         (range(12), tuple(map(str, range(12))), "12 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more; for scores"),
     ],
@@ -174,17 +174,17 @@ def test_a_regression_takes_every_file_as_scores(tmp_path, caplog):
 )
 def test_labels_of_minus_one_are_warned_of(tmp_path, caplog, labels, warned):
     read_file(write(tmp_path / "train.csv", labels))
-    assert ("train.csv: 2 rows have the label -1, which often marks a hidden label" in told(caplog)) == warned
+    assert ("train.csv: 2 rows have the label -1, which often means hidden" in told(caplog)) == warned
     assert bool(told(caplog, logging.WARNING)) == warned
 
 
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        (["good", "good ", "bad"], "labels differ in blanks only: 'good' and 'good '"),
-        (["not good", "not  good"], "labels differ in blanks only: 'not  good' and 'not good'"),
-        (["Good", "good", "bad"], "labels differ in case or blanks only: 'Good' and 'good'"),
-        (["Good ", "good", "bad"], "labels differ in case or blanks only: 'Good ' and 'good'"),
+        (["good", "good ", "bad"], "labels differ only in blanks: 'good' and 'good '"),
+        (["not good", "not  good"], "labels differ only in blanks: 'not  good' and 'not good'"),
+        (["Good", "good", "bad"], "labels differ only in case or blanks: 'Good' and 'good'"),
+        (["Good ", "good", "bad"], "labels differ only in case or blanks: 'Good ' and 'good'"),
         (["good", "bad", "goods"], None),
     ],
 )

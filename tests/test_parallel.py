@@ -183,7 +183,7 @@ def test_training_compiles_once(name, caplog):
     "kind, message",
     [
         ({"fsdp": 3}, "--fsdp 3: does not divide the 8 devices"),
-        ({"fsdp": 2, "kind": "pmap"}, "--fsdp: pmap gives every device all parameters; use --parallel jit"),
+        ({"fsdp": 2, "kind": "pmap"}, "--fsdp: pmap keeps all parameters on every device; use --parallel jit"),
         ({"num_devices": 9}, "--num_devices 9: there are 8"),
     ],
 )
@@ -194,7 +194,7 @@ def test_devices_that_there_are_not(kind, message):
 
 
 def test_an_address_without_the_two_numbers():
-    with pytest.raises(InputError, match="--num_processes, --process_id: needed too"):
+    with pytest.raises(InputError, match="--num_processes, --process_id: missing"):
         runners.initialize("localhost:1")
 
 
@@ -216,5 +216,7 @@ def test_a_tpu_machine_asks_jax_for_its_pod_and_runs_alone_without_one(monkeypat
     monkeypatch.setattr(runners, "_has_tpu", lambda: True)
     runners.initialize()
     assert asked == [(None, None, None)]
-    with pytest.raises(InputError, match="cannot be joined: coordinator_address should be defined"):
+    with pytest.raises(
+        InputError, match="cannot connect the processes of this run: coordinator_address should be defined"
+    ):
         runners.initialize("localhost:1", 2, 0)

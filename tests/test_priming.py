@@ -413,7 +413,7 @@ def test_every_task_draws_anew_and_the_query_too(algorithm, key):
 def test_inner_learning_rates_that_are_none(algorithm, rate):
     with pytest.raises(ValueError) as caught:
         meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=rate)
-    assert str(caught.value) == f"inner_learning_rate={rate!r} must be a number above 0"
+    assert str(caught.value) == f"inner_learning_rate={rate!r} must be greater than 0"
 
 
 def test_an_algorithm_that_there_is_not():

@@ -146,7 +146,7 @@ def test_sigterm_to_one_saves_both_and_one_process_goes_on(base, alone, tmp_path
     (saved,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
     more = {"max_steps": 4000, "eval_steps": 4000, "save_steps": 0}
     process = launch(base, 8, output_dir=folder, resume=True, **more)
-    while f"going on after step {saved} of 4000" not in (line := process.stderr.readline()):
+    while f"resuming after step {saved} of 4000" not in (line := process.stderr.readline()):
         assert line, "it ended before it went on"
     process.kill()
     process.wait()
@@ -169,7 +169,7 @@ def test_a_run_of_pmap_goes_on_in_two_processes(base, alone, tmp_path):
     (folder / "results.json").unlink()
     (folder / "checkpoints" / "20" / "state" / "manifest.ocdbt").write_bytes(b"")
     codes, said = finish(*launch_two(base, output_dir=folder, resume=True, parallel="pmap"))
-    assert codes == [0, 0] and all("going on after step 10 of 20" in text for text in said), said
-    assert "20 is damaged: state/manifest.ocdbt is not what was saved; it is renamed 20.damaged" in said[0]
+    assert codes == [0, 0] and all("resuming after step 10 of 20" in text for text in said), said
+    assert "20 is damaged: state/manifest.ocdbt does not match what was saved; renamed to 20.damaged" in said[0]
     assert (folder / "checkpoints" / "20.damaged").is_dir()
     assert_close(folder, alone)

@@ -350,8 +350,8 @@ def test_a_line_cut_off_is_named_by_its_number(own):
 def test_records_that_contradict_each_other_are_named_by_their_files(own, quick_plots):
     second = own / "gym" / "tunings" / "mtl-plm-seed1-lora" / "manners-13.json"
     for changes, message in (
-        ({}, "direct/lora, seed None, manners, sample 13 was there before"),
-        ({"sample": 21, "chance": 0.25}, "before it had"),
+        ({}, "direct/lora, seed None, manners, sample 13 occurs twice"),
+        ({"sample": 21, "chance": 0.25}, "but earlier"),
         ({"sample": 21, "trained": "plm"}, "direct tuning has no upstream stage"),
         ({"sample": 21, "curve": {"step": [5, 0], "dev": [0.5, 0.5]}}, "the steps of its curve must ascend"),
         ({"sample": 21, "curve": {"step": [5], "dev": []}}, "its curve needs"),

@@ -152,7 +152,7 @@ def test_steps_to_a_score():
 
 @pytest.mark.parametrize("steps, scores", [([], []), ([0, 25], [0.5])])
 def test_a_curve_that_is_none(steps, scores):
-    with pytest.raises(ValueError, match=f"a curve of {len(steps)} steps and {len(scores)} dev scores"):
+    with pytest.raises(ValueError, match=f"the curve has {len(steps)} steps and {len(scores)} dev scores"):
         steps_to_score({"step": steps, "dev": scores}, 0.5)
 
 
@@ -292,8 +292,8 @@ def test_records_without_time():
         ({"upstream_seed": 1}, "record 2: direct tuning has no upstream stage"),
         ({"algorithm": "maml"}, "record 2: trained None; must be plm, pe or plm"),
         ({"algorithm": "maml", "trained": "plm", "peft": "full"}, "record 2: peft 'full' after maml"),
-        ({"sample": 13}, "record 2: direct/lora, seed None, a, sample 13 was there before"),
-        ({"metric": "macro_f1"}, "record 2: a has metric and chance .*'macro_f1', 0.5.*, before it had"),
+        ({"sample": 13}, "record 2: direct/lora, seed None, a, sample 13 occurs twice"),
+        ({"metric": "macro_f1"}, "record 2: a has metric and chance .*'macro_f1', 0.5.*, but earlier"),
         ({"test": math.nan}, "record 2: test, chance and the dev scores"),
         ({"curve": {"step": [], "dev": []}}, "record 2: its curve needs"),
         ({"curve": {"step": [0, 25], "dev": [0.5]}}, "record 2: its curve needs"),
@@ -309,7 +309,7 @@ def test_wrong_records_are_refused_by_number(change, message):
 
 
 def test_missing_records_and_fields_are_refused():
-    with pytest.raises(InputError, match="no record was given"):
+    with pytest.raises(InputError, match="there are no records"):
         summarise([])
     record = tuning("direct/lora", "a", 13, 0.5)
     del record["test"], record["curve"]

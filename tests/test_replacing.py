@@ -96,7 +96,7 @@ def test_what_no_run_wrote_is_never_lost(name, tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("# Years of work\n")
     message = refuses(folder)
-    assert message.startswith(f"--output_dir {folder}: --overwrite would lose {name.split('/')[0]}"), message
+    assert message.startswith(f"--output_dir {folder}: --overwrite would delete {name.split('/')[0]}"), message
 
 
 def test_links_and_pipes_are_no_files_of_a_run(tmp_path):
@@ -105,7 +105,7 @@ def test_links_and_pipes_are_no_files_of_a_run(tmp_path):
         folder = write_run(tmp_path / str(number))
         (folder / "model" / "model.safetensors").unlink()
         make(folder / "model" / "model.safetensors")
-        with pytest.raises(InputError, match=r"would lose model/model\.safetensors, which no run wrote"):
+        with pytest.raises(InputError, match=r"would delete model/model\.safetensors, which no run wrote"):
             replacing.check(folder)
 
 
@@ -123,9 +123,9 @@ def test_a_folder_without_a_runs_config_is_no_run(config, tmp_path):
 def test_a_link_a_mount_and_the_folder_one_is_in_are_not_renamed(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
     (tmp_path / "link").symlink_to(folder)
-    assert f"--overwrite replaces no link; give {folder}" in refuses(tmp_path / "link")
+    assert f"--overwrite cannot replace a link; use its target, {folder}" in refuses(tmp_path / "link")
     monkeypatch.chdir(folder / "model")
-    assert "cannot replace the folder that you are in" in refuses(folder)
+    assert "cannot replace the current folder" in refuses(folder)
     monkeypatch.chdir(tmp_path)
 
     def busy(self, target):
@@ -145,7 +145,7 @@ def test_the_run_of_before_is_there_until_the_new_one_is_finished(tmp_path, capl
     with begin(folder, 2) as start:
         assert tree(folder) == was, "nothing is touched before the input is found right"
         start.open_folder()
-        assert f"the run that was there is kept as {previous} until this one is finished" in caplog.text
+        assert f"the previous run is kept as {previous} until this one is finished" in caplog.text
         assert was.items() <= tree(previous).items() and seed_of(folder) == 2
         assert {path.name for path in folder.iterdir()} == {"config.json", ".lock"}
         start.finish(RESULTS)
@@ -185,7 +185,7 @@ def test_the_oldest_finished_run_is_kept(first, second, tmp_path):
 
 def test_a_folder_of_that_name_which_overwrite_did_not_make_is_left_alone(tmp_path):
     folder, mine = write_run(tmp_path / "run"), write_run(tmp_path / "run.previous", 5)
-    assert f"--overwrite needs the name {mine}, which is something else" in refuses(folder)
+    assert f"--overwrite needs the name {mine}, which is already in use" in refuses(folder)
     (folder / "results.json").unlink()
     with begin(folder, 1, resume=True) as start:
         start.open_folder()
@@ -211,8 +211,8 @@ def test_what_was_added_to_the_run_of_before_is_not_lost(tmp_path, caplog):
         start.open_folder()
         (previous / "thesis.txt").write_text("years of work")
         start.finish(RESULTS)
-    assert (previous / "thesis.txt").exists() and "stays: no run wrote thesis.txt" in caplog.text
-    assert "run.previous, which is something else" in refuses(folder)
+    assert (previous / "thesis.txt").exists() and "run.previous: no run wrote thesis.txt" in caplog.text
+    assert "run.previous, which is already in use" in refuses(folder)
 
 
 def test_a_new_run_that_cannot_begin_leaves_the_old_one_in_place(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_input_inside_the_folder_that_is_replaced(flag, place, by_link, tmp_path
         path = tmp_path / "link"
     own_data = {"task_name": None, "train_file": "x"} if flag.endswith("_file") else {}
     message = refuses(folder, **own_data | {flag: str(path)})
-    assert message == f"--{flag} {path}: lies in {folder}, which --overwrite replaces; give another --output_dir"
+    assert message == f"--{flag} {path}: is in {folder}, which --overwrite replaces; choose another --output_dir"
 
 
 def test_what_an_input_only_refers_to(tmp_path):
@@ -256,11 +256,11 @@ def test_what_an_input_only_refers_to(tmp_path):
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     model.mkdir()
     (model / "model.safetensors").symlink_to(folder / "model" / "model.safetensors")
-    assert f"--model_name_or_path {model}: lies in {folder}" in refuses(folder, model_name_or_path=str(model))
+    assert f"--model_name_or_path {model}: is in {folder}" in refuses(folder, model_name_or_path=str(model))
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "model")}))
     message = refuses(folder, model_name_or_path=str(adapter))
-    assert f"--model_name_or_path {adapter}: its base model {folder / 'model'}: lies in {folder}" in message
+    assert f"--model_name_or_path {adapter}: its base model {folder / 'model'}: is in {folder}" in message
 
 
 def test_input_inside_the_run_of_before(tmp_path):
@@ -268,14 +268,14 @@ def test_input_inside_the_run_of_before(tmp_path):
     with begin(folder, 2) as start:
         start.open_folder()
     message = refuses(folder, model_name_or_path=str(previous / "model"))
-    assert f"lies in {previous}, which --overwrite replaces" in message
+    assert f"is in {previous}, which --overwrite replaces" in message
 
 
 def test_a_partition_to_prime_by(tmp_path):
     folder = write_run(tmp_path / "run", kind=PrimingSettings)
     path = folder / "predictions" / "test.tsv"
     settings = PrimingSettings(output_dir=str(folder), overwrite=True, partition=str(path))
-    with pytest.raises(InputError, match=f"--partition {path}: lies in"):
+    with pytest.raises(InputError, match=f"--partition {path}: is in"):
         run_start.begin(settings, "", None)
 
 
@@ -289,7 +289,7 @@ def test_a_planted_link_is_refused_before_a_run_goes_on(name, tmp_path):
     (folder / name).rename(tmp_path / "moved")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     message = refuses(folder, seed=1, resume=True)
-    assert message == f"{folder / name}: a link that leads out of {folder}; remove it"
+    assert message == f"{folder / name}: this link leads out of {folder}; remove it"
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):

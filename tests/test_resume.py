@@ -148,7 +148,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole, tmp_pa
     assert error.splitlines()[-1].endswith(f"to resume, run: pats-jax glue --config {folder}/config.json --resume")
     command = error.splitlines()[-1].partition("to resume, run: pats-jax glue ")[2].split()
     code, error = finish(start(base, [*command, "--save_steps=4"]))
-    assert code == 0 and "going on after step" in error
+    assert code == 0 and "resuming after step" in error
     assert_same_run(folder, whole)
 
 
@@ -283,7 +283,7 @@ def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(base, whole_
     (folder / "checkpoints" / str(best) / "state" / "manifest.ocdbt").write_bytes(b"")
     run(base, folder, resume=True)
     assert f"{folder / 'checkpoints' / str(best)} is damaged" in caplog.text
-    assert f"28 needs the best one so far, {folder / 'checkpoints' / str(best)}" in caplog.text
+    assert f"28 needs the best checkpoint so far, {folder / 'checkpoints' / str(best)}" in caplog.text
     assert lines(folder) == lines(whole_here) and results(folder)["best"] == results(whole_here)["best"]
 
 
@@ -415,7 +415,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
     assert replacing.foreign(tmp_path / "run") is None
     caplog.set_level("INFO")
     run(base, tmp_path / "run", resume=True)
-    assert f"going on after step {STEPS} of {STEPS}" in caplog.text
+    assert f"resuming after step {STEPS} of {STEPS}" in caplog.text
     assert lines(tmp_path / "run") == lines(whole_here) and results(tmp_path / "run") == results(whole_here)
 
 

@@ -60,7 +60,7 @@ def test_a_file_in_the_way(tmp_path):
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != tmp_path)  # root may write anywhere
     for folder in (tmp_path, tmp_path / "new" / "run"):
-        assert f"no permission to write in {tmp_path}" in refuses(folder)
+        assert f"no permission to write to {tmp_path}" in refuses(folder)
 
 
 def test_a_disk_that_refuses(tmp_path, monkeypatch):

@@ -327,7 +327,7 @@ def test_two_runs_that_offer_the_same_file(builtin, tmp_path, refuses):
 def test_built_in_data_and_glue_do_not_mix(builtin, official, refuses):
     rte, wnli = builtin[0]["rte"], official[0]["wnli"]
     for runs in ((rte, wnli), (wnli, rte)):
-        message = f"{rte} used the built-in data, {wnli} is not"
+        message = f"{rte} used the built-in data, {wnli} did not"
         refuses(runs, message, flags=["--placeholders"])
 
 

@@ -93,7 +93,7 @@ def test_class_that_we_do_not_know_goes_through_auto_tokenizer(tmp_path):
 
 
 def test_folder_without_a_usable_tokenizer(tmp_path):
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     shutil.copy(FIXTURES / "bert" / "config.json", tmp_path)
     for damaged in ("{", "{}", '{"model": {"type": "WordPiece"}}'):

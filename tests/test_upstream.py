@@ -454,7 +454,7 @@ def refused(home, tmp_path, capsys, **changes):
         ({"num_devices": 8}, "--tasks_per_step 2: cannot be split evenly across 8 devices"),
         ({"train_batch_size": 8}, "--train_batch_size: use --tasks_per_step, --task_batch_size"),
         ({"train": "pe", "peft": "prompt"}, "--max_seq_length, --prompt_length, --prefix_length: they leave 4 of 24"),
-        ({"max_seq_length": 5}, "they leave 5 of 24 tokens for a text; it needs 8"),
+        ({"max_seq_length": 5}, "they leave 5 of 24 tokens for a text, which needs 8"),
         ({"head": "mlm"}, "the checkpoint has no masked-language-model head"),
         ({"shots": 3}, "no few-shot task"),
     ],

@@ -63,7 +63,7 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
 
     Raises:
       InputError: ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
-        cannot take a text.
+        cannot encode a text.
     """
     check_room(split, tokenizer, max_length)
     cut = 0
@@ -103,7 +103,7 @@ def _encode(split: Split, rows: slice, tokenizer, max_length: int):
             for row in numbers:  # finds the one
                 _encode(split, slice(row, row + 1), tokenizer, max_length)
         index, text, reason = split.ids[numbers[0]], split.sentence1[numbers[0]], " ".join(str(error).split())
-        raise InputError(f"the tokenizer cannot take row {shown(index)}, {shown(text)} ({reason})") from None
+        raise InputError(f"the tokenizer cannot encode row {shown(index)}, {shown(text)} ({reason})") from None
 
 
 # What hardly any vocabulary holds: the last code point, an emoji, a rare character, a long word.
@@ -128,11 +128,11 @@ def check_room(split: Split, tokenizer, max_length: int) -> None:
             if not text.isascii():
                 check_characters(text, f"row {shown(split.ids[row])}")
     if tokenizer.pad_token_id is None:
-        raise InputError("the tokenizer has no padding token; name one as pad_token in its tokenizer_config.json")
+        raise InputError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length < special + 1 + pair:
-        raise InputError(f"--max_seq_length {max_length}: too short, {special} of its tokens are special ones")
+        raise InputError(f"--max_seq_length {max_length}: too short: special tokens take {special} of them")
 
 
 def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
@@ -149,8 +149,8 @@ def check_types(largest: int, type_vocab_size: int) -> None:
     """Raises InputError if the largest token type that a tokenizer gives is beyond the model's embedding table."""
     if largest >= type_vocab_size:
         raise InputError(
-            f"the tokenizer gives token types up to {largest}, and the model's table of them has {type_vocab_size} "
-            "rows; give single texts, or take the tokenizer that belongs to the checkpoint"
+            f"the tokenizer gives token types up to {largest}, but the model's table has {type_vocab_size} rows; use "
+            "single texts, or the checkpoint's own tokenizer"
         )
 
 
@@ -158,9 +158,9 @@ def check_vocabulary(largest: int, vocab_size: int) -> None:
     """Raises InputError if the largest id that a tokenizer gives is beyond the model's embedding table."""
     if largest >= vocab_size:
         raise InputError(
-            f"the tokenizer gives ids up to {largest}, and the model's embedding table has {vocab_size} rows (ids up "
+            f"the tokenizer gives ids up to {largest}, but the model's embedding table has {vocab_size} rows (ids up "
             f"to {vocab_size - 1}); resize the table to the tokenizer (in Transformers: resize_token_embeddings), or "
-            "take the tokenizer that belongs to the checkpoint"
+            "use the checkpoint's own tokenizer"
         )
 
 
@@ -176,19 +176,19 @@ def largest_type(split: Split, tokenizer) -> int:
 
 
 def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
-    """What was cut, in a line; None if nothing was.
+    """Says in one line how many texts were truncated; None if none were.
 
     Args:
       tokens: The tokenised rows.
-      max_length: What they were cut to.
-      longest: What the model has positions for.
+      max_length: Length to which they were truncated.
+      longest: Number of positions of the model.
     """
     if not tokens.cut:
         return None
-    hint = "give --max_seq_length" if max_length < longest else "the model takes no more"
+    hint = "to keep more, set --max_seq_length" if max_length < longest else "the model has no more positions"
     verbs = ("is", "was") if tokens.cut == 1 else ("are", "were")
     rows = f"{tokens.cut} of {len(tokens)} texts"
-    return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} cut; {hint}"
+    return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} truncated; {hint}"
 
 
 def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1) -> list[int]:
@@ -253,7 +253,7 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
     """
     if batch_size > len(lengths):
         raise InputError(
-            f"--per_device_train_batch_size: a batch of {batch_size} rows is more than the {len(lengths)} training rows"
+            f"--per_device_train_batch_size: a batch has {batch_size} rows, more than the {len(lengths)} training rows"
         )
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))

@@ -73,7 +73,7 @@ def load_gym(
         from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS, generate_gym
 
         if shots != BUILTIN_SHOTS:
-            raise InputError(f"builtin: there are samples of {BUILTIN_SHOTS} shots only, not {shots}")
+            raise InputError(f"builtin: has only samples of {BUILTIN_SHOTS} shots, not {shots}")
         return generate_gym(tasks=tasks, seeds=seeds)
     found = _find_files(Path(source), shots, tasks)
     names = chosen_names(found, tasks, str(source))
@@ -97,7 +97,7 @@ def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
 def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[str, dict[tuple[int, str], Path]]:
     """The files of every task by seed and split; wrong names count for the tasks asked for only."""
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; give one with the files of few-shot tasks, or builtin")
+        raise InputError(f"{folder}: no such folder; choose one with files of few-shot tasks, or builtin")
     found: dict[str, dict[tuple[int, str], Path]] = {}
     other_shots = set()
     for path in sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern)):
@@ -121,7 +121,7 @@ def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[s
         files[int(seed), split] = path
     if not found:
         others = f" (there are files of {', '.join(map(str, sorted(other_shots)))} shots)" if other_shots else ""
-        raise InputError(f"{folder}: no few-shot task, no file <task>_{shots}_<seed>_train.jsonl or .tsv{others}")
+        raise InputError(f"{folder}: no few-shot task: no file <task>_{shots}_<seed>_train.jsonl or .tsv{others}")
     return found
 
 
@@ -135,7 +135,7 @@ def _read_task(name: str, files: Mapping[tuple[int, str], Path]) -> FewShotTask:
     paths = list(dict.fromkeys(files.values()))
     other = next((path for path in paths if path.suffix != paths[0].suffix), None)
     if other is not None:
-        raise InputError(f"{other}: {name} has {paths[0].suffix} files too; one task's files must be of one kind")
+        raise InputError(f"{other}: {name} also has {paths[0].suffix} files; all files of a task must be of one kind")
     if paths[0].suffix == ".jsonl":
         lines = {path: list(_json_lines(name, path)) for path in paths}
     else:
@@ -152,12 +152,12 @@ def _seeds(name: str, files: Mapping[tuple[int, str], Path]) -> list[int]:
     seeds = sorted({seed for seed, split in files if split != "test"})
     place = next(iter(files.values())).parent
     if not seeds:
-        raise InputError(f"{place}: {name} has a test file only; it needs train and dev files")
+        raise InputError(f"{place}: {name} has only a test file; it also needs train and dev files")
     needed = SPLITS if sum(split == "test" for _, split in files) > 1 else SPLITS[:2]
     for seed in seeds:
         for split in needed:
             if (seed, split) not in files:
-                raise InputError(f"{place}: {name} has no {split} file of seed {seed}, but other files of it")
+                raise InputError(f"{place}: {name} has files of seed {seed}, but no {split} file")
     return seeds
 
 
@@ -167,16 +167,16 @@ def _json_lines(task: str, path: Path) -> Iterator[_Line]:
         record.check(place, _KEYS)
         missing = [key for key in _KEYS if key not in record]
         if missing:
-            raise InputError(f"{place}: no field {listed(missing)}; a row has {listed(_KEYS)}")
+            raise InputError(f"{place}: no field {listed(missing)}; each row needs {listed(_KEYS)}")
         name, given, output, options = (record[key] for key in _KEYS)
         if not (isinstance(options, list) and all(isinstance(text, str) for text in (name, given, output, *options))):
-            raise InputError(f"{place}: 'options' must be a list of texts, and all other fields texts")
+            raise InputError(f"{place}: 'options' must be a list of strings, and all other fields strings")
         for text in (given, output, *options):
             check_characters(text, place)
         if name != task:
             raise InputError(f"{place}: a row of task {shown(name)} in a file of {task}")
         if len(set(options)) < 2:
-            raise InputError(f"{place}: a row needs two different options at least; it has {listed(options) or 'none'}")
+            raise InputError(f"{place}: a row needs at least two different options; it has {listed(options) or 'none'}")
         yield _Line(place, given, output, tuple(options))
 
 
@@ -194,11 +194,11 @@ def _with_options(name: str, files: _Files) -> _Files:
     lines = [line for own in files.values() for line in own]
     classes = tuple(sorted({line.output for line in lines}))
     if len(classes) < 2:
-        raise InputError(f"{lines[0].place}: {name} has one output only, {shown(classes[0])}: nothing to choose from")
+        raise InputError(f"{lines[0].place}: {name} has only one output, {shown(classes[0])}; nothing to choose")
     if len(classes) > min(MAX_CLASSES, len(lines) / 2):
         raise InputError(
             f"{lines[0].place}: {name} has {len(classes)} outputs in {len(lines)} rows, so it is text generation; only "
-            "tasks with options can be read"
+            "tasks with options are supported"
         )
     return {path: [line._replace(options=classes) for line in own] for path, own in files.items()}
 

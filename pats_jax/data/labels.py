@@ -69,7 +69,7 @@ def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
     """Class indices int32 (rows,) of a label column; see `find_classes` for how labels are compared.
 
     Raises:
-      InputError: A label that is none of the names, with file and line.
+      InputError: A label is not one of the names; the message names file and line.
     """
     values = {value: name for name in names if (value := _number(name)) is not None}
     if len(values) < len(names):  # not all of them numbers, or two that are equal
@@ -86,7 +86,7 @@ def _number(cell: str) -> Number | None:
 
 
 def _is_infinite(cell: str) -> bool:
-    """Of a cell without a value: whether it is infinite, or a number that is too large."""
+    """Whether a cell without a finite value is infinite, or a number that is too large."""
     return bool(_INFINITE.fullmatch(cell.strip()) or NUMBER.fullmatch(cell.strip()))
 
 
@@ -95,9 +95,9 @@ def _is_missing(cell: str) -> bool:
 
 
 def class_names(cells: Iterable[str]) -> tuple[str, ...]:
-    """The names of the classes that labels stand for, in the order of their indices.
+    """The class names that labels stand for, by index.
 
-    Of numbers that are equal the shortest is the name.
+    Of equal numbers, the shortest spelling is the name.
 
     Examples:
       >>> class_names(["10", "9", "9.0"]), class_names(["10", "9", "x"])
@@ -115,7 +115,7 @@ def class_names(cells: Iterable[str]) -> tuple[str, ...]:
 def _check_cells(
     table: Table, column: str, words: Sequence[str], values: dict[str, Number], regression: bool | None
 ) -> None:
-    """Among numbers a missing value is an error, and so is an empty cell anywhere; all other words may be classes."""
+    """Rejects missing values among numbers, and empty cells anywhere; all other words may be classes."""
 
     def place(cell: str) -> str:
         return table.place(table.columns[column].index(cell))
@@ -129,20 +129,20 @@ def _check_cells(
             what = "is missing" if _is_missing(cell) else "is not a finite number"
             raise InputError(f"{place(cell)}: the label {what} ({shown(cell)}); correct it, or remove the row")
     if regression is None and others and mostly_numbers:
-        told = "is not a number, but most labels are; all are taken as names of classes"
+        told = "is not a number, but most labels are; all labels are read as class names"
         first = next(iter(others))
         logger.warning("%s: the label %s %s", place(first), shown(first), told)
     for cell in filter(_is_missing, () if regression else words):
-        told = "is taken as the name of a class; remove the row if the label is missing"
+        told = "is read as a class name; remove the row if the label is missing"
         logger.warning("%s: the label %s %s", place(cell), shown(cell), told)
 
 
 def _announce(table: Table, names: Sequence[str], regression: bool) -> None:
     if regression:
         told = f"scores from {shown(names[0], quoted=False)} to {shown(names[-1], quoted=False)}"
-        logger.info("%s: %s; for classes give --do_regression false", table.path, told)
+        logger.info("%s: %s; for classes, set --do_regression false", table.path, told)
     else:
-        logger.info("%s: %s; for scores give --do_regression", table.path, _told(names))
+        logger.info("%s: %s; for scores, set --do_regression", table.path, _told(names))
 
 
 def _told(names: Sequence[str]) -> str:
@@ -152,12 +152,10 @@ def _told(names: Sequence[str]) -> str:
 
 
 def _warn_of_hidden(table: Table, column: str, values: dict[str, Number]) -> None:
-    """-1 marks a hidden label in many data sets; beside other negative numbers it is one of them."""
+    """Warns of -1, which marks hidden labels in many datasets, unless there are other negative numbers."""
     if min(values.values()) == -1:
         rows = sum(values[cell] == -1 for cell in table.columns[column])
-        logger.warning(
-            "%s: %d rows have the label -1, which often marks a hidden label; remove them if it does", table.path, rows
-        )
+        logger.warning("%s: %d rows have the label -1, which often means hidden; if so, remove them", table.path, rows)
 
 
 def _warn_of_blanks(table: Table, cells: Sequence[str]) -> None:
@@ -168,7 +166,7 @@ def _warn_of_blanks(table: Table, cells: Sequence[str]) -> None:
             groups.setdefault(key(cell), []).append(cell)
         alike = next((sorted(group) for group in groups.values() if len(group) > 1), None)
         if alike:
-            logger.warning("%s: labels differ in %s only: %s", table.path, what, " and ".join(map(shown, alike[:5])))
+            logger.warning("%s: labels differ only in %s: %s", table.path, what, " and ".join(map(shown, alike[:5])))
             return
 
 

@@ -121,7 +121,7 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
         task, split = _GLUE[name]
         found = load_task(task, data_dir, splits=["validation"])
         if split not in found:
-            raise InputError(f"--out_of_domain {name}: --data_dir {data_dir} has no {split} file of {task}")
+            raise InputError(f"--out_of_domain {name}: --data_dir {data_dir} has no {split} file for {task}")
         return found[split]
     source = _SETS[name]
     table = _hub_table(source) if folder is None else _file_table(name, source, Path(folder))
@@ -130,14 +130,14 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
 
 def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
     if not os.path.isdir(folder):
-        raise InputError(f"--out_of_domain_dir {folder}: no such folder; leave it out to read from the hub")
+        raise InputError(f"--out_of_domain_dir {folder}: no such folder; omit the flag to read from the hub")
     places = [folder] if folder.name in source.folders else [folder / own for own in source.folders]
     for place in places:
         for file, read in source.files.items():
             if os.path.exists(place / file):
                 return read(place / file)
     names = ", ".join(source.files)
-    raise InputError(f"{places[0]}: no test file of {name}; it is called one of {names}")
+    raise InputError(f"{places[0]}: no test file of {name}; expected one of {names}")
 
 
 def _hub_table(source: InferenceSet) -> Table:
@@ -155,11 +155,11 @@ def _split(name: str, source: InferenceSet, table: Table) -> Split:
     texts = next((pair for pair in _TEXT_COLUMNS if all(column in table.columns for column in pair)), None)
     label = next((column for column in _LABEL_COLUMNS if column in table.columns), None)
     if texts is None or label is None:
-        raise InputError(f"{table.path}:1: no two texts and a label of {name} among {listed(table.header)}")
+        raise InputError(f"{table.path}:1: no two text columns and a label of {name} among {listed(table.header)}")
     if _SPLIT_COLUMN in table.columns:
         table = table.keep([row for row, part in enumerate(table.columns[_SPLIT_COLUMN]) if part == "TEST"])
         if not len(table):
-            raise InputError(f"{table.path}: no row of the test split")
+            raise InputError(f"{table.path}: no rows of the test split")
     table = leave_out_unlabelled(table, label)
     cells = [cell.lower() for cell in table.columns[label]]
     table.columns[label] = [source.spellings.get(cell, cell) for cell in cells]

@@ -148,7 +148,7 @@ def read_glue(
       ``labels=None``.
 
     Raises:
-      InputError: One line with the file, and the line where it applies.
+      InputError: The file is invalid; the message names the file and, if possible, the line.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -172,7 +172,7 @@ def _check_splits(task: Task, splits: Sequence[str]) -> None:
 def _task_folder(task: Task, data_dir: Path) -> Path:
     if not os.path.isdir(data_dir):
         raise InputError(
-            f"--data_dir {data_dir}: no such folder; give one with GLUE's TSV files, or builtin for the built-in data"
+            f"--data_dir {data_dir}: no such folder; use one with GLUE's TSV files, or builtin for the built-in data"
         )
     return data_dir / task.folder if os.path.isdir(data_dir / task.folder) else data_dir
 
@@ -182,7 +182,7 @@ def _split_file(task: Task, folder: Path, split: str) -> Path:
     for name in names:
         if os.path.exists(folder / name):
             return folder / name
-    raise InputError(f"{folder / names[0]}: no such file; the {split} split of {task.name} is read from there")
+    raise InputError(f"{folder / names[0]}: no such file; it should contain the {split} split of {task.name}")
 
 
 def _read_glue_file(task: Task, path: Path, *, labelled: bool) -> Split:
@@ -190,19 +190,19 @@ def _read_glue_file(task: Task, path: Path, *, labelled: bool) -> Split:
     wanted = {*task.tsv_texts, task.tsv_label, *INDEX_COLUMNS}
     table, broken = read_tsv(path, wanted, header=header, broken_rows=_BROKEN_ROWS.get(task.name, 0.0))
     if broken:
-        logger.warning("%s: %d broken rows left out, the first at line %d", path, len(broken), broken[0])
+        logger.warning("%s: skipped %d malformed rows, the first at line %d", path, len(broken), broken[0])
     required = [*task.tsv_texts, *([task.tsv_label] if labelled else [])]
     missing = [name for name in required if name not in table.columns]
     if missing:
         raise InputError(
-            f"{path}:1: no column {missing[0]!r}, which {task.name} needs; the header has {listed(table.header)}"
+            f"{path}:1: no column {missing[0]!r}, which {task.name} requires; the header has {listed(table.header)}"
         )
     try:
         labels = _glue_labels(task, table)
     except InputError:
         if labelled:
             raise
-        labels = None  # a test split's are not needed
+        labels = None  # a test split needs none
     return _split(table, task.tsv_texts, labels, task.labels)
 
 
@@ -223,7 +223,7 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
       splits: As for ``read_glue``.
 
     Raises:
-      InputError: The hub cannot be reached and the cache does not hold the task.
+      InputError: The hub cannot be reached, and the task is not in the cache.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -257,11 +257,11 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
 
 
 def _hub_split(task: Task, columns: dict[str, list]) -> Split:
-    """A split from the columns of a hub dataset, where the label -1 (or none at all) stands for a hidden one."""
+    """A split from the columns of a hub dataset, where -1 or no label means that the label is hidden."""
     labels = np.asarray(columns.get("label", []), np.float32 if task.is_regression else np.int32)
     if np.any(labels < 0) and not np.all(labels < 0):
         row = int(np.argmax(labels < 0))
-        raise InputError(f"nyu-mll/glue, {task.name}: row {row} has the label {labels[row]:g}, other rows have theirs")
+        raise InputError(f"nyu-mll/glue, {task.name}: row {row} has no label ({labels[row]:g}), but others do")
     return Split(
         sentence1=columns[task.hub_texts[0]],
         sentence2=columns[task.hub_texts[1]] if len(task.hub_texts) == 2 else None,
@@ -274,7 +274,7 @@ def _hub_split(task: Task, columns: dict[str, list]) -> Split:
 def load_files(
     files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool | None = None
 ) -> dict[str, Split]:
-    """Reads people's own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
+    """Reads your own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
 
     The labels of the training file are those of the task. Without a training file they are ``label_names`` or, with
     ``regression``, scores; else those of the first file. The columns of that file are used in the other files too,
@@ -302,13 +302,13 @@ def load_files(
             split, columns = _read_labelled(path, columns, label_names, regression)
             if split.labels is None:
                 told = " or ".join(_LABEL_COLUMNS)
-                raise InputError(f"{path}: no labels for the {name} data; their column is called {told}")
+                raise InputError(f"{path}: no labels for the {name} data; name their column {told}")
             if name == "train" and len(np.unique(split.labels)) == 1:
                 raise InputError(f"{path}: every row has the same label; there is nothing to learn")
             label_names, regression = split.label_names, split.label_names is None
         other = next(iter(found), name)
         if (split.sentence2 is None) != (found.get(other, split).sentence2 is None):
-            raise InputError(f"{path}: {_kind(split)} where {files[other]} has {_kind(found[other])}")
+            raise InputError(f"{path}: has {_kind(split)}, but {files[other]} has {_kind(found[other])}")
         found[name] = split
     return {name: found[name] for name in files}
 
@@ -319,14 +319,14 @@ def _kind(split: Split) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Where a file has its texts and labels; nothing is known before the first file."""
+    """The columns of texts and labels in a file; unknown before the first file."""
 
     texts: tuple[str, ...] = ()
     label: str | None = None
 
 
 def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, regression: bool | None = None) -> Split:
-    """Reads a file of people's own.
+    """Reads your own file.
 
     Args:
       path: A ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
@@ -335,10 +335,10 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
           in the file, see `labels.find_classes`.
 
     Returns:
-      The rows; ``labels`` is None if there is no label column, or nothing in it.
+      The rows; ``labels`` is None if there is no label column, or it is empty.
 
     Raises:
-      InputError: One line with the file, and the line where it applies.
+      InputError: The file is invalid; the message names the file and, if possible, the line.
     """
     return _read_labelled(Path(path), _Columns(), label_names, regression)[0]
 
@@ -346,7 +346,7 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
 def _read_labelled(
     path: Path, usual: _Columns, label_names: Sequence[str] | None, regression: bool | None
 ) -> tuple[Split, _Columns]:
-    """The rows of a file, and its columns; those of the file before are looked for first."""
+    """The rows of a file, and its columns; those of the previous file are tried first."""
     table = _read_table(path)
     texts = _text_columns(table, usual.texts)
     label = next((name for name in (usual.label, *_LABEL_COLUMNS) if name in table.columns), None)
@@ -361,14 +361,14 @@ def _read_labelled(
 
 
 def labels_in(path: str | Path) -> set[str]:
-    """The labels that a file has, as it writes them; none without a label column."""
+    """The labels in a file, as written there; empty without a label column."""
     table = _read_table(Path(path))
     column = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
     return set(table.columns[column]) - {"", NO_GOLD_LABEL} if column else set()
 
 
 def read_texts(path: str | Path) -> Split:
-    """Reads texts to predict on: a file as for ``read_file``, its labels ignored, or a ``.txt`` of one text a line."""
+    """Reads texts to predict on: a file as for ``read_file``, without labels, or a ``.txt`` with one text per line."""
     return _read_unlabelled(Path(path), _Columns())[0]
 
 
@@ -389,11 +389,11 @@ def _read_table(path: Path, wanted: Collection[str] = _WANTED, further: str = ""
         return read_tsv(path, wanted)[0]
     if suffix in (".jsonl", ".json"):
         return read_json_rows(path, wanted)
-    raise InputError(f"{path}: unknown kind of file {suffix!r}; name it .csv, .tsv{further} or .jsonl")
+    raise InputError(f"{path}: unknown file type {suffix!r}; use .csv, .tsv{further} or .jsonl")
 
 
 def leave_out_unlabelled(table: Table, column: str) -> Table:
-    """The rows that have a gold label, where ``-`` stands for none, as in SNLI; the log says how many have not.
+    """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many do not.
 
     Raises:
       InputError: No row has one.
@@ -402,7 +402,7 @@ def leave_out_unlabelled(table: Table, column: str) -> Table:
     if not rows:
         raise InputError(f"{table.path}: no row has a gold label")
     if len(rows) < len(table):
-        logger.warning("%s: %d rows without a gold label left out", table.path, len(table) - len(rows))
+        logger.warning("%s: skipped %d rows without a gold label", table.path, len(table) - len(rows))
         table = table.keep(rows)
     return table
 
@@ -412,8 +412,8 @@ def _text_columns(table: Table, usual: tuple[str, ...]) -> tuple[str, ...]:
         if names and all(name in table.columns for name in names):
             return names
     raise InputError(
-        f"{table.path}:1: no text column among {listed(table.header)}; name it sentence, or two of them sentence1 and "
-        "sentence2"
+        f"{table.path}:1: no text column among {listed(table.header)}; name it sentence, or name two of them sentence1 "
+        "and sentence2"
     )
 
 

@@ -145,7 +145,7 @@ def check_characters(text: str, place: str) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
-            raise InputError(f"{place}: \\u{code:04x} is a lone surrogate, which is no character") from None
+            raise InputError(f"{place}: \\u{code:04x} is a lone surrogate, which is not a character") from None
 
 
 def split_lines(text: str) -> list[str]:
@@ -209,7 +209,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise InputError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
+                raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
             if cells is None:
                 return
             if cells:
@@ -257,10 +257,10 @@ class JsonObject(dict):
             self.twice = [key for key, count in counts.items() if count > 1]
 
     def check(self, place: str, wanted: Collection[str]) -> None:
-        """Raises InputError if one of the keys that are wanted stands in the object twice."""
+        """Raises InputError if the object contains one of the wanted keys twice."""
         for key in self.twice:
             if key in wanted:
-                raise InputError(f"{place}: two keys are called {shown(key)}; remove one")
+                raise InputError(f"{place}: two keys are named {shown(key)}; remove one")
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
@@ -273,7 +273,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
         if line.strip():
             record = parse_json(line, f"{path}:{number}", JsonObject)
             if not isinstance(record, JsonObject):
-                raise InputError(f"{path}:{number}: a JSON object is expected on every line")
+                raise InputError(f"{path}:{number}: expected a JSON object on every line")
             yield number, record
 
 
@@ -302,7 +302,7 @@ def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
             cells = [_json_cell(place, record, key, begin) if key in wanted else "" for key in header]
             added = sorted(lacking.intersection(record))
             if added:
-                raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; give it to all rows or to none")
+                raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; add it to all rows or to none")
             yield number, cells
 
     lacking = set(wanted).difference(header)
@@ -313,16 +313,16 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
     """The objects of a JSON array, numbered from 1."""
     for number, record in enumerate(parse_json(text, str(path), JsonObject), 1):
         if not isinstance(record, JsonObject):
-            raise InputError(f"{path}, row {number}: a JSON object is expected in every row")
+            raise InputError(f"{path}, row {number}: expected a JSON object in every row")
         yield number, record
 
 
 def _json_cell(place: str, record: JsonObject, key: str, begin: str) -> str:
     if key not in record:
-        raise InputError(f"{place}: no key {key!r}, which {begin} has")
+        raise InputError(f"{place}: no key {key!r}, but {begin} has it")
     value = record[key]
     if isinstance(value, dict | list):
-        raise InputError(f"{place}: {key!r} holds {'a list' if isinstance(value, list) else 'an object'}, not a text")
+        raise InputError(f"{place}: {key!r} is {'a list' if isinstance(value, list) else 'an object'}, not a string")
     if value is None:
         return ""
     cell = value if isinstance(value, str) else json.dumps(value)
@@ -331,7 +331,7 @@ def _json_cell(place: str, record: JsonObject, key: str, begin: str) -> str:
 
 
 def _wrong_count(path: Path, line: int, found: int, expected: int, between: str) -> str:
-    return f"{path}:{line}: {found} columns where {expected} are expected (separated by {between})"
+    return f"{path}:{line}: expected {expected} columns separated by {between}, got {found}"
 
 
 def _collect(
@@ -345,7 +345,7 @@ def _collect(
     """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
     for position, name in enumerate(header):
         if name in wanted and name in header[:position]:
-            raise InputError(f"{path}:{header_line}: two columns are called {name!r}; rename or remove one")
+            raise InputError(f"{path}:{header_line}: two columns are named {name!r}; rename or remove one")
     kept = {name: position for position, name in enumerate(header) if name in wanted}
     columns: dict[str, list[str]] = {name: [] for name in kept}
     lines = []

@@ -1,3 +1,4 @@
+from . import peft as peft
 from .bert import SequenceClassifier as SequenceClassifier
 from .config import EncoderConfig as EncoderConfig
 from .masked_lm import (

@@ -358,7 +358,7 @@ class SequenceClassifier(nn.Module):
         hidden_state, tokens = self._tokens(input_ids, inputs_embeds, continue_from)
         shape = tokens.shape[:2]
         if shape[1] > config.max_length:
-            raise ValueError(f"sequences of {shape[1]} tokens, but the model ends at {config.max_length}")
+            raise ValueError(f"sequences have {shape[1]} tokens, but the model has {config.max_length} positions")
         if attention_mask is None:
             attention_mask = jnp.ones(shape, jnp.int32)
         if token_type_ids is None:
@@ -390,12 +390,12 @@ class SequenceClassifier(nn.Module):
     def _tokens(self, input_ids, inputs_embeds, continue_from) -> tuple[int | None, Array]:
         """The one input that is given, and the number of the hidden state if it is one."""
         if sum(x is not None for x in (input_ids, inputs_embeds, continue_from)) != 1:
-            raise ValueError("give exactly one of input_ids, inputs_embeds and continue_from")
+            raise ValueError("pass exactly one of input_ids, inputs_embeds and continue_from")
         if input_ids is not None:
             return None, jnp.asarray(input_ids)
         if inputs_embeds is not None:
             return None, jnp.asarray(inputs_embeds, self.dtype)
         number, layers = continue_from[0], self.config.num_hidden_layers
         if not 0 <= number < layers:
-            raise ValueError(f"hidden state {number}: of {layers} layers, 0 to {layers - 1} have a layer above")
+            raise ValueError(f"hidden state {number}: must be 0 to {layers - 1}, which have a layer above")
         return number, jnp.asarray(continue_from[1], self.dtype)

@@ -119,7 +119,7 @@ class EncoderConfig:
         """Reads ``folder/config.json``; see :meth:`from_dict`."""
         path = folder / "config.json"
         if not path.exists():
-            raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face checkpoint")
+            raise InputError(f"{folder}: no config.json; use the folder of a Hugging Face checkpoint")
         values = read_json(path)
         if not isinstance(values, dict):
             raise InputError(f"{path}: not a JSON object")
@@ -199,12 +199,12 @@ def _check_values(config: EncoderConfig, source: str) -> None:
 
     for name in _SIZES:
         value = getattr(config, name)
-        check(name, _is_whole(value) and value >= 1, "a whole number above 0")
+        check(name, _is_whole(value) and value >= 1, "a positive whole number")
     for name in _RATES:
         value = getattr(config, name)
         check(name, value is None or (_is_number(value) and 0 <= value < 1), "a rate in [0, 1)")
     eps, deviation, pad = config.layer_norm_eps, config.initializer_range, config.pad_token_id
-    check("layer_norm_eps", _is_number(eps) and eps > 0, "a number above 0")
+    check("layer_norm_eps", _is_number(eps) and eps > 0, "a positive number")
     check("initializer_range", _is_number(deviation) and deviation >= 0, "a number, 0 or more")
     check("pad_token_id", _is_whole(pad) and pad >= 0, "a whole number, 0 or more")
     check("pad_token_id", pad < config.vocab_size, f"below vocab_size {shown(config.vocab_size)}")

@@ -68,11 +68,10 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     missing = [name for name in names.values() if name not in own_names]
     if len(missing) == len(names):
         raise InputError(
-            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); "
-            "score by --head pair instead"
+            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); use --head pair instead"
         )
     if missing:
-        raise InputError(f"{source}: the masked-language-model head lacks {', '.join(missing)}; it is incomplete")
+        raise InputError(f"{source}: the masked-language-model head is incomplete: it lacks {', '.join(missing)}")
     _check_tied(files, own_names, config, source)
     tensors = weights.read_tensors({own_names[name]: files[own_names[name]] for name in names.values()})
     loaded = {
@@ -108,7 +107,7 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
     words = jnp.asarray(word_embeddings)
     if words.shape != (config.vocab_size, config.hidden_size):
         raise ValueError(
-            f"word_embeddings have shape {words.shape}; by the config it is {(config.vocab_size, config.hidden_size)}"
+            f"word_embeddings have shape {words.shape}; the config says {(config.vocab_size, config.hidden_size)}"
         )
     logits = MaskedLanguageModelHead(config).apply({"params": head}, jnp.asarray(hidden), words)
     assert isinstance(logits, Array)

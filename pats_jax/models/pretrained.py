@@ -102,8 +102,8 @@ def from_pretrained(
         logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
     if matched.new:
         new = ", ".join(map(convert.tensor_name, matched.new))
-        hint = "" if own_labels is None else "; the head needs training to go with it"
-        logger.warning("%s: newly initialised: %s%s", name_or_dir, new, hint)
+        hint = "" if own_labels is None else "; train the head before you use it"
+        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
     tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
     loaded = {
         path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
@@ -136,7 +136,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     shapes = _parameter_shapes(SequenceClassifier(config))
     if {path: np.shape(value) for path, value in flat.items()} != shapes:
         wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))
-        raise ValueError(f"params do not fit config at {'/'.join(wrong)}")
+        raise ValueError(f"params do not match config at {'/'.join(wrong)}")
     with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
@@ -165,8 +165,8 @@ def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
     if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
         kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
         raise InputError(
-            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that gives {kind} is not "
-            "supported, train a new one (--ignore_mismatched_sizes or another checkpoint)"
+            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} is not "
+            "supported; train a new one with --ignore_mismatched_sizes, or use another checkpoint"
         )
 
 
@@ -178,13 +178,13 @@ def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None
 
 def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and asked < 1:
-        raise ValueError(f"num_labels must be 1 or more, got {asked}")
+        raise ValueError(f"num_labels must be at least 1, got {asked}")
     if asked is None and own is None:
         raise InputError(f"{folder}: has no classification head; train one on it first (pats-jax glue)")
     if asked is not None and own is not None and asked != own:
         raise InputError(
-            f"{folder}: the checkpoint's head has {own} labels and {asked} are needed; "
-            "give --ignore_mismatched_sizes to start a new one"
+            f"{folder}: the checkpoint's head has {own} labels, but {asked} are needed; "
+            "set --ignore_mismatched_sizes to start a new head"
         )
     count = own if asked is None else asked
     assert count is not None
@@ -204,7 +204,7 @@ def _with_labels(
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
-        raise ValueError(f"regression={regression} does not go with num_labels={count}: one label means regression")
+        raise ValueError(f"regression={regression} conflicts with num_labels={count}: one label means regression")
     labels = dict(config.id2label) if has_head and config.num_labels == count else default_labels(count)
     if id2label is not None:
         asked = {int(index): str(label) for index, label in id2label.items()}
@@ -222,14 +222,14 @@ def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, str
     if places is not None:
         if list(places) != sorted(places):
             warnings.warn(
-                f"{source}: the checkpoint's head numbers its classes {_numbered(own)}, not {_numbered(asked)}; "
-                "it keeps its order, and labels are matched by name",
+                f"{source}: the checkpoint's head orders its classes {_numbered(own)}, not {_numbered(asked)}; "
+                "the order is kept, and labels are matched by name",
                 stacklevel=4,
             )
         return own
     if is_nameless(own) and not set(own.values()) & set(asked.values()):
         logger.warning(
-            "%s: the head's labels have no names (%s, ...); they are taken for %s", source, own[0], _numbered(asked)
+            "%s: the head's labels have no names (%s, ...); they are read as %s", source, own[0], _numbered(asked)
         )
         return asked
     differ = f"{source}: the head's labels are {_numbered(own)}, and those of the data are {_numbered(asked)}"

@@ -58,7 +58,7 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
     name = str(name_or_dir)
     named = shown(name, 300, quoted=False)
     if not name:
-        raise InputError("the checkpoint's name is empty; give a folder, a package name or a hub id")
+        raise InputError("the checkpoint's name is empty; use a folder, a package name or a hub id")
     try:
         folder = Path(name_or_dir).expanduser()
         exists, is_folder = folder.exists(), folder.is_dir()
@@ -71,7 +71,7 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
         return _package_folder(name, check_weights)
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     if isinstance(name_or_dir, Path) or is_path or exists or not name.isprintable():
-        raise InputError(f"{named}: no such folder; give the folder of a Hugging Face checkpoint")
+        raise InputError(f"{named}: no such folder; use the folder of a Hugging Face checkpoint")
     return _hub_folder(name, revision)
 
 
@@ -94,14 +94,14 @@ def _package_folder(name: str, check_weights: bool) -> Path:
     folder = Path(spec.submodule_search_locations[0]) / package.folder
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
-        raise InputError(f"{weights}: missing; install the package {name} again")
+        raise InputError(f"{weights}: missing; reinstall the package {name}")
     if not check_weights:
         return folder
     with weights.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != package.sha256:
         raise InputError(
-            f"{weights}: sha256 is {found}, not {package.sha256} as published; install the package {name} again"
+            f"{weights}: sha256 is {found}, not the published {package.sha256}; reinstall the package {name}"
         )
     return folder
 
@@ -121,15 +121,15 @@ def _hub_folder(repository: str, revision: str | None) -> Path:
         raise InputError(f"{repository}: the hub repository has no revision {revision}") from None
     except errors.GatedRepoError:
         raise InputError(
-            f"{repository}: access to this hub repository is gated; ask for it there, then log in"
+            f"{repository}: access to this hub repository is gated; request access there, then log in"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{repository}: neither a folder here nor a repository on the hub; check the name") from None
+        raise InputError(f"{repository}: neither a local folder nor a hub repository; check the name") from None
     except (errors.HTTPError, OSError) as error:
         raise InputError(
-            f"{repository}: no such folder here, not in the hub's local cache, and the hub cannot be reached "
-            f"({type(error.__cause__ or error).__name__}); to work offline give a local folder or the package name "
-            f"{next(iter(PACKAGES))}, or fetch it once with network access and set HF_HOME to that cache"
+            f"{repository}: not a local folder, not in the hub's local cache, and the hub cannot be reached "
+            f"({type(error.__cause__ or error).__name__}); to work offline, use a local folder or the package name "
+            f"{next(iter(PACKAGES))}, or download it once with network access and set HF_HOME to that cache"
         ) from None
     if not (folder / WEIGHTS_FILE).exists() and not (folder / INDEX_FILE).exists():
         raise no_safetensors(repository, _repository_files(repository, revision, folder))

@@ -41,7 +41,7 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
-            f"{folder}: holds no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's own there"
+            f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's tokenizer there"
         )
     if not (folder / "tokenizer.json").is_file() and (folder / _SENTENCEPIECE).is_file():
         _check_sentencepiece(folder)
@@ -58,7 +58,7 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
 def _check_sentencepiece(folder: Path) -> None:
     if importlib.util.find_spec("sentencepiece") is None:
         raise InputError(
-            f"{folder}: has no tokenizer.json, and to read its {_SENTENCEPIECE} takes the package sentencepiece; "
+            f"{folder}: has no tokenizer.json, and reading its {_SENTENCEPIECE} requires the package sentencepiece; "
             "run: pip install 'pats-jax[sentencepiece]'"
         )
 

@@ -45,11 +45,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     files = {name: folder / checked_name(shard, str(index)) for name, shard in weight_map.items()}
     for shard in sorted(set(files.values())):
         if not shard.exists():
-            raise InputError(f"{shard}: this shard is named by {INDEX_FILE} and is missing; download it again")
+            raise InputError(f"{shard}: {INDEX_FILE} lists this shard, but it is missing; download it again")
         absent = {name for name, path in files.items() if path == shard} - names(shard)
         if absent:
             first = shown(min(absent), quoted=False)
-            raise InputError(f"{shard}: lacks tensor {first}, which {INDEX_FILE} places there; download it again")
+            raise InputError(f"{shard}: lacks tensor {first}, which {INDEX_FILE} lists there; download it again")
     return files
 
 

@@ -1,8 +1,8 @@
 """Few-shot tuning on the target tasks of a gym, from primed and unprimed starts: `pats-jax gym`.
 
-A tuning trains one start's PE modules (or the whole model) on the 16 rows of one sample of one task, keeps what does
-best on its dev rows and scores that on the test rows. Each leaves a record, ``tunings/ARM/TASK-SAMPLE.json``, and is
-never made again; the report is on all records of the folder.
+A tuning trains one start's adapter (or the whole model) on the 16 rows of one sample of one task, keeps the parameters
+with the best dev score, and scores these on the test rows. It writes a record, ``tunings/ARM/TASK-SAMPLE.json``, and is
+never repeated; the report covers all records in the folder.
 """
 
 import contextlib
@@ -47,16 +47,16 @@ _FREE = frozenset(
 
 
 def run(settings: GymSettings, args: Sequence[str], console: rich.console.Console) -> None:
-    """Makes the tunings that are not there yet, and writes the report.
+    """Runs the missing tunings, and writes the report.
 
     Args:
-      settings: what to do; ``check`` is called first.
+      settings: the settings; ``check`` is called first.
       args: the command line, for the processes of ``--jobs`` and the report.
-      console: where scores and tables go.
+      console: where to print scores and tables.
 
     Raises:
-      InputError: on wrong input, mostly before anything is tuned; what is finished is kept.
-      Preempted: the program was asked to end; what is finished is kept.
+      InputError: on invalid input, mostly before any tuning; finished tunings are kept.
+      Preempted: the program was asked to stop; finished tunings are kept.
     """
     settings.check()
     folder = pathlib.Path(str(settings.output_dir))
@@ -86,21 +86,21 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
                     with preemption.watch() as asked:
                         tune_all(settings, starts, tasks, folder, console, asked, tokenizer)
                 except Preempted as error:
-                    raise Preempted("interrupted; the same command goes on", error.signal_number) from None
+                    raise Preempted("interrupted; repeat the command to resume", error.signal_number) from None
     if settings.report_only or settings.share == "1/1":
         report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
-    """The starts of the settings: the unprimed model by kind, then every primed one by the kinds that it goes with.
+    """The starts of the settings: the unprimed model for each kind, then each primed model for its kinds.
 
     Args:
-      settings: name them.
+      settings: the settings that name them.
       tasks: the target tasks.
 
     Raises:
-      InputError: a folder is no finished run of `pats-jax prime`, of another model or head, has learnt a target task,
-        or holds PE modules of no kind asked or of other sizes; two folders are of the same stage.
+      InputError: a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
+        target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
     model = settings.model_name_or_path
     starts = [Start("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
@@ -115,7 +115,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
                 stage = results["algorithm"], results["train"], results["seed"]
                 start = Start(*stage, encoder, adapter, base, kind, _digest(results))
                 if folders.setdefault(start.name, name) != name:
-                    raise InputError(f"--primed {name}: {start.name} is {folders[start.name]} already; keep one")
+                    raise InputError(f"--primed {name}: {start.name} is already {folders[start.name]}; keep one")
                 starts.append(start)
     return list(dict.fromkeys(starts))
 
@@ -125,7 +125,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     folder, where = pathlib.Path(name), f"--primed {name}"
     found = run_folder.read_results(folder)
     if found is None:
-        raise InputError(f"{where}: no results.json there; give the folder of a finished pats-jax prime")
+        raise InputError(f"{where}: no results.json; use the folder of a finished `pats-jax prime` run")
     if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
     results = files.read_record(folder / "results.json", PrimedResults)
@@ -138,22 +138,22 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if not settings.share_sources:
         learnt |= {task for task in results["upstream_tasks"] if source_set(task) in map(source_set, tasks)}
     if learnt:
-        raise InputError(f"{where}: has learnt {min(learnt)}, which is a target task or built on the sources of one")
+        raise InputError(f"{where}: was trained on {min(learnt)}, which is a target task or shares its dataset")
     kind = results["peft"]
     if kind is None and set(settings.kinds) == {"full"}:
-        raise InputError(f"{where}: full tuning is never primed; put a PE kind among --kinds")
+        raise InputError(f"{where}: full tuning is never primed; add a PEFT method to --kinds")
     if kind is not None and kind not in settings.kinds:
-        raise InputError(f"{where}: holds {kind} modules; put {kind} among --kinds")
+        raise InputError(f"{where}: contains a {kind} adapter; add {kind} to --kinds")
     if kind is not None:
         theirs = read_config(str(folder / "config.json"), PrimingSettings)
         differing = pe_modules.differing_flags(settings.with_peft(kind), theirs)
         if differing:
-            raise InputError(f"{where}: was primed with other {kind} modules: {', '.join(differing)}")
+            raise InputError(f"{where}: was primed with a different {kind} adapter: {', '.join(differing)}")
     return results
 
 
 def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
-    """Makes the folder's config.json, unless another share has made it meanwhile; raises as `check_folder` does."""
+    """Writes the folder's config.json, unless another share already has; raises like `check_folder`."""
     with FolderLock(folder, name=".lock-config", patience=10.0):
         check_folder(folder, settings, starts)
         if not (folder / "config.json").exists():
@@ -161,10 +161,10 @@ def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[St
 
 
 def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
-    """Holds the config.json that is there against the settings.
+    """Compares an existing config.json with the settings.
 
     Raises:
-      InputError: its tunings were made with other settings, the folder is no gym's, or a link leads out of it.
+      InputError: its tunings used other settings, the folder is not a gym's, or a link leads out of it.
     """
     for part in ("report/plots", "compiled", *(f"tunings/{start.name}" for start in starts)):
         files.checked_place(folder / part / "file", folder)
@@ -175,15 +175,15 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[S
         differing = [name for name in ours if ours[name] != theirs[name]]
         if differing:
             changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
-            raise InputError(f"--output_dir {folder}: holds tunings with other settings: {changes}")
+            raise InputError(f"--output_dir {folder}: contains tunings with different settings: {changes}")
         return
     for name in ("tunings", "report"):
         if os.path.lexists(folder / name):
-            raise InputError(f"--output_dir {folder}: holds {name}, which no gym wrote; give another folder")
+            raise InputError(f"--output_dir {folder}: contains {name}, which no gym wrote; choose another folder")
 
 
 def _fixed(settings):
-    """The settings that all tunings of a folder share, as config.json gives them back."""
+    """The settings that all tunings of a folder share, as read back from config.json."""
     fixed = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     return json.loads(json.dumps(fixed))
 
@@ -191,7 +191,7 @@ def _fixed(settings):
 def check_records(
     settings: GymSettings, starts: Sequence[Start], tasks: Sequence[FewShotTask], folder: pathlib.Path
 ) -> None:
-    """Raises InputError if a tuning that is there already has tried other learning rates or had another start."""
+    """Raises InputError if an existing tuning used other learning rates or another start."""
     for start in starts:
         rates = list(settings.learning_rates(start.kind))
         for _, _, path in places(settings, start, tasks, folder):
@@ -201,17 +201,15 @@ def check_records(
             tried, digest = record.get("learning_rates") or rates, record.get("upstream_digest") or start.digest
             if tried != rates:
                 before, now = (shown(", ".join(map(str, values)), quoted=False) for values in (tried, rates))
-                raise InputError(
-                    f"--grid: {path} has tried {before}, not {now}; give the same grid or another --output_dir"
-                )
+                raise InputError(f"--grid: {path} used {before}, not {now}; use the same grid, or another --output_dir")
             if digest != start.digest:
                 raise InputError(
-                    f"--primed: {path} started from another run of that stage; give that run or another --output_dir"
+                    f"--primed: {path} started from another run of that stage; use that run, or another --output_dir"
                 )
 
 
 def _digest(results: PrimedResults) -> str:
-    """Of a finished run: no other has its results, times included."""
+    """A digest of a finished run's results, which include times and so are unique."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -221,7 +219,7 @@ def places(
     """The tunings of a start: task, sample and the file of the record.
 
     Raises:
-      InputError: a task lacks a sample that is asked for.
+      InputError: a task lacks a requested sample.
     """
     samples = [(task, sample) for task in tasks for sample in task.choose(settings.samples or None).samples]
     records = folder / "tunings" / start.name
@@ -233,12 +231,12 @@ def places(
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path, share: str) -> Iterator[list[FolderLock]]:
-    """Keeps other programs out of the folder, and others that would make the same tunings; gives the locks.
+    """Locks the folder against other programs and overlapping shares; yields the locks.
 
-    Other shares may work in it. A process of ``--jobs`` has been handed the locks, and takes none.
+    Other shares may use it at the same time. A process of ``--jobs`` inherits the locks, and takes none.
 
     Raises:
-      InputError: another program is at work there.
+      InputError: another program is using the folder.
     """
     if folder_lock.is_handed_on(folder):
         yield []
@@ -250,16 +248,16 @@ def hold(folder: pathlib.Path, share: str) -> Iterator[list[FolderLock]]:
             other, count = map(int, named.groups()) if named else (first, last)
             overlaps = (first - other) % math.gcd(last, count) == 0
             if path != own.path and overlaps and folder_lock.is_taken(path):
-                raise InputError(f"--share {share}: a pats-jax gym with --share {other}/{count} is at work in {folder}")
+                raise InputError(f"--share {share}: a pats-jax gym with --share {other}/{count} is running in {folder}")
         yield [lock, own]
 
 
 def run_jobs(settings: GymSettings, args: Sequence[str], locks: Sequence[FolderLock]) -> None:
-    """Runs the same command in processes of one share each, which hold the locks, too, and waits.
+    """Runs the same command in one process per share, which also hold the locks, and waits.
 
     Raises:
-      InputError: one of them failed; its last line says why.
-      Preempted: this process was asked to end; they have been asked, too.
+      InputError: one of them failed; the message has its last line.
+      Preempted: this process was asked to stop; the others were stopped too.
     """
     folder, first, last = pathlib.Path(str(settings.output_dir)), *parse_share(settings.share)
     command = [sys.executable, "-m", "pats_jax.cli", "gym", *args, "--jobs", "1", "--share"]
@@ -291,9 +289,9 @@ def run_jobs(settings: GymSettings, args: Sequence[str], locks: Sequence[FolderL
         finally:
             compare.end([process for process in processes if process.poll() is None])
     if asked.signal_number is not None:
-        raise Preempted("interrupted; the same command goes on", asked.signal_number)
+        raise Preempted("interrupted; repeat the command to resume", asked.signal_number)
     for number in failed:  # the others have been told to end
-        text = logs[number].read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
+        text = logs[number].read_text(encoding="utf-8", errors="replace").strip() or "no output"
         raise InputError(f"{logs[number]}: {text.splitlines()[-1].removeprefix('pats-jax: error: ')}")
 
 
@@ -352,7 +350,7 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
     """
     records = read_records(folder)
     if not records:
-        raise InputError(f"--output_dir {folder}: no tuning is finished there")
+        raise InputError(f"--output_dir {folder}: has no finished tunings")
     config, settings = folder / "config.json", ""
     if os.path.lexists(config):
         read_config(str(config), GymSettings)
@@ -366,4 +364,4 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         )
     for line in gym_report.table_lines(summary):
         say(console, line)
-    say(console, f"report in {folder / 'report' / 'report.html'}")
+    say(console, f"report: {folder / 'report' / 'report.html'}")

@@ -1,4 +1,4 @@
-"""One tuning of a few-shot task: from a start, on one sample, scored on the task's test rows."""
+"""One tuning on a few-shot task: from a start, on one sample, scored on the task's test rows."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ class Start:
     """Where a tuning starts, and what it trains.
 
     Attributes:
-      algorithm: of the upstream stage, "direct" without one.
-      trained: what that trained, None without one.
-      seed: the stage's, None without one.
+      algorithm: algorithm of the upstream stage; "direct" without one.
+      trained: what the stage trained; None without one.
+      seed: seed of the stage; None without one.
       model: name or folder of the encoder.
-      adapter: folder of primed PE modules; None: new ones.
+      adapter: folder of a primed adapter; None: a new one.
       base: name or folder of the model with the masked-language-model head, if any.
-      kind: what is tuned: a PE kind, or "full".
-      digest: of the stage's results, which tells its runs apart; None without one.
+      kind: what is tuned: a PEFT method, or "full".
+      digest: digest of the stage's results, which identifies its run; None without one.
     """
 
     algorithm: Stage
@@ -62,12 +62,12 @@ class Tuner:
         """Loads the start.
 
         Args:
-          settings: of all tunings.
+          settings: settings of all tunings.
           start: where they start and what they train.
-          tokenizer: the model's.
+          tokenizer: the model's tokenizer.
 
         Raises:
-          InputError: its files are not there or do not fit together.
+          InputError: its files are missing or do not match.
         """
         self._settings, self._start, self._tokenizer = settings, start, tokenizer
         self._head = option_scoring.get_head(settings.head)
@@ -127,10 +127,10 @@ class Tuner:
         }
 
     def _tune(self, rate, task, sample, shapes, asked):
-        """One learning rate: the curve on the dev rows and what does best there.
+        """Tunes with one learning rate: the dev curve, and the parameters with the best dev score.
 
-        Of equal scores that with the lower loss on the dev rows is kept, for 16 rows have many ties (ours). A rate
-        whose loss is not finite any more ends there, with what did best before (ours).
+        Of equal scores, the one with the lower dev loss is kept, because 16 rows have many ties (ours). A rate whose
+        loss is no longer finite stops there, and keeps its best so far (ours).
         """
         settings = self._settings
         state = TrainState.create(
@@ -159,11 +159,11 @@ class Tuner:
             if step < settings.max_steps:
                 state, _ = self._step(state, self._encode(task, rows, shapes))
         if best is None:
-            raise InputError(f"{task.name}: the loss of {self._start.name} is not finite before any step")
+            raise InputError(f"{task.name}: the loss of {self._start.name} is not finite before the first step")
         return best | {"learning_rate": rate, "diverged": diverged, "curve": {"step": steps, "dev": scores}}
 
     def _batches(self, task, sample) -> Iterator[list[Row]]:
-        """The rows of every step and one more, epoch by epoch in an order of the seed, the task and the sample."""
+        """The rows of every step and one more, epoch by epoch; the order depends on seed, task and sample."""
         settings = self._settings
         rng = np.random.default_rng([settings.seed, zlib.crc32(task.name.encode()), sample.seed])
         size, order = min(settings.per_device_train_batch_size, len(sample.train)), np.array([], np.int64)
@@ -180,7 +180,7 @@ class Tuner:
         return option_scoring.pad_to(encoded, shapes)
 
     def _shapes(self, task):
-        """The shapes that all rows of the task's samples have room in, without the rows' axis."""
+        """Shapes that hold all rows of the task's samples, without the rows' axis."""
         rows = [row for sample in task.samples for row in (*sample.train, *sample.dev)]
         return option_scoring.row_shapes(self._head, rows, self._tokenizer, self._max_length)
 

@@ -106,9 +106,9 @@ def maml(
       ``support_loss``, the loss before the first inner step; all means over the tasks.
 
     Raises:
-      ValueError: if inner_learning_rate is not a number above 0; from the loss, if the batch has no such arrays.
+      ValueError: if inner_learning_rate is not greater than 0; from the loss, if the batch has no such arrays.
     """
-    check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "a number above 0")
+    check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "greater than 0")
 
     def one_task(params, support, query, key):
         inner_key, outer_key = jax.random.split(key)
@@ -147,9 +147,9 @@ def reptile(loss_fn: LossFn, *, inner_learning_rate: float, trainable: Any = Non
       ``support_loss`` the loss before the first one. The others have the gradient zero.
 
     Raises:
-      ValueError: if inner_learning_rate is not a number above 0.
+      ValueError: if inner_learning_rate is not greater than 0.
     """
-    check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "a number above 0")
+    check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "greater than 0")
 
     def one_task(params, support, query, key):
         start = jax.lax.stop_gradient(params)
@@ -218,7 +218,7 @@ def _mean_over_tasks(one_task, *needed):
     def meta_loss(params, batch, key):
         for prefix in needed:
             if not any(name.startswith(prefix) for name in batch):
-                raise ValueError(f"the batch has no arrays named {prefix}..., only {', '.join(batch)}")
+                raise ValueError(f"the batch has no arrays named {prefix}...; it has {', '.join(batch)}")
         support, query = _part(batch, SUPPORT), _part(batch, QUERY)
         keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         loss, metrics = jax.vmap(one_task, in_axes=(None, 0, 0, 0))(params, support, query, keys)

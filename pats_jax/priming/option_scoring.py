@@ -171,7 +171,7 @@ def get_head(name: str) -> Head:
       InputError: there is none of that name.
     """
     if name not in HEADS:
-        raise InputError(f"--head {name}: no such head; choose of {', '.join(HEADS)}")
+        raise InputError(f"--head {name}: no such head; choose one of {', '.join(HEADS)}")
     return HEADS[name]
 
 
@@ -226,7 +226,7 @@ def text_length(asked: int, model: models.SequenceClassifier) -> int:
     if length < SHORTEST_OPTION:
         raise InputError(
             f"--max_seq_length, --prompt_length, --prefix_length: they leave {length} of {model.config.max_length} "
-            f"tokens for a text; it needs {SHORTEST_OPTION}"
+            f"tokens for a text, which needs {SHORTEST_OPTION}"
         )
     return length
 
@@ -269,7 +269,7 @@ def encode_rows(
       InputError: rows without the same options, for the head of one task's classes.
     """
     if not head.for_all_tasks and len({row.options for row in rows}) > 1:
-        raise InputError("--head classes: rows with options of their own have no classes; use another head")
+        raise InputError("--head classes: rows with their own options have no classes; use another head")
     counts = np.array([len(row.options) for row in rows])
     mask = (np.arange(head.slots(counts.max())) < counts[:, None]).astype(np.int32)
     answers = np.array([row.answer for row in rows], np.int32)
@@ -406,7 +406,7 @@ def _tokenize(tokenizer, *texts, **options):
     try:
         return tokenizer(*texts, truncation=True, **options)
     except Exception as error:  # the tokenizers library itself raises bare Exceptions
-        raise InputError(f"the tokenizer cannot take a text of the tasks ({' '.join(str(error).split())})") from None
+        raise InputError(f"the tokenizer cannot encode a text of the tasks ({' '.join(str(error).split())})") from None
 
 
 def _pad(ids, smallest, largest):

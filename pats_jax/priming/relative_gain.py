@@ -1,10 +1,10 @@
-"""What priming brings: the average relative gain of few-shot tunings over a baseline, task by task.
+"""What priming gains: the average relative gain of few-shot tunings over a baseline, task by task.
 
-Works on records, one a tuning, as plain dicts (`records.TuningRecord`)::
+Reads records, one per tuning, as plain dicts (`records.TuningRecord`)::
 
-    {"algorithm": "maml",            # of the upstream stage; "direct": there was none
+    {"algorithm": "maml",            # of the upstream stage; "direct" if there was none
      "trained": "plm",               # upstream: "plm", "pe" or "plm+pe"; None for direct
-     "peft": "lora",                 # what is tuned downstream; "full": the whole model, only with direct
+     "peft": "lora",                 # what is tuned downstream; "full" (the whole model) only with direct
      "upstream_seed": 1,             # None for direct
      "task": "glue-rte", "sample": 13, "metric": "accuracy", "chance": 0.5,
      "learning_rate": 1e-3,          # the one chosen on the dev rows
@@ -12,7 +12,7 @@ Works on records, one a tuning, as plain dicts (`records.TuningRecord`)::
      "step": 50, "dev": 0.7, "test": 0.66, "seconds": 12.3}
 
 The ARG is that of CrossFit (https://arxiv.org/abs/2104.08835), which the work on priming
-(https://arxiv.org/abs/2212.01032) uses. What is done about baselines at 0, intervals and steps to a score are ours.
+(https://arxiv.org/abs/2212.01032) uses. The rule for baselines at 0, the intervals and the steps to a score are ours.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _FIELDS = ("algorithm", "trained", "peft", "upstream_seed", "task", "sample", "m
 
 
 class Arm(NamedTuple):
-    """What is compared: an upstream algorithm, what it trained, and what is tuned downstream."""
+    """One arm of the comparison: an upstream algorithm, what it trained, and what is tuned downstream."""
 
     algorithm: str
     trained: str | None
@@ -48,12 +48,12 @@ class Arm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AverageRelativeGain:
-    """An ARG and what it is made of.
+    """An ARG and its parts.
 
     Attributes:
       value: in percent; None if every task was left out.
       by_task: task -> its relative gain in percent.
-      left_out: tasks whose baseline is 0 or below, so that they have no relative gain.
+      left_out: tasks without a relative gain, because their baseline is at most 0.
     """
 
     value: float | None
@@ -65,14 +65,14 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
     """ARG = 100/n · Σ_i (P_i - P0_i) / P0_i over n tasks, in percent.
 
     A task with P0 <= 0 to 12 decimals, such as a Matthews correlation of 0, has no relative gain. It is left out and
-    named; this rule is ours, the paper has none.
+    listed; this rule is ours, as the paper has none.
 
     Args:
       scores: task -> P, its mean test score over its few-shot samples.
-      baseline: task -> P0, the same of the baseline; the same tasks.
+      baseline: task -> P0, the same for the baseline, with the same tasks.
 
     Returns:
-      The ARG, the gains that it is the mean of, and the tasks that were left out.
+      The ARG, the gains that it averages, and the tasks that were left out.
 
     Raises:
       ValueError: if there is no task, the tasks are not the same, or a score is not finite.
@@ -147,7 +147,7 @@ def steps_to_score(curve: Curve, target: float) -> int | None:
     steps, scores = curve["step"], curve["dev"]
     if not steps or len(steps) != len(scores):
         raise ValueError(
-            f"a curve of {len(steps)} steps and {len(scores)} dev scores; both must be as many, at least one"
+            f"the curve has {len(steps)} steps and {len(scores)} dev scores; it needs as many of each, at least one"
         )
     return min((int(step) for step, score in zip(steps, scores, strict=True) if score >= target), default=None)
 
@@ -341,7 +341,7 @@ def stage_place(algorithm: str, trained: str | None) -> tuple[int, str, int]:
 
 def _check(records, sources):
     if not records:
-        raise InputError("no tuning to report on: no record was given")
+        raise InputError("nothing to report: there are no records")
     seen, facts = set(), dict[str, tuple[str, float]]()
     for source, record in zip(sources, records, strict=True):
         missing = [field for field in _FIELDS if field not in record]
@@ -350,23 +350,23 @@ def _check(records, sources):
         _check_one(source, record)
         key = (_arm(record), record["upstream_seed"], record["task"], record["sample"])
         if key in seen:
-            raise InputError(f"{source}: {key[0].name}, seed {key[1]}, {key[2]}, sample {key[3]} was there before")
+            raise InputError(f"{source}: {key[0].name}, seed {key[1]}, {key[2]}, sample {key[3]} occurs twice")
         seen.add(key)
         own = (record["metric"], record["chance"])
         known = facts.setdefault(record["task"], own)
         if own != known:
             task = record["task"]
-            raise InputError(f"{source}: {task} has metric and chance {shown(own)}, before it had {shown(known)}")
+            raise InputError(f"{source}: {task} has metric and chance {shown(own)}, but earlier {shown(known)}")
 
 
 def _check_one(source, record):
     is_direct = record["algorithm"] == "direct"
     if is_direct and (record["trained"] is not None or record["upstream_seed"] is not None):
-        raise InputError(f"{source}: direct tuning has no upstream stage, so trained and upstream_seed are null")
+        raise InputError(f"{source}: direct tuning has no upstream stage, so trained and upstream_seed must be null")
     if not is_direct and record["trained"] not in TRAINED[1:]:
         raise InputError(f"{source}: trained {shown(record['trained'])}; must be plm, pe or plm+pe")
     if not is_direct and record["peft"] == "full":
-        raise InputError(f"{source}: peft 'full' after {record['algorithm']}; it goes with direct only")
+        raise InputError(f"{source}: peft 'full' after {record['algorithm']}; it is only valid for direct")
     curve = record["curve"]
     if not curve.get("step") or len(curve["step"]) != len(curve.get("dev", ())):
         raise InputError(f"{source}: its curve needs as many steps as dev scores, at least one")

@@ -39,7 +39,7 @@ class FolderLock:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """For ``pass_fds`` of a process that is to hold the lock, too; none while it is not held."""
+        """For ``pass_fds`` of a process that also holds the lock; empty while it is not held."""
         return () if self._descriptor is None else (self._descriptor,)
 
     def __enter__(self) -> "FolderLock":
@@ -50,10 +50,10 @@ class FolderLock:
         self.release()
 
     def take(self) -> None:
-        """Takes the lock, for which the folder is made; nothing if it is held and the folder was not moved meanwhile.
+        """Takes the lock, and creates the folder for it; does nothing if the lock is held and the folder was not moved.
 
         Raises:
-          InputError: somebody else holds it, or the folder cannot be written.
+          InputError: another process holds it, or the folder cannot be written.
         """
         if self._descriptor is not None and _is_at(self._descriptor, self.path):
             return
@@ -62,8 +62,8 @@ class FolderLock:
             while (taken := self._try_to_take()) is None:
                 if time.monotonic() >= until:
                     raise InputError(
-                        f"--output_dir {folder}: another pats-jax is at work there, or a process that it has left; "
-                        "wait until it has ended, or give another folder"
+                        f"--output_dir {folder}: another pats-jax, or a process that it started, is using it; "
+                        "wait until it ends, or choose another folder"
                     )
                 time.sleep(0.05)
         except OSError as error:
@@ -73,7 +73,7 @@ class FolderLock:
         self._descriptor = taken
 
     def release(self) -> None:
-        """Gives the lock back, if it is held, and removes its file unless others hold it, too."""
+        """Releases the lock, if it is held, and removes its file unless others hold it too."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ class FolderLock:
         self._descriptor = None
 
     def _try_to_take(self):
-        """A descriptor that holds the lock; None if somebody else holds it, or has just removed the file."""
+        """A descriptor that holds the lock; None if another process holds it, or has just removed the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -96,7 +96,7 @@ class FolderLock:
 
 
 def is_taken(path: pathlib.Path) -> bool:
-    """Whether somebody holds the lock whose file this is."""
+    """Whether any process holds the lock with this file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -108,19 +108,19 @@ def is_taken(path: pathlib.Path) -> bool:
 
 
 def handed_on(lock: FolderLock) -> dict[str, str]:
-    """The environment variable by which a process knows that it is handed the lock of its folder."""
+    """The environment variable that tells a process that it inherits the lock of its folder."""
     (descriptor,) = lock.descriptors
     return {_INHERITED: str(descriptor)}
 
 
 def is_handed_on(folder: pathlib.Path) -> bool:
-    """Whether the process that started this one has handed on the lock of the folder."""
+    """Whether this process inherits the lock of the folder from the process that started it."""
     number = os.environ.get(_INHERITED, "")
     return number.isdecimal() and _is_at(int(number), folder / LOCK)
 
 
 def _lock(descriptor, shared, folder):
-    """Whether nobody else holds the lock, so that it is held now."""
+    """Tries to take the lock; whether it is held now."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -128,12 +128,12 @@ def _lock(descriptor, shared, folder):
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: its file system has no locks; let no other pats-jax work there meanwhile", folder)
+        logger.warning("%s: the file system has no locks; do not run another pats-jax there at the same time", folder)
     return True
 
 
 def _is_at(descriptor, path):
-    """Whether the file of a descriptor is still the one at a path: who held its lock may have removed it."""
+    """Whether a descriptor's file is still at a path; the previous holder of its lock may have removed it."""
     try:
         ours, theirs = os.fstat(descriptor), os.stat(path, follow_symlinks=False)
     except OSError:

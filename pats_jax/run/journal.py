@@ -1,4 +1,4 @@
-"""The lines that a run logs: to metrics.jsonl, and to TensorBoard for those who want it."""
+"""The log of a run: metrics.jsonl, and optionally TensorBoard event files."""
 
 import contextlib
 import json
@@ -21,18 +21,18 @@ _FLUSH_SECONDS = 10.0  # between writes of event files to the disk, which cost t
 
 
 class Journal:
-    """Writes lines as they come; a context manager."""
+    """Writes records as they come; a context manager."""
 
     def __init__(self, folder: pathlib.Path, records: list[Record], *, tensorboard: bool = False):
         """Opens a run's journal.
 
         Args:
           folder: the run's folder.
-          records: the lines of a resumed run up to its checkpoint; whatever else was logged is taken out.
-          tensorboard: whether to write event files to ``tensorboard/`` too.
+          records: the records of a resumed run up to its checkpoint; later ones are removed.
+          tensorboard: whether to also write event files to ``tensorboard/``.
 
         Raises:
-          InputError: if the package tensorboardX is missing, or the system refuses.
+          InputError: if the package tensorboardX is missing, or a file cannot be written.
         """
         run_folder.write_metrics(folder, records)
         self._path = folder / run_folder.METRICS
@@ -49,13 +49,13 @@ class Journal:
         except InputError as failure:
             if error is None:
                 raise
-            logger.warning("%s", failure)  # what is on its way already says more
+            logger.warning("%s", failure)  # the exception on its way says more
 
     def write(self, record: Record) -> None:
-        """Adds one line; what depends on the clock stands in the record's ``timing``.
+        """Adds one line; all that depends on the clock is in the record's ``timing``.
 
         Raises:
-          InputError: if the system refuses, for instance on a full disk; the file then ends with the line before.
+          InputError: if it cannot be written, for instance on a full disk; the file then ends with the previous line.
         """
         with _refusing(self._path):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -72,7 +72,7 @@ class Journal:
 
 
 class Events:
-    """TensorBoard's event files, written at once: tensorboardX's own thread dies of a full disk, and is waited for."""
+    """TensorBoard event files, written directly: on a full disk tensorboardX's thread dies, and the run hangs."""
 
     def __init__(self, folder: pathlib.Path, records: list[Record]):
         """Begins a file; what a resumed run had written after its last record is not shown.
@@ -91,7 +91,7 @@ class Events:
         self._flushed = time.monotonic()
 
     def write(self, record: Record) -> None:
-        """Adds the numbers of a record; raises InputError if the system refuses."""
+        """Adds the numbers of a record; raises InputError if they cannot be written."""
         _, event, scalar = _tensorboard()
         with _refusing(self._folder):
             for tag, value in _scalars(record):
@@ -102,7 +102,7 @@ class Events:
                 self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Ends the file; raises InputError if the system refuses."""
+        """Closes the file; raises InputError if it cannot be written."""
         with _refusing(self._folder):
             self._writer.close()
 
@@ -116,7 +116,7 @@ def _refusing(path: pathlib.Path) -> Iterator[None]:
 
 
 def check_tensorboard() -> None:
-    """Raises InputError, saying what to install, if event files cannot be written."""
+    """Raises InputError, with what to install, if event files cannot be written."""
     _tensorboard()
 
 

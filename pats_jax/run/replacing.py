@@ -1,7 +1,7 @@
-"""``--overwrite``: what it may replace, and how the run that was there is kept until the new one is finished.
+"""``--overwrite``: what it may replace, and how the previous run is kept until the new one is finished.
 
-Only what a run of ours wrote is replaced: the folder's config.json proves the run, and every file in it has a name that
-runs write. It is renamed ``FOLDER.previous`` and removed when the new run has written its results.json.
+Only a run of this library is replaced: the folder's config.json identifies it, and every file has a name that runs
+write. It is renamed to ``FOLDER.previous``, and removed when the new run has written its results.json.
 """
 
 import contextlib
@@ -63,17 +63,17 @@ _IS_FILE, _IS_FOLDER = re.compile(f"({'|'.join(_FILES)})(\\.new)?"), re.compile(
 
 
 def contents(folder: pathlib.Path) -> list[str]:
-    """The names in a folder, but for those that a run which has not begun may leave; none where there is no folder."""
+    """The names in a folder, except those that a run may leave before it begins; empty if there is no folder."""
     passing = (folder_lock.LOCK, f"{_CONFIG}.new")
     return sorted(path.name for path in folder.iterdir() if path.name not in passing) if folder.exists() else []
 
 
 def foreign(folder: pathlib.Path, entries: Iterable[str] | None = None) -> str | None:
-    """The first path in a folder that no run wrote, by its name, or a model card by its text; None where all are ours.
+    """The first path in a folder that no run wrote, by its name (a model card by its text); None if there is none.
 
     Args:
       folder: the folder.
-      entries: look at these entries only.
+      entries: check only these entries.
 
     Raises:
       OSError: a folder in it cannot be read.
@@ -89,35 +89,35 @@ def foreign(folder: pathlib.Path, entries: Iterable[str] | None = None) -> str |
 
 
 def check(folder: pathlib.Path) -> None:
-    """Raises InputError unless the folder holds a run of ours and nothing else, and can be replaced."""
+    """Raises InputError unless the folder contains a run of this library and nothing else, and can be replaced."""
     where, previous = f"--output_dir {folder}: --overwrite", _previous(folder)
     if pathlib.Path.cwd().is_relative_to(folder.resolve()):
-        raise InputError(f"{where} cannot replace the folder that you are in; go elsewhere")
+        raise InputError(f"{where} cannot replace the current folder; run it from elsewhere")
     if folder.is_symlink():
-        raise InputError(f"{where} replaces no link; give {os.path.realpath(folder)}, where it leads")
+        raise InputError(f"{where} cannot replace a link; use its target, {os.path.realpath(folder)}")
     try:
         if not _is_run(folder):
             raise InputError(
-                f"{where} would lose {contents(folder)[0]}, which no run wrote: the folder has no {_CONFIG} of a run"
+                f"{where} would delete {contents(folder)[0]}, which no run wrote: the folder has no {_CONFIG} of a run"
             )
         name = foreign(folder)
         if name is not None:
-            raise InputError(f"{where} would lose {name}, which no run wrote; move it away")
+            raise InputError(f"{where} would delete {name}, which no run wrote; move it elsewhere")
         if os.path.lexists(previous) and (kept(folder) is None or foreign(previous) is not None):
-            raise InputError(f"{where} needs the name {previous}, which is something else; move that away")
+            raise InputError(f"{where} needs the name {previous}, which is already in use; move that elsewhere")
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if not os.access(previous.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{where} renames the run, and there is no permission to write in {previous.parent}")
+        raise InputError(f"{where} renames the run, but there is no permission to write to {previous.parent}")
 
 
 def check_inputs(folder: pathlib.Path, settings: Any) -> None:
-    """Raises InputError if a run would read what lies in the folder that it replaces, links followed."""
+    """Raises InputError if a run reads files in the folder that it replaces, following links."""
     homes = [path.resolve() for path in (folder, kept(folder)) if path is not None]
     for flag, path in _inputs(settings):
         home = next((home for home in homes if any(place.is_relative_to(home) for place in _places(path))), None)
         if home:
-            raise InputError(f"--{flag} {path}: lies in {home}, which --overwrite replaces; give another --output_dir")
+            raise InputError(f"--{flag} {path}: is in {home}, which --overwrite replaces; choose another --output_dir")
 
 
 def _inputs(settings):
@@ -212,7 +212,7 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def put_back(folder: pathlib.Path, previous: pathlib.Path | None) -> None:
-    """Undoes `set_aside`, where the new run could not begin."""
+    """Undoes `set_aside` if the new run could not begin."""
     if previous is None:
         return
     try:
@@ -224,17 +224,17 @@ def put_back(folder: pathlib.Path, previous: pathlib.Path | None) -> None:
         for name in (_MARK, folder_lock.LOCK):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("the run that was in %s is now in %s (%s)", folder, previous, error.strerror)
+        logger.warning("the run from %s is now in %s (%s)", folder, previous, error.strerror)
 
 
 def kept(folder: pathlib.Path) -> pathlib.Path | None:
-    """The run that this one replaces, if it is still there."""
+    """The run that this one replaces, if it still exists."""
     previous = _previous(folder)
     return previous if (previous / _MARK).is_file() and not previous.is_symlink() else None
 
 
 def discard(folder: pathlib.Path) -> None:
-    """Removes the run that a finished one has replaced; what cannot be removed stays, with a warning."""
+    """Removes the run that a finished one has replaced; warns of what cannot be removed."""
     previous = kept(folder)
     if previous is None:
         return
@@ -244,11 +244,11 @@ def discard(folder: pathlib.Path) -> None:
             raise InputError(f"no run wrote {name}")
         _remove(previous)
     except (InputError, OSError) as error:
-        logger.warning("%s, the run that was there before, stays: %s", previous, error)
+        logger.warning("the previous run is kept in %s: %s", previous, error)
 
 
 def keep_for_good(folder: pathlib.Path) -> None:
-    """Makes a run that --overwrite has set aside one that no run will remove."""
+    """Marks a run that --overwrite has set aside as one to keep."""
     with contextlib.suppress(OSError):
         (folder / _MARK).unlink()
 
@@ -273,7 +273,7 @@ def _remove(folder):
 
 
 def _empty(folder):
-    """Removes a run: first what says that it is finished, last what says that it is a run, lest a kill leaves doubt."""
+    """Removes a run: results.json first, config.json last, so that a kill leaves no doubt about what is left."""
     last = [_CONFIG, _MARK, folder_lock.LOCK]
     (folder / _RESULTS).unlink(missing_ok=True)
     names = [path.name for path in folder.iterdir() if path.name not in last]

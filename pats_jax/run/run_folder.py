@@ -1,4 +1,4 @@
-"""A run's folder: what it holds and when it may be written."""
+"""A run's folder: its contents, and when it may be written."""
 
 import importlib.metadata
 import json
@@ -32,30 +32,30 @@ _PACKAGES = ("pats-jax", "jax", "flax", "optax", "transformers")
 
 
 def check_free(folder: pathlib.Path, overwrite: bool) -> None:
-    """Raises InputError if the folder cannot be written, or holds something that must not be lost.
+    """Raises InputError if the folder cannot be written, or contains something that must not be lost.
 
-    With ``overwrite`` a folder that holds an earlier run, and nothing else, counts as free.
+    With ``overwrite``, a folder that contains only an earlier run counts as free.
     """
     home = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not home.is_dir():
-        raise InputError(f"--output_dir {folder}: {home} is a file; give another folder")
+        raise InputError(f"--output_dir {folder}: {home} is a file; choose another folder")
     if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {folder}: no permission to write in {home}; give another folder")
+        raise InputError(f"--output_dir {folder}: no permission to write to {home}; choose another folder")
     if not replacing.contents(folder):
         return
     if not overwrite:
         raise InputError(
-            f"--output_dir {folder}: not empty; give another folder, --resume to go on with the run in it, "
+            f"--output_dir {folder}: not empty; choose another folder, or use --resume to resume the run in it "
             "or --overwrite to replace it"
         )
     replacing.check(folder)
 
 
 def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, if need be, and writes config.json; `check_free` comes first.
+    """Creates the folder if it is missing, and writes config.json; call `check_free` first.
 
     Raises:
-      InputError: if the system refuses, for instance on a read-only disk.
+      InputError: if the folder cannot be written, for instance on a read-only disk.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes half-written files that a killed run has left.
+    """Removes incomplete files that a killed run left.
 
     Raises:
-      InputError: if the system refuses.
+      InputError: if the folder cannot be written.
     """
     try:
         for path in folder.iterdir():
@@ -81,7 +81,7 @@ def remove_leftovers(folder: pathlib.Path) -> None:
 
 
 def check_links(folder: pathlib.Path, entries: Iterable[str] = ENTRIES) -> None:
-    """Raises InputError if one of the entries, or anything below it, is a link that leads out of the folder."""
+    """Raises InputError if one of the entries, or anything in it, is a link that leads out of the folder."""
     for entry in map(folder.joinpath, entries):
         below = entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ()
         for path in (entry, *below):
@@ -89,11 +89,11 @@ def check_links(folder: pathlib.Path, entries: Iterable[str] = ENTRIES) -> None:
                 try:
                     files.checked_place(path / "file", folder)
                 except InputError:
-                    raise InputError(f"{path}: a link that leads out of {folder}; remove it") from None
+                    raise InputError(f"{path}: this link leads out of {folder}; remove it") from None
 
 
 def write_metrics(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """Writes metrics.jsonl anew, one line a record."""
+    """Rewrites metrics.jsonl, one line per record."""
     files.write_text(folder / METRICS, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
@@ -101,8 +101,8 @@ def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
     """The lines of metrics.jsonl.
 
     Raises:
-      InputError: naming file and line, if one is damaged, as the last one of a killed run may be: ``--resume`` writes
-        the file anew.
+      InputError: naming file and line, if a line is damaged, as the last line of a killed run may be; ``--resume``
+        rewrites the file.
     """
     path = folder / METRICS
     lines = files.read_bytes(path).splitlines()
@@ -110,10 +110,10 @@ def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
 
 
 def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What results.json holds, as `records.PrimedResults` or `records.GlueResults` say; None while it is not there.
+    """Reads results.json as `records.PrimedResults` or `records.GlueResults`; None if it does not exist.
 
     Raises:
-      InputError: naming the file and the field, if it does not hold the results of a run.
+      InputError: naming the file and the field, if it does not contain the results of a run.
     """
     path = folder / "results.json"
     if not os.path.lexists(path):
@@ -126,7 +126,7 @@ def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes results.json, the last file of a run and whole from the first moment on: it says that it is finished."""
+    """Writes results.json atomically, as the last file of a run: it marks the run as finished."""
     files.write_json(folder / "results.json", results)
 
 

@@ -1,4 +1,4 @@
-"""How a run starts: devices, the folder that it writes, and whether it goes on with the run in it."""
+"""How a run starts: devices, the output folder, and whether to resume the run in it."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Start(Generic[Kind]):
-    """A run that is about to start; a context manager, at whose end others may write the folder again.
+    """A run that is about to start; a context manager, which releases the folder at its end.
 
     Attributes:
-      settings: with the folder and the sizes of a batch worked out.
-      runner: over the run's devices.
-      folder: the run's.
-      console: where it speaks: nowhere in any process but the first.
-      resuming: whether it goes on with the run that the folder holds.
-      finished: the results of that run, if there is nothing to go on with.
-      lock: the folder's; process 0 takes it.
+      settings: the settings, with folder and batch sizes filled in.
+      runner: runs steps on the run's devices.
+      folder: the output folder.
+      console: prints for process 0; silent in all others.
+      resuming: whether the run resumes the one in the folder.
+      finished: the results of that run, if it is already finished.
+      lock: the lock of the folder, which process 0 takes.
     """
 
     settings: Kind
@@ -51,10 +51,10 @@ class Start(Generic[Kind]):
         self.lock.release()
 
     def open_folder(self) -> None:
-        """Makes the folder, or removes what a killed run has left, once every process has found its input right.
+        """Creates the folder, or removes what a killed run left there, once every process has checked its input.
 
         Raises:
-          InputError: in all processes, if another program is at work in it or it cannot be written.
+          InputError: in all processes, if another program is using the folder or it cannot be written.
         """
         runners.wait_for_all("every process has checked its input")
         failure = None
@@ -67,10 +67,10 @@ class Start(Generic[Kind]):
         if failure is not None:
             raise failure
         if not is_open:
-            raise InputError(f"--output_dir {self.folder}: process 0 cannot use it, and says why")
+            raise InputError(f"--output_dir {self.folder}: process 0 cannot use it; see its message")
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Writes results.json, which ends the run, and removes the run that it replaces; for process 0."""
+        """Writes results.json, which marks the run as finished, and removes the run that it replaces; for process 0."""
         run_folder.write_results(self.folder, results)
         replacing.discard(self.folder)
 
@@ -79,7 +79,7 @@ class Start(Generic[Kind]):
         self.lock.take()
         if self.resuming:
             if run_folder.read_results(folder) is not None:
-                raise InputError(f"--output_dir {folder}: another pats-jax has finished the run; give --resume again")
+                raise InputError(f"--output_dir {folder}: another pats-jax finished the run; repeat the command")
             run_folder.check_links(folder)
             run_folder.remove_leftovers(folder)
             return
@@ -96,19 +96,19 @@ class Start(Generic[Kind]):
             raise
         previous = replacing.kept(folder)
         if previous:
-            logger.info("the run that was there is kept as %s until this one is finished", previous)
+            logger.info("the previous run is kept as %s until this one is finished", previous)
 
 
 def begin(settings: Kind, default_folder: str, console: rich.console.Console | None) -> Start[Kind]:
-    """Joins the other processes, and finds devices and folder; nothing is written yet.
+    """Connects to the other processes, and finds devices and folder; writes nothing yet.
 
     Args:
-      settings: what to do; ``check`` is called first.
-      default_folder: the run's folder where the settings name none.
-      console: where progress and scores go; none: nowhere.
+      settings: the settings of the run; ``check`` is called first.
+      default_folder: the output folder if the settings name none.
+      console: where to print progress and scores; None: nowhere.
 
     Raises:
-      InputError: on settings that are wrong, devices that are not there, or a folder that cannot be the run's.
+      InputError: on invalid settings, missing devices, or a folder that cannot be used.
     """
     settings.check()
     methods.get_methods(settings.method)
@@ -144,10 +144,10 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
 
 
 def keep_compiled_programs(directory: str | None) -> None:
-    """Turns on JAX's cache on disk, in a folder that nobody else can write: what lies in it will be executed.
+    """Enables JAX's on-disk cache, in a folder that nobody else can write to, because its contents are executed.
 
     Raises:
-      InputError: if the folder cannot be made, or others can write in it.
+      InputError: if the folder cannot be created, or others can write to it.
     """
     if directory is None:
         return
@@ -158,6 +158,6 @@ def keep_compiled_programs(directory: str | None) -> None:
         raise InputError(f"--compilation_cache_dir {directory}: {error.strerror}") from None
     status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError(f"--compilation_cache_dir {directory}: others can write in it; chmod 700, or another folder")
+        raise InputError(f"--compilation_cache_dir {directory}: others can write to it; chmod 700 it or choose another")
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second each by default, for some thirty

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: saved while training goes on, committed whole or not at all, checked before they are used.
+"""Orbax checkpoints: saved while training continues, committed atomically, and verified before use.
 
 A checkpoint is a folder ``checkpoints/STEP``. Its item ``state`` is written by Orbax's standard handler: every array of
 the `TrainState` under its path, keys by their words. Beside the arrays lies ``state/record.json``, written last, before
@@ -54,12 +54,12 @@ Result = TypeVar("Result")
 
 
 class _Damaged(Exception):
-    """A checkpoint is proven not to be what was saved; the message says by what."""
+    """A checkpoint does not match what was saved; the message says how."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What record.json holds; see the module's docstring."""
+    """The content of record.json; see the module's docstring."""
 
     step: int
     best_step: int | None
@@ -77,7 +77,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep: int | None):
-        """The checkpoints of a folder, which is made by the first save; what a killed save left in it is removed.
+        """Opens the checkpoints of a folder, which the first save creates, and removes what a killed save left there.
 
         Args:
           folder: where the checkpoints are.
@@ -88,7 +88,7 @@ class Checkpoints:
             under such a path cannot be read.
         """
         if any(character in str(folder.absolute()) for character in "*?["):
-            raise InputError(f"--output_dir {folder.parent}: no checkpoints can be kept under a path with *, ? or [")
+            raise InputError(f"--output_dir {folder.parent}: cannot save checkpoints under a path with *, ? or [")
         self._folder, self._keep = folder, keep
         self._best_steps: dict[int, int | None] = {}  # which best one a checkpoint names, as far as asked for
 
@@ -120,7 +120,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, in increasing order, once the last save is done.
+        """The steps of all checkpoints, in increasing order, once the last save is done.
 
         Raises:
           InputError: if that save failed, or the folder cannot be read.
@@ -132,7 +132,7 @@ class Checkpoints:
             raise InputError(f"{self._folder}: cannot be read ({error.strerror})") from None
 
     def save(self, step: int, state: TrainState, progress: Any, best_step: int | None = None) -> None:
-        """Copies the state off the devices and writes it while the caller goes on; nothing if it is there already.
+        """Copies the state off the devices and writes it in the background; does nothing if it is already saved.
 
         Args:
           step: the number of the checkpoint.
@@ -157,19 +157,19 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**{_ITEM: item}))
 
     def check(self) -> None:
-        """Raises InputError if a save in the background has failed since."""
+        """Raises InputError if a background save has failed."""
         if self._is_open:
             with _in_one_line(self._folder):
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when every save is committed; raises InputError if one could not be."""
+        """Waits until every save is committed; raises InputError if one failed."""
         if self._is_open:
             with _in_one_line(self._folder):
                 self._manager.wait_until_finished()
 
     def restore(self, state: TrainState, kind: type[Progress] = dict) -> tuple[TrainState, Progress] | None:  # type: ignore[assignment]
-        """The newest whole checkpoint: one that is sound, and so is the best one that it names.
+        """Restores the newest valid checkpoint: it and the best checkpoint that it names are undamaged.
 
         A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
         renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
@@ -196,11 +196,11 @@ class Checkpoints:
                 self._set_aside(step, "damaged", f"is damaged: {damage}")
             steps = self.steps
         if there_were:
-            logger.warning("%s holds no whole checkpoint any more: training begins at its start", self._folder)
+            logger.warning("%s has no valid checkpoint; training starts from the beginning", self._folder)
         return None
 
     def restore_params(self, step: int, state: TrainState) -> Any:
-        """The parameters of one checkpoint.
+        """Restores the parameters of one checkpoint.
 
         Raises:
           InputError: if it is damaged, or cannot be read.
@@ -209,10 +209,10 @@ class Checkpoints:
         try:
             return self._arrays(step, state, self._verified(step)).all_params
         except _Damaged as damage:
-            raise InputError(f"checkpoint {self._path(step)} is damaged: {damage}; --resume makes it again") from None
+            raise InputError(f"checkpoint {self._path(step)} is damaged: {damage}; --resume rebuilds it") from None
 
     def _has_its_best(self, step, record):
-        """Whether the best checkpoint that a sound one names is sound; if not, both are set aside."""
+        """Whether the best checkpoint that a valid one names is valid; if not, both are set aside."""
         best = record.best_step
         if best in (None, step):
             return True
@@ -222,11 +222,11 @@ class Checkpoints:
         except _Damaged as damage:
             if os.path.lexists(self._path(best)):
                 self._set_aside(best, "damaged", f"is damaged: {damage}")
-        self._set_aside(step, "without_best", f"needs the best one so far, {self._path(best)}, which is not whole")
+        self._set_aside(step, "without_best", f"needs the best checkpoint so far, {self._path(best)}, which is damaged")
         return False
 
     def _set_aside(self, step, ending, reason):
-        """Renames a checkpoint to what neither we nor Orbax take for one, and says so."""
+        """Renames a checkpoint so that neither we nor Orbax read it, with a warning."""
         path = self._path(step)
         names = itertools.chain([f"{step}.{ending}"], (f"{step}.{ending}.{number}" for number in itertools.count(2)))
         new = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
@@ -237,16 +237,16 @@ class Checkpoints:
                     path.rename(new)
                 except OSError as error:
                     raise InputError(
-                        f"checkpoint {path} {reason}; it cannot be renamed ({error.strerror}): move it elsewhere"
+                        f"checkpoint {path} {reason}; it cannot be renamed ({error.strerror}); move it elsewhere"
                     ) from None
 
         _agreed(rename)
-        logger.warning("checkpoint %s %s; it is renamed %s", path, reason, new.name)
+        logger.warning("checkpoint %s %s; renamed to %s", path, reason, new.name)
         if self._is_open:
             self._manager.reload()
 
     def _verified(self, step) -> _Record:
-        """The record of a checkpoint, once it and all files are found to be what was saved."""
+        """The record of a checkpoint, after verifying it and all files."""
 
         def verify():
             record = self._read_record(step)
@@ -263,7 +263,7 @@ class Checkpoints:
         return self._path(step) / _ITEM / _RECORD
 
     def _best_step(self, step):
-        """The best checkpoint that one names; None where it is too damaged to say."""
+        """The best checkpoint that one names; None if it is too damaged."""
         if step not in self._best_steps:
             try:
                 self._best_steps[step] = self._read_record(step).best_step
@@ -285,13 +285,13 @@ class Checkpoints:
         except (InputError, RecursionError) as error:
             raise _Damaged(str(error)) from None
         if not sound:
-            raise _Damaged(f"{_ITEM}/{_RECORD} is not what was saved")
+            raise _Damaged(f"{_ITEM}/{_RECORD} does not match what was saved")
         if value.get("format") != FORMAT:
-            what = f"is of format {shown(value.get('format'))}"
+            what = f"has format {shown(value.get('format'))}"
             raise InputError(_of_another_format(self._path(step), what, value.get("version")))
         record = files.parse_record(text, _Record, str(path))
         if record.step != step:
-            raise _Damaged(f"it is the checkpoint of step {record.step}")
+            raise _Damaged(f"it belongs to step {record.step}")
         return record
 
     def _check_files(self, step, record):
@@ -304,7 +304,7 @@ class Checkpoints:
                 raise _Damaged(f"{_ITEM}/{name} is not what was saved")
 
     def _arrays(self, step, state, record) -> TrainState:
-        """The state that a verified checkpoint holds."""
+        """The state in a verified checkpoint."""
         import orbax.checkpoint as ocp
 
         wanted, kinds = _take_apart(state)
@@ -319,15 +319,15 @@ class Checkpoints:
             raise InputError(f"checkpoint {self._path(step)} cannot be read: {_reason(error)}") from error
         for name, value in jax.device_get(_checksums(arrays)).items():
             if int(value) != record.checksums[name]:
-                raise _Damaged(f"{name} is not what was saved")
+                raise _Damaged(f"{name} does not match what was saved")
         return _put_together(state, {**wanted, **arrays})
 
     def _check_structure(self, step, present, kinds, record):
-        """The names are compared before arrays are read: a difference is no damage."""
+        """Compares names before arrays are read: a difference means another model, not damage."""
         names = record.checksums.keys() ^ present.keys()
         if names or record.key_kinds != kinds:
             example = min(names) if names else "a key"
-            raise InputError(f"checkpoint {self._path(step)} is of another model or optimizer: {example} differs")
+            raise InputError(f"checkpoint {self._path(step)} belongs to another model or optimizer: {example} differs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +349,7 @@ class _NewestAndTheirBest:
 
 @functools.cache
 def _orbax_item():
-    """Orbax's handler of trees of arrays, which writes the record once all else is written, and its arguments."""
+    """Orbax's handler for trees of arrays, which writes the record last, and its arguments."""
     import orbax.checkpoint as ocp
 
     class Handler(ocp.StandardCheckpointHandler):
@@ -371,19 +371,19 @@ def _orbax_item():
 
     @ocp.args.register_with_handler(Handler, for_restore=True)
     class Restore(ocp.args.StandardRestore):
-        """Orbax wants a way to restore too; we have `StandardCheckpointer` for it, as anybody has."""
+        """Orbax requires a way to restore; `StandardCheckpointer` does that."""
 
     return Handler(), Save
 
 
 def _check_room_for_files(number: int = 64):
-    """Raises InputError where Orbax would run out of open files: it says so in tracebacks of its threads."""
+    """Raises InputError if Orbax would run out of open files, which it reports only in tracebacks of its threads."""
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(number):
                 stack.enter_context(open(os.devnull))
     except OSError as error:
-        raise InputError(f"the checkpoint cannot be read ({error.strerror}): raise ulimit -n") from None
+        raise InputError(f"the checkpoint cannot be read ({error.strerror}); raise the limit with ulimit -n") from None
 
 
 def _files(folder):
@@ -401,13 +401,13 @@ def _digest(value: dict[str, Any]) -> str:
 
 def _of_another_format(path, what, version):
     return (
-        f"checkpoint {path} {what}, and pats_jax {pats_jax.__version__} reads format {FORMAT}: "
-        f"resume with pats_jax {shown(version, quoted=False)}, which reads it"
+        f"checkpoint {path} {what}, but pats_jax {pats_jax.__version__} reads format {FORMAT}; "
+        f"resume with pats_jax {shown(version, quoted=False)}"
     )
 
 
 def _agreed(call: Callable[[], Result]) -> Result:
-    """What a call gives, in every process; if it fails in one, it fails in all of them, and in the same way."""
+    """The result of a call in every process; if it fails in one, it fails in all, in the same way."""
     result, failure = None, None
     try:
         result = call()
@@ -424,7 +424,7 @@ def _agreed(call: Callable[[], Result]) -> Result:
 
 
 def _committed(folder: pathlib.Path) -> list[int]:
-    """The steps of a folder's checkpoints, in increasing order; Orbax gives one its name when it is whole."""
+    """The steps of a folder's checkpoints, in increasing order; Orbax names one when it is complete."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except FileNotFoundError:
@@ -434,7 +434,7 @@ def _committed(folder: pathlib.Path) -> list[int]:
 
 @contextlib.contextmanager
 def _in_one_line(folder: pathlib.Path) -> Iterator[None]:
-    """Turns whatever a failed save raises into an InputError that says what is left."""
+    """Turns any failure of a save into an InputError that names the last good checkpoint."""
     try:
         yield
     except Exception as error:  # Orbax and TensorStore have many kinds for it
@@ -442,12 +442,12 @@ def _in_one_line(folder: pathlib.Path) -> Iterator[None]:
             committed = _committed(folder)
         except OSError:
             committed = []
-        left = f"the last good one is {folder / str(committed[-1])}" if committed else "there is none before it"
+        left = f"the last good one is {folder / str(committed[-1])}" if committed else "there is no earlier one"
         raise InputError(f"a checkpoint could not be written: {_reason(error)}; {left}") from error
 
 
 def _reason(error: Exception) -> str:
-    """The system's own words out of a long message, if they are in it."""
+    """The system's own message within a long one, if it is there."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next((words for words in _SYSTEM_WORDS if words in str(error)), shown(lines[0], 300, quoted=False))
 
@@ -479,7 +479,7 @@ def _take_apart(state: TrainState) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _put_together(state: TrainState, arrays: dict[str, Any]) -> TrainState:
-    """The state with the arrays that `_take_apart` gave of one like it."""
+    """Puts the arrays of `_take_apart` into a state of the same structure."""
     leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
 
     def same_kind(leaf, array):
@@ -498,7 +498,7 @@ def _is_stored_key(x):
 
 @jax.jit
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A number for each array, () uint32, that any change of one element changes, whatever the sharding.
+    """A checksum of each array, () uint32, which changes with any element and does not depend on the sharding.
 
     Sum over the elements of mix(bits ^ mix(i)) modulo 2**32, i the row-major index. The mixing is one-to-one, so one
     change is always seen; it is not linear, so changes of several (two signs, two elements in each other's place) do

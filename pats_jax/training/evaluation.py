@@ -73,13 +73,13 @@ class Predictor:
         return self._scores(lambda name: decide(self.logits(params, name), self.task))
 
     def evaluate_majority(self) -> dict[str, float]:
-        """The same when every row is given the most frequent class (or the mean score) of the training labels."""
+        """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels."""
         labels = true_labels(self.splits.get("train") or self.splits["validation"])
         answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
         return self._scores(lambda name: np.full(len(self.splits[name]), answer))
 
     def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Accuracy and number of rows on other sets of inference, by name; see `fold` for those of two classes."""
+        """Accuracy and number of rows on other inference sets, by name; see `fold` for sets with two classes."""
         scores = {}
         for name in names:
             split = self.splits[name]
@@ -99,7 +99,7 @@ class Predictor:
         return scores
 
     def predictions(self, params: Any) -> dict[str, str]:
-        """The GLUE server's files by name: a header, then index and prediction of each row, apart by a tab."""
+        """The files for the GLUE server, by name: a header, then index, tab and prediction for each row."""
         files = {}
         for name in ("test", "test_mismatched", "ax"):
             if name not in self.splits:
@@ -112,7 +112,7 @@ class Predictor:
 
 
 def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""A table with a line for each row and a tab between cells, whatever ids and labels hold.
+    r"""A table with one line per row and tabs between cells, whatever characters ids and labels contain.
 
     Tabs, line feeds and carriage returns in a cell are written ``\t``, ``\n`` and ``\r``; a cell with quotes is quoted
     as in CSV.
@@ -131,16 +131,16 @@ _ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 def check_finite(logits: np.ndarray, what_to_do: str) -> None:
-    """Raises InputError if an answer of the model is nan or infinite."""
+    """Raises InputError if an output of the model is NaN or infinite."""
     if not np.isfinite(logits).all():
-        raise InputError(f"the model's answers are not finite; {what_to_do}")
+        raise InputError(f"the model's outputs are not finite; {what_to_do}")
 
 
-DAMAGED = "the checkpoint is damaged or was saved after a training that diverged, take another"
+DAMAGED = "the checkpoint is damaged, or training had diverged; use another"
 
 
 def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
-    """Writes texts by file name into a folder, made if need be."""
+    """Writes texts, by file name, to a folder, which is created if missing."""
     make_folder(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -149,17 +149,17 @@ def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
 def true_labels(split: readers.Split) -> np.ndarray:
     """The labels (rows,) of a split that must have them."""
     if split.labels is None:
-        raise InputError("the validation data has no labels to compare with: give a file with a label column")
+        raise InputError("the validation data has no labels; use a file with a label column")
     return split.labels
 
 
 def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
-    """Scores (rows,) of a regression, else the class index of each row, from logits (rows, num_labels)."""
+    """Predicted scores (rows,) for regression, else class indices (rows,), from logits (rows, num_labels)."""
     return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
 
 
 def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Answers of a model of three-way inference as classes of a set that may have two.
+    """Converts predictions of a three-class inference model to the classes of a set that may have two.
 
     The model's answer is the largest of its three probabilities; neutral and contradiction are then both
     not_entailment where the set has that class. (The probabilities of the two are not added: an entailment of 0.4
@@ -182,7 +182,7 @@ def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np
 
 
 def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered with a warning to what the model has positions for.
+    """``--max_seq_length``, lowered with a warning to the number of positions of the model.
 
     Raises:
       InputError: if virtual tokens leave no room for a text.
@@ -190,11 +190,11 @@ def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
     longest = model.max_length
     if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
         raise InputError(
-            f"--prompt_length, --prefix_length: of the model's positions they leave {longest} for the text"
+            f"--prompt_length, --prefix_length: too long; they leave {longest} of the model's positions for the text"
         )
     if asked > longest:
         warnings.warn(
-            f"--max_seq_length {asked} is above the model's {longest} positions; using {longest}", stacklevel=2
+            f"--max_seq_length {asked} exceeds the model's {longest} positions; using {longest}", stacklevel=2
         )
     return min(asked, longest)
 

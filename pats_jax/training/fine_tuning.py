@@ -1,4 +1,4 @@
-"""The fine-tuning of one run: what it needs, the loop with its logging and checkpoints, what it leaves."""
+"""The fine-tuning of one run: setup, the loop with its logging and checkpoints, and results."""
 
 import abc
 import collections
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def count_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of the training.
+    """The number of optimizer steps.
 
     Raises:
       InputError: there are more than anybody could count in 32 bits.
@@ -47,19 +47,19 @@ def count_steps(settings: Settings, rows: int) -> int:
         return settings.max_steps
     steps = settings.num_train_epochs * math.ceil(rows / (settings.train_batch_size or 1))
     if steps >= 2**31:
-        raise InputError(f"--num_train_epochs {settings.num_train_epochs:g}: makes {steps:.3g} steps, more than 2^31")
+        raise InputError(f"--num_train_epochs {settings.num_train_epochs:g}: gives {steps:.3g} steps, more than 2^31")
     return math.ceil(steps)
 
 
 class Evaluator(Protocol):
-    """What scores parameters on the way."""
+    """Scores parameters during training."""
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """Scores by name. May raise `Preempted`."""
 
 
 class Training(abc.ABC):
-    """Everything that one training needs, built and checked before anything is written.
+    """Everything that a training run needs, built and checked before anything is written.
 
     Attributes:
       examples: rows that are learnt from.
@@ -131,27 +131,27 @@ class Training(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
-        """The batches from a step (counted from 0) on, as `MeshRunner.put_ahead` gives them, and their counts."""
+        """Yields the batches from a step (counted from 0) on, as from `MeshRunner.put_ahead`, and their counts."""
 
     def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
-        """A batch of every shape that the steps from one (counted from 0) on meet, in the order of their first one."""
+        """Yields one batch of every shape from a step (counted from 0) on, in order of first use."""
         return iter(())
 
     @abc.abstractmethod
     def describe_batch(self) -> str:
-        """What a step learns from, in a line."""
+        """Describes the batch of a step in one line."""
 
     def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any] | None:
-        """``fisher(keep_fraction, mask)``, see `methods.Context`; None where nothing can be measured."""
+        """``fisher(keep_fraction, mask)``, see `methods.Context`; None if it cannot be measured."""
         return None
 
     def sensitivity(self, params: Any) -> dict[str, np.ndarray]:
-        """Sensitivity of the layers that take noise, by tensor."""
+        """Sensitivity of the layers that get noise, by tensor."""
         return {}
 
 
 class GlueTraining(Training):
-    """The training of a task that is one table of rows."""
+    """Training on a task that is one table of rows."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class GlueTraining(Training):
                 return
 
     def sensitivity(self, params):
-        """Measured on some batches of the first epoch, all of one shape."""
+        """Measures sensitivity on some batches of the first epoch, all of one shape."""
         common, _ = collections.Counter(length for _, length in self.plan).most_common(1)[0]
         chosen = [rows for rows, length in self.plan if length == common][: self.sensitivity_batches]
         sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
@@ -241,7 +241,7 @@ class GlueTraining(Training):
         )
 
     def _planned(self, first_step):
-        """Rows and length of every step from one (counted from 0) on, without end."""
+        """Yields rows and length of every step from a step (counted from 0) on, without end."""
         epoch, done = divmod(first_step, len(self.plan))
         for number in itertools.count(epoch):
             yield from self._plan(number)[done:]
@@ -263,7 +263,7 @@ class GlueTraining(Training):
 
 @dataclasses.dataclass
 class Trained:
-    """What training leaves.
+    """The result of training.
 
     Attributes:
       params: the parameters that the run keeps.
@@ -279,7 +279,7 @@ class Trained:
 
     @contextlib.contextmanager
     def kept(self, checkpoints: Checkpoints) -> Iterator[None]:
-        """If what follows fails, saves the training first: a resumed run then has only the end to do again.
+        """Saves the training if what follows fails, so that a resumed run repeats only the end.
 
         With several processes only the last checkpoint is kept: no process knows that another has failed.
         """
@@ -291,12 +291,12 @@ class Trained:
                     self.save()
                     checkpoints.wait()
                 except InputError as error:
-                    logger.warning("%s", error)  # what is on its way already says more
+                    logger.warning("%s", error)  # the exception on its way says more
             raise
 
 
 class TrainingHooks(Hooks):
-    """What the loop does for a run: progress bar, journal, evaluation, checkpoints, profile.
+    """The callbacks of a run: progress bar, journal, evaluation, checkpoints, profile.
 
     Attributes:
       seconds_to_first_step: from the start of the process until the first step of this start was done; None before.
@@ -357,7 +357,7 @@ def train(
     console: rich.console.Console,
     asked: preemption.Preemption,
 ) -> Trained:
-    """Trains from the last checkpoint or the start, and fills in results."""
+    """Trains from the last checkpoint, or from the start, and adds to results."""
     asked.begin()
     settings, rhythm, runner = training.settings, training.rhythm, training.runner
     results |= {
@@ -368,7 +368,7 @@ def train(
     logger.info("%s", training.describe_batch())
     if training.num_trained < training.num_parameters:
         share = 100 * training.num_trained / training.num_parameters
-        logger.info("trained: %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
+        logger.info("training %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
     start = None
     if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
@@ -376,7 +376,7 @@ def train(
     restored = checkpoints.restore(runner.view(state), Progress) if settings.resume else None
     if restored:
         state, progress = restored
-        logger.info("going on after step %d of %d", progress.step, rhythm.total_steps)
+        logger.info("resuming after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:
         stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
@@ -432,7 +432,7 @@ def train(
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-    """Bar, loss, examples/s and time left; nothing where the console is no terminal."""
+    """A bar with loss, examples/s and time left; nothing if the console is not a terminal."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),

@@ -1,4 +1,4 @@
-"""The loop: steps, logging that does not stall the device, evaluation, checkpoints, early stop.
+"""The loop: steps, logging that does not stall the device, evaluation, checkpoints, early stopping.
 
 Nothing in it knows of tasks or texts: what a step is, what is measured and where lines go is handed in.
 """
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rhythm:
-    """When the loop stops and looks up, in optimizer steps; the last step is always logged and evaluated.
+    """When to log, evaluate, save and stop, in optimizer steps; the last step is always logged and evaluated.
 
     Attributes:
       total_steps: length of the training.
@@ -59,7 +59,7 @@ class Rhythm:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a training has come: all that its future depends on beside the `TrainState`.
+    """The progress of a run: all that its future depends on, besides the `TrainState`.
 
     Attributes:
       step: optimizer steps made.
@@ -75,7 +75,7 @@ class Progress:
 
     @property
     def evaluations(self) -> list[Record]:
-        """The lines that have an ``eval``."""
+        """The records that have an ``eval``."""
         return [record for record in self.records if "eval" in record]
 
     def best(self, metric: str) -> Record | None:
@@ -83,13 +83,13 @@ class Progress:
         return max(self.evaluations, key=lambda record: record["eval"][metric], default=None)
 
     def evaluations_without_gain(self, metric: str) -> int:
-        """How many evaluations there have been since the best one."""
+        """The number of evaluations since the best one."""
         best = self.best(metric)
         return 0 if best is None else len(self.evaluations) - 1 - self.evaluations.index(best)
 
 
 class Hooks:
-    """What the loop calls; each does nothing unless a subclass says otherwise.
+    """Callbacks of the loop; each does nothing unless a subclass overrides it.
 
     Attributes:
       metric: the score that picks the best evaluation.
@@ -100,14 +100,14 @@ class Hooks:
     evaluates: bool = False
 
     def on_step(self, step: int, state: TrainState) -> None:
-        """A step has been dispatched; the device may still be at it."""
+        """Called when a step is dispatched; the device may still be running it."""
 
     def describe(self, progress: Progress, state: TrainState) -> dict[str, float]:
-        """More figures for the line that is about to be logged."""
+        """Additional figures for the next record."""
         return {}
 
     def on_record(self, record: Record) -> None:
-        """A line has been logged."""
+        """Called when a record is logged."""
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Scores of the parameters. May raise `Preempted`."""
@@ -127,7 +127,7 @@ def fit(
     progress: Progress | None = None,
     preemption: Preemption | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Trains up to ``rhythm.total_steps`` steps, or until early stop.
+    """Trains up to ``rhythm.total_steps`` steps, or until early stopping.
 
     The device runs ahead of Python: metrics are fetched at logging steps and checkpoints only.
 
@@ -189,7 +189,7 @@ def fit(
             if ended:
                 return state, progress
             if preemption is not None and preemption.arrived(progress.step):
-                raise Preempted("asked to end", preemption.signal_number or 0)
+                raise Preempted("asked to stop", preemption.signal_number or 0)
         except Preempted:
             if progress.step > saved_at:
                 save()
@@ -208,7 +208,7 @@ def fit(
 def predict_logits(
     predict_step: Callable[[Any, Batch], jax.Array], params: Any, batches: Iterator[tuple[np.ndarray, Batch]], rows: int
 ) -> np.ndarray:
-    """Logits of every row, in the order of the rows.
+    """Logits of all rows, in order.
 
     Args:
       predict_step: a compiled step that gives logits (batch, num_labels).
@@ -228,7 +228,7 @@ def predict_logits(
 
 
 class _Clock:
-    """Seconds, those spent waiting for data, examples and tokens since the last line; evaluations do not count."""
+    """Counts seconds, seconds of waiting for data, examples and tokens since the last record, without evaluations."""
 
     def __init__(self):
         self._restart()
@@ -267,7 +267,7 @@ def _fetch(fetched, pending):
 
 
 def _summarise(steps, progress):
-    """One line: means over the steps that were not skipped, the share of padding, the count of skipped steps."""
+    """One record: means over the steps that were not skipped, share of padding, number of skipped steps."""
     kept = [step for step in steps if not _was_skipped(step)]
     names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
     means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}
@@ -282,7 +282,7 @@ def _was_skipped(step):
 
 
 def _divergence(progress, state):
-    """What to tell whoever finds that a training has diverged."""
+    """The message when training has diverged."""
     sizes = jax.device_get(jax.tree.map(lambda p: jnp.max(jnp.abs(p), initial=0.0), state.params))
     named = [(float(x), parameter_name(path)) for path, x in jax.tree_util.tree_leaves_with_path(sizes)]
     size, name = max(named, key=lambda item: math.inf if math.isnan(item[0]) else item[0])

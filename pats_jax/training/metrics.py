@@ -12,7 +12,7 @@ from pats_jax.data.tasks import Task, get_task
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the rows whose class is right."""
+    """Fraction of rows with the right class."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, predictions))
@@ -78,7 +78,7 @@ def compute_metrics(
     names = task.metrics if isinstance(task, Task) else task
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or len(labels) == 0:
-        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must be equally long vectors")
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must be vectors of equal length")
     if not (np.all(np.isfinite(predictions)) and np.all(np.isfinite(labels))):
         raise ValueError("predictions and labels must be finite")
     scores = {name: METRICS[name](predictions, labels) for name in names}

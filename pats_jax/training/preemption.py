@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noticed between steps, so that a run is saved before it ends.
+"""SIGTERM and Ctrl-C: handled between steps, so that a run is saved before it stops.
 
 While a run reads its data and loads its model there is nothing to save, and a signal ends it at once, as any program.
 """
@@ -15,7 +15,7 @@ from pats_jax.errors import Preempted
 
 
 class Preemption:
-    """Whether this run was asked to end.
+    """Whether this run was asked to stop.
 
     Attributes:
       signal_number: the signal that has come, or None.
@@ -27,7 +27,7 @@ class Preemption:
         self.begin: Callable[[], None] = lambda: None
 
     def arrived(self, step: int) -> bool:
-        """Whether to end after this step; the same answer in all processes, which must all ask at every step."""
+        """Whether to stop after this step: the same answer in all processes, which must all ask at every step."""
         self.begin()
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal_number = self.signal_number or signal.SIGTERM
@@ -35,7 +35,7 @@ class Preemption:
         return jax.process_count() == 1 and self.signal_number is not None
 
     def check(self) -> None:
-        """Raises `Preempted` if a signal has come to this process; where no other process waits for this one."""
+        """Raises `Preempted` if this process has received a signal; only where no other process waits for it."""
         self.begin()
         if jax.process_count() == 1 and self.signal_number is not None:
             raise Preempted("interrupted", self.signal_number)
@@ -43,7 +43,7 @@ class Preemption:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Preemption]:
-    """Takes note of SIGTERM and Ctrl-C instead of dying of them, from ``begin`` on; a second one has its usual effect.
+    """Notes SIGTERM and Ctrl-C instead of stopping, from ``begin`` on; a second signal has its usual effect.
 
     With many processes the signals are left alone: JAX's own preemption service takes SIGTERM and tells all of them.
     Outside the main thread, where Python takes no signals, nothing is watched.
@@ -65,7 +65,7 @@ def watch() -> Iterator[Preemption]:
 
 @contextlib.contextmanager
 def noting(preemption: Preemption, numbers: Iterable[int]) -> Iterator[None]:
-    """Notes the first of these signals in ``preemption.signal_number``; a second one has its usual effect."""
+    """Notes the first of these signals in ``preemption.signal_number``; a second signal has its usual effect."""
 
     def note(number, frame):
         preemption.signal_number = number

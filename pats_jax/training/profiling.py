@@ -1,4 +1,4 @@
-"""A trace of a few training steps by JAX's profiler, for TensorBoard's or Perfetto's viewer; the age of the process."""
+"""Profiles a few training steps with JAX's profiler, for TensorBoard or Perfetto; the age of the process."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ STEPS = 10
 
 
 class Profiler:
-    """Traces ten steps: the second ten of this start, or the last ten of a shorter one. A context manager."""
+    """Traces ten steps: steps 11 to 20 of this start, or the last ten of a shorter one. A context manager."""
 
     def __init__(self, folder: pathlib.Path, first_step: int, total_steps: int):
         """Chooses the steps.
@@ -38,7 +38,7 @@ class Profiler:
         self._stop(None)
 
     def after(self, step: int, state: Any) -> None:
-        """Starts or stops the trace if this step (counted from 1) is the one before its first, or its last."""
+        """Starts the trace before its first step, and stops it after its last (steps count from 1)."""
         if step == self._first < self._last:
             self._earlier = set(self._traces())
             jax.profiler.start_trace(str(self._folder))
@@ -53,7 +53,7 @@ class Profiler:
             try:
                 jax.profiler.stop_trace()
             except (RuntimeError, OSError) as error:  # a full disk, for instance, which the training need not notice
-                logger.warning("%s: the profile could not be written (%s)", self._folder, str(error).splitlines()[0])
+                logger.warning("%s: cannot write the profile (%s)", self._folder, str(error).splitlines()[0])
                 for half_written in set(self._traces()) - self._earlier:
                     shutil.rmtree(half_written, ignore_errors=True)
 
@@ -62,7 +62,7 @@ class Profiler:
 
 
 def seconds_since_process_start() -> float | None:
-    """The age of this process in seconds, to a hundredth, imports included; None where the system is not Linux."""
+    """The age of this process in seconds, to a hundredth, including imports; None except on Linux."""
     try:
         fields = pathlib.Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except FileNotFoundError:

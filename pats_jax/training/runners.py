@@ -34,7 +34,7 @@ def initialize(
     process_id: int | None = None,
     heartbeat_timeout_seconds: int = 100,
 ) -> None:
-    """Joins the other processes of this run, where there are any; call it before anything else touches a device.
+    """Connects to the other processes of this run, if any; call it before anything else uses a device.
 
     With an address, that run; without one, the run that Slurm (`srun` with several tasks) or a TPU pod describes,
     which JAX asks; else nothing. A second call does nothing.
@@ -51,7 +51,7 @@ def initialize(
     described = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in described.items() if value is None]
     if 0 < len(missing) < 3:
-        raise InputError(f"{', '.join(missing)}: needed too; the three flags go together")
+        raise InputError(f"{', '.join(missing)}: missing; set all three flags together")
     if jax.distributed.is_initialized() or (missing and not _is_slurm_step() and not _has_tpu()):
         return
     try:
@@ -62,33 +62,33 @@ def initialize(
         if missing and not _is_slurm_step() and isinstance(error, ValueError):
             return  # a TPU machine that knows of no pod: JAX found no address
         reason = str(error).splitlines()[0]
-        raise InputError(f"the processes of this run cannot be joined: {reason}") from None
+        raise InputError(f"cannot connect the processes of this run: {reason}") from None
 
 
 def _is_slurm_step() -> bool:
-    """Whether Slurm's `srun` has started several tasks, of which this is one."""
+    """Whether this process is one of several tasks that Slurm's `srun` started."""
     return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def _has_tpu() -> bool:
-    """Whether this machine has TPU chips and JAX can use them; found out without touching them."""
+    """Whether this machine has TPU chips that JAX can use; checked without touching them."""
     chips = any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
     allowed = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
     return chips and allowed and importlib.util.find_spec("libtpu") is not None
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes and speaks."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here; the name says where."""
+    """Returns when every process has reached this point; ``name`` identifies it."""
     multihost_utils.sync_global_devices(name)
 
 
 def first_says(value: bool) -> bool:
-    """What process 0 says; every process must ask, and waits for it."""
+    """Gives every process the value of process 0; all must call it, and wait."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -106,24 +106,24 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     devices = jax.devices()
     if num_devices is not None:
         if num_devices > len(devices):
-            raise InputError(f"--num_devices {num_devices}: there are {len(devices)}")
+            raise InputError(f"--num_devices {num_devices}: only {len(devices)} available")
         if jax.process_count() > 1 and num_devices < len(devices):
-            raise InputError(f"--num_devices {num_devices}: a run of several processes takes all their devices")
+            raise InputError(f"--num_devices {num_devices}: several processes use all their devices; omit the flag")
         devices = devices[:num_devices]
     if len(devices) % fsdp:
-        raise InputError(f"--fsdp {fsdp}: does not divide the {len(devices)} devices")
+        raise InputError(f"--fsdp {fsdp}: must divide the number of devices, {len(devices)}")
     if kind == "pmap" and fsdp > 1:
-        raise InputError("--fsdp: pmap gives every device all parameters; use --parallel jit")
+        raise InputError("--fsdp: pmap keeps all parameters on every device; use --parallel jit")
     shape = (len(devices) // fsdp, fsdp)
     mesh = jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
 class CompiledStep:
-    """A training step that is called as the plain one is; its programs, one for each shape of batch, may come ahead."""
+    """A training step, called like a plain one, whose programs (one per batch shape) can be compiled ahead."""
 
     def __init__(self, compiled: Any, deal: Callable[[TrainState, Batch], tuple], in_turn: Callable[[Any], Any]):
-        """Takes what a runner makes of a step.
+        """Wraps the step that a runner has made.
 
         Args:
           compiled: the step under `jax.jit` or `jax.pmap`.
@@ -151,7 +151,7 @@ class CompiledStep:
 
     @contextlib.contextmanager
     def compiling_ahead(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[None]:
-        """Once the first step is made, compiles the other programs in a thread; a step waits for its own if need be.
+        """After the first step, compiles the other programs in a thread; a step waits for its own program if necessary.
 
         Nothing is computed with them, and what is compiled is what the step would have compiled at its call.
 
@@ -181,7 +181,7 @@ def _shapes(batch):
 
 
 def _abstract(x):
-    """An array's shape, dtype and place without its numbers."""
+    """An array's shape, dtype and sharding, without its values."""
     if not isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.aval.weak_type)
@@ -203,32 +203,32 @@ class MeshRunner:
 
     @property
     def axis_name(self) -> str | None:
-        """What `make_train_step` must be told."""
+        """The argument ``axis_name`` for `make_train_step`."""
         return None
 
     @property
     def num_devices(self) -> int:
-        """Devices that rows are dealt out to."""
+        """Number of devices that rows are split across."""
         return self.mesh.size
 
     @property
     def rows(self) -> NamedSharding:
-        """Where the rows of a batch go."""
+        """The sharding of the rows of a batch."""
         return NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The same on every device."""
+        """The sharding that replicates an array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def own_rows(self, batch_size: int) -> np.ndarray:
-        """Which rows of a global batch this process has to read, int64, in increasing order."""
+        """The rows of a global batch that this process reads, int64, in increasing order."""
         slices = self.rows.addressable_devices_indices_map((batch_size,)).values()
         parts = {(part[0].start or 0, batch_size if part[0].stop is None else part[0].stop) for part in slices if part}
         return np.concatenate([np.arange(*part) for part in sorted(parts)])
 
     def put(self, batch: Batch) -> Batch:
-        """A global batch on the devices, from this process's own rows of it; no other process is asked for anything.
+        """Puts a global batch on the devices, from this process's own rows, without communication.
 
         What is on the devices already stays as it is.
         """
@@ -238,15 +238,15 @@ class MeshRunner:
         }
 
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
-        """A batch for the training step, as near to the devices as another thread can bring it."""
+        """Moves a batch for the training step as close to the devices as another thread can."""
         return self.put(batch)
 
     def place(self, tree: Any) -> Any:
-        """A tree of arrays that every process has whole (parameters, for instance), where it belongs on the mesh."""
+        """Places a tree of arrays that every process holds in full, such as parameters, on the mesh."""
         return jax.tree.map(lambda x: jax.device_put(x, self.sharding_of(x)), tree)
 
     def sharding_of(self, leaf: Any) -> NamedSharding:
-        """Where a leaf of the training state goes, by its shape alone, so moments lie where their parameters do."""
+        """The sharding of a leaf of the training state, by shape alone, so moments are placed like their parameters."""
         parts = self.mesh.shape[FSDP]
         divisible = [size if size % parts == 0 else 0 for size in leaf.shape]
         if parts == 1 or len(divisible) < 2 or max(divisible) == 0:
@@ -256,13 +256,13 @@ class MeshRunner:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
-        """The state ``create(params=params)``, made on the mesh; params are given away to it."""
+        """Creates the state ``create(params=params)`` on the mesh; it takes over the buffers of params."""
         params = self.place(params)
         shapes = jax.eval_shape(lambda p: create(params=p), params)
         return jax.jit(lambda p: create(params=p), out_shardings=jax.tree.map(self.sharding_of, shapes))(params)
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
-        """The step for states like this one and this process's own rows of each batch; it donates the state."""
+        """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
         # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
         # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -270,12 +270,12 @@ class MeshRunner:
         return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
 
     def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
-        """A prediction for this process's own rows of a batch; its result, for all rows, is on every process."""
+        """Compiles a prediction for this process's rows of a batch; every process gets the result for all rows."""
         compiled = jax.jit(predict, out_shardings=self.replicated)
         return lambda params, batch: self.in_turn(compiled(params, self.put(batch)))
 
     def in_turn(self, result: Any) -> Any:
-        """The result, once it is there in the case of several CPU devices.
+        """The result; with several CPU devices, waits until it is ready.
 
         They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
         gives up the process.
@@ -284,11 +284,11 @@ class MeshRunner:
         return jax.block_until_ready(result) if several_cpus else result
 
     def view(self, tree: Any) -> Any:
-        """What a step returned, as arrays of the whole mesh."""
+        """The result of a step, as arrays of the whole mesh."""
         return tree
 
     def to_host(self, tree: Any) -> Any:
-        """A tree of whole NumPy arrays, on every process."""
+        """A tree of complete NumPy arrays, on every process."""
         return jax.tree.map(_whole, tree)
 
 
@@ -329,7 +329,7 @@ class PmapRunner(MeshRunner):
         return jax.tree.map(functools.partial(_with_sharding, self.replicated), tree)
 
     def _narrow(self, tree):
-        """A tree as arrays of this process's devices, which pmap wants; those of the whole mesh have their copies."""
+        """A tree as arrays of this process's devices, as pmap requires; arrays of the whole mesh share them."""
         if all(not isinstance(x, jax.Array) or x.is_fully_addressable for x in jax.tree.leaves(tree)):
             return tree
         return jax.tree.map(functools.partial(_with_sharding, self._local), tree)
@@ -344,7 +344,7 @@ class PmapRunner(MeshRunner):
 
 
 def _with_sharding(sharding, x):
-    """The copies of a replicated array that this process has, as an array of another sharding; nothing is moved."""
+    """This process's copies of a replicated array, as an array with another sharding; no data moves."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         words = _with_sharding(sharding, jax.random.key_data(x))
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))

@@ -33,7 +33,7 @@ def write_builtin_gym(directory: str | Path, *, seed: int = 0, tasks: Sequence[s
     directory = Path(directory)
     gym = generate_gym(seed=seed, tasks=tasks)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: not an empty folder; give a new one for the built-in gym")
+        raise InputError(f"{directory}: not empty; choose a new folder for the built-in gym")
     with new_folder(directory) as made:
         for name, task in gym.items():
             files = {f"{own.seed}_{split}": getattr(own, split) for own in task.samples for split in ("train", "dev")}

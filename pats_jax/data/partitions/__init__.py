@@ -125,7 +125,7 @@ def load_partition(
         raise InputError(f"{_place(path, missing[0])}: the gym has no task {listed(missing)}")
     for name in (*partition.dev, *partition.test):
         if not all(sample.test for sample in tasks[name].samples):
-            raise InputError(f"{_place(path, name)}: {name} has no test rows; it can be a train task only")
+            raise InputError(f"{_place(path, name)}: {name} has no test rows, so it can only be a train task")
     if not share_sources:
         _check_sources(path, partition)
     return partition
@@ -155,7 +155,7 @@ def read_partition(path: Path) -> Partition:
             checked_name(name, _place(path, name))
             if name in seen:
                 where = f"twice in {key!r}" if seen[name] == key else f"in {seen[name]!r} and in {key!r}"
-                raise InputError(f"{_place(path, name, occurrence=1)}: the task {name} stands {where}; remove one")
+                raise InputError(f"{_place(path, name, occurrence=1)}: the task {name} is listed {where}; remove one")
             seen[name] = key
     return partition
 
@@ -163,14 +163,14 @@ def read_partition(path: Path) -> Partition:
 def _read_lists(path: Path) -> dict[str, list[str]]:
     lists = parse_json(read_text(path), str(path), JsonObject)
     if not isinstance(lists, JsonObject):
-        raise InputError(f"{path}:1: a JSON object with the lists {listed(LISTS)} is expected")
+        raise InputError(f"{path}:1: expected a JSON object with the lists {listed(LISTS)}")
     lists.check(f"{path}:1", LISTS)
     unknown = [key for key in lists if key not in (*LISTS, "all")]
     if unknown:
         raise InputError(f"{_place(path, unknown[0])}: unknown list {shown(unknown[0])}; the lists are {listed(LISTS)}")
     missing = [key for key in LISTS if key not in lists]
     if missing:
-        raise InputError(f"{path}:1: no list {listed(missing)}; give one, [] if it has no tasks")
+        raise InputError(f"{path}:1: no list {listed(missing)}; add it, as [] if it has no tasks")
     for key in LISTS:
         if not (isinstance(lists[key], list) and all(isinstance(name, str) for name in lists[key])):
             raise InputError(f"{_place(path, key)}: {key!r} is not a list of task names")
@@ -189,7 +189,7 @@ def _check_sources(path: Path, partition: Partition) -> None:
             f"{source}: {', '.join(f'{name} ({list_of[name]})' for name in names)}" for source, names in shared.items()
         )
         place = _place(path, next(iter(shared.values()))[-1])
-        raise InputError(f"{place}: tasks of two lists are built on the same source set ({told}); keep them on one")
+        raise InputError(f"{place}: two lists have tasks built from the same dataset ({told}); put them in one")
 
 
 def _place(path: Path, name: str, occurrence: int = 0) -> str:

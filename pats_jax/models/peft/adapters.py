@@ -64,7 +64,7 @@ class AdapterConfig(PeftConfig):
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields)
 
     def __post_init__(self):
-        check("adapter_size", self.size, is_whole(self.size, 1), "a whole number above 0")
+        check("adapter_size", self.size, is_whole(self.size, 1), "a positive whole number")
         check("adapter_place", self.place, self.place in _BLOCKS, f"one of {', '.join(_BLOCKS)}")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:

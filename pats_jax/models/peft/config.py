@@ -132,7 +132,7 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     layers = [path[:-1] for path in base if path[-1] == "kernel"]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
-        raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is called {'.'.join(layers[0])}")
+        raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
     return found
 
 

@@ -109,7 +109,7 @@ def load_peft(
     if None not in (base_model_name_or_path, own_name) and base_model_name_or_path != own_name:
         raise InputError(
             f"{folder}: is for the base model {shown(own_name, quoted=False)}, not for {base_model_name_or_path}; load "
-            "that one, or give no base_model_name_or_path if both are the same"
+            "that one, or omit base_model_name_or_path if both are the same"
         )
     kind, source = _kind(values, folder), folder / WEIGHTS_FILE
     check_fields(folder, values, kind.saved_fields)
@@ -142,7 +142,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     name = values.get("base_model_name_or_path")
     if not name:
         raise InputError(
-            f"{folder / CONFIG_FILE}: names no base model; write its name or folder there, as base_model_name_or_path"
+            f"{folder / CONFIG_FILE}: names no base model; set base_model_name_or_path to its name or folder"
         )
     if values.get("revision") is not None:
         options = {"revision": values["revision"], **options}
@@ -156,7 +156,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
         of_head = EncoderConfig.from_folder(folder)
         labels = of_head.id2label
         if len(labels) != count:
-            raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the head beside it has {count}")
+            raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the saved head has {count}")
     else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
         of_head = EncoderConfig.from_folder(base_folder)
         labels = of_head.id2label if of_head.num_labels == count else None
@@ -179,7 +179,7 @@ def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
             return kind
     raise InputError(
         f"{folder / CONFIG_FILE}: peft_type {shown(values.get('peft_type'))} is not supported; "
-        f"there are {', '.join(kind.peft_type for kind in KINDS.values())}"
+        f"use {', '.join(kind.peft_type for kind in KINDS.values())}"
     )
 
 
@@ -191,13 +191,13 @@ def _read_settings(
     shapes = weights.shapes(dict.fromkeys(weights.names(source), source))
     twice = next((name for name in shapes if kind.prefix + name in shapes), None)
     if twice is not None:
-        raise InputError(f"{source}: tensor {shown(twice, quoted=False)} is there with and without {kind.prefix}")
+        raise InputError(f"{source}: tensor {shown(twice, quoted=False)} appears with and without {kind.prefix}")
     own, plain = own_parameters(params), kind(train_pooler=with_pooler and not model.config.is_roberta)
     whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
     lacking = next((name for name in whole.values() if name not in shapes), None)
     if lacking:
         raise InputError(
-            f"{source}: lacks the head's tensor {lacking}; it is for another base model, or no {TASK} adapter"
+            f"{source}: lacks the head's tensor {lacking}; it is for another base model, or not a {TASK} adapter"
         )
     saved = SavedModules(
         fields=values,
@@ -225,8 +225,7 @@ def _to_parameter(path: convert.ParameterPath, params: Parameters, tensor: np.nd
 def _as_float(name: str, tensor: np.ndarray, source: Path) -> np.ndarray:
     if tensor.dtype.name not in convert.FLOATS:
         raise InputError(
-            f"{source}: tensor {shown(name, quoted=False)} is of type {tensor.dtype}, not of "
-            f"{', '.join(convert.FLOATS)}"
+            f"{source}: tensor {shown(name, quoted=False)} has type {tensor.dtype}, not {', '.join(convert.FLOATS)}"
         )
     return np.asarray(tensor, np.float32)
 
@@ -244,13 +243,13 @@ def _check_shapes(
     for path in sorted(expected.keys() | tree.keys()):
         name, found, wanted = shown(".".join(path), 200, quoted=False), tree.get(path), expected.get(path)
         if wanted is None:
-            raise InputError(f"{source}: {name} fits nothing in this model; {other_model}")
+            raise InputError(f"{source}: {name} matches nothing in this model; {other_model}")
         if found is None:
             raise InputError(f"{source}: lacks {name}; {other_model}, or the file is incomplete")
         if found.shape != wanted:
-            raise InputError(f"{source}: {name} has shape {found.shape}, here it would be {wanted}; {other_model}")
+            raise InputError(f"{source}: {name} has shape {found.shape}, expected {wanted}; {other_model}")
         if not np.isfinite(found).all():
-            raise InputError(f"{source}: {name} holds values that are not finite; the file is damaged")
+            raise InputError(f"{source}: {name} has non-finite values; the file is damaged")
 
 
 def _count_labels(folder: Path) -> int:
@@ -258,8 +257,8 @@ def _count_labels(folder: Path) -> int:
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:
-        raise InputError(f"{path}: holds no head; save a {TASK} adapter")
+        raise InputError(f"{path}: has no head; save a {TASK} adapter")
     shape = weights.shapes({heads[0]: path})[heads[0]]
     if len(shape) != 2 or 0 in shape:
-        raise InputError(f"{path}: tensor {heads[0]} has shape {shown(shape)}, which no head has")
+        raise InputError(f"{path}: tensor {heads[0]} has shape {shown(shape)}, which is not that of a head")
     return shape[0]

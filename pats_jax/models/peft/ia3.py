@@ -92,7 +92,7 @@ class Ia3Config(PeftConfig):
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
         zeros = [path for path, scale in tree.items() if not np.all(scale)]
         if zeros:
-            raise ValueError(f"{'.'.join(zeros[0])} holds a zero: what it was merged into cannot be had back")
+            raise ValueError(f"{'.'.join(zeros[0])} contains a zero: the original weights cannot be recovered")
         return base | _rescaled(base, tree, operator.truediv)
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:

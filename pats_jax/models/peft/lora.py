@@ -95,8 +95,8 @@ class LoraConfig(PeftConfig):
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
 
     def __post_init__(self):
-        check("lora_rank", self.rank, is_whole(self.rank, 1), "a whole number above 0")
-        check("lora_alpha", self.alpha, 0 < self.alpha < float("inf"), "a number above 0")
+        check("lora_rank", self.rank, is_whole(self.rank, 1), "a positive whole number")
+        check("lora_alpha", self.alpha, 0 < self.alpha < float("inf"), "a positive number")
         check("lora_dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:

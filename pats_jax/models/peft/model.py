@@ -86,10 +86,10 @@ def add_peft(
         (42, 29910)
     """
     if "peft" in params:
-        raise ValueError("the model has PE modules already; merge or disable them first")
+        raise ValueError("the model already has an adapter; merge or disable it first")
     if config.train_pooler and model.config.is_roberta:
         raise InputError(
-            "--peft_pooler: RoBERTa has no pooler; the layer in its place is part of the head; leave the flag out"
+            "--peft_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit the flag"
         )
     tree = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return _with_modules(model, config), {**params, "peft": unflatten_dict(tree)}
@@ -129,9 +129,9 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     """
     config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {config.kind} modules are merged already")
+        raise ValueError(f"the {config.kind} modules are already merged")
     if not config.merges:
-        raise ValueError(f"{config.kind} cannot be merged: it is no change of the weights")
+        raise ValueError(f"{config.kind} cannot be merged: it does not change the weights")
     return model.clone(merged=True), _replace_base(params, config.merge(*_parts(params)))
 
 
@@ -183,7 +183,7 @@ def _plain(model, params):
 def config_of(model: SequenceClassifier) -> PeftConfig:
     """The kind of a model's modules; a ValueError if it has none."""
     if not isinstance(model, PeftClassifier) or model.peft is None:
-        raise ValueError("the model has no PE modules; add_peft or load_peft gives it some")
+        raise ValueError("the model has no adapter; add one with add_peft or load_peft")
     return model.peft
 
 

@@ -56,8 +56,8 @@ class PrefixConfig(VirtualTokensConfig):
                 (is_token,) = args
                 if is_token.shape[1] + self.length > config.max_length:
                     raise ValueError(
-                        f"sequences of {is_token.shape[1]} tokens and a prefix of {self.length}, "
-                        f"but the model ends at {config.max_length}"
+                        f"sequences have {is_token.shape[1]} tokens and the prefix {self.length}, "
+                        f"but the model has {config.max_length} positions"
                     )
                 return next_fun(*args) + self.length * (is_token if config.is_roberta else 1)
             if isinstance(module, Encoder):

@@ -45,7 +45,7 @@ class PromptConfig(VirtualTokensConfig):
                 return next_fun(*args, **kwargs)
             inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"), args, strict=False)) | kwargs
             if inputs.get("continue_from") is not None:
-                raise ValueError("continue_from does not go with a prompt: its tokens are among the hidden states")
+                raise ValueError("continue_from cannot be used with a prompt: its tokens are among the hidden states")
             ids = inputs.pop("input_ids", None)
             words = inputs["inputs_embeds"] if ids is None else model.embed(ids)
             rows = len(words)

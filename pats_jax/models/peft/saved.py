@@ -109,11 +109,11 @@ class SavedModules(NamedTuple):
         named = named_layers(self.fields, self.layers, default_targets, self.source)
         for layer in self.layers:
             if layer in in_file and layer not in named:
-                raise InputError(f"{self.source}: target_modules leaves out {layer}, which has tensors beside it")
+                raise InputError(f"{self.source}: target_modules omits {layer}, but the file has tensors for it")
             if layer in named and layer not in in_file:
                 raise InputError(
-                    f"{self.folder / WEIGHTS_FILE}: lacks {layer}{ending}, which target_modules of {CONFIG_FILE} asks "
-                    "for; the file is incomplete, or it is for another base model"
+                    f"{self.folder / WEIGHTS_FILE}: lacks {layer}{ending}, which target_modules of {CONFIG_FILE} "
+                    "lists; the file is incomplete, or it is for another base model"
                 )
         return in_file
 
@@ -169,7 +169,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise InputError(f"{folder}: no {CONFIG_FILE}; give a folder with saved PE modules")
+        raise InputError(f"{folder}: no {CONFIG_FILE}; use a folder with a saved adapter")
     text = read_bytes(path)
     values = parse_json(text, str(path))
     if not isinstance(values, dict):

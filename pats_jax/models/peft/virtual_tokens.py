@@ -46,7 +46,7 @@ class VirtualTokensConfig(PeftConfig):
 
     def __post_init__(self):
         what = f"{self.kind}_length"
-        check(what, self.length, is_whole(self.length, 1), "a whole number above 0")
+        check(what, self.length, is_whole(self.length, 1), "a positive whole number")
 
     @property
     def virtual_tokens(self) -> int:
@@ -69,7 +69,7 @@ class VirtualTokensConfig(PeftConfig):
     @classmethod
     def from_saved(cls, saved: SavedModules) -> "VirtualTokensConfig":
         if saved.get("task_type") is None:  # PEFT then leaves the virtual tokens out
-            raise InputError(f"{saved.source}: task_type is null; virtual tokens are supported for {TASK!r} only")
+            raise InputError(f"{saved.source}: task_type is null; virtual tokens are supported only for {TASK!r}")
         for name, own in cls.sizes(saved.model).items():
             if saved.get(name, own) != own:
                 raise InputError(
