@@ -339,7 +339,7 @@ def test_the_list_is_kept_in_the_saved_settings(tmp_path):
     path = write(tmp_path / "config.json", json.dumps(given.to_dict()))
     assert settings.read_config(str(path), settings.Settings) == given
     path = write(tmp_path / "config.json", json.dumps({**given.to_dict(), "out_of_domain": ["snli", "cola"]}))
-    with pytest.raises(InputError, match=r'out_of_domain is \["snli", "cola"\]; it must be'):
+    with pytest.raises(InputError, match=r'out_of_domain is \["snli", "cola"\]; it must be a list'):
         settings.read_config(str(path), settings.Settings)
 
 
