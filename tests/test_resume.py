@@ -259,7 +259,7 @@ def test_the_size_of_a_device_follows_from_the_global_batch(base, interrupted, c
     here = dataclasses.replace(base, train_batch_size=None, per_device_train_batch_size=5)
     caplog.set_level("INFO")
     run(here, folder, resume=True, num_devices=4)
-    assert "8 rows a step: 2 x 4 devices" in caplog.text and "resuming after step 13 of 60" in caplog.text
+    assert "8 rows per step: 2 x 4 devices" in caplog.text and "resuming after step 13 of 60" in caplog.text
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, interrupted, caplog):

@@ -64,7 +64,7 @@ class TrainingSettings:
     hidden_dropout: float | None = None  # probability; if unset, the checkpoint's
     attention_dropout: float | None = None  # probability; if unset, the checkpoint's
     seed: int = 42  # random seed for the new head, the order of examples, dropout and noise
-    method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined by +
+    method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined with +
     noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr
     decay: float = 0.9  # PATS: decay rate of the moving average of sensitivity
     response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: how noise depends on sensitivity
@@ -158,7 +158,7 @@ class TrainingSettings:
         total = self.train_batch_size or self.per_device_train_batch_size * parts
         if total % parts:
             raise InputError(
-                f"--train_batch_size {total}: cannot be split evenly across {num_devices} devices "
+                f"--train_batch_size {total}: cannot be split evenly across {counted(num_devices, 'device')} "
                 f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
@@ -363,6 +363,11 @@ FOREIGN_FLAGS = {
 
 
 Kind = TypeVar("Kind", bound=TrainingSettings)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as ``1 device`` or ``2 devices``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def check_value(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
