@@ -63,7 +63,7 @@ def save_peft(
 
     config = config_of(model)
     if model.merged:
-        raise ValueError("the modules are merged; unmerge them first")
+        raise ValueError("the adapter is merged; unmerge it first")
     tree = flatten_dict(params["peft"])
     head = {path: x for path, x in own_parameters(params).items() if config.trains_whole(path)}
     tensors = config.to_tensors(tree)

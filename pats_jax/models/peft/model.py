@@ -129,7 +129,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     """
     config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {config.kind} modules are already merged")
+        raise ValueError(f"the {config.kind} adapter is already merged")
     if not config.merges:
         raise ValueError(f"{config.kind} cannot be merged: it does not change the weights")
     return model.clone(merged=True), _replace_base(params, config.merge(*_parts(params)))
@@ -143,7 +143,7 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     """
     config = config_of(model)
     if not model.merged:
-        raise ValueError(f"the {config.kind} modules are not merged")
+        raise ValueError(f"the {config.kind} adapter is not merged")
     return model.clone(merged=False), _replace_base(params, config.unmerge(*_parts(params)))
 
 
@@ -155,7 +155,7 @@ def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifi
     """
     config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {config.kind} modules are merged; unmerge them first")
+        raise ValueError(f"the {config.kind} adapter is merged; unmerge it first")
     return _plain(model, params)
 
 
