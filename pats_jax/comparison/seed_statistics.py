@@ -277,9 +277,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | No
       values: (n,).
     """
     if len(values) < 3:
-        return None, f"no interval: resampling {len(values)} difference(s) says nothing"
+        return None, f"no interval: {len(values)} difference(s) are too few to resample"
     if np.all(values == values[0]):
-        return None, "no interval: all differences are equal, resampling shows no spread"
+        return None, "no interval: all differences are equal, so resampling shows no spread"
     found = scipy.stats.bootstrap(
         (values,),
         np.mean,
@@ -303,10 +303,10 @@ def wilcoxon_p_value(values: np.ndarray) -> tuple[float | None, str | None]:
     """
     nonzero = values[values != 0]
     if not len(nonzero):
-        return None, "no test: no difference other than 0" if len(values) else "no test: no common seed"
+        return None, "no test: all differences are 0" if len(values) else "no test: no common seed"
     zeros = len(values) - len(nonzero)
     p_value = float(scipy.stats.wilcoxon(nonzero).pvalue)
-    return p_value, f"the test leaves out {zeros} difference(s) of 0" if zeros else None
+    return p_value, f"the test omits {zeros} difference(s) of 0" if zeros else None
 
 
 def mean_curve(series: Sequence[dict[int, float]]) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ import tyro
 from pats_jax import files
 from pats_jax.errors import InputError, shown
 from pats_jax.reporting.console import parse_flags
+from pats_jax.run.records import PeftKind
 
 
 def _parse_yes_or_no(words: list[str]) -> bool | None:
@@ -34,7 +35,6 @@ _YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 # Names for long types, which keep each field on the line of its comment: tyro shows only such comments.
-PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
 OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
 YesOrNo = Annotated[bool | None, _YES_OR_NO]
 
