@@ -247,7 +247,7 @@ def test_a_model_that_is_not_there(shell, monkeypatch):
             lambda data: data.replace(b"query.weight", b"quary.weight"),
             "lacks bert.encoder.layer.0.attention.self.query",
         ),
-        (lambda data: data[:-64] + b"\xff" * 64, "not finite; the file is damaged"),
+        (lambda data: data[:-64] + b"\xff" * 64, "non-finite values; the file is damaged"),
     ],
     ids=["truncated", "empty", "longer", "renamed tensor", "altered values"],
 )
@@ -263,7 +263,7 @@ def test_weights_as_a_pickle(shell):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     shell.refuses("only pickled weights (pytorch_model.bin)", "safetensors", model_name_or_path=folder)
     (folder / "pytorch_model.bin").unlink()
-    shell.refuses("holds no safetensors weights", model_name_or_path=folder)
+    shell.refuses("has no safetensors weights", model_name_or_path=folder)
 
 
 def test_a_model_of_another_kind(shell):

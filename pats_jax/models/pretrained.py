@@ -230,7 +230,7 @@ def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, str
             "%s: the head's labels have no names (%s, ...); they are read as %s", source, own[0], _numbered(asked)
         )
         return asked
-    differ = f"{source}: the head's labels are {_numbered(own)}, and those of the data are {_numbered(asked)}"
+    differ = f"{source}: the head's labels are {_numbered(own)}, but the data's are {_numbered(asked)}"
     if strict:
         raise InputError(f"{differ}; train on the data first, or correct id2label in the checkpoint's config.json")
     warnings.warn(f"{differ}; training starts from that head and renames its labels", stacklevel=4)

@@ -384,7 +384,7 @@ def path_of_flag(flag: str, text: str) -> str:
     """
     what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
     if not text:
-        raise InputError(f"{flag}: empty; give a path, or omit the flag")
+        raise InputError(f"{flag}: empty; set a path, or omit the flag")
     if path.startswith("~"):
         user = shown(path.split("/")[0][1:], quoted=False)
         raise InputError(f"{what}: there is no user {user}; if the name starts with ~, write ./~...")

@@ -88,7 +88,7 @@ class LoraConfig(PeftConfig):
     layers: str = r"\.(query|value)$"
 
     kind: ClassVar[str] = "lora"
-    summary: ClassVar[str] = "a low-rank branch beside linear layers"
+    summary: ClassVar[str] = "a low-rank branch parallel to linear layers"
     source: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
