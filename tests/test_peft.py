@@ -507,7 +507,7 @@ def test_damaged_folders(tmp_path):
     refused(tmp_path / "b", "lacks the head's tensor base_model.model.classifier")
     broken = tensors | {f"{LAYER}.output.dense.lora_A.weight": np.full((2, 32), np.nan, np.float32)}
     save_file(broken, tmp_path / "b" / "adapter_model.safetensors")
-    refused(tmp_path / "b", "not finite")
+    refused(tmp_path / "b", "non-finite values")
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"x")
     refused(tmp_path / "b", "truncated or not a safetensors file")
 

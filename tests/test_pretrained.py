@@ -232,7 +232,7 @@ def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     refused(write(tmp_path, tensors | {name: np.zeros((16, 32), np.float32)}, config), name, "(16, 32)", "(32, 16)")
     refused(write(tmp_path, tensors | {name: np.zeros((32, 16), np.int32)}, config), name, "int32")
-    refused(write(tmp_path, tensors | {name: np.full((32, 16), np.nan, np.float32)}, config), name, "not finite")
+    refused(write(tmp_path, tensors | {name: np.full((32, 16), np.nan, np.float32)}, config), name, "non-finite values")
     twice = tensors | {name.removeprefix("bert."): tensors[name]}
     refused(write(tmp_path, twice, config), name, "same parameter")
 
