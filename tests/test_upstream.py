@@ -467,7 +467,7 @@ def test_a_task_on_two_lists(home, tmp_path, capsys):
     path = tmp_path / "partition.json"
     path.write_text(json.dumps(tiny.PARTITION | {"dev": ["voice"]}, indent=1))
     error = refused(home, tmp_path, capsys, partition=path)
-    assert error.startswith(f"{path}:") and "the task voice stands in 'train' and in 'dev'" in error
+    assert error.startswith(f"{path}:") and "the task voice is listed in 'train' and in 'dev'" in error
 
 
 @pytest.mark.parametrize("changes", ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}))
@@ -479,7 +479,7 @@ def test_early_stop_needs_dev_tasks(home, tmp_path, capsys, changes):
 
 def test_a_run_of_other_settings_is_not_resumed(base, tmp_path):
     run_folder.start(tmp_path / "run", dataclasses.replace(base, output_dir=str(tmp_path / "run")).to_dict())
-    with pytest.raises(InputError, match="other settings: algorithm was 'mtl' and is 'reptile'"):
+    with pytest.raises(InputError, match="different settings: algorithm was 'mtl' and is 'reptile'"):
         run(base, tmp_path / "run", resume=True, algorithm="reptile")
 
 
