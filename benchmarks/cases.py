@@ -121,7 +121,7 @@ def settings_of(variant: str, **more: Any) -> Settings:
     methods.get_methods(method)
     for name in names:
         if name not in CHANGES:
-            raise InputError(f"{variant}: no such change: {name}; choose of {', '.join(CHANGES)}")
+            raise InputError(f"{variant}: no such change: {name}; choose one of {', '.join(CHANGES)}")
     changes = {key: value for name in names for key, value in CHANGES[name]().items()}
     return Settings(task_name="mrpc", method=method, **changes | more)
 

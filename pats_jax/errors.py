@@ -1,10 +1,10 @@
-"""What ends a program early: something a user can put right, or a request from outside."""
+"""Errors that end a program early: invalid input, which the user can correct, or a signal."""
 
 from typing import Any
 
 
 class InputError(ValueError):
-    """Something handed in from outside is wrong: a flag, a file, a folder, a checkpoint.
+    """Invalid input: a flag, a file, a folder, a checkpoint.
 
     The message is one line: what is wrong, where (file and line, flag or tensor name) and what to do. Command-line
     programs print it and exit with code 2.
@@ -12,10 +12,10 @@ class InputError(ValueError):
 
 
 class Preempted(Exception):
-    """A run was asked to end.
+    """A run was asked to stop.
 
     Attributes:
-      signal_number: the signal that said so; the process should exit with 128 more, as shells count.
+      signal_number: the signal received; the process should exit with 128 plus this number, like a shell.
     """
 
     def __init__(self, message: str, signal_number: int):
@@ -24,12 +24,12 @@ class Preempted(Exception):
 
 
 def shown(value: Any, length: int = 80, *, quoted: bool = True) -> str:
-    """A value from outside as an error message shows it: on one line, and cut where it is long.
+    """Formats an outside value for an error message: on one line, and truncated if long.
 
     Args:
       value: anything with a ``repr``.
-      length: characters of the value at most.
-      quoted: whether a text stands in quotes.
+      length: maximum number of characters.
+      quoted: whether to put a string in quotes.
 
     Examples:
       >>> print(shown("a\\nb"), shown("x" * 90, 8))

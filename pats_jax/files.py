@@ -1,8 +1,8 @@
-"""Files from outside read with care, and files of ours written whole.
+"""Checked reading of files from outside, and atomic writing of our own.
 
-Every JSON file that the library reads comes in through `read_json` or `read_record`, and every file that it replaces
-goes out through `write_bytes`, `write_text` or `write_json`. All of them raise `InputError`, one line that names the
-file, whatever the file holds and whatever the system refuses.
+The library reads every JSON file with `read_json` or `read_record`, and replaces every file with `write_bytes`,
+`write_text` or `write_json`. All of them raise `InputError`, one line that names the file, for any content of the file
+and any failure of the system.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ _NEW = ".new"  # the ending of a file that is being written
 
 
 class NoSuchFile(InputError):
-    """There is no file of that name: the one reason that says something about the file and not about the system."""
+    """The file does not exist, as opposed to a failure of the system."""
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
-    """A regular file to read bytes from; links are followed, pipes and devices are not waited for.
+    """Opens a regular file to read bytes; follows links, and does not wait for pipes and devices.
 
     Raises:
-      InputError: there is no such file (then `NoSuchFile`), it is no regular file, or it cannot be read.
+      InputError: the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
@@ -68,17 +68,17 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value that a JSON file holds; see `read_record` for one of a known shape.
+    """Reads a JSON file; use `read_record` for a known structure.
 
     Raises:
-      InputError: as from `read_bytes`; or the file is no UTF-8, no JSON, nested too deeply, or has a number of
-        thousands of digits.
+      InputError: as from `read_bytes`; or the file is not UTF-8 or JSON, is nested too deeply, or contains a number
+        with thousands of digits.
     """
     return parse_json(read_bytes(path), str(path))
 
 
 def parse_json(text: str | bytes, source: str, object_pairs_hook: Callable[[list], Any] | None = None) -> Any:
-    """The value of a JSON text; source is what to call it in error messages, such as ``FILE`` or ``FILE:LINE``.
+    """Parses a JSON text; error messages call it ``source``, such as ``FILE`` or ``FILE:LINE``.
 
     The hook is that of `json.loads`.
 
@@ -105,16 +105,16 @@ def _decode(object_pairs_hook: Callable[[list], Any]) -> Callable[[Any], Any]:
 
 
 def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
-    """The record that a JSON file holds, every field checked.
+    """Reads a JSON file as a record, and checks every field.
 
     Args:
       path: the file.
       kind: a dataclass, a ``typing_extensions.TypedDict``, or any other type that pydantic validates. Types are
-        strict: a number is no string, a boolean no number. Keys that the kind does not have are ignored in both kinds
-        of record, so that files of other versions load.
+        strict: a number is not a string, a boolean not a number. Unknown keys are ignored in both kinds of record, so
+        that files of other versions load.
 
     Raises:
-      InputError: as from `read_bytes`, or the file does not hold such a record; the message names the field.
+      InputError: as from `read_bytes`, or the file does not contain such a record; the message names the field.
 
     Examples:
       >>> import pathlib, tempfile
@@ -129,7 +129,7 @@ def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
 
 
 def parse_record(text: str | bytes, kind: type[Record], source: str) -> Record:
-    """The record of a JSON text; see `read_record`, and `parse_json` for the source.
+    """Parses a JSON text as a record; see `read_record`, and `parse_json` for ``source``.
 
     Raises:
       InputError: as from `read_record`.
@@ -156,14 +156,15 @@ def _validator(kind: Any) -> Any:
 
 
 def checked_name(name: Any, source: str) -> str:
-    """A name out of a file, once it is found fit to be one part of a path.
+    """Returns a name from a file after checking that it can be one part of a path.
 
     Args:
-      name: what the file has.
-      source: what to call the place in error messages.
+      name: the value in the file.
+      source: the place, for error messages.
 
     Raises:
-      InputError: it is no text, empty, over 200 bytes, begins with a dot, or holds a slash or a control character.
+      InputError: it is not a string, is empty or over 200 bytes, begins with a dot, or contains a slash or a control
+        character.
 
     Examples:
       >>> checked_name("mrpc", "grid.json")
@@ -182,10 +183,10 @@ def checked_name(name: Any, source: str) -> str:
 
 
 def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A path that is about to be written, once it is found to lie in the folder after links are followed.
+    """Returns a path to write after checking that it is in the folder once links are followed.
 
     Raises:
-      InputError: a link on the way leads out of the folder.
+      InputError: a link in the path leads out of the folder.
     """
     try:
         outside = not path.parent.resolve().is_relative_to(folder.resolve())
@@ -200,10 +201,10 @@ def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Makes a folder, and those above it, where it is not there yet.
+    """Creates a folder and its parents, if they do not exist.
 
     Raises:
-      InputError: the system refuses.
+      InputError: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

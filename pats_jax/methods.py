@@ -90,7 +90,7 @@ def get_methods(names: str) -> list[Method]:
     for name in chosen:
         if name not in METHODS:
             what = f"--method {shown(name, quoted=False)}"
-            raise InputError(f"{what}: no such method; choose one of {', '.join(METHODS)}, or join several by +")
+            raise InputError(f"{what}: no such method; choose one of {', '.join(METHODS)}, or join several with +")
     for position, name in enumerate(chosen):
         for other in chosen[:position]:
             reason = _conflict(name, other)
@@ -111,7 +111,7 @@ def _conflict(name, other):
     if name == other:
         return "they are the same"
     if "plain" in kinds:
-        return "finetune adds nothing; leave it out"
+        return "finetune adds nothing; omit it"
     if len(kinds) == 1 and not kinds & {"noise", "objective"}:
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:

@@ -21,9 +21,9 @@ class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the key that the randomness of each step (dropout) is folded from.
 
     Attributes:
-      stored_key: the same during the whole run; ``key`` is the typed key of it, which ``replace`` takes too.
-      frozen: the parameters that are not trained, a tree like params with None at those that are (and the other way
-        round); None where all are trained. They have no gradient and no optimizer state.
+      stored_key: constant during the run; ``key`` is its typed key, which ``replace`` also accepts.
+      frozen: the parameters that are not trained: a tree like params with None at trained leaves (and vice versa);
+        None if all are trained. They have no gradient and no optimizer state.
     """
 
     stored_key: random.StoredKey
@@ -97,17 +97,17 @@ def make_train_step(
       loss_fn: ``loss_fn(params, batch, key) -> (mean loss, metrics)``: loss () float32 and metrics, a dict of (), all
         of them (weighted) means over the rows it is given; key for dropout.
       axis_name: the name of the axis that `jax.pmap` maps over; None under jit, on one device or on a mesh.
-      accumulation_steps: micro-batches that one batch is split into; rows are dealt out in turn, so that under a mesh
-        every device keeps its own.
-      skip_nonfinite: whether a step whose loss or gradient norm is not finite leaves parameters and optimizer state
-        as they were; only ``state.step`` moves on.
+      accumulation_steps: number of micro-batches in one batch; rows are assigned in turn, so that under a mesh every
+        device keeps its own.
+      skip_nonfinite: whether a step with a non-finite loss or gradient norm leaves parameters and optimizer state
+        unchanged; only ``state.step`` advances.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
       ``loss``, the global norms ``grad_norm`` of the raw gradient, ``param_norm`` of the trained parameters before it
-      and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a step that was.
+      and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a skipped step.
       Loss and gradient are those at `pats_jax.forward_params`: at the parameters themselves, unless the optimizer
-      holds Mixout or DPS Mix.
+      contains Mixout or DPS Mix.
 
     Raises:
       ValueError: if accumulation_steps < 1, or, from the step, if it does not divide the batch.
@@ -218,7 +218,7 @@ def parameter_name(path: tuple) -> str:
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model takes of a batch, by name."""
+    """The entries of a batch that a model takes."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 

@@ -291,7 +291,7 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "part"),
     (
-        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((2, 16), np.int8), "is of type int8, not of float32"),
+        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((2, 16), np.int8), "has type int8, not float32"),
         (f"base_model.model.{QUERY}.lora_A.weight", np.float32(0), "r is 2, but tensor"),
         (
             f"base_model.model.{QUERY}.lora_B.weight",

@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_is_named_and_kept_and_the_one_before_it_taken(stat
         restored, progress = checkpoints.restore(state)
         assert progress == {"step": 10} and bits(restored) == bits(state)
         (warning,) = warnings(caplog)
-        assert f"{folder / '20'} is damaged: state/" in warning and "renamed 20.damaged" in warning
+        assert f"{folder / '20'} is damaged: state/" in warning and "renamed to 20.damaged" in warning
         for path, data in damaged.items():
             assert (folder / "20.damaged" / path.relative_to(folder / "20")).read_bytes() == data
         checkpoints.save(20, state, {"step": 20})  # the place is free again
@@ -206,7 +206,7 @@ def test_arrays_that_were_written_wrong_are_found_by_their_checksum(state, tmp_p
     sums = json.loads(path.read_text())["checksums"]
     rewrite(path, checksums=sums | {"params.bias": sums["params.bias"] ^ 1})
     assert Checkpoints(tmp_path / "c", keep=None).restore(state)[1] == {"step": 10}
-    assert "is damaged: params.bias is not what was saved" in warnings(caplog)[0]
+    assert "is damaged: params.bias does not match what was saved" in warnings(caplog)[0]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_damaged_one_that_cannot_be_renamed(state, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(pathlib.Path, "rename", refuse)
-    with pytest.raises(InputError, match=r"c/20 is damaged: .* cannot be renamed \(Read-only file system\): move it"):
+    with pytest.raises(InputError, match=r"c/20 is damaged: .* cannot be renamed \(Read-only file system\); move it"):
         Checkpoints(tmp_path / "c", keep=None).restore(state)
 
 
@@ -416,7 +416,7 @@ def test_another_format_is_refused_and_kept(state, tmp_path, number, version, ex
         Checkpoints(tmp_path / "c", keep=None).restore(state)
     message = str(caught.value)
     assert f"c/20 {expected}" in message and len(message) < 500 and "\n" not in message
-    assert f"reads format 1: resume with pats_jax {(version or 'None')[:5]}" in message
+    assert f"reads format 1; resume with pats_jax {(version or 'None')[:5]}" in message
     assert Checkpoints(tmp_path / "c", keep=None).steps == [10, 20]
 
 

@@ -215,10 +215,10 @@ def test_a_head_with_other_names_is_trained_with_a_warning_and_not_evaluated(bas
     for phases in ({"do_eval": True}, {"do_predict": True}):
         settings = dataclasses.replace(base, model_name_or_path=str(model), output_dir=str(tmp_path / "run"), **phases)
         settings = dataclasses.replace(settings, out_of_domain=None)
-        with pytest.raises(InputError, match="labels are 0 yes, 1 no, 2 perhaps, and those of the data"):
+        with pytest.raises(InputError, match="labels are 0 yes, 1 no, 2 perhaps, but the data's"):
             glue.run(settings)
         assert not (tmp_path / "run").exists()
-    with pytest.warns(UserWarning, match="labels are 0 yes, 1 no, 2 perhaps, and those of the data"):
+    with pytest.warns(UserWarning, match="labels are 0 yes, 1 no, 2 perhaps, but the data's"):
         _, _, config = load(base, model, do_train=True)
     assert tuple(config.id2label.values()) == tasks.get_task("mnli").labels
 

@@ -148,7 +148,7 @@ def test_wrong_data_of_ones_own(shell):
     shell.refuses("--validation_file is missing", **own)
     for content, message in (
         ("sentence,label\nann is warm,maybe\n", "v.csv:2: unknown label 'maybe'; the labels are 'no', 'yes'"),
-        ("sentence1,sentence2,label\na,b,yes\n", "v.csv: pairs of texts where"),
+        ("sentence1,sentence2,label\na,b,yes\n", "v.csv: has pairs of texts, but"),
         ("words,label\na,yes\n", "v.csv:1: no text column among 'words', 'label'"),
         ("sentence\na\n", "v.csv: no labels for the validation data"),
         ('sentence,label\n"ann,yes\n', "v.csv:2: not valid CSV"),
@@ -247,7 +247,7 @@ def test_a_model_that_is_not_there(shell, monkeypatch):
             lambda data: data.replace(b"query.weight", b"quary.weight"),
             "lacks bert.encoder.layer.0.attention.self.query",
         ),
-        (lambda data: data[:-64] + b"\xff" * 64, "not finite; the file is damaged"),
+        (lambda data: data[:-64] + b"\xff" * 64, "non-finite values; the file is damaged"),
     ],
     ids=["truncated", "empty", "longer", "renamed tensor", "altered values"],
 )
@@ -263,11 +263,13 @@ def test_weights_as_a_pickle(shell):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     shell.refuses("only pickled weights (pytorch_model.bin)", "safetensors", model_name_or_path=folder)
     (folder / "pytorch_model.bin").unlink()
-    shell.refuses("holds no safetensors weights", model_name_or_path=folder)
+    shell.refuses("has no safetensors weights", model_name_or_path=folder)
 
 
 def test_a_model_of_another_kind(shell):
-    shell.refuses("three: the checkpoint's head has 3 labels and 2 are needed", model_name_or_path=shell.home / "three")
+    shell.refuses(
+        "three: the checkpoint's head has 3 labels, but 2 are needed", model_name_or_path=shell.home / "three"
+    )
     folder = shell.copy("model")
     config = json.loads((folder / "config.json").read_text())
     shell.write("model/config.json", json.dumps(config | {"model_type": "distilbert"}))
@@ -355,7 +357,7 @@ def test_streams_that_are_closed_or_full():
         done = sh(f"{flags} > /dev/full")
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1) and b"No space left" in done.stderr
     closed = sh("predict model --file texts.txt >&-")
-    assert closed.stderr == b"pats-jax: error: standard output is closed; give --output_file\n"
+    assert closed.stderr == b"pats-jax: error: standard output is closed; set --output_file\n"
 
 
 def test_streams_that_cannot_show_everything():

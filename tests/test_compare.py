@@ -418,7 +418,7 @@ def test_one_grid_at_a_time(home):
 def test_a_report_that_no_grid_wrote_is_not_written_over(name, home):
     home.grid.mkdir()
     (home.grid / name).write_text("mine")
-    with pytest.raises(InputError, match=f"holds {name}, which no grid wrote"):
+    with pytest.raises(InputError, match=f"contains {name}, which no grid wrote"):
         home.compare()
     assert [path.name for path in home.grid.iterdir()] == [name] and home.started() == []
 

@@ -428,7 +428,7 @@ def test_a_report_that_no_gym_wrote_is_not_written_over(base, tmp_path, monkeypa
     folder = tmp_path / "gym"
     (folder / "report").mkdir(parents=True)
     (folder / "report" / "report.html").write_text("mine")
-    with pytest.raises(InputError, match="holds report, which no gym wrote"):
+    with pytest.raises(InputError, match="contains report, which no gym wrote"):
         run(base, folder)
     assert [path.name for path in folder.iterdir()] == ["report"]
 
@@ -537,7 +537,7 @@ def test_a_task_on_two_lists(base, tmp_path, capsys):
     path = tmp_path / "partition.json"
     path.write_text(json.dumps(tiny.PARTITION | {"dev": ["manners"]}, indent=1))
     error = refused(base, tmp_path, capsys, partition=path)
-    assert error.startswith(f"{path}:") and "the task manners stands in 'dev' and in 'test'" in error
+    assert error.startswith(f"{path}:") and "the task manners is listed in 'dev' and in 'test'" in error
 
 
 def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
@@ -563,7 +563,7 @@ def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
     shutil.rmtree(unfinished)
     both = (home / "plm", primed())
     error = refused(base, tmp_path, capsys, primed=tuple(map(str, both)))
-    assert error == f"--primed {both[1]}: mtl-plm-seed1-lora is {both[0]}; keep one"
+    assert error == f"--primed {both[1]}: mtl-plm-seed1-lora is already {both[0]}; keep one"
 
 
 def test_modules_of_another_base_model(base, home, tmp_path, primed):

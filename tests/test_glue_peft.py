@@ -53,7 +53,7 @@ def test_lora_with_pats(base, tmp_path, texts, capsys, caplog):
     results = run(base, tmp_path / "run", peft="lora", method="pats", noise_scale=0.1)
     trained = 2 * 2 * 2 * 16 + 2 * 16 + 2
     assert results["peft"] == "lora" and results["trained_parameters"] == trained
-    assert f"trained: {trained} of {results['num_parameters']} parameters" in caplog.text
+    assert f"training {trained} of {results['num_parameters']} parameters" in caplog.text
     assert json.loads((tmp_path / "run" / "results.json").read_text())["trained_parameters"] == trained
     start, merged = (load_file(folder / "model.safetensors") for folder in _folders(base, tmp_path))
     moved = {name for name in start if not np.array_equal(start[name], merged[name])}

@@ -169,9 +169,9 @@ def test_merging(name):
     assert type(plain) is SequenceClassifier and "peft" not in plain_params
     np.testing.assert_allclose(logits_of(plain, plain_params, batch), logits, rtol=0, atol=1e-5)
     assert same(bare(merged_params), plain_params)
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         peft.merge(merged, merged_params)
-    with pytest.raises(ValueError, match="unmerge them first"):
+    with pytest.raises(ValueError, match="unmerge it first"):
         peft.disable(merged, merged_params)
     back, back_params = peft.unmerge(merged, merged_params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), back_params, params)
@@ -265,7 +265,7 @@ def test_bfloat16_is_for_computation_only(name):
 
 def test_twice_is_an_error():
     model, params, _ = started("lora")
-    with pytest.raises(ValueError, match="has PE modules already"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         peft.add_peft(model, params, peft.Ia3Config(), key=0)
 
 
@@ -507,14 +507,14 @@ def test_damaged_folders(tmp_path):
     refused(tmp_path / "b", "lacks the head's tensor base_model.model.classifier")
     broken = tensors | {f"{LAYER}.output.dense.lora_A.weight": np.full((2, 32), np.nan, np.float32)}
     save_file(broken, tmp_path / "b" / "adapter_model.safetensors")
-    refused(tmp_path / "b", "not finite")
+    refused(tmp_path / "b", "non-finite values")
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"x")
     refused(tmp_path / "b", "truncated or not a safetensors file")
 
 
 def test_merged_modules_are_not_saved(tmp_path):
     model, params = peft.merge(*trained("lora")[:2])
-    with pytest.raises(ValueError, match="unmerge them first"):
+    with pytest.raises(ValueError, match="unmerge it first"):
         peft.save_peft(tmp_path, model=model, params=params)
 
 

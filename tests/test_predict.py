@@ -120,7 +120,7 @@ def test_the_length_is_the_model_folders_and_what_is_cut_is_said(own, flags, len
     cut = {8: 2, 12: 1, 24: 0}[length]  # of 10, 6 and 14 tokens
     verb = "is longer than 12 tokens and was" if cut == 1 else f"are longer than {length} tokens and were"
     lines = [f"{cut} of 3 texts {verb} truncated; to keep more, set --max_seq_length"] if cut else []
-    assert [line for line in caplog.messages if "cut" in line] == lines
+    assert [line for line in caplog.messages if "truncated" in line] == lines
 
 
 def test_a_text_beyond_the_models_positions_is_said_to_be_so(tmp_path, capsys, caplog):

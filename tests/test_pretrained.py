@@ -232,7 +232,7 @@ def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     refused(write(tmp_path, tensors | {name: np.zeros((16, 32), np.float32)}, config), name, "(16, 32)", "(32, 16)")
     refused(write(tmp_path, tensors | {name: np.zeros((32, 16), np.int32)}, config), name, "int32")
-    refused(write(tmp_path, tensors | {name: np.full((32, 16), np.nan, np.float32)}, config), name, "not finite")
+    refused(write(tmp_path, tensors | {name: np.full((32, 16), np.nan, np.float32)}, config), name, "non-finite values")
     twice = tensors | {name.removeprefix("bert."): tensors[name]}
     refused(write(tmp_path, twice, config), name, "same parameter")
 
@@ -276,7 +276,7 @@ def test_labels_that_are_not_those_of_the_head(tmp_path, caplog):
     tensors, config = stored("bert")
     asked = {0: "yes", 1: "maybe", 2: "no"}
     write(tmp_path, tensors, config | {"id2label": {"0": "a", "1": "b", "2": "maybe"}})
-    with pytest.warns(UserWarning, match="labels are 0 a, 1 b, 2 maybe, and those of the data are 0 yes"):
+    with pytest.warns(UserWarning, match="labels are 0 a, 1 b, 2 maybe, but the data's are 0 yes"):
         _, params, found = from_pretrained(tmp_path, num_labels=3, id2label=asked)
     assert found.id2label == asked
     assert_same_tensors(params, tensors)
@@ -413,7 +413,7 @@ def test_a_config_says_the_same_in_other_words(flag, tmp_path):
     ("change", "parts"),
     (
         ({"num_hidden_layers": 10**7}, ("has 2 encoder layers", "num_hidden_layers", "10000000")),
-        ({"num_hidden_layers": 3}, ("has 2 encoder layers", "should have 3")),
+        ({"num_hidden_layers": 3}, ("has 2 encoder layers", "says 3")),
         ({"vocab_size": 10**12}, ("word_embeddings.weight has shape (64, 16)", "(1000000000000, 16)")),
         ({"hidden_size": 10**9, "num_attention_heads": 1}, ("word_embeddings.weight", "(64, 1000000000)")),
         ({"hidden_size": 10**4000, "num_attention_heads": 1}, ("word_embeddings.weight", "characters)")),
@@ -429,7 +429,7 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_before_anything_is_made(
     tensors, config = stored("bert")
     bare = {prefix + name.removeprefix("bert.") if name.startswith("bert.") else name: x for name, x in tensors.items()}
     monkeypatch.setattr(jax, "eval_shape", None)
-    refused(write(tmp_path, bare, config | change), str(tmp_path), "by config.json", *parts)
+    refused(write(tmp_path, bare, config | change), str(tmp_path), "config.json", *parts)
 
 
 def test_a_head_of_no_labels_is_refused(tmp_path):
@@ -462,7 +462,7 @@ def test_a_linked_shard_is_read_and_a_directory_is_none(tmp_path):
         (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
     assert_same_tensors(from_pretrained(tmp_path / "snapshot", num_labels=3)[1], tensors)
     (tmp_path / "blobs" / "model.safetensors").unlink()
-    refused(tmp_path / "snapshot", "holds no safetensors weights")
+    refused(tmp_path / "snapshot", "has no safetensors weights")
     (tmp_path / "snapshot" / "model.safetensors").unlink()
     (tmp_path / "snapshot" / "model.safetensors").mkdir()
     refused(tmp_path / "snapshot", "model.safetensors: not a regular file")
@@ -493,7 +493,7 @@ def test_truncated_or_altered_safetensors(tmp_path):
 def test_pickled_weights_are_refused(tmp_path):
     _, config = stored("bert")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, str(tmp_path), "holds no safetensors weights", "model.safetensors")
+    refused(tmp_path, str(tmp_path), "has no safetensors weights", "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     refused(tmp_path, "only pickled weights", "pytorch_model.bin", "safetensors")
 

@@ -442,4 +442,4 @@ def test_batches_without_what_the_algorithm_reads(algorithm, there, missing):
     batch = {name.replace("query_", there): x for name, x in make_batch().items() if name.startswith("query_")}
     with pytest.raises(ValueError) as caught:
         meta_losses.make_meta_loss(algorithm, loss_fn)(in_float32(start()), batch, jax.random.key(0))
-    assert str(caught.value) == f"the batch has no arrays named {missing}..., only {there}x, {there}y"
+    assert str(caught.value) == f"the batch has no arrays named {missing}...; it has {there}x, {there}y"

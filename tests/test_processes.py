@@ -103,7 +103,7 @@ def test_two_processes_are_one(base, alone, tmp_path):
     codes, said = finish(*launch_two(base, output_dir=tmp_path / "run"))
     assert codes == [0, 0], said
     assert_close(tmp_path / "run", alone)
-    assert all("16 rows a step: 2 x 8 devices of 2 processes" in text for text in said)
+    assert all("16 rows per step: 2 x 8 devices of 2 processes" in text for text in said)
 
 
 def test_slurm_is_joined_by_itself_with_pmap(base, alone, tmp_path):

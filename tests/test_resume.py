@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there, ca
     run(base, tmp_path / "whole", **still)
     folder = interrupted(**still)
     run(base, folder, resume=True, **still | there)
-    assert f"8 rows a step: {8 // there['num_devices']} x {there['num_devices']} devices" in caplog.text
+    assert f"8 rows per step: {8 // there['num_devices']} x {there['num_devices']} devices" in caplog.text
     assert "after step 13 of 60" in caplog.text
     ours, theirs = lines(folder), lines(tmp_path / "whole")
     assert [(line["step"], line.keys()) for line in ours] == [(line["step"], line.keys()) for line in theirs]

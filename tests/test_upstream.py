@@ -439,8 +439,8 @@ def refused(home, tmp_path, capsys, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train": "pe"}, "--train pe: set --peft"),
-        ({"train": "plm+pe"}, "--train plm+pe: set --peft"),
+        ({"train": "pe"}, "--train pe: needs an adapter; set --peft"),
+        ({"train": "plm+pe"}, "--train plm+pe: needs an adapter; set --peft"),
         ({"peft": "lora"}, "--train plm: trains no adapter"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"max_steps": -1}, "--max_steps -1: must be at least 1"),
@@ -450,7 +450,7 @@ def refused(home, tmp_path, capsys, **changes):
         ({"method": "child-d"}, "--method child-d: needs training data"),
         ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the base model's weights"),
         ({"train": "pe", "peft": "bitfit", "method": "pats"}, "no adapter parameter matches"),
-        ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be split evenly across 1 devices"),
+        ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be split evenly across 1 device"),
         ({"num_devices": 8}, "--tasks_per_step 2: cannot be split evenly across 8 devices"),
         ({"train_batch_size": 8}, "--train_batch_size: use --tasks_per_step, --task_batch_size"),
         ({"train": "pe", "peft": "prompt"}, "--max_seq_length, --prompt_length, --prefix_length: they leave 4 of 24"),
@@ -467,7 +467,7 @@ def test_a_task_on_two_lists(home, tmp_path, capsys):
     path = tmp_path / "partition.json"
     path.write_text(json.dumps(tiny.PARTITION | {"dev": ["voice"]}, indent=1))
     error = refused(home, tmp_path, capsys, partition=path)
-    assert error.startswith(f"{path}:") and "the task voice stands in 'train' and in 'dev'" in error
+    assert error.startswith(f"{path}:") and "the task voice is listed in 'train' and in 'dev'" in error
 
 
 @pytest.mark.parametrize("changes", ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}))
@@ -479,7 +479,7 @@ def test_early_stop_needs_dev_tasks(home, tmp_path, capsys, changes):
 
 def test_a_run_of_other_settings_is_not_resumed(base, tmp_path):
     run_folder.start(tmp_path / "run", dataclasses.replace(base, output_dir=str(tmp_path / "run")).to_dict())
-    with pytest.raises(InputError, match="other settings: algorithm was 'mtl' and is 'reptile'"):
+    with pytest.raises(InputError, match="different settings: algorithm was 'mtl' and is 'reptile'"):
         run(base, tmp_path / "run", resume=True, algorithm="reptile")
 
 

@@ -1,7 +1,7 @@
-"""What finished runs of methods on the same seeds show: scores, paired differences, curves, distributions.
+"""Statistics over finished runs of methods on the same seeds: scores, paired differences, curves, distributions.
 
-Reads the folders of runs of the GLUE program and sums them up as plain numbers, ready for JSON. Scores are those of the
-model that a run keeps: the last one, or the best one with ``--load_best_model_at_end``.
+Reads the folders of GLUE runs and summarizes them as plain numbers, ready for JSON. Scores are those of the model that
+a run keeps: the last one, or the best one with ``--load_best_model_at_end``.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a finished run has left: results.json, the lines of metrics.jsonl, config.json."""
+    """A finished run: its results.json, metrics.jsonl and config.json."""
 
     run: Run
     results: ComparedResults
@@ -54,7 +54,7 @@ class FinishedRun:
 
     @classmethod
     def read(cls, run: Run, root: pathlib.Path) -> "FinishedRun | None":
-        """Reads the folder; None while the run is not finished.
+        """Reads the folder; None if the run is not finished.
 
         Raises:
           InputError: if the run was not trained and evaluated, or one of the files is damaged; the message names it.
@@ -64,7 +64,7 @@ class FinishedRun:
         if found is None:
             return None
         if "final" not in found or "steps" not in found:
-            raise InputError(f"{folder}: the run has no training or no score; compare trained and evaluated runs")
+            raise InputError(f"{folder}: the run was not trained, or not evaluated; compare runs that were")
         results = files.read_record(folder / "results.json", ComparedResults)
         records = run_folder.read_metrics(folder)
         _check_results(results, folder / "results.json")
@@ -73,7 +73,7 @@ class FinishedRun:
 
     @property
     def score(self) -> float:
-        """The task's main metric of the model that the run has kept: the last one where an early version wrote none."""
+        """The main metric of the model that the run kept; of the last model if an early version did not record it."""
         final = self.results["final"]
         kept = self.results.get("model_step", final["step"])
         return self._main(final if kept == final["step"] else self.results["best"])
@@ -84,7 +84,7 @@ class FinishedRun:
         return self._main(self.results["best"])
 
     def losses(self) -> dict[int, float]:
-        """The logged losses by step, those left out that are not finite in float32."""
+        """The logged losses by step, without those that are not finite in float32."""
         return {r["step"]: r["loss"] for r in self.records if "loss" in r and abs(r["loss"]) <= _LARGEST_LOSS}
 
     def scores(self) -> dict[int, float]:
@@ -92,7 +92,7 @@ class FinishedRun:
         return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
 
     def seconds_per_step(self) -> float | None:
-        """Median over the logged lines but the first, whose time is that of compilation; None if it is the only one."""
+        """Median over the logged lines except the first, which includes compilation; None if there is no other."""
         lines = [record for record in self.records if "loss" in record]
         times = [
             line["timing"]["seconds"] / (line["step"] - before["step"])
@@ -106,7 +106,7 @@ class FinishedRun:
 
 
 def _check_results(results: ComparedResults, path: pathlib.Path) -> None:
-    """Raises InputError if the parts of results.json do not belong together."""
+    """Raises InputError if the parts of results.json do not match."""
     parts: dict[str, Scores] = {
         "final": results["final"],
         "best": results["best"],
@@ -122,7 +122,7 @@ def _check_results(results: ComparedResults, path: pathlib.Path) -> None:
 
 
 def _check_records(records: Sequence[MetricsLine], main_metric: str, path: pathlib.Path) -> None:
-    """Raises InputError if a line of metrics.jsonl has no score, or the steps of the losses do not ascend."""
+    """Raises InputError if a line of metrics.jsonl lacks the score, or the steps of the losses do not ascend."""
     last = -1
     for number, record in enumerate(records, 1):
         if "eval" in record and main_metric not in record["eval"]:
@@ -134,15 +134,15 @@ def _check_records(records: Sequence[MetricsLine], main_metric: str, path: pathl
 
 
 def summarise(root: pathlib.Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """All numbers of a comparison, from those runs that are finished.
+    """Summarizes the finished runs of a comparison.
 
     Args:
       root: the grid's folder.
-      runs: the grid. Differences are to ``finetune``, or to the first method where that is not in it.
+      runs: the grid. The baseline is ``finetune`` or, without it, the first method.
 
     Returns:
-      ``baseline``, ``missing`` (names of runs that are not finished), ``settings`` (that all runs share), ``versions``
-      (package -> those that the runs were made with) and ``tasks``: task -> its facts and its ``methods``, see
+      ``baseline``, ``missing`` (names of unfinished runs), ``settings`` (shared by all runs), ``versions``
+      (package -> versions that the runs used) and ``tasks``: task -> its facts and its ``methods``, see
       `summarise_task`.
 
     Raises:
@@ -169,10 +169,10 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, Any]:
-    """The settings that are the same in all runs, without those that tell the runs apart.
+    """The settings that all runs share, without those that identify a run.
 
     Raises:
-      InputError: naming a run whose settings are others.
+      InputError: naming a run with different settings.
     """
     first = finished[0].settings
     for one in finished[1:]:
@@ -185,12 +185,12 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, Any]:
 
 
 def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], baseline: str) -> dict[str, Any]:
-    """The numbers of one task: facts of the data, and ``methods``: method -> its numbers, those with a finished run.
+    """The numbers of one task: facts about the data, and ``methods``: method -> its numbers, if it has a finished run.
 
     Args:
       finished: the task's finished runs, at least one.
       methods: names in the order of the report.
-      baseline: the method that differences are to.
+      baseline: the method to compare with.
     """
     facts = finished[0].results
     by_method = {name: [one for one in finished if one.run.method == name] for name in methods}
@@ -235,9 +235,9 @@ def describe(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def paired_difference(scores: dict[int, float], baseline: dict[int, float]) -> dict[str, Any]:
-    """Differences to the baseline, seed by seed, over the seeds that both have.
+    """Differences from the baseline, seed by seed, over the seeds that both have.
 
-    Differences are rounded to 12 decimals, so that those of scores such as 0.85 and 0.84 are ties where they should be.
+    Differences are rounded to 12 decimals, so that equal differences of scores such as 0.85 and 0.84 are ties.
 
     Args:
       scores: seed -> score.
@@ -246,7 +246,7 @@ def paired_difference(scores: dict[int, float], baseline: dict[int, float]) -> d
     Returns:
       ``seeds``, ``values``, ``mean`` (None without a common seed), ``interval`` (low, high: the mean's bootstrap
       interval, BCa, at 95 %) or None, ``p_value`` (Wilcoxon's signed-rank test, two-sided) or None,
-      ``smallest_p_value`` that the differences could have given, and ``notes`` on what is missing and why.
+      ``smallest_p_value`` that so many differences allow, and ``notes`` on what is missing and why.
     """
     seeds = [seed for seed in scores if seed in baseline]
     values = np.round([scores[seed] - baseline[seed] for seed in seeds], 12)
@@ -264,7 +264,7 @@ def paired_difference(scores: dict[int, float], baseline: dict[int, float]) -> d
 
 
 def smallest_p_value(count: int) -> float:
-    """The smallest two-sided p-value of Wilcoxon's test on so many pairs: both tails of 2^count signs, 2 / 2^count."""
+    """The smallest two-sided p-value of Wilcoxon's test on ``count`` pairs: 2 / 2^count."""
     return min(1.0, 2.0 / 2**count)
 
 
@@ -277,9 +277,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | No
       values: (n,).
     """
     if len(values) < 3:
-        return None, f"no interval: resampling {len(values)} difference(s) says nothing"
+        return None, f"no interval: {len(values)} difference(s) are too few to resample"
     if np.all(values == values[0]):
-        return None, "no interval: all differences are equal, resampling shows no spread"
+        return None, "no interval: all differences are equal, so resampling shows no spread"
     found = scipy.stats.bootstrap(
         (values,),
         np.mean,
@@ -303,17 +303,17 @@ def wilcoxon_p_value(values: np.ndarray) -> tuple[float | None, str | None]:
     """
     nonzero = values[values != 0]
     if not len(nonzero):
-        return None, "no test: no difference other than 0" if len(values) else "no test: no common seed"
+        return None, "no test: all differences are 0" if len(values) else "no test: no common seed"
     zeros = len(values) - len(nonzero)
     p_value = float(scipy.stats.wilcoxon(nonzero).pvalue)
-    return p_value, f"the test leaves out {zeros} difference(s) of 0" if zeros else None
+    return p_value, f"the test omits {zeros} difference(s) of 0" if zeros else None
 
 
 def mean_curve(series: Sequence[dict[int, float]]) -> dict[str, list[float]]:
-    """Mean, lowest and highest value over runs, at the steps that all of them have.
+    """Mean, lowest and highest value over runs, at the steps that all of them share.
 
     Args:
-      series: step -> value, one a run.
+      series: step -> value, for each run.
 
     Returns:
       ``step``, ``mean``, ``low`` and ``high``, lists of one length.
@@ -329,7 +329,7 @@ def mean_curve(series: Sequence[dict[int, float]]) -> dict[str, list[float]]:
 
 
 def mean_concentration(measured: Sequence[Concentration | None]) -> dict[str, Any] | None:
-    """Means over runs of the concentration of sensitivity, and of its histogram where all runs have one.
+    """Means over runs of the concentration of sensitivity, and of its histogram if all runs have one.
 
     Args:
       measured: the ``concentration`` of every run's results.json, or None.

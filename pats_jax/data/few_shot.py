@@ -30,9 +30,9 @@ class Row(NamedTuple):
     """One row of a task.
 
     Attributes:
-      input: the text; where it has parts, they are named and parted by " [SEP] ".
+      input: the text; its parts, if any, are named and separated by " [SEP] ".
       options: the possible outputs, at least two different ones.
-      answer: index of the right option; of options that are spelt alike, the first.
+      answer: index of the right option; the first one if several are spelled alike.
     """
 
     input: str
@@ -52,7 +52,7 @@ class Sample:
       seed: the seed that drew it, which names its files.
       train: the rows to tune on.
       dev: as many rows again.
-      test: many rows, mostly the same for all samples; none where the gym has no test file.
+      test: many rows, usually the same for all samples; empty if the gym has no test file.
     """
 
     seed: int
@@ -84,8 +84,8 @@ class FewShotTask:
     def metric(self) -> str:
         """The name of the task's metric in ``pats_jax.metrics``, which takes option indices.
 
-        Where each row has options of its own, indices are no classes, and accuracy is all that makes sense. (CrossFit
-        takes the F1 over the texts of the answers for one such task, codah.)
+        If each row has its own options, indices are not classes, and only accuracy makes sense. (CrossFit uses the F1
+        over the texts of the answers for one such task, codah.)
         """
         return "accuracy" if self.options is None else task_metric(self.name)
 
@@ -93,7 +93,7 @@ class FewShotTask:
         """The sample of a seed.
 
         Raises:
-          InputError: the task has none of that seed.
+          InputError: the task has no sample with that seed.
         """
         for sample in self.samples:
             if sample.seed == seed:
@@ -105,7 +105,7 @@ class FewShotTask:
         """The same with the samples of these seeds only; None keeps all.
 
         Raises:
-          InputError: the task has no sample of one of them.
+          InputError: the task has no sample with one of them.
         """
         if seeds is None:
             return self
@@ -128,12 +128,12 @@ def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str)
     """Names of tasks in alphabetical order.
 
     Args:
-      there: all that there are.
-      wanted: those that are asked for; None: all.
-      where: what has them, for the message.
+      there: all existing names.
+      wanted: the requested names; None: all.
+      where: where they are, for the message.
 
     Raises:
-      InputError: some that are asked for are not there.
+      InputError: a requested name does not exist.
     """
     names = sorted(there)
     missing = sorted(set(wanted or ()) - set(names))
@@ -143,7 +143,7 @@ def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str)
 
 
 def build_task(name: str, samples: Iterable[Sample]) -> FewShotTask:
-    """Puts samples together; where all rows have the same options, it gives them the same order too.
+    """Builds a task from samples; if all rows have the same options, gives them the same order.
 
     Args:
       name: the task's name.

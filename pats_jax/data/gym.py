@@ -3,14 +3,14 @@
 A task's files are ``<task>_<shots>_<seed>_<split>`` with the splits train, dev and test, in a folder of the task's name
 or beside those of other tasks. Two kinds of files are read:
 
-* ``.jsonl``: one object a line with the texts ``task``, ``input`` and ``output`` and the list ``options``, as in
+* ``.jsonl``: one object per line with the strings ``task``, ``input`` and ``output`` and the list ``options``, as in
   MetaICL;
-* ``.tsv``: input, tab, output, without a header, as CrossFit writes them. Options are what ends the inputs of a task as
-  `` (A) one (B) other``, where all of them do; else they are the outputs that occur in the task's files, in
-  alphabetical order. A task whose outputs are too many for that is text generation, which is refused.
+* ``.tsv``: input, tab, output, without a header, as CrossFit writes them. If all inputs of a task end in
+  `` (A) one (B) other``, these are the options; else the options are the outputs in the task's files, in
+  alphabetical order. A task with too many outputs for that is text generation, which is rejected.
 
-Every seed has a train and a dev file. A seed's test rows are those of its own test file or, where a task has one test
-file only, of that one. Hidden files do not count.
+Every seed has a train and a dev file. A seed's test rows come from its own test file or, if a task has only one test
+file, from that one. Hidden files are ignored.
 """
 
 import os
@@ -59,15 +59,15 @@ def load_gym(
 
     Args:
       source: a folder, see above, or ``"builtin"`` for the generated gym.
-      tasks: names of the tasks to read, others may be anything; None reads all.
-      shots: the number that the files' names tell, in CrossFit the rows of each class.
+      tasks: names of the tasks to read; other files are ignored; None reads all.
+      shots: the number in the file names; in CrossFit, the rows of each class.
       seeds: seeds of the samples to read; None reads all.
 
     Returns:
       Task name -> task, in alphabetical order.
 
     Raises:
-      InputError: one line with the file, and the line of the file where it applies.
+      InputError: a file is invalid; the message names the file and, if possible, the line.
     """
     if str(source) == "builtin":
         from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS, generate_gym
@@ -82,7 +82,7 @@ def load_gym(
 
 
 def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
-    """Names of the tasks of a gym in alphabetical order; what is in their files is not looked at.
+    """Names of the tasks of a gym in alphabetical order, without reading their files.
 
     Raises:
       InputError: there is no such folder, or no task in it.

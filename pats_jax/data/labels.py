@@ -1,9 +1,9 @@
-"""What the labels in people's own files mean: scores or classes, and which.
+"""The meaning of labels in your own files: scores or classes, and which.
 
-Labels that are numbers may be both. Whole numbers, also written as ``1.0``, are taken as classes, others as scores; the
-log says which, and what to give to have it the other way: ``--do_regression`` or ``--do_regression false``, in Python
-``regression``. Classes that are numbers are compared by value, so that ``1`` and ``1.0`` are one: pandas writes whole
-numbers with a point where one of their column is missing.
+Numbers can be either. Whole numbers, also written as ``1.0``, are read as classes, others as scores; the log says
+which, and how to change it: ``--do_regression`` or ``--do_regression false``, in Python ``regression``. Classes that
+are numbers are compared by value, so that ``1`` and ``1.0`` are the same: pandas writes whole numbers with a decimal
+point if a value in their column is missing.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ def has_labels(cells: Iterable[str]) -> bool:
 
 
 def find_classes(table: Table, column: str, regression: bool | None = None) -> tuple[str, ...] | None:
-    """Names of the classes of a label column in the order of their indices, or None if the labels are scores.
+    """The class names of a label column by index, or None if the labels are scores.
 
-    All labels being numbers, whole ones are classes in numerical order, and if one has a fraction or an exponent they
-    are scores. Any other labels are names of classes in alphabetical order.
+    If all labels are numbers, whole numbers are classes in numerical order; if any has a fraction or an exponent, they
+    are scores. All other labels are class names in alphabetical order.
 
     Args:
-      table: The file that decides, the training file as a rule.
+      table: The file that decides, usually the training file.
       column: Its label column.
       regression: Whether the labels are scores; None: as above, and the log says so.
 
     Raises:
-      InputError: A label is missing (with file and line), or there is one class only.
+      InputError: A label is missing (with file and line), or there is only one class.
     """
     cells = list(dict.fromkeys(table.columns[column]))
     values = {cell: value for cell in cells if (value := _number(cell)) is not None}

@@ -1,4 +1,4 @@
-"""A small training set drawn from a large one, its labels in the same shares: ``--low_resource``."""
+"""A small training set drawn from a large one, with the same proportions of labels: ``--low_resource``."""
 
 import numpy as np
 
@@ -8,25 +8,25 @@ QUANTILES = 10  # classes that scores are sorted into
 
 
 def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
-    """Which rows to keep: a pure function of labels, rows and seed.
+    """Selects the rows to keep: a pure function of labels, rows and seed.
 
     Of class ``c`` with ``n_c`` of the ``n`` rows, ``rows * n_c / n`` are kept, rounded by the method of largest
-    remainders (on a tie the class with the lower index goes first), but one row at least; a row that is given for that
-    is taken from the class that is furthest above its share. Which rows of a class is drawn at random. Scores are put
-    into ten classes of as many rows each, by quantiles (into ``rows`` classes if that is fewer).
+    remainders (on a tie the class with the lower index goes first), but at least one row; such
+    a row is taken from the class that is furthest above its share. Rows within a class are drawn at random. Scores are
+    divided into ten classes of equal size, by quantiles (into ``rows`` classes if that is fewer).
 
-    That the subset is stratified is the paper's (DPS, arXiv 2211.01642); how shares are rounded is ours.
+    Stratification follows the paper (DPS, arXiv 2211.01642); the rounding is ours.
 
     Args:
       labels: integer classes or float scores, (n,).
       rows: how many to keep.
-      seed: a number from 0 on.
+      seed: a whole number of at least 0.
 
     Returns:
       Row numbers in increasing order, (rows,).
 
     Raises:
-      InputError: there are fewer rows than that, or more classes.
+      InputError: there are fewer rows, or more classes.
 
     Examples:
       >>> labels = np.array([0] * 6 + [1] * 3 + [2])

@@ -1,8 +1,8 @@
-"""Sets that a model of natural language inference is evaluated on beside its own: ``--out_of_domain``.
+"""Additional evaluation sets for a natural language inference model: ``--out_of_domain``.
 
-Each set has two classes (entailment, not_entailment) or three (entailment, neutral, contradiction). What is scored is
-the set's test split as its authors publish it, in a folder of their files or on the hub; of GLUE's sets, whose test
-labels are secret, the validation split.
+Each set has two classes (entailment, not_entailment) or three (entailment, neutral, contradiction). Models are scored
+on its test split as published, from a folder of the published files or from the hub; for GLUE sets, whose test labels
+are secret, on the validation split.
 
 References:
     SNLI: Bowman et al., EMNLP 2015. SICK: Marelli et al., LREC 2014. SciTail: Khot, Sabharwal and Clark, AAAI 2018.

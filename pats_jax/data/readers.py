@@ -1,10 +1,10 @@
 """From files, folders and the hub to texts and labels.
 
 ``read_glue`` reads the TSV folders of the GLUE distribution, each task with its own quirks; ``read_hub`` the same
-tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads people's own
+tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads your own
 CSV, TSV and JSON files, ``load_files`` those of one task together, ``read_texts`` texts to predict on.
 
-In people's own files the columns are found by name, the first of these that the file has:
+In your own files, columns are found by name, the first of these that exists:
 
 * a pair of texts: ``sentence1, sentence2``; ``premise, hypothesis``; ``question1, question2``; ``question, sentence``;
   ``text1, text2``;

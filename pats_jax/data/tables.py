@@ -1,4 +1,4 @@
-"""Reading TSV, CSV and JSON files into columns of strings, with a line number for every complaint."""
+"""Reads TSV, CSV and JSON files into columns of strings; every error names its line."""
 
 import collections
 import contextlib
@@ -33,14 +33,14 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a file that were asked for.
+    """The requested columns of a file.
 
     Attributes:
       path: The file, for messages.
       header: Names of all columns of the file, also of those that were not kept.
       columns: Column name -> one string a row.
       lines: Line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
-      before_line: What stands between the path and such a number in messages.
+      before_line: Text between the path and such a number in messages.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Table:
         return [str(row) for row in range(len(self))]
 
     def keep(self, rows: Sequence[int]) -> "Table":
-        """The same with these rows only, each with the line that it stands on."""
+        """The table with only these rows, with their line numbers."""
         columns = {name: [cells[row] for row in rows] for name, cells in self.columns.items()}
         return dataclasses.replace(self, columns=columns, lines=[self.lines[row] for row in rows])
 
@@ -76,7 +76,7 @@ class Table:
           written: How the file writes each class, in the order of the indices.
 
         Raises:
-          InputError: A label that is none of those, with file and line.
+          InputError: A label is not one of those; the message names file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -91,7 +91,7 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-          InputError: A score that is no number, or none that float32 can hold, with file and line.
+          InputError: A score is not a number that float32 can hold; the message names file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
@@ -168,7 +168,7 @@ def read_tsv(
       path: The file.
       wanted: Columns to keep, as far as the file has them.
       header: Column names of a file without a header line.
-      broken_rows: Largest share of rows with too few columns that is left out rather than refused.
+      broken_rows: Largest fraction of rows with too few columns that is skipped instead of rejected.
 
     Returns:
       The table and the line numbers of the rows left out.
@@ -245,7 +245,7 @@ class JsonObject(dict):
     """A JSON object.
 
     Attributes:
-      twice: The keys that stand in it more than once; their last value counts.
+      twice: The keys that occur more than once; their last value counts.
     """
 
     twice: Sequence[str] = ()
@@ -267,7 +267,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
     """The objects of a file of JSON lines, each with its line number; blank lines do not count.
 
     Raises:
-      InputError: A line is no JSON object, with file and line.
+      InputError: A line is not a JSON object; the message names file and line.
     """
     for number, line in enumerate(split_lines(text), 1):
         if line.strip():
@@ -280,12 +280,12 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
 def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
     """Reads JSON lines, one object a line, or a ``.json`` file that is one array of objects.
 
-    All objects have the same of the keys that are wanted. Numbers and booleans become their JSON text, null becomes
-    the empty string.
+    All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
+    string.
 
     Raises:
-      InputError: As ``read_text``; what should be an object is none, lacks a key, has one that the first has not, has
-        one twice, or has a list, an object or a lone surrogate as a value.
+      InputError: As ``read_text``; or a row is not an object, lacks a key, has a key that the first row lacks, has a
+        key twice, or has a list, an object or a lone surrogate as a value.
     """
     text = read_text(path)
     is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")

@@ -1,4 +1,4 @@
-"""The GLUE tasks, one row each: where their texts and labels stand, how they are scored, what the server wants back.
+"""The GLUE tasks, one row each: where their texts and labels are, how they are scored, what the server expects.
 
 Three sources agree on the tasks but not on their details, and the table holds all three:
 
@@ -191,7 +191,7 @@ def get_task(name: str, flag: str = "--task_name") -> Task:
     """Looks a task up by its name, in upper or lower case; the flag is for the error message.
 
     Raises:
-      InputError: No such task; the message names those that exist.
+      InputError: There is no such task; the message lists all tasks.
     """
     if name.lower() not in TASKS:
         raise InputError(f"{flag} {shown(name, quoted=False)}: no such task; choose one of {', '.join(TASKS)}")
@@ -199,9 +199,9 @@ def get_task(name: str, flag: str = "--task_name") -> Task:
 
 
 def own_task(labels: tuple[str, ...] | None) -> Task:
-    """The row of people's own data: scored by accuracy or, without class names, by the correlations of scores.
+    """The row for your own data: scored by accuracy or, without class names, by the correlations of scores.
 
-    F1 is left out: which of two classes of unknown meaning is the positive one, nothing says.
+    F1 is left out, because nothing says which of two classes is the positive one.
 
     Args:
       labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.

@@ -53,16 +53,14 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
     """
     name = tensor_name(path)
     if tensor.dtype.name not in FLOATS:
-        raise InputError(f"{source}: tensor {name} is of type {tensor.dtype}, not of {', '.join(FLOATS)}")
+        raise InputError(f"{source}: tensor {name} has type {tensor.dtype}, not {', '.join(FLOATS)}")
     value = np.asarray(tensor, np.float32)
     value = value.T if path[-1] == "kernel" else value
     if value.shape != shape:
         expected = shape[::-1] if path[-1] == "kernel" else shape
         raise _other_shape(name, tensor.shape, expected, source)
     if not np.isfinite(value).all():
-        raise InputError(
-            f"{source}: tensor {name} holds values that are not finite; the file is damaged, download it again"
-        )
+        raise InputError(f"{source}: tensor {name} has non-finite values; the file is damaged, download it again")
     return value
 
 
@@ -112,8 +110,8 @@ def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *,
     layers = {name.removeprefix(encoder).split(".")[0] for name in own if name.startswith(encoder)}
     if len(layers) < config.num_hidden_layers:  # more is allowed: the rest is not used, and named in the log
         raise InputError(
-            f"{source}: the checkpoint has {len(layers)} encoder layers; by config.json (num_hidden_layers) it should "
-            f"have {shown(config.num_hidden_layers)}"
+            f"{source}: the checkpoint has {len(layers)} encoder layers, but config.json (num_hidden_layers) "
+            f"says {shown(config.num_hidden_layers)}"
         )
     sizes = {
         "embeddings.word_embeddings": (config.vocab_size, config.hidden_size),
@@ -168,9 +166,7 @@ def match(
 
 
 def _other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: str) -> InputError:
-    return InputError(
-        f"{source}: tensor {name} has shape {shown(shape)}; by config.json it should be {shown(expected)}"
-    )
+    return InputError(f"{source}: tensor {name} has shape {shown(shape)}, but config.json implies {shown(expected)}")
 
 
 def _incomplete(missing: str, config: EncoderConfig, source: str) -> InputError:

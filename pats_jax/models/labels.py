@@ -1,7 +1,7 @@
-"""The names of a head's classes, and how they are matched with those of a task.
+"""The class names of a head, and how they are matched with those of a task.
 
-Checkpoints number the same classes differently: one has CONTRADICTION, NEUTRAL, ENTAILMENT, the task entailment,
-neutral, contradiction. So labels are matched by name, and a head's logits are put in the task's order.
+Checkpoints order the same classes differently: one has CONTRADICTION, NEUTRAL, ENTAILMENT, the task entailment,
+neutral, contradiction. So labels are matched by name, and logits are reordered to the task's order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ def simplified(label: str) -> str:
 
 
 def match_labels(labels: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
-    """Where each of some labels stands among others.
+    """Matches labels with others by name.
 
-    Names are compared as they are first, then `simplified`; two that are the same when simplified match nothing.
+    Names are first compared as they are, then `simplified`; names that are equal only when simplified must be unique.
 
     Args:
       labels: names of classes by index.
@@ -44,7 +44,7 @@ def match_labels(labels: Sequence[str], others: Sequence[str]) -> np.ndarray | N
 
 
 def is_nameless(labels: Mapping[int, str] | Sequence[str]) -> bool:
-    """Whether a head's labels say no more than their numbers: ``LABEL_0``, ``LABEL_1``, ... or ``0``, ``1``, ...
+    """Whether a head's labels are only numbers: ``LABEL_0``, ``LABEL_1``, ... or ``0``, ``1``, ...
 
     Examples:
       >>> is_nameless(("LABEL_0", "LABEL_1")), is_nameless({0: "0", 1: "1"}), is_nameless(("LABEL_1", "LABEL_0"))
@@ -57,10 +57,10 @@ def is_nameless(labels: Mapping[int, str] | Sequence[str]) -> bool:
 
 
 def respelled(names: Sequence[str], written: Sequence[str]) -> tuple[str, ...]:
-    """A head's names as some data write them, where exactly one spelling matches each.
+    """A head's names as spelled in the data, where exactly one spelling matches.
 
     Args:
-      names: the head's, by index.
+      names: the head's names, by index.
       written: the labels that occur in the data, in any order; the data may lack some classes.
 
     Examples:

@@ -55,8 +55,8 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
         with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
 
     Raises:
-        InputError: The checkpoint cannot be had or read, has no such head or only a part of it, holds a tensor of
-            another shape than the config says, or has a decoder that is not tied to the word embeddings.
+        InputError: The checkpoint cannot be found or read, has no such head or only a part of it, has a tensor whose
+            shape does not match the config, or has a decoder that is not tied to the word embeddings.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     source = str(folder)
@@ -102,7 +102,7 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
         float32 (..., vocab_size)
 
     Raises:
-        ValueError: The word embeddings have another shape than the config says.
+        ValueError: The shape of the word embeddings does not match the config.
     """
     words = jnp.asarray(word_embeddings)
     if words.shape != (config.vocab_size, config.hidden_size):

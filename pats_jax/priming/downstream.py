@@ -307,7 +307,7 @@ def tune_all(
     asked: preemption.Preemption,
     tokenizer: Any,
 ) -> None:
-    """Makes this process's share of the tunings that are not there yet, start by start."""
+    """Runs this process's share of the missing tunings, start by start."""
     run_start.keep_compiled_programs(settings.compilation_cache_dir or str(folder / "compiled"))
     number, count = parse_share(settings.share)
     for start in starts:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pats_jax import methods
 from pats_jax.data.gym import SHOTS
 from pats_jax.errors import InputError, shown
+from pats_jax.run.records import Tuned
 from pats_jax.run.settings import FLOAT32_MAX, TrainingSettings, check_value
 
 # Common values for each kind, not tuned.
@@ -18,9 +19,6 @@ LEARNING_RATES = {
     "prompt": 1e-2,
     "prefix": 1e-2,
 }
-
-
-TunedKind = Literal["full", "lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class GymSettings(TrainingSettings):
     share_sources: bool = False  # allow lists of a partition to contain tasks built from the same dataset
     shots: int = SHOTS  # shots, as in the names of the task files
     primed: tuple[str, ...] = ()  # folders of finished `pats-jax prime` runs to start from
-    kinds: tuple[TunedKind, ...] = ("full", "lora")  # tune these: PEFT methods, or the whole model (full), never primed
+    kinds: tuple[Tuned, ...] = ("full", "lora")  # tune these: PEFT methods, or the whole model (full), never primed
     direct: bool = True  # also tune from the unprimed model
     tasks: tuple[str, ...] = ()  # target tasks; if unset, all those of the partition
     samples: tuple[int, ...] = ()  # seeds of the few-shot samples; if unset, all

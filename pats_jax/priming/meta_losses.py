@@ -1,11 +1,11 @@
 """The upstream stage before few-shot fine-tuning: multi-task learning and meta-learning, as losses.
 
-Each algorithm turns the loss of a batch of rows into the loss of a batch of tasks, whose gradient is the step that the
-algorithm makes. So all of them are trained by `make_train_step`, on any mesh, with any Optax chain as outer optimizer.
+Each algorithm turns the loss of a batch of rows into the loss of a batch of tasks, whose gradient is the algorithm's
+step. So `make_train_step` trains all of them, on any mesh, with any Optax chain as outer optimizer.
 
-A batch of tasks has arrays with two leading axes more than those of rows: ``support_<name>`` (tasks, inner steps, rows,
-...) for the inner steps, and ``query_<name>`` (tasks, rows, ...) for what the adapted parameters are judged by. Reptile
-needs no query, multi-task learning no support.
+The arrays of a batch of tasks have additional leading axes: ``support_<name>`` (tasks, inner steps, rows, ...) for the
+inner steps, and ``query_<name>`` (tasks, rows, ...) to evaluate the adapted parameters. Reptile needs no query, and
+multi-task learning no support.
 
 References:
     Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
@@ -43,17 +43,17 @@ def adapt(
     first_order: bool = False,
     remat: bool = False,
 ) -> tuple[Any, jax.Array]:
-    """Steps of SGD: theta <- theta - learning_rate * gradient, one for each batch.
+    """Takes one SGD step per batch: theta <- theta - learning_rate * gradient.
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> (loss, metrics)``.
-      params: where to start.
+      params: the initial parameters.
       batches: arrays (steps, rows, ...).
       key: for dropout; folded with the number of the step.
-      learning_rate: of the steps.
-      trainable: a tree of bools like params, which of them move; None: all.
-      first_order: whether the gradients count as constants where the result is differentiated.
-      remat: compute a step again when it is differentiated, rather than keep what it computed.
+      learning_rate: the learning rate of the steps.
+      trainable: a tree of bools like params: which parameters to update; None: all.
+      first_order: whether to treat the gradients as constants when the result is differentiated.
+      remat: whether to recompute a step when it is differentiated, instead of storing its activations.
 
     Returns:
       The parameters after the steps, and the loss before each, (steps,) float32.
@@ -70,7 +70,7 @@ def adapt(
 
 
 def multi_task(loss_fn: LossFn) -> LossFn:
-    """The mean over tasks of the loss on their query rows; on one task it is that task's own training.
+    """The mean over tasks of the loss on their query rows; with one task, ordinary training on it.
 
     Args:
       loss_fn: the loss of a batch of rows.
@@ -91,22 +91,22 @@ def maml(
 ) -> LossFn:
     """The mean over tasks of L_query(theta - inner_learning_rate * grad L_support(theta)), or after several steps.
 
-    Its gradient goes through the inner steps, second-order term included. First-order MAML (``first_order``) takes the
-    gradients of the inner steps for constants, so that its own is that of L_query at the adapted parameters.
+    Its gradient goes through the inner steps, second-order term included. First-order MAML (``first_order``) treats
+    the gradients of the inner steps as constants, so its gradient is that of L_query at the adapted parameters.
 
     Args:
       loss_fn: the loss of a batch of rows.
-      inner_learning_rate: of the inner steps, plain SGD.
-      trainable: a tree of bools like params, which of them the inner steps move; None: all.
+      inner_learning_rate: the learning rate of the inner steps (plain SGD).
+      trainable: a tree of bools like params: which parameters the inner steps update; None: all.
       first_order: whether the second-order term is left out.
-      remat: whether inner steps and query are computed again in the backward pass: less memory, more work.
+      remat: whether to recompute inner steps and query in the backward pass: less memory, more work.
 
     Returns:
       ``meta_loss(params, batch, key) -> (loss, metrics)``: metrics are those of loss_fn on the query rows, and
       ``support_loss``, the loss before the first inner step; all means over the tasks.
 
     Raises:
-      ValueError: if inner_learning_rate is not greater than 0; from the loss, if the batch has no such arrays.
+      ValueError: if inner_learning_rate is not greater than 0; from the loss, if the batch lacks these arrays.
     """
     check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "greater than 0")
 
@@ -134,17 +134,17 @@ def reptile(loss_fn: LossFn, *, inner_learning_rate: float, trainable: Any = Non
     With SGD at a rate of epsilon * inner_learning_rate this is Reptile's step theta <- theta + epsilon (phi - theta),
     averaged over tasks; and with one inner step the gradient is that of multi-task learning on the support rows. The
     division is the authors' (their section 2): it makes the size that of a gradient, for clipping and Adam. It is
-    computed as the sum of the inner gradients, which it equals: at inner rates like 1e-5, theta and phi differ by a
-    few roundings only.
+    computed as the equivalent sum of the inner gradients, because at inner rates like 1e-5, theta and phi differ by
+    only a few roundings.
 
     Args:
       loss_fn: the loss of a batch of rows.
-      inner_learning_rate: of the inner steps, plain SGD.
-      trainable: a tree of bools like params, which of them the inner steps move; None: all.
+      inner_learning_rate: the learning rate of the inner steps (plain SGD).
+      trainable: a tree of bools like params: which parameters the inner steps update; None: all.
 
     Returns:
       ``meta_loss(params, batch, key) -> (loss, metrics)``: the loss's value is the mean loss of the inner steps;
-      ``support_loss`` the loss before the first one. The others have the gradient zero.
+      ``support_loss`` is the loss before the first. The gradient with respect to other parameters is 0.
 
     Raises:
       ValueError: if inner_learning_rate is not greater than 0.

@@ -1,8 +1,8 @@
-"""How an encoder answers a row of a few-shot task: a score for each of its options, the same way for every task.
+"""Option scoring: an encoder answers a row of a few-shot task by scoring each of its options.
 
-``HEADS`` has the ways by name. All but ``classes`` are one head for all tasks, which is what lets an upstream stage
-teach a model tasks that it then meets others of. They differ in how a batch of rows is encoded, and in how scores come
-from it; loss and decision are the same.
+``HEADS`` lists the heads by name. All but ``classes`` use one head for all tasks, so that what an upstream stage learns
+on some tasks carries over to others. Heads differ in how they encode a batch of rows and compute scores from it; loss
+and decision are the same.
 """
 
 import abc
@@ -33,8 +33,8 @@ class Head(abc.ABC):
     """A way to score options.
 
     Attributes:
-      trains: the parts of the model's own parameters that belong to it, of "classifier" and "pooler".
-      for_all_tasks: whether it is the same head for all tasks, so that it can be primed.
+      trains: the parts of the model's own parameters that belong to the head, of "classifier" and "pooler".
+      for_all_tasks: whether all tasks share the head, so that it can be primed.
     """
 
     trains: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Head(abc.ABC):
 
 
 class EmbeddingHead(Head):
-    """Input and option are embedded apart: score = 20 cos(e(input), e(option)), e the mean of the last hidden states.
+    """Embeds input and option separately: score = 20 cos(e(input), e(option)), e the mean of the last hidden states.
 
     The similarity by which sentence encoders like all-MiniLM-L6-v2 are trained, at their scale of 20 (Reimers and
     Gurevych 2019, arXiv 1908.10084). It adds no parameter.
@@ -83,7 +83,7 @@ class EmbeddingHead(Head):
 
 
 class PairHead(Head):
-    """Input and option are read as a pair of sentences: score = the only logit of a classification head."""
+    """Reads input and option as a sentence pair: score = the only logit of a classification head."""
 
     trains = ("classifier", "pooler")
 
@@ -99,11 +99,11 @@ class PairHead(Head):
 
 
 class MaskedLanguageModelHead(Head):
-    """The option is masked: score = mean of log p(token) over the option's tokens, by the model's own head.
+    """Masks the option: score = mean of log p(token) over the option's tokens, by the model's own head.
 
-    The text is the input and, as second sentence, as many masks as the option has tokens. The mean makes options of
-    several lengths comparable (ours; a sum would favour the short ones). The head itself is not trained, but it reads
-    the word embeddings, which are where the model is.
+    The text is the input followed, as second sentence, by as many masks as the option has tokens. The mean makes
+    options of different lengths comparable (ours; a sum would favor short ones). The head itself is not trained, but
+    it uses the model's current word embeddings.
     """
 
     def encode(self, rows, tokenizer, max_length, share_options=False):
@@ -138,10 +138,10 @@ class MaskedLanguageModelHead(Head):
 
 
 class ClassesHead(Head):
-    """A head of its own for every classification task: score = the logit of the class. The baseline.
+    """A separate head for every classification task: score = the logit of the class. The baseline.
 
-    It reads nothing of what the options say, so it has to learn them from the task's few rows, cannot be primed, and
-    has no answer to multiple choice.
+    It ignores the text of the options, so it must learn them from the task's few rows, cannot be primed, and does not
+    support multiple choice.
     """
 
     trains = ("classifier", "pooler")
@@ -168,7 +168,7 @@ def get_head(name: str) -> Head:
     """The head of ``--head``.
 
     Raises:
-      InputError: there is none of that name.
+      InputError: there is no such head.
     """
     if name not in HEADS:
         raise InputError(f"--head {name}: no such head; choose one of {', '.join(HEADS)}")
@@ -185,20 +185,20 @@ def load_scorer(
     mlm_head_from: str | None = None,
     **options: Any,
 ) -> tuple[models.SequenceClassifier, Any]:
-    """A pretrained encoder that scores options, with PE modules if a config is given, and its parameters.
+    """Loads a pretrained encoder that scores options, with an adapter if a config is given, and its parameters.
 
     Args:
-      name_or_dir: as `pats_jax.models.from_pretrained` takes it.
+      name_or_dir: as for `pats_jax.models.from_pretrained`.
       head: name of one of ``HEADS``.
-      config: kind and settings of new PE modules; None: none.
-      key: for what is new: modules and head.
-      adapter: folder of saved PE modules, in place of new ones.
-      mlm_head_from: checkpoint with the masked-language-model head, which training leaves as it is; None: name_or_dir.
+      config: kind and settings of a new adapter; None: none.
+      key: for new parameters: adapter and head.
+      adapter: folder of a saved adapter, instead of a new one.
+      mlm_head_from: checkpoint with the masked-language-model head, which is not trained; None: name_or_dir.
       **options: further arguments of `pats_jax.models.from_pretrained`.
 
     Raises:
-      InputError: the checkpoint cannot be had, lacks the masked-language-model head that is asked for, or is not what
-        the saved modules are for.
+      InputError: the checkpoint cannot be loaded, lacks the requested masked-language-model head, or does not match
+        the saved adapter.
     """
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
     unused = "classifier" not in get_head(head).trains  # whatever the checkpoint's own classification head is, then
@@ -217,10 +217,10 @@ def load_scorer(
 
 
 def text_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered to what the model has positions for beside virtual tokens.
+    """``--max_seq_length``, lowered to the positions that virtual tokens leave.
 
     Raises:
-      InputError: that is too little for an input and an option.
+      InputError: too few are left for an input and an option.
     """
     length = min(asked, model.max_length)
     if length < SHORTEST_OPTION:
@@ -232,11 +232,11 @@ def text_length(asked: int, model: models.SequenceClassifier) -> int:
 
 
 def trainable_mask(params: Any, trained: str, head: str) -> Any:
-    """A tree of bools like params: what is trained.
+    """A tree of bools like params: which parameters are trained.
 
     Args:
-      params: of `load_scorer`.
-      trained: "plm" (the pretrained model), "pe" (the PE modules) or "plm+pe"; the head always is.
+      params: from `load_scorer`.
+      trained: "plm" (the pretrained model), "pe" (the adapter) or "plm+pe"; the head is always trained.
       head: name of one of ``HEADS``.
     """
     parts, own = trained.split("+"), get_head(head).trains
@@ -255,18 +255,18 @@ def trainable_mask(params: Any, trained: str, head: str) -> Any:
 def encode_rows(
     head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int, *, share_options: bool = False
 ) -> dict[str, np.ndarray]:
-    """A batch of rows: what the head takes, ``option_mask`` (rows, options) 1 where there is one, ``answers`` (rows,).
+    """Encodes a batch: the head's arrays, ``option_mask`` (rows, options), 1 for each option, and ``answers`` (rows,).
 
     Args:
-      head: reads the batch.
-      rows: at least one.
-      tokenizer: the model's.
-      max_length: of a text, in tokens.
-      share_options: let arrays of the options have a first axis of 1, where all rows have the same and the head can do
-        with it: less work for the same scores. Such a batch cannot be dealt out to devices by its rows.
+      head: the head that reads the batch.
+      rows: at least one row.
+      tokenizer: the model's tokenizer.
+      max_length: maximum length of a text, in tokens.
+      share_options: whether arrays of options may have a first axis of 1, if all rows share their options and the head
+        supports it: the same scores for less work. Such a batch cannot be split across devices by rows.
 
     Raises:
-      InputError: rows without the same options, for the head of one task's classes.
+      InputError: the rows have different options, for the head ``classes``.
     """
     if not head.for_all_tasks and len({row.options for row in rows}) > 1:
         raise InputError("--head classes: rows with their own options have no classes; use another head")
@@ -277,13 +277,13 @@ def encode_rows(
 
 
 def option_scores(head: Head, model: Any, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Scores (rows, options) float32; those of options that a row does not have are far below all others."""
+    """Scores (rows, options) float32; options that a row lacks score far below all others."""
     scores = head.scores(model, params, batch, key).astype(jnp.float32)
     return jnp.where(batch["option_mask"] > 0, scores, _NO_OPTION)
 
 
 def make_option_loss(head: Head, model: Any, *, deterministic: bool = False) -> LossFn:
-    """Weighted mean of the cross-entropy of softmax(scores) against the right option, and the share that is right.
+    """Weighted mean cross-entropy of softmax(scores) against the right option, and the accuracy.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, {"accuracy": ...})``, for batches of `encode_rows`.
@@ -309,16 +309,16 @@ def choose(
     batch_size: int,
     share_options: bool = False,
 ) -> np.ndarray:
-    """The option with the highest score, int64 (rows,), of rows in batches of one size, those of like length together.
+    """The option with the highest score, int64 (rows,); rows of similar length share batches of one size.
 
     Args:
-      scores: `option_scores` of a model and head, compiled: ``scores(params, batch)``.
-      head: encodes.
-      params: the model's.
-      rows: at least one.
-      tokenizer: the model's.
-      max_length: of a text, in tokens.
-      batch_size: rows of a batch; the last one is filled up with the row before.
+      scores: compiled `option_scores` of a model and head: ``scores(params, batch)``.
+      head: the head that encodes rows.
+      params: the model's parameters.
+      rows: at least one row.
+      tokenizer: the model's tokenizer.
+      max_length: maximum length of a text, in tokens.
+      batch_size: rows per batch; the last batch is filled up by repeating a row.
       share_options: see `encode_rows`.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].options), len(rows[i].input)))
@@ -335,7 +335,7 @@ def choose(
 
 
 def pad_to(batch: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """A batch whose arrays (rows, ...) are filled up with zeros to these shapes (...), each at least its own."""
+    """Pads the arrays (rows, ...) of a batch with zeros to these shapes (...)."""
     return {
         name: np.pad(x, [(0, 0), *((0, size - own) for size, own in zip(shapes[name], x.shape[1:], strict=True))])
         for name, x in batch.items()
@@ -343,13 +343,13 @@ def pad_to(batch: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def row_shapes(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int) -> dict[str, tuple[int, ...]]:
-    """The shapes that a batch of any of the rows fits in, without the rows' axis, as `pad_to` takes them."""
+    """The shapes, without the rows' axis, that hold a batch of any of the rows; for `pad_to`."""
     return {name: x.shape[1:] for name, x in encode_rows(head, rows, tokenizer, max_length).items()}
 
 
 def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
-    """The row with the right option and others drawn at random, ``most`` in all, in their order; or itself if it has
-    no more than that.
+    """Keeps the right option and draws others at random, ``most`` in all, in their order; a row with no more options is
+    returned as it is.
 
     Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
@@ -364,9 +364,9 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
 
 
 def check_tokens(head: str, tokenizer: Any, config: models.EncoderConfig, tasks: Sequence[FewShotTask]) -> None:
-    """Raises InputError if the tokenizer gives ids or token types, for any text of the tasks, that the model lacks.
+    """Raises InputError if the tokenizer gives an id or token type, for any text of the tasks, that the model lacks.
 
-    A look-up beyond an embedding table gives nan, not an error.
+    A look-up beyond an embedding table gives NaN, not an error.
     """
     if head == "mlm" and tokenizer.mask_token is None:
         raise InputError("--head mlm: the tokenizer has no mask token; use another head")
@@ -392,7 +392,7 @@ def check_tasks(head: str, tasks: Sequence[FewShotTask]) -> None:
 
 
 def padded(size: int, smallest: int) -> int:
-    """The smallest of ``smallest``, twice that, four times that, ... that is not below the size."""
+    """The smallest of ``smallest``, twice that, four times that, ... that is at least the size."""
     while smallest < size:
         smallest *= 2
     return smallest

@@ -196,7 +196,7 @@ def summarise_arm(
     Args:
       arm: which one.
       records: its tunings, at least one.
-      direct: the tunings of the same PE kind without an upstream stage, or None.
+      direct: the tunings with the same PEFT method without an upstream stage, or None.
       full: those of the whole model without an upstream stage, or None.
 
     Returns:
@@ -306,7 +306,7 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
 
     Args:
       records: the arm's tunings.
-      direct: those of the same PE kind without an upstream stage.
+      direct: those with the same PEFT method without an upstream stage.
 
     Returns:
       None if they have no task and sample in common. Else ``first``: the step at which each tuning reached the score,
@@ -381,7 +381,7 @@ def _arm(record):
 
 
 def _place(arm):
-    """Where an arm stands: by PE kind, the whole model first, then by upstream stage."""
+    """Sort key of an arm: by PEFT method, the whole model first, then by upstream stage."""
     return arm.peft != "full", arm.peft, stage_place(arm.algorithm, arm.trained)
 
 

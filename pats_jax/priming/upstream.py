@@ -26,7 +26,7 @@ from pats_jax.priming import meta_losses, option_scoring
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
 from pats_jax.run import model_card, pe_modules, run_folder, run_start
-from pats_jax.run.settings import TrainingSettings, check_value
+from pats_jax.run.settings import TrainingSettings, check_value, counted
 from pats_jax.training import preemption, runners
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.fine_tuning import Training, train
@@ -68,7 +68,7 @@ class PrimingSettings(TrainingSettings):
                 f"reduce it to at most {_MOST_ROWS}"
             )
         if ("pe" in self.train.split("+")) != (self.peft is not None):
-            missing = "set --peft" if self.peft is None else "trains no adapter; omit --peft or use plm+pe"
+            missing = "needs an adapter; set --peft" if self.peft is None else "trains no adapter; omit --peft"
             raise InputError(f"--train {self.train}: {missing}")
         for name in self.method.split("+"):
             method = methods.get_methods(name)[0]
@@ -83,7 +83,8 @@ class PrimingSettings(TrainingSettings):
         parts = num_devices * self.gradient_accumulation_steps
         if self.tasks_per_step % parts:
             raise InputError(
-                f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across {num_devices} devices "
+                f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across "
+                f"{counted(num_devices, 'device')} "
                 f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
         return self

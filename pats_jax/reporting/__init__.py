@@ -1,1 +1,1 @@
-"""Pages, plots and lines on a console."""
+"""Pages, plots and console output."""

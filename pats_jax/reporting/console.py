@@ -1,4 +1,4 @@
-"""Lines for people: what programs say on a console, whatever the streams are and whatever a text holds."""
+"""Console output of the programs, safe for any stream and any text."""
 
 import contextlib
 import functools
@@ -26,11 +26,11 @@ def say(console: "rich.console.Console", text: str) -> None:
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""A text with its control characters, line breaks and lone surrogates as Python writes them.
+    r"""Escapes control characters, line breaks and lone surrogates as Python does.
 
     Args:
       text: any text.
-      keep: characters that stay what they are.
+      keep: characters to leave unchanged.
 
     Examples:
       >>> print(visible("café\n\x1b[2J"))
@@ -40,7 +40,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str, length: int = _LONGEST_LINE) -> str:
-    """A text on one line, cut in the middle where it is long.
+    """A text on one line, shortened in the middle if long.
 
     Examples:
       >>> one_line("a long text of many words", 17)
@@ -57,10 +57,10 @@ _CUT = " ... "
 
 
 def parse_flags(kind: Callable[..., Any], *, args: list[str], prog: str, **options: Any) -> Any:
-    """What `tyro.cli` gives for a class; for a function, what calls it with the flags' values.
+    """The result of `tyro.cli` for a class; for a function, a partial with the values of the flags.
 
     Raises:
-      SystemExit: from the parser, with code 2 and its complaint on stderr, cut where it is long; with code 0 after
+      SystemExit: from the parser, with code 2 and its message, shortened if long, on stderr; with code 0 after
         ``--help``.
     """
     import tyro
@@ -89,10 +89,10 @@ def _called_later(kind):
 
 
 def open_streams() -> bool:
-    """Makes stdout and stderr fit to print anything to.
+    """Makes it safe to print anything to stdout and stderr.
 
-    Streams that were closed lead nowhere, and not into the file that is opened next; characters that a stream's
-    encoding lacks are escaped; very narrow terminals count as wider ones.
+    Closed streams are discarded, so that output does not end up in the next opened file; characters that a stream's
+    encoding lacks are escaped; very narrow terminals are treated as wider.
 
     Returns:
       Whether stdout was open.
@@ -110,7 +110,7 @@ def open_streams() -> bool:
 
 
 def _nowhere(number):
-    """A descriptor that leads nowhere: this number, if nothing has taken it since the process started without it."""
+    """A descriptor that discards output: this number, if nothing has taken it since the process started."""
     made = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if made != number and not _is_open(number):
         os.dup2(made, number)

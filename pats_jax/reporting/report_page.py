@@ -24,8 +24,8 @@ img { max-width: 100%; }
 class Page:
     """A text that grows by blocks, in Markdown and in HTML.
 
-    `Back-quoted` words of a text are code in both, and nothing else has a meaning: whatever Markdown or HTML would make
-    of the rest is shown as it is. A value from outside comes in by `plain` or `code`, as it may hold a back quote.
+    `Back-quoted` words of a text are code in both, and nothing else has a special meaning: Markdown or HTML syntax
+    is shown as it is. Pass values from outside through `plain` or `code`, because they may contain a back quote.
     """
 
     def __init__(self, title: str):
@@ -97,12 +97,12 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def plain(value: Any) -> str:
-    """A value from outside as a part of a page's text that is no code, whatever it holds."""
+    """A value from outside as plain text of a page, whatever it contains."""
     return re.sub(r"([\\`])", r"\\\1", visible(str(value)))
 
 
 def code(value: Any) -> str:
-    """A value from outside as a part of a page's text that is code."""
+    """A value from outside as code in a page's text."""
     return f"`{plain(value)}`"
 
 

@@ -77,7 +77,7 @@ def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[s
     if (folder / "model").exists():
         lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
     if (folder / "adapter").exists():
-        lines += ["", "The folder `adapter/` holds the adapter; `pats_jax.models.peft.load_peft` loads it."]
+        lines += ["", "The folder `adapter/` contains the adapter; `pats_jax.models.peft.load_peft` loads it."]
     _write(folder, "prime", lines, settings, results)
 
 
@@ -147,7 +147,7 @@ def _use(folder, results):
     if results.get("peft"):
         lines += [
             "",
-            f"The folder `adapter/` holds the adapter ({markdown_text(results['peft'])}) and the head for the base "
+            f"The folder `adapter/` contains the adapter ({markdown_text(results['peft'])}) and the head for the base "
             f"model {markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
             + (" So does PEFT (torch)." if results["peft"] in _IN_PEFTS_FORMAT else ""),
         ]

@@ -1,8 +1,8 @@
-"""What the JSON files of a run, a grid and a gym hold: the fields that programs read, for `files.read_record` to check.
+"""The JSON files of a run, a grid and a gym: the fields that programs read, for `files.read_record` to check.
 
-A file may have more fields than its record, and keeps them. A field that is `NotRequired` is not in the files of all
-versions, or not in those of all runs. Scores are finite, and every number is small enough to be computed with. A name
-that becomes part of a path is one of a closed set, or goes through `files.checked_name`.
+A file may have more fields than its record. A field that is `NotRequired` is missing in files of some versions or some
+runs. Scores are finite, and every number is small enough to compute with. A name that becomes part of a path is one of
+a closed set, or goes through `files.checked_name`.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -38,7 +38,7 @@ class Evaluation(Scores):
 
 
 class Accuracy(TypedDict):
-    """The metric of all data out of the domain, and of few-shot tasks together."""
+    """The metric of out-of-domain sets, and of all few-shot tasks together."""
 
     accuracy: Score
 
@@ -51,7 +51,7 @@ class AccuracyScores(TypedDict):
 
 
 class GlueResults(TypedDict):
-    """Of any run of `pats-jax glue`: what its summary says."""
+    """Results of any run of `pats-jax glue`, as its summary prints them."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     method: str

@@ -15,6 +15,7 @@ import tyro
 from pats_jax import files
 from pats_jax.errors import InputError, shown
 from pats_jax.reporting.console import parse_flags
+from pats_jax.run.records import PeftKind
 
 
 def _parse_yes_or_no(words: list[str]) -> bool | None:
@@ -34,7 +35,6 @@ _YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 # Names for long types, which keep each field on the line of its comment: tyro shows only such comments.
-PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
 OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
 YesOrNo = Annotated[bool | None, _YES_OR_NO]
 
@@ -64,7 +64,7 @@ class TrainingSettings:
     hidden_dropout: float | None = None  # probability; if unset, the checkpoint's
     attention_dropout: float | None = None  # probability; if unset, the checkpoint's
     seed: int = 42  # random seed for the new head, the order of examples, dropout and noise
-    method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined by +
+    method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined with +
     noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr
     decay: float = 0.9  # PATS: decay rate of the moving average of sensitivity
     response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: how noise depends on sensitivity
@@ -158,7 +158,7 @@ class TrainingSettings:
         total = self.train_batch_size or self.per_device_train_batch_size * parts
         if total % parts:
             raise InputError(
-                f"--train_batch_size {total}: cannot be split evenly across {num_devices} devices "
+                f"--train_batch_size {total}: cannot be split evenly across {counted(num_devices, 'device')} "
                 f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
@@ -365,6 +365,11 @@ FOREIGN_FLAGS = {
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as ``1 device`` or ``2 devices``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def check_value(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
     """Raises InputError, naming the flag, if a value is given and is not as expected."""
     if value is not None and not holds(value):
@@ -379,7 +384,7 @@ def path_of_flag(flag: str, text: str) -> str:
     """
     what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
     if not text:
-        raise InputError(f"{flag}: empty; give a path, or omit the flag")
+        raise InputError(f"{flag}: empty; set a path, or omit the flag")
     if path.startswith("~"):
         user = shown(path.split("/")[0][1:], quoted=False)
         raise InputError(f"{what}: there is no user {user}; if the name starts with ~, write ./~...")

@@ -13,9 +13,9 @@ Orbax commits the folder by its name; it covers everything that a resumed run de
 - ``files``: the SHA-256 of every other file of the item.
 - ``digest``: the SHA-256 of all of the above, as JSON with sorted keys. This and ``format`` stay in every format.
 
-A checkpoint is damaged where that proves it: the record is no JSON or not what its digest says, a file is missing or
-not what the record says, an array is not what was saved. It is renamed, and the one before it is taken. Whatever else
-happens in reading, such as a missing permission or too many open files, says nothing about the checkpoint: it stays.
+A checkpoint counts as damaged if the record is not JSON or does not match its digest, a file is missing or does not
+match the record, or an array does not match its checksum. It is renamed, and the previous one is used. Other errors in
+reading, such as a missing permission or too many open files, say nothing about the checkpoint: it stays.
 Orbax reads files only once they are verified; what it makes of damaged ones ranges from tracebacks to other numbers.
 """
 
@@ -301,7 +301,7 @@ class Checkpoints:
             except files.NoSuchFile:
                 raise _Damaged(f"{_ITEM}/{name} is missing") from None
             if found != digest:
-                raise _Damaged(f"{_ITEM}/{name} is not what was saved")
+                raise _Damaged(f"{_ITEM}/{name} does not match what was saved")
 
     def _arrays(self, step, state, record) -> TrainState:
         """The state in a verified checkpoint."""

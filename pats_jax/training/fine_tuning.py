@@ -235,7 +235,7 @@ class GlueTraining(Training):
         settings, runner = self.settings, self.runner
         micro_batches = settings.gradient_accumulation_steps
         return (
-            f"{settings.train_batch_size} rows a step: {settings.per_device_train_batch_size} "
+            f"{settings.train_batch_size} rows per step: {settings.per_device_train_batch_size} "
             f"x {runner.num_devices} devices of {jax.process_count()} processes"
             + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
         )

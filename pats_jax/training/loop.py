@@ -32,8 +32,8 @@ class Rhythm:
       save_steps: steps between checkpoints, and after the last step of a run longer than that; 0: none, but when the
         run is asked to end.
       save_best: whether to save after every evaluation that is the best so far.
-      patience: the training ends after so many evaluations without a better score; None: never before its last step.
-      max_nonfinite_steps: so many steps may be skipped because loss or gradient is not finite; one more is an error.
+      patience: stop after this many evaluations without a better score; None: never before the last step.
+      max_nonfinite_steps: how many steps with a non-finite loss or gradient to skip; one more is an error.
     """
 
     total_steps: int
@@ -138,7 +138,7 @@ def fit(
         that are real, and ``computed_tokens``.
       rhythm: when to log, evaluate and save.
       hooks: what to do then.
-      progress: where a resumed training stands; it is changed in place.
+      progress: the progress of a resumed run; changed in place.
       preemption: tells that the run is asked to end.
 
     Returns:

@@ -98,10 +98,10 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     Args:
       kind: "jit" over a mesh, or "pmap".
       fsdp: devices that one copy of parameters and optimizer state is spread over; 1: every device has its own.
-      num_devices: use the first so many devices only; None: all of them, over all processes.
+      num_devices: use only the first ``num_devices`` devices; None: all devices of all processes.
 
     Raises:
-      InputError: if fsdp does not divide the devices, goes with pmap, or there are too few devices.
+      InputError: if fsdp does not divide the number of devices or is used with pmap, or there are too few devices.
     """
     devices = jax.devices()
     if num_devices is not None:
@@ -191,7 +191,7 @@ def _abstract(x):
 class MeshRunner:
     """Runs steps by ``jax.jit`` over a mesh with the axes "data" and "fsdp".
 
-    Rows of a batch are dealt out over both axes. Parameters and all that has their shape in the optimizer's state
+    Rows of a batch are split across both axes. Parameters and all that has their shape in the optimizer's state
     are cut along their largest dimension that "fsdp" divides, biases and other vectors excepted; everything else is
     the same on all devices. XLA puts in the communication.
 

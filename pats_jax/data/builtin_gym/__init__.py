@@ -1,15 +1,15 @@
 """The built-in few-shot gym: small tasks in English, generated, with nothing to download.
 
-This is no benchmark. It is for tests, the demo and first experiments; its scores say nothing of a model's scores on
-other few-shot tasks.
+This is not a benchmark. It is for tests, the demo and first experiments; its scores say nothing about a model's scores
+on other few-shot tasks.
 
 The tasks come in families that ask the same kind of question about other things, with other wordings and options:
 opinions, meanings of two sentences, words, topics, short texts with a question, forms of sentences. So what a model
-learns of some tasks of a family helps it with the others, which it sees for the first time in a few rows; that is what
-a gym for priming is for. The partition ``builtin`` parts the families between upstream and target tasks.
+learns on some tasks of a family helps it with new tasks of that family, of which it sees only a few rows; this is what
+priming needs. The partition ``builtin`` divides each family into upstream and target tasks.
 
-Every task has five samples of 16 training and 16 dev rows, and 200 test rows for all of them: all different, with
-equally many rows of each option or, in multiple choice, with the right option equally often at each place.
+Every task has five samples of 16 training and 16 dev rows, and 200 test rows for all of them. All rows differ, with
+equally many rows per option or, in multiple choice, with the right option equally often in each position.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def generate_gym(
     """Generates the built-in gym.
 
     Args:
-      seed: any whole number; the same one gives the same rows everywhere.
-      tasks: names of tasks; all if not given.
+      seed: any whole number; the same seed gives the same rows on every machine.
+      tasks: names of tasks; None: all.
       seeds: which of the samples ``SEEDS``; all if not given.
 
     Returns:

@@ -1,12 +1,12 @@
-"""Which tasks of a gym are learnt upstream, which choose settings, and which are the targets.
+"""Which tasks of a gym are for the upstream stage, which choose its settings, and which are targets.
 
 A partition is a JSON file in CrossFit's layout (``train_classification_test_classification.json`` there): an object
 with the lists of task names ``train`` (upstream), ``dev`` (to choose settings of the upstream stage by) and ``test``
-(the targets); CrossFit's further list ``all`` is left aside. Two partitions come with the project: ``builtin`` of the
+(the targets); CrossFit's additional list ``all`` is ignored. Two partitions come with the project: ``builtin`` of the
 built-in gym and ``metaicl`` of the 46 tasks that MetaICL has among the few-shot tasks of CrossFit with options.
 
-A task may not be on two lists. Nor may two tasks that are built on the same source set, say glue-rte and
-superglue-rte: a target would hold what was learnt upstream.
+A task must not be on two lists. Nor may two tasks that are built from the same dataset, such as glue-rte and
+superglue-rte: the upstream stage would already have seen the target's data.
 """
 
 import json
@@ -56,7 +56,7 @@ SOURCES = {
 
 
 def source_set(task: str) -> str:
-    """The set of texts that a task is built on.
+    """The dataset that a task is built from.
 
     Examples:
       >>> [source_set(task) for task in ("superglue-rte", "glue-rte", "quartz-no_knowledge", "paws")]
@@ -87,7 +87,7 @@ class Partition:
 def load_partitioned_gym(
     source: str | Path, name_or_path: str | Path, *, shots: int = SHOTS, share_sources: bool = False
 ) -> tuple[dict[str, FewShotTask], Partition]:
-    """Reads a partition and the tasks of a gym that it names; the gym's other tasks may be anything.
+    """Reads a partition and the tasks of a gym that it names; other tasks of the gym are ignored.
 
     Args:
       source: as for `load_gym`.
@@ -111,8 +111,7 @@ def load_partition(
     Args:
       name_or_path: ``"builtin"``, ``"metaicl"`` or a JSON file.
       tasks: the gym.
-      share_sources: whether tasks of two lists may be built on the same source set, as they are in CrossFit's own
-        partitions.
+      share_sources: whether two lists may have tasks built from the same dataset, as in CrossFit's own partitions.
 
     Raises:
       InputError: one line with file and line: as ``read_partition``; a task that the gym does not have; a dev or test

@@ -50,8 +50,8 @@ class AdapterConfig(PeftConfig):
     """The adapters' settings.
 
     Attributes:
-        size: Units of the bottleneck.
-        place: Where they sit.
+        size: Size of the bottleneck.
+        place: Where to insert them: after both sublayers, or only the second.
     """
 
     size: int = 64

@@ -30,7 +30,7 @@ class BitFitConfig(PeftConfig):
     """BitFit has no settings of its own."""
 
     kind: ClassVar[str] = "bitfit"
-    summary: ClassVar[str] = "something added to every bias"
+    summary: ClassVar[str] = "a trained offset for every bias"
     source: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
     peft_type: ClassVar[str] = "PATS_JAX_BITFIT"
     merges: ClassVar[bool] = True

@@ -1,8 +1,8 @@
-"""What the kinds of parameter-efficient fine-tuning have in common: `PeftConfig`, which each of them fills in.
+"""The interface of all methods of parameter-efficient fine-tuning: `PeftConfig`, which each of them implements.
 
-A kind adds a small tree of parameters under ``params["peft"]`` and changes the forward pass of a `SequenceClassifier`
-by what it finds there; the model's own parameters stay as they are. The small tree's paths mirror the model's, with
-the kind's own leaves below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
+A method adds a small tree of parameters under ``params["peft"]``, which changes the forward pass of a
+`SequenceClassifier`; the model's own parameters stay unchanged. The paths of the small tree mirror the model's, with
+the method's own leaves below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
 """
 
 import abc
@@ -30,18 +30,18 @@ _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig(abc.ABC):
-    """A kind and its settings, checked when it is made.
+    """A PEFT method and its settings, checked on construction.
 
     Attributes:
-        train_pooler: Whether BERT's pooler is trained and saved as well; the head always is.
+        train_pooler: Whether to train and save BERT's pooler as well; the head always is.
 
     Class attributes:
-        kind: Its name.
-        summary: What it does, in a line.
+        kind: The name of the method.
+        summary: What it does, in one line.
         source: The paper.
-        peft_type: What ``adapter_config.json`` calls it.
+        peft_type: Its name in ``adapter_config.json``.
         merges: Whether it can be merged into the weights.
-        prefix: What stands before every tensor's name in ``adapter_model.safetensors``.
+        prefix: The prefix of every tensor's name in ``adapter_model.safetensors``.
         saved_fields: How it treats the fields of ``adapter_config.json``.
     """
 
@@ -57,11 +57,11 @@ class PeftConfig(abc.ABC):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that it takes away from the longest text."""
+        """The number of positions that it takes from the text."""
         return 0
 
     def trains_whole(self, path: ParameterPath) -> bool:
-        """Whether a parameter of the model itself is trained, and saved, with the modules: head and pooler."""
+        """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
         return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
 
     @abc.abstractmethod
@@ -69,7 +69,7 @@ class PeftConfig(abc.ABC):
         """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
 
         Raises:
-            InputError: The settings do not fit the model, as layers that it does not have.
+            InputError: The settings do not fit the model, for instance layers that it lacks.
         """
 
     @abc.abstractmethod
@@ -77,11 +77,11 @@ class PeftConfig(abc.ABC):
         """What changes the forward pass (see `flax.linen.intercept_methods`), by the flat small tree."""
 
     def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        """The model's own parameters with the small tree worked into them, both flat; only of kinds that merge."""
+        """The model's own parameters with the small tree merged into them, both flat; only if ``merges``."""
         raise NotImplementedError
 
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        """The inverse of `merge`, up to rounding; only of kinds that merge."""
+        """The inverse of `merge`, up to rounding; only if ``merges``."""
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -91,14 +91,14 @@ class PeftConfig(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_saved(cls, saved: SavedModules) -> "PeftConfig":
-        """The kind's settings from ``adapter_config.json``, compared with the tensors that lie beside it.
+        """The settings in ``adapter_config.json``, checked against the tensors saved with it.
 
         Raises:
-            InputError: A field has a value that this library has no counterpart of, or that the tensors do not have.
+            InputError: A field has a value that this library does not support, or that does not match the tensors.
         """
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
-        """The small tree by the names, and in the layouts, of ``adapter_model.safetensors``."""
+        """The small tree with the names and layouts of ``adapter_model.safetensors``."""
         return {self.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in tree.items()}
 
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
@@ -123,10 +123,10 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     Args:
         base: The model's parameters, flat.
         pattern: The regex, searched for.
-        what: What to call it in error messages.
+        what: Its name in error messages.
 
     Raises:
-        InputError: It is no regex, takes too long, or matches no layer.
+        InputError: It is not a valid regex, takes too long, or matches no layer.
     """
     matches = compile_pattern(pattern, what)
     layers = [path[:-1] for path in base if path[-1] == "kernel"]

@@ -1,8 +1,8 @@
-"""PE modules in files: ``adapter_config.json`` and ``adapter_model.safetensors``, as the library PEFT has them.
+"""Saved adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, in the layout of the library PEFT.
 
-LoRA, IA3, prompts and prefixes are in PEFT's own format, which names a tensor as its base model in Transformers does:
-the modules, and the whole head under its plain name. BitFit and adapters, which PEFT does not have, are written the
-same way under a ``peft_type`` of our own.
+LoRA, IA3, prompts and prefixes are in PEFT's own format, which names tensors as the base model in Transformers does:
+the adapter, and the whole head under its plain name. BitFit and bottleneck adapters, which PEFT lacks, are written the
+same way, with a ``peft_type`` of our own.
 """
 
 import dataclasses
@@ -44,26 +44,26 @@ def save_peft(
     base_model_name_or_path: str | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Writes the PE modules and the head, apart from the model that they belong to.
+    """Writes the adapter and the head, without the base model.
 
-    Beside PEFT's two files stands ``config.json``, the base model's with this head's labels, and the tokenizer's files.
+    Besides PEFT's two files it writes ``config.json``, the base model's with this head's labels, and the tokenizer.
 
     Args:
-        directory: The folder; made if need be. Files of the same names are replaced.
+        directory: The folder; created if missing. Files with the same names are replaced.
         model: The classifier.
         params: Its parameters.
         base_model_name_or_path: What the base model was loaded from, for `load_peft_model` and PEFT.
-        tokenizer: A Transformers tokenizer to save along.
+        tokenizer: A Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: There are no modules, or they are merged.
-        InputError: The system refuses, for instance on a full disk; what was there is as it was.
+        ValueError: The model has no adapter, or it is merged.
+        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
     config = config_of(model)
     if model.merged:
-        raise ValueError("the modules are merged; unmerge them first")
+        raise ValueError("the adapter is merged; unmerge it first")
     tree = flatten_dict(params["peft"])
     head = {path: x for path, x in own_parameters(params).items() if config.trains_whole(path)}
     tensors = config.to_tensors(tree)
@@ -92,16 +92,16 @@ def load_peft(
     *,
     base_model_name_or_path: str | None = None,
 ) -> tuple[PeftClassifier, Parameters]:
-    """Adds saved PE modules to their base model, and takes its head from them too.
+    """Adds a saved adapter to its base model, and loads its head.
 
     Args:
         directory: A folder that `save_peft` or PEFT wrote.
-        model: The base model, with as many labels as the head in the folder.
+        model: The base model, with as many labels as the saved head.
         params: Its parameters; the result shares them.
-        base_model_name_or_path: What it was loaded from; if given, it must be the name that the folder has.
+        base_model_name_or_path: What it was loaded from; if given, it must match the name in the folder.
 
     Raises:
-        InputError: The folder cannot be read, holds what this library does not have, or is for another base model.
+        InputError: The folder cannot be read, is not supported, or is for another base model.
     """
     folder = Path(directory)
     values = read_fields(folder)
@@ -124,7 +124,7 @@ def load_peft(
 
 
 def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifier, Parameters, EncoderConfig]:
-    """Loads saved PE modules together with the base model that their folder names.
+    """Loads a saved adapter together with the base model that its folder names.
 
     Args:
         directory: A folder that `save_peft` or PEFT wrote.
@@ -166,7 +166,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
 
 
 def is_peft_folder(directory: str | Path) -> bool:
-    """Whether a folder holds PE modules rather than a model."""
+    """Whether a folder contains an adapter rather than a model."""
     try:
         return (Path(directory) / CONFIG_FILE).exists()
     except OSError:  # a name too long to be a folder's, which is said where the model is looked for
@@ -233,7 +233,7 @@ def _as_float(name: str, tensor: np.ndarray, source: Path) -> np.ndarray:
 def _check_shapes(
     config: PeftConfig, tree: FlatTree, model: SequenceClassifier, params: Parameters, source: Path
 ) -> None:
-    """Raises InputError unless the tree is what the config gives this base model."""
+    """Raises InputError unless the tree matches the config and the base model."""
     other_model = "it is for another base model"
     try:
         drawn = jax.eval_shape(lambda params: draw(model, params, config, jax.random.key(0)), params)
@@ -253,7 +253,7 @@ def _check_shapes(
 
 
 def _count_labels(folder: Path) -> int:
-    """Labels of the head in a folder; reads no tensor."""
+    """The number of labels of the head in a folder; reads no tensor."""
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:

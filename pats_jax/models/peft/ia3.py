@@ -59,7 +59,7 @@ class Ia3Config(PeftConfig):
     input_layers: str = r"\.\d+\.output\.dense$"
 
     kind: ClassVar[str] = "ia3"
-    summary: ClassVar[str] = "keys, values and the wide feed-forward units are rescaled"
+    summary: ClassVar[str] = "trained scales for keys, values and wide feed-forward units"
     source: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     peft_type: ClassVar[str] = "IA3"
     merges: ClassVar[bool] = True

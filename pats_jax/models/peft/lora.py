@@ -4,8 +4,8 @@ r"""LoRA: a low-rank branch beside linear layers.
 
     y = x W + b + (alpha / rank) * dropout(x) A B        A (inputs, rank), B (rank, outputs)
 
-A starts uniform in +-1/sqrt(inputs), as in the authors' code, B at zero: the model starts as it was. The weights of a
-trained branch can be merged: W + (alpha / rank) A B.
+A starts uniform in +-1/sqrt(inputs), as in the authors' code, and B at zero, so the model starts unchanged. The weights
+of a trained branch can be merged: W + (alpha / rank) A B.
 
 References:
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
@@ -75,10 +75,10 @@ class LoraConfig(PeftConfig):
     """LoRA's settings.
 
     Attributes:
-        rank: Columns of A and rows of B.
-        alpha: The branch is multiplied by alpha / rank.
-        dropout: Probability, on the branch's input.
-        layers: The linear layers that get a branch: a regex over names such as
+        rank: Number of columns of A and rows of B.
+        alpha: The branch is scaled by alpha / rank.
+        dropout: Dropout probability on the input of the branch.
+        layers: Regex of the linear layers to adapt, over names such as
             ``bert.encoder.layer.0.attention.self.query``.
     """
 
@@ -88,7 +88,7 @@ class LoraConfig(PeftConfig):
     layers: str = r"\.(query|value)$"
 
     kind: ClassVar[str] = "lora"
-    summary: ClassVar[str] = "a low-rank branch beside linear layers"
+    summary: ClassVar[str] = "a low-rank branch parallel to linear layers"
     source: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True

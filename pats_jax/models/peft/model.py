@@ -1,4 +1,4 @@
-"""A classifier with PE modules: making one, what of it is trained, merging the modules, taking them out again."""
+"""A classifier with an adapter: adding, training, merging and removing the adapter."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ KINDS: dict[str, type[PeftConfig]] = {
 
 
 class PeftClassifier(SequenceClassifier):
-    """A `SequenceClassifier` with PE modules, whose parameters are ``params["peft"]``; `add_peft` makes one.
+    """A `SequenceClassifier` with an adapter, whose parameters are ``params["peft"]``; create it with `add_peft`.
 
     Everything else is the plain model's: arguments, ``embed``, gradient checkpointing, ``first_token_only``.
 
     Attributes:
         peft: The kind and its settings.
-        merged: Whether the modules are worked into the weights, so that the forward pass leaves them out.
+        merged: Whether the adapter is merged into the weights, so that the forward pass omits it.
     """
 
     peft: PeftConfig | None = None
@@ -59,20 +59,20 @@ class PeftClassifier(SequenceClassifier):
 def add_peft(
     model: SequenceClassifier, params: Parameters, config: PeftConfig, key: int | jax.Array
 ) -> tuple[PeftClassifier, Parameters]:
-    """Adds PE modules to a classifier.
+    """Adds an adapter to a classifier.
 
     Args:
         model: A plain classifier.
         params: Its parameters; the result shares them.
         config: The kind and its settings.
-        key: An int or a typed key, for the modules' start.
+        key: An int or a typed key, for the adapter's initialization.
 
     Returns:
-        The classifier with the modules, and the parameters with ``"peft"`` among them.
+        The classifier with the adapter, and its parameters, including ``"peft"``.
 
     Raises:
         InputError: The settings do not fit the model.
-        ValueError: It has PE modules already.
+        ValueError: It already has an adapter.
 
     Examples:
         >>> import jax, pats_jax
@@ -96,13 +96,13 @@ def add_peft(
 
 
 def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
-    """The parameters of new modules, flat."""
+    """The parameters of a new adapter, flat."""
     held = {path: x for path, x in flatten_dict(params).items() if not config.trains_whole(path)}
     return config.draw(held, model.config, key)
 
 
 def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
-    """A tree of bools like params: the modules, the head, and the pooler where the config says so."""
+    """A tree of bools like params: True for the adapter, the head and, if the config says so, the pooler."""
     config = config_of(model)
 
     def is_trained(path, _):
@@ -113,57 +113,57 @@ def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
 
 
 def count_parameters(model: PeftClassifier, params: Parameters) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are."""
+    """The number of trained parameters, and of all parameters."""
     sizes = jax.tree.map(lambda p: p.size, params)
     trained = jax.tree.map(lambda size, keep: size * keep, sizes, trainable_mask(model, params))
     return sum(jax.tree.leaves(trained)), sum(jax.tree.leaves(sizes))
 
 
 def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Parameters]:
-    """Works the modules into the weights; logits are the same but for rounding.
+    """Merges the adapter into the weights; logits stay the same up to rounding.
 
-    The modules' own parameters stay beside them, for `unmerge`; `unload` leaves them out.
+    The adapter's own parameters are kept for `unmerge`; `merge_and_unload` drops them.
 
     Raises:
-        ValueError: They are merged already, or the kind is no change of weights.
+        ValueError: It is already merged, or the method cannot be merged.
     """
     config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {config.kind} modules are already merged")
+        raise ValueError(f"the {config.kind} adapter is already merged")
     if not config.merges:
         raise ValueError(f"{config.kind} cannot be merged: it does not change the weights")
     return model.clone(merged=True), _replace_base(params, config.merge(*_parts(params)))
 
 
 def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Parameters]:
-    """The inverse of `merge`; the weights are what they were but for rounding.
+    """The inverse of `merge`; restores the weights up to rounding.
 
     Raises:
-        ValueError: They are not merged, or a scale of IA3 is zero.
+        ValueError: It is not merged, or a scale of IA3 is zero.
     """
     config = config_of(model)
     if not model.merged:
-        raise ValueError(f"the {config.kind} modules are not merged")
+        raise ValueError(f"the {config.kind} adapter is not merged")
     return model.clone(merged=False), _replace_base(params, config.unmerge(*_parts(params)))
 
 
 def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
-    """The base model without the modules, and with the head (and pooler) as trained; its weights are untouched.
+    """The base model without the adapter, with the trained head (and pooler); its weights are unchanged.
 
     Raises:
-        ValueError: The modules are merged.
+        ValueError: The adapter is merged.
     """
     config = config_of(model)
     if model.merged:
-        raise ValueError(f"the {config.kind} modules are merged; unmerge them first")
+        raise ValueError(f"the {config.kind} adapter is merged; unmerge it first")
     return _plain(model, params)
 
 
 def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
-    """A plain classifier with the modules worked into its weights, as `pats_jax.models.save_pretrained` takes it.
+    """A plain classifier with the adapter merged into its weights, for `pats_jax.models.save_pretrained`.
 
     Raises:
-        ValueError: The kind is no change of weights.
+        ValueError: The method cannot be merged.
     """
     config_of(model)
     return _plain(*((model, params) if model.merged else merge(model, params)))
@@ -181,7 +181,7 @@ def _plain(model, params):
 
 
 def config_of(model: SequenceClassifier) -> PeftConfig:
-    """The kind of a model's modules; a ValueError if it has none."""
+    """The config of a model's adapter; raises ValueError if it has none."""
     if not isinstance(model, PeftClassifier) or model.peft is None:
         raise ValueError("the model has no adapter; add one with add_peft or load_peft")
     return model.peft
@@ -193,7 +193,7 @@ def own_parameters(params: Parameters) -> FlatTree:
 
 
 def _parts(params: Parameters) -> tuple[FlatTree, FlatTree]:
-    """The model's own parameters and the modules', both flat."""
+    """The model's own parameters and the adapter's, both flat."""
     return own_parameters(params), flatten_dict(params["peft"])
 
 

@@ -1,7 +1,7 @@
-"""What lies in a folder of saved PE modules, checked before anything is made of it.
+"""The contents of a folder with a saved adapter, checked before use.
 
 Every field of ``adapter_config.json`` is one of three: *read*; *without effect* on a saved adapter's outputs; or
-*unsupported*, which is an error unless the field is null, false, empty, or what PEFT's plain form has.
+*unsupported*, which is an error unless the field is null, false, empty, or PEFT's plain value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ TASK = "SEQ_CLS"
 
 
 class CommonFields(TypedDict, total=False):
-    """The fields that are read of every kind; each kind adds its own."""
+    """The fields that are read for every method; each method adds its own."""
 
     peft_type: str
     peft_version: str | None
@@ -31,7 +31,7 @@ class CommonFields(TypedDict, total=False):
 
 
 class TargetFields(CommonFields, total=False):
-    """What says which layers have modules, in the files of kinds that change layers."""
+    """The fields that select layers, in the files of methods that change layers."""
 
     target_modules: str | list[str] | None
     exclude_modules: str | list[str] | None
@@ -44,7 +44,7 @@ _HEAD_NAMES, _POOLER_NAME = ("classifier", "score"), "pooler"
 
 
 class FieldRules(NamedTuple):
-    """How a kind treats the fields of ``adapter_config.json``.
+    """How a method treats the fields of ``adapter_config.json``.
 
     Attributes:
         read: A ``TypedDict`` with the fields that are read, and their types.
@@ -58,14 +58,14 @@ class FieldRules(NamedTuple):
 
 
 class SavedModules(NamedTuple):
-    """A folder's modules, and the model that they are to be added to.
+    """A saved adapter, and the model to add it to.
 
     Attributes:
         fields: ``adapter_config.json``; every field that is read has its type.
-        shapes: The shape of each tensor in ``adapter_model.safetensors``, those of head and pooler left out.
-        layers: The names of the model's linear layers that modules may change.
+        shapes: The shape of each tensor in ``adapter_model.safetensors``, except head and pooler.
+        layers: The names of the model's linear layers that an adapter may change.
         model: The model's config.
-        folder: Where they lie, for error messages.
+        folder: The folder, for error messages.
     """
 
     fields: dict[str, Any]
@@ -80,7 +80,7 @@ class SavedModules(NamedTuple):
         return str(self.folder / CONFIG_FILE)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field; null stands for the default."""
+        """A field; null means the default."""
         value = self.fields.get(name)
         return default if value is None else value
 
@@ -103,7 +103,7 @@ class SavedModules(NamedTuple):
         """The names of the layers that have tensors with this ending, which must be those that the config names.
 
         Raises:
-            InputError: The two differ, so that the file is incomplete or PEFT would leave some of it out.
+            InputError: The two differ: the file is incomplete, or PEFT would ignore a part of it.
         """
         in_file = [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
         named = named_layers(self.fields, self.layers, default_targets, self.source)
@@ -119,12 +119,12 @@ class SavedModules(NamedTuple):
 
 
 def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: Iterable[str], source: str) -> set[str]:
-    """The layers that a config names, by PEFT's rule (its ``check_target_module_exists``).
+    """The layers that a config selects, by PEFT's rule (its ``check_target_module_exists``).
 
     Args:
         fields: The config: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
-        layers: The names of the model's linear layers that modules may change.
-        default_targets: What target_modules is where it is null.
+        layers: The names of the model's linear layers that an adapter may change.
+        default_targets: The value of target_modules if it is null.
         source: What to call the config in error messages.
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
@@ -165,7 +165,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """The fields of ``adapter_config.json``, those of `CommonFields` of their types; see `check_fields` for the rest.
 
     Raises:
-        InputError: There is no such file, or it is damaged.
+        InputError: The file is missing or damaged.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -179,7 +179,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def check_fields(folder: Path, values: Mapping[str, Any], rules: FieldRules) -> None:
-    """Raises InputError where a field is of a wrong type, or asks for something that this library does not have."""
+    """Raises InputError if a field has a wrong type, or requires something that this library does not support."""
     path = folder / CONFIG_FILE
     parse_record(read_bytes(path), cast(type, rules.read), str(path))
     known = {*rules.read.__annotations__, *rules.without_effect, *_WITHOUT_EFFECT}
@@ -196,10 +196,10 @@ def check_fields(folder: Path, values: Mapping[str, Any], rules: FieldRules) -> 
 
 
 def saves_pooler(values: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the pooler is saved with the modules; the head must be.
+    """Whether the pooler is saved with the adapter; the head must be.
 
     Raises:
-        InputError: The modules are not those of a classifier, or other parts of the model are saved with them.
+        InputError: The adapter is not for a classifier, or other parts of the model are saved with it.
     """
     source, task, parts = folder / CONFIG_FILE, values.get("task_type"), values.get("modules_to_save") or []
     if task not in (TASK, None):

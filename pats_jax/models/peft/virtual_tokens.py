@@ -36,7 +36,7 @@ class VirtualTokensConfig(PeftConfig):
     """The settings of a kind that adds virtual tokens.
 
     Attributes:
-        length: Virtual tokens; so many fewer positions are left for the text.
+        length: Number of virtual tokens; each takes one position from the text.
     """
 
     length: int = 20
