@@ -577,4 +577,6 @@ def test_a_checkpoint_without_the_head_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize("head, needed", [("pair", 1), ("classes", 24)])
 def test_a_checkpoint_whose_own_classes_are_others(tmp_path, head, needed):
     folder = save(tmp_path / "three_classes", mlm=False, labels=3)
-    refused(lambda: load_scorer(str(folder), head, None, key=0), f"the checkpoint's head has 3 labels, but {needed} are")
+    refused(
+        lambda: load_scorer(str(folder), head, None, key=0), f"the checkpoint's head has 3 labels, but {needed} are"
+    )

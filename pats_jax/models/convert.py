@@ -60,9 +60,7 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
         expected = shape[::-1] if path[-1] == "kernel" else shape
         raise _other_shape(name, tensor.shape, expected, source)
     if not np.isfinite(value).all():
-        raise InputError(
-            f"{source}: tensor {name} has non-finite values; the file is damaged, download it again"
-        )
+        raise InputError(f"{source}: tensor {name} has non-finite values; the file is damaged, download it again")
     return value
 
 
@@ -168,9 +166,7 @@ def match(
 
 
 def _other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: str) -> InputError:
-    return InputError(
-        f"{source}: tensor {name} has shape {shown(shape)}, but config.json implies {shown(expected)}"
-    )
+    return InputError(f"{source}: tensor {name} has shape {shown(shape)}, but config.json implies {shown(expected)}")
 
 
 def _incomplete(missing: str, config: EncoderConfig, source: str) -> InputError:
