@@ -182,9 +182,9 @@ def test_training_compiles_once(name, caplog):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ({"fsdp": 3}, "--fsdp 3: does not divide the 8 devices"),
+        ({"fsdp": 3}, "--fsdp 3: must divide the number of devices, 8"),
         ({"fsdp": 2, "kind": "pmap"}, "--fsdp: pmap keeps all parameters on every device; use --parallel jit"),
-        ({"num_devices": 9}, "--num_devices 9: there are 8"),
+        ({"num_devices": 9}, "--num_devices 9: only 8 available"),
     ],
 )
 def test_devices_that_there_are_not(kind, message):

@@ -150,7 +150,7 @@ def test_epochs_without_end_are_refused_before_any_step():
     with refused("--num_train_epochs 1e+308: must be at most"):
         parse("--num_train_epochs", "1e308")
     assert count_steps(parse("--num_train_epochs", "2.5", "--train_batch_size", "32"), 320) == 25
-    with refused("--num_train_epochs 1e+06: makes 1e+12 steps"):
+    with refused("--num_train_epochs 1e+06: gives 1e+12 steps"):
         count_steps(parse("--num_train_epochs", "1e6", "--train_batch_size", "1"), 10**6)
 
 
