@@ -169,7 +169,7 @@ def test_minilm_has_no_head():
 def test_missing_tensor_is_an_error_by_name(kind, tmp_path):
     for name in head_tensors(kind):
         rest = {other: tensor for other, tensor in head_tensors(kind).items() if other != name}
-        refused(write(tmp_path, kind, rest), tiny_config(kind), str(tmp_path), f"lacks {name};")
+        refused(write(tmp_path, kind, rest), tiny_config(kind), str(tmp_path), f"it lacks {name}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
