@@ -38,7 +38,7 @@ fuzz: $(VENV)/.ready
 	$(FUZZ) --count $(COUNT)
 
 parity: $(VENV)/.torch
-	$(BIN)/python -m pytest -m parity
+	$(PYTEST) -m parity
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

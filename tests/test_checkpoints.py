@@ -65,7 +65,7 @@ def bits(state):
 
 @pytest.mark.parametrize(
     "target",
-    [{}, pytest.param({"num_devices": 4}, marks=pytest.mark.slow), {"fsdp": 4}, {"kind": "pmap"}],
+    [pytest.param({}, marks=pytest.mark.slow), {"num_devices": 4}, {"fsdp": 4}, {"kind": "pmap"}],
     ids=str,
 )
 def test_a_state_comes_back_bit_by_bit_on_any_devices(tmp_path, target):

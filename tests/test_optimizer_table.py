@@ -51,6 +51,8 @@ EVERY = OPTIMIZERS | COMPANIONS
 # The others are anchored, hold a part of the coordinates, or, as SAGE, stand still where nothing is uncertain.
 REACH_THE_MINIMUM = OPTIMIZERS | {name: COMPANIONS[name] for name in ("dps_dense", "child_tuning_f", "child_tuning_d")}
 every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+# What test_companions asks of each companion by itself.
+every_pats = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
 def parabola(x):
@@ -104,7 +106,7 @@ def test_keeps_the_dtype_of_params(make, dtype):
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
 
 
-@every_optimizer
+@every_pats
 def test_state_is_stable_in_structure_shape_and_dtype_and_compiles_once(make):
     tx, params = make(1e-2), {"x": jnp.arange(6.0), "m": jnp.ones((3, 2))}
     update = jax.jit(tx.update)
@@ -130,7 +132,7 @@ def test_inside_inject_hyperparams(make):
     assert np.isfinite(updates["x"]).all()
 
 
-@every_optimizer
+@every_pats
 def test_inside_multi_steps(make):
     params = {"x": jnp.array([1.0, 2.0, 4.0])}
     tx = optax.MultiSteps(make(1e-2), every_k_schedule=3)
@@ -142,7 +144,7 @@ def test_inside_multi_steps(make):
     np.testing.assert_allclose(updates["x"], expected["x"], rtol=1e-5)
 
 
-@every_optimizer
+@every_pats
 def test_sharded_over_eight_devices_as_on_one(make):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
     params = {"x": jnp.linspace(-1, 1, 64).reshape(8, 8)}

@@ -221,7 +221,14 @@ def test_word_embeddings_in_place_of_the_ids_change_nothing(name, family):
     )
 
 
-@KINDS
+# All ways in which a kind changes the forward pass: a branch, more layers, more tokens, more keys and values.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lora", "adapters", "prompt", "prefix"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("bitfit", "ia3", "pfeiffer")),
+    ],
+)
 def test_first_token_only_and_gradient_checkpointing_change_nothing_but_rounding(name):
     model, params, batch = trained(name)
     other = model.clone(first_token_only=False, gradient_checkpointing=True)

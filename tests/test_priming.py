@@ -332,7 +332,9 @@ def train(algorithm, devices=1, steps=4, **options):
     return runner.to_host(state.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", ["mtl", "maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fomaml", "reptile"))]
+)
 def test_several_devices_train_as_one_does(algorithm):
     """With dropout, whose draws are the tasks' own wherever they are, and PATS on AdamW."""
     params, metrics = train(algorithm)

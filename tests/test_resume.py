@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -167,28 +168,42 @@ def whole_here(base, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def interrupted(base, tmp_path, monkeypatch):
+def interrupt(base, folder, step=13, **changes):
     """Runs up to a step, where Ctrl-C comes; gives the folder."""
+    real = fine_tuning.TrainingHooks.on_step
 
-    def interrupt(step=13, **changes):
-        real = fine_tuning.TrainingHooks.on_step
+    def on_step(self, number, state):
+        real(self, number, state)
+        if number == step:
+            signal.raise_signal(signal.SIGINT)
 
-        def on_step(self, number, state):
-            real(self, number, state)
-            if number == step:
-                signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
+        with pytest.raises(glue.Preempted) as caught:
+            run(base, folder, **changes)
+    assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
+    assert str(step) in os.listdir(folder / "checkpoints")
+    assert not (folder / "results.json").exists()
+    return folder
 
-        with monkeypatch.context() as patch:
-            patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
-            with pytest.raises(glue.Preempted) as caught:
-                run(base, tmp_path / "run", **changes)
-        assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
-        assert str(step) in os.listdir(tmp_path / "run" / "checkpoints")
-        assert not (tmp_path / "run" / "results.json").exists()
-        return tmp_path / "run"
 
-    return interrupt
+@pytest.fixture
+def interrupted(base, tmp_path):
+    return functools.partial(interrupt, base, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def without_dropout(base, tmp_path_factory):
+    """A run without dropout, which pmap draws by device: its settings, the whole run, and the one that was cut."""
+    home = tmp_path_factory.mktemp("without_dropout")
+    config = tiny.save_checkpoint(home / "model") / "config.json"
+    values = json.loads(config.read_text())
+    assert values["classifier_dropout"] == 0.1
+    config.write_text(json.dumps(values | {"classifier_dropout": 0.0}))
+    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "method": "finetune"}
+    still["model_name_or_path"] = str(home / "model")
+    run(base, home / "whole", **still)
+    return still, home / "whole", interrupt(base, home / "cut", **still)
 
 
 def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
@@ -206,27 +221,15 @@ def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
     ],
     ids=str,
 )
-def test_a_run_goes_on_with_other_devices(base, interrupted, tmp_path, there, caplog):
-    """The global batch stays, whatever is asked: 8 rows, on 1 device, then on 4 or 8.
-
-    Dropout is off, as pmap draws it by device.
-    """
+def test_a_run_goes_on_with_other_devices(base, without_dropout, tmp_path, there, caplog):
+    """The global batch stays, whatever is asked: 8 rows, on 1 device, then on 4 or 8."""
     caplog.set_level("INFO")
-    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "method": "finetune"}
-    config = pathlib.Path(base.model_name_or_path) / "config.json"
-    assert json.loads(config.read_text())["classifier_dropout"] == 0.1
-    quiet = tmp_path / "quiet"
-    tiny.save_checkpoint(quiet)
-    (quiet / "config.json").write_text(
-        config.read_text().replace('"classifier_dropout": 0.1', '"classifier_dropout": 0.0')
-    )
-    still["model_name_or_path"] = str(quiet)
-    run(base, tmp_path / "whole", **still)
-    folder = interrupted(**still)
+    still, whole, cut = without_dropout
+    folder = shutil.copytree(cut, tmp_path / "run")
     run(base, folder, resume=True, **still | there)
     assert f"8 rows per step: {8 // there['num_devices']} x {there['num_devices']} devices" in caplog.text
     assert "after step 13 of 60" in caplog.text
-    ours, theirs = lines(folder), lines(tmp_path / "whole")
+    ours, theirs = lines(folder), lines(whole)
     assert [(line["step"], line.keys()) for line in ours] == [(line["step"], line.keys()) for line in theirs]
     pairs = [(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True) if "loss" in a]
     assert all(a == pytest.approx(b, rel=1e-3) for a, b in pairs) and pairs[0][0] == pairs[0][1]
