@@ -226,6 +226,8 @@ def _usage() -> str:
 def _show_warnings_in_a_line() -> None:
     """Prints warnings and the library's log as single lines on stderr, without the source line that raised them."""
     warnings.showwarning = lambda message, *_, **__: _tell(console.one_line(f"warning: {message}"))
+    # Orbax leaves coroutines behind when a save fails; what failed is said by `Checkpoints`.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     handler = logging.StreamHandler()
     handler.setFormatter(_Line("pats-jax: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
