@@ -145,7 +145,7 @@ class MetricsLine(TypedDict):
 
 
 class GridRun(TypedDict):
-    """A run of a grid, see `comparison.Run`."""
+    """A run of a grid, see `seed_statistics.Run`."""
 
     task: str
     method: str

@@ -7,7 +7,7 @@ Orbax commits the folder by its name; it covers everything that a resumed run de
 - ``format``: the number of this layout, `FORMAT`; ``version``: the pats_jax that wrote it. One that reads another
   format refuses the checkpoint and says which version reads it.
 - ``step``, and ``best_step``: the checkpoint with the best score so far, which this one needs.
-- ``progress``: the `trainer.Progress`.
+- ``progress``: the `loop.Progress`.
 - ``checksums``: a number for each array, computed on the devices before anything is written. ``key_kinds``: the kinds
   of the keys, which an array file cannot hold.
 - ``files``: the SHA-256 of every other file of the item.

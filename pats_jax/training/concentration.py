@@ -107,6 +107,12 @@ def log10_histogram(values: np.ndarray) -> list[float]:
     return (counts / values.size).tolist()
 
 
+def log10_histograms(before: np.ndarray, after: np.ndarray) -> dict[str, list[float]]:
+    """`log10_histogram` of the values before and after training, (n,) each, with its ``edges``."""
+    shares = {"before": log10_histogram(before), "after": log10_histogram(after)}
+    return {"edges": list(HISTOGRAM_EDGES), **shares}
+
+
 def selected(tree: Any, mask: Any) -> dict[str, np.ndarray]:
     """The tensors that a mask (a tree of bools) keeps, flattened, by parameter name; empty ones are left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

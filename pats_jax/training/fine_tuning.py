@@ -417,15 +417,10 @@ def train(
     if start is not None:  # both now: before the first step nobody waits for it
         before, after = training.sensitivity(runner.place(start)), training.sensitivity(params)
         everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
-        histograms = [concentration.log10_histogram(values) for values in everything]
         results["concentration"] = {
             "before": concentration.by_tensor(before),
             "after": concentration.by_tensor(after),
-            "log10_histogram": {
-                "edges": list(concentration.HISTOGRAM_EDGES),
-                "before": histograms[0],
-                "after": histograms[1],
-            },
+            "log10_histogram": concentration.log10_histograms(*everything),
         }
         trained.draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
     return trained
