@@ -44,10 +44,11 @@ def resolve_mask(mask: Any, params: Any) -> Any:
 
 def resolve_layer_mask(mask: Any, params: Any) -> Any:
     """As `resolve_mask`; a leaf some of whose layers the mask takes has an array of bools (layers,)."""
-    return _resolve_prefix(True if mask is None else mask(params) if callable(mask) else mask, params, _kept)
+    return _resolve_prefix(True if mask is None else mask(params) if callable(mask) else mask, params, as_kept)
 
 
-def _kept(keep):
+def as_kept(keep: Any) -> bool | np.ndarray:
+    """A bool, or bools of layers (layers,), as one bool if all are the same."""
     kept = np.asarray(keep, bool)
     return bool(kept.flat[0]) if kept.size and np.all(kept == kept.flat[0]) else kept
 

@@ -46,12 +46,35 @@ def layer_axis(params: Any) -> Any:
     of such a leaf is a tensor of its own. optax.MaskedNode counts as a leaf.
     """
 
-    def axis(path, leaf):
-        names = [getattr(entry, "key", None) for entry in path]
-        below = [c for a, b, c in zip(names, names[1:], names[2:], strict=False) if (a, b) == ("encoder", "layer")]
-        return 0 if below and not str(below[0]).isdecimal() else -1
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: -1 if _place_of_stack(path) is None else 0, params, is_leaf=trees.is_masked
+    )
 
-    return jax.tree_util.tree_map_with_path(axis, params, is_leaf=trees.is_masked)
+
+def separate_names(path: tuple, leaf: Any) -> list[str]:
+    """The names that a leaf has with separate layers, ``bert.encoder.layer.0.output.dense.kernel``: one for each layer.
+
+    Args:
+        path: The leaf's path, as JAX gives it.
+        leaf: The leaf, stacked or not.
+    """
+    place, names = _place_of_stack(path), [_name(entry) for entry in path]
+    if place is None:
+        return [".".join(names)]
+    return [".".join((*names[:place], str(number), *names[place:])) for number in range(leaf.shape[0])]
+
+
+def _place_of_stack(path):
+    """Where in a leaf's path the number of its layer would stand; None if it has one, or is of no layer."""
+    names = [_name(entry) for entry in path]
+    for place in range(2, len(names)):
+        if names[place - 2 : place] == ["encoder", "layer"]:
+            return None if names[place].isdecimal() else place
+    return None
+
+
+def _name(entry):
+    return jax.tree_util.keystr((entry,), simple=True)
 
 
 def _map_stacks(function: Callable[[Mapping[str, Any]], Any], tree: Any) -> Any:
