@@ -229,11 +229,23 @@ def _update(state, grads):
 
 
 def _update_if(finite, state, grads):
-    """The same, or everything as it was and a norm of 0.
+    """The same, or everything as it was and a norm of 0."""
+    return jax.lax.platform_dependent(finite, state, grads, cpu=_update_in_branch, default=_update_and_select)
 
-    The optimizer runs inside a branch: to choose between its old and its new state afterwards, XLA would copy the old
-    one first. The updates leave the branch and are added outside, or XLA would compute them twice, with all their
-    noise: once to add them, once for the norm.
+
+def _update_and_select(finite, state, grads):
+    """Chooses entry by entry, in the kernels that compute the update: they read the old values anyway."""
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.asarray(-0.0, u.dtype)), updates)  # x + -0 is x
+    opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
+    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(updates)
+
+
+def _update_in_branch(finite, state, grads):
+    """Runs the optimizer inside a branch: to choose afterwards, XLA's CPU compiler would copy the old state first.
+
+    The updates leave the branch and are added outside, or XLA would compute them twice, with all their noise: once to
+    add them, once for the norm.
     """
     arguments = (grads, state.opt_state, state.params)
     shapes = jax.eval_shape(state.tx.update, *arguments)[0]
