@@ -1,4 +1,4 @@
-"""What a compiled program does, by what XLA says (kernels, operations, bytes, memory) and by a profile of its kernels."""
+"""What a compiled program does: kernels, operations, bytes and memory as XLA says, and a profile of its kernels."""
 
 import collections
 import gzip
@@ -91,14 +91,15 @@ def _count(bodies: dict[str, list[str]], name: str) -> collections.Counter[str]:
 
 def _opcode(instruction: str) -> str:
     """The opcode of ``shape opcode(operands), attributes``; a tuple's shape is in parentheses."""
-    end = 0
+    shape_end = 0
     if instruction.startswith("("):
         depth = 0
-        for end, character in enumerate(instruction):
+        for character in instruction:
+            shape_end += 1
             depth += (character == "(") - (character == ")")
             if depth == 0:
                 break
-    found = re.search(r" ([\w\-]+)\(", instruction[end:])
+    found = re.search(r" ([\w\-]+)\(", instruction[shape_end:])
     return found[1] if found else "unknown"
 
 
