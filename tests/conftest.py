@@ -15,6 +15,13 @@ import jax  # after the flags
 import pytest
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test that is marked with more devices than there are: the flag above makes CPU devices only."""
+    for mark in item.iter_markers("devices"):
+        if jax.device_count() < mark.args[0]:
+            pytest.skip(f"needs {mark.args[0]} devices; here: {jax.device_count()} ({jax.default_backend()})")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs from one run of the suite to the next, a folder for each worker.
 

@@ -213,6 +213,7 @@ def one_device(request):
     return tx, tolerance, jax.device_get(state.params), jax.device_get(metrics)
 
 
+@pytest.mark.devices(8)
 def test_pmap_is_one_device(one_device):
     tx, tolerance, params, metrics = one_device
     step = make_train_step(LOSS, axis_name="batch", accumulation_steps=2)
@@ -227,6 +228,7 @@ def test_pmap_is_one_device(one_device):
     assert_close(ours, metrics, 1e-4)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_mesh_is_one_device(one_device, kind):
     tx, tolerance, params, metrics = one_device
@@ -274,6 +276,7 @@ def draw(params, batch, key):
     return jnp.sum(params["embedding"]) * 0, {"drawn": jax.random.uniform(key)}
 
 
+@pytest.mark.devices(8)
 def test_dropout_keys_differ_by_step_device_and_micro_batch():
     step = make_train_step(draw, axis_name="batch", accumulation_steps=2)
     step = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(None, None))
