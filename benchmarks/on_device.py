@@ -40,6 +40,7 @@ class Flags:
     forms: tuple[str, ...] = FORMS  # of our model in the rows step and update: CHANGE[:CHANGE...]
     methods: tuple[str, ...] = ("finetune", "pats", "pats:all")  # METHOD[:CHANGE...] in the rows step and update
     best: str | None = None  # form of our model in the other rows; none: the fastest of row step, else the first form
+    xla: tuple[str, ...] = ()  # NAME=XLA_FLAGS: also times plain fine-tuning in the first form with these flags
     torch_ways: tuple[str, ...] = ("eager", "compile")  # also compile:reduce-overhead, compile:max-autotune
     dtype: str = "bfloat16"  # of computation, on both sides
     steps: int = 20  # steps without waiting in between
@@ -237,6 +238,12 @@ def step(session: Session, row: dict[str, Any]) -> None:
         else:
             asked[f"jax-{form}"] = ("step", case, flags.dtype, *variants)
 
+    more_env = {}
+    for way in flags.xla:
+        name, _, xla_flags = way.partition("=")
+        asked[f"jax {name}"] = ("step", case, flags.dtype, f"finetune:{flags.forms[0]}")
+        more_env[f"jax {name}"] = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
+
     def profile(row, ready):
         _ratios(row, f"torch {_torch_way(flags)}")
         session.save()
@@ -250,7 +257,7 @@ def step(session: Session, row: dict[str, Any]) -> None:
                 row["profiles"][name] = worker.ask(f"profile {variant} 5")
                 session.save()
 
-    race(session, row, asked, then=profile)
+    race(session, row, asked, more_env=more_env, then=profile)
 
 
 def update(session: Session, row: dict[str, Any]) -> None:
