@@ -221,7 +221,7 @@ def race(session: Session, row: dict[str, Any], asked: dict[str, Sequence[str]],
             for name, (process, variant) in names.items():
                 if session.left() < 5:
                     break
-                answer = ready[process].ask(f"time {variant} {flags.steps} {flags.repeats}")
+                answer = ready[process].ask(f"time {variant} {flags.steps} {flags.repeats}", min(60.0, session.left()))
                 if "error" in answer:
                     variants[name]["error"] = answer["error"]
                     continue
@@ -265,7 +265,7 @@ def step(session: Session, row: dict[str, Any]) -> None:
         for name in (plain[:1] + noisy[:1] + plain[1:])[: flags.profiles]:
             if session.left() > 20:
                 worker, variant = ready[name]
-                row["profiles"][name] = worker.ask(f"profile {variant} 5")
+                row["profiles"][name] = worker.ask(f"profile {variant} 5", min(60.0, session.left()))
                 session.save()
 
     race(session, row, asked, then=profile)
@@ -353,7 +353,7 @@ def deterministic(session: Session, row: dict[str, Any]) -> None:
 
     def bits(row, ready):
         for name, (worker, variant) in ready.items():
-            row["variants"][name] |= worker.ask(f"bits {variant} 5")
+            row["variants"][name] |= worker.ask(f"bits {variant} 5", min(60.0, session.left()))
 
     race(session, row, {"jax usual": words, "jax ordered": words}, more_env={"jax ordered": ordered}, then=bits)
 
