@@ -155,7 +155,7 @@ def noisy_share(params: Any, variant: str) -> float:
     if not is_pats(variant):
         return 0.0
     mask = methods.layer_mask(params, settings_of(variant).noise_layers)
-    sizes = jax.tree.map(lambda keep, p: p.size * keep, mask, params)
+    sizes = jax.tree.map(lambda keep, p: p.size * np.mean(keep), mask, params)  # of stacked layers, some may be chosen
     return sum(jax.tree.leaves(sizes)) / size(params)
 
 

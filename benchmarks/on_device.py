@@ -72,6 +72,10 @@ class Worker:
             self._lines.put(line)
         self._lines.put("")
 
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
     def next_line(self, timeout: float) -> dict[str, Any] | None:
         """What the process says next; None if it says nothing in time or has ended."""
         try:
@@ -153,18 +157,32 @@ class Session:
             for name, words in asked.items()
         }
         try:
-            said = {}
-            for name, worker in started.items():
-                said[name] = worker.next_line(until - time.monotonic())
-                if said[name] is None:
-                    worker.close()
-                    said[name] = {"error": "not ready in time, or ended; see log.txt"}
+            said = self._wait(started, until)
+            for name in started.keys() - said.keys():
+                started[name].close()
+                said[name] = {"error": "not ready in time, or ended; see log.txt"}
             for name in said:
                 self.found.setdefault("devices", {}).update({name.split()[0]: said[name].get("device", {})})
             yield {name: started[name] for name in said if "variants" in said[name]}, said
         finally:
             for worker in started.values():
                 worker.close()
+
+    def _wait(self, started: dict[str, Worker], until: float) -> dict[str, dict[str, Any]]:
+        """What the processes say that have prepared by a time; where none of a side has, until one of it has."""
+        said: dict[str, dict[str, Any]] = {}
+        coming = dict(started)
+        while coming and self.left() > 15:
+            sides = {name[:3] for name in coming} - {name[:3] for name in said}
+            if time.monotonic() > until and not sides:
+                break
+            for name, worker in list(coming.items()):
+                line = worker.next_line(0.1)
+                if line is not None:
+                    said[name] = line
+                if line is not None or worker.ended():
+                    del coming[name]
+        return {name: said[name] for name in started if name in said}
 
     def command(self, words: Sequence[str], timeout: float, env: dict[str, str]) -> tuple[float, int | None, str]:
         """Seconds of a program, its exit code (None: it was killed at its limit) and its standard output."""
@@ -204,7 +222,7 @@ def race(session: Session, row: dict[str, Any], asked: dict[str, Sequence[str]],
             for name, (process, variant) in names.items():
                 if session.left() < 5:
                     break
-                answer = ready[process].ask(f"time {variant} {flags.steps} {flags.repeats}")
+                answer = ready[process].ask(f"time {variant} {flags.steps} {flags.repeats}", min(60.0, session.left()))
                 if "error" in answer:
                     variants[name]["error"] = answer["error"]
                     continue
@@ -254,7 +272,7 @@ def step(session: Session, row: dict[str, Any]) -> None:
         for name in (plain[:1] + noisy[:1] + plain[1:])[: flags.profiles]:
             if session.left() > 20:
                 worker, variant = ready[name]
-                row["profiles"][name] = worker.ask(f"profile {variant} 5")
+                row["profiles"][name] = worker.ask(f"profile {variant} 5", min(60.0, session.left()))
                 session.save()
 
     race(session, row, asked, more_env=more_env, then=profile)
@@ -331,8 +349,6 @@ def glue(session: Session, row: dict[str, Any]) -> None:
             run = pathlib.Path(folder) / kind.replace(" ", "_")
             seconds, code, output = session.command([*words, "--output_dir", str(run)], 150, env)
             row[kind] = {"seconds": seconds, "exit": code, "last_lines": output.splitlines()[-3:]}
-            if (results := run / "results.json").exists():
-                row[kind]["eval"] = json.loads(results.read_text()).get("eval")
             session.save()
 
 
@@ -344,7 +360,7 @@ def deterministic(session: Session, row: dict[str, Any]) -> None:
 
     def bits(row, ready):
         for name, (worker, variant) in ready.items():
-            row["variants"][name] |= worker.ask(f"bits {variant} 5")
+            row["variants"][name] |= worker.ask(f"bits {variant} 5", min(60.0, session.left()))
 
     race(session, row, {"jax usual": words, "jax ordered": words}, more_env={"jax ordered": ordered}, then=bits)
 
@@ -387,7 +403,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 yield from (f"     {k['ms']:8.3f} ms {k['runs']:6.0f} x {k['name'][:70]}" for k in profile["top"][:8])
         for part, value in row.items():
             if isinstance(value, dict) and "seconds" in value:
-                yield f"   {part:40} {value['seconds']:8.1f} s  exit {value['exit']} {value.get('eval', '')}"
+                yield f"   {part:40} {value['seconds']:8.1f} s  exit {value['exit']}"
+                yield from (f"     {line}" for line in value.get("last_lines", [])[:1])
         if name == "tests":
             yield "   " + " ".join(row.get("last_lines", [])[-1:])
         if "copy_bytes_per_second" in row:
