@@ -331,3 +331,19 @@ def test_weighted_mean():
     assert float(train_state.weighted_mean(values, None)) == 1.5
     assert float(train_state.weighted_mean(values, jnp.array([0.0, 1.0, 0.0, 3.0]))) == 2.5
     assert float(train_state.weighted_mean(values, jnp.zeros(4))) == 0.0
+
+
+def test_norms_of_a_step_are_those_of_its_parameters():
+    params = {"w": jnp.array([3.0, 4.0])}
+    state = pats_jax.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.5), key=0)
+
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["w"] * batch["x"]), {}
+
+    batch = {"x": jnp.array([6.0, 8.0])}
+    _, measured = pats_jax.make_train_step(loss_fn)(state, batch)
+    after, plain = pats_jax.make_train_step(loss_fn, norms=False)(state, batch)
+    assert plain.keys() == {"loss", "grad_norm"}
+    norms = train_state.global_norms(params, after.params)
+    assert float(norms["param_norm"]) == 5.0 == float(measured["param_norm"])
+    assert float(norms["update_norm"]) == 5.0 == float(measured["update_norm"])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -109,6 +110,7 @@ class Training(abc.ABC):
             patience=settings.early_stopping_patience,
             max_nonfinite_steps=settings.max_nonfinite_steps,
         )
+        self.norms_in_step = runner.platform == "cpu"
         self.schedule = learning_rate_schedule(settings, total_steps)
         self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
         trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
@@ -124,6 +126,7 @@ class Training(abc.ABC):
                 axis_name=runner.axis_name,
                 accumulation_steps=settings.gradient_accumulation_steps,
                 skip_nonfinite=True,
+                norms=self.norms_in_step,
             ),
             self.state,
         )
@@ -320,6 +323,12 @@ class TrainingHooks(Hooks):
         self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None
+        self._before: Any = None  # the parameters before a step whose norms are logged
+
+    def before_step(self, step, state):
+        self._before = None
+        if not self._training.norms_in_step and self._training.rhythm.logs_at(step):
+            self._before = _copied(state.params)
 
     def on_step(self, step, state):
         if self.seconds_to_first_step is None:
@@ -333,6 +342,9 @@ class TrainingHooks(Hooks):
         made = progress.step - progress.skipped_steps
         figures = {"learning_rate": float(self._training.learning_rate(max(made - 1, 0)))}
         figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        if self._before is not None:
+            figures |= {name: float(x) for name, x in _global_norms(self._before, state.params).items()}
+            self._before = None
         noisy = figures.pop("noisy_parameters", None)
         return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
 
@@ -351,6 +363,10 @@ class TrainingHooks(Hooks):
         best = progress.best(self.metric) if self._training.rhythm.save_best else None
         view = self._training.runner.view(state)
         self._checkpoints.save(progress.step, view, dataclasses.asdict(progress), best and best["step"])
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+_global_norms = jax.jit(train_state.global_norms)
 
 
 def train(

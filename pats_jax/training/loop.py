@@ -99,6 +99,9 @@ class Hooks:
     metric: str
     evaluates: bool = False
 
+    def before_step(self, step: int, state: TrainState) -> None:
+        """Called before a step (counted from 1), which takes the state's buffers."""
+
     def on_step(self, step: int, state: TrainState) -> None:
         """Called when a step is dispatched; the device may still be running it."""
 
@@ -196,6 +199,7 @@ def fit(
             raise
         with clock.waiting_for_data():
             batch, counts = next(batches)
+        hooks.before_step(progress.step + 1, state)
         state, metrics = train_step(state, batch)
         progress.step += 1
         pending.append({**metrics, **counts})

@@ -207,6 +207,11 @@ class MeshRunner:
         return None
 
     @property
+    def platform(self) -> str:
+        """``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def num_devices(self) -> int:
         """Number of devices that rows are split across."""
         return self.mesh.size
