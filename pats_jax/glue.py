@@ -27,7 +27,7 @@ from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
 from pats_jax.run import model_card, pe_modules, run_folder, run_start
 from pats_jax.run.settings import Settings
-from pats_jax.training import preemption, runners
+from pats_jax.training import preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import GlueTraining, Trained, count_steps, train
@@ -81,14 +81,26 @@ def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
     results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
-        predict = runner.compile_predict(train_state.make_predict_step(model.apply))
-        predictor = Predictor(
-            predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check, order
-        )
+        cost = shape_costs.shape_cost(params, runner.platform, 1, training=False)
         training = None
         if "train" in splits:
             of_head = in_order_of_head(splits["train"], order)
             training = GlueTraining(settings, runner, task, of_head, tokenize("train"), model, params)
+            if settings.length_buckets is None:
+                settings = dataclasses.replace(settings, length_buckets=len(training.boundaries))
+                start = dataclasses.replace(start, settings=settings)  # a resumed run reads what was chosen
+        predictor = Predictor(
+            runner.compile_predict(train_state.make_predict_step(model.apply)),
+            runner,
+            task,
+            splits,
+            tokenize,
+            settings.per_device_eval_batch_size,
+            asked.check,
+            order,
+            cost,
+            1 if training is None else training.rhythm.evaluations,
+        )
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         start.open_folder()
 

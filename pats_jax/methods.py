@@ -16,7 +16,7 @@ from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, sa
 from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.run.settings import Settings, TrainingSettings
 from pats_jax.train_state import parameter_name
 
 
@@ -207,6 +207,16 @@ def starting_params(settings: TrainingSettings, params: Any) -> Any:
 def chosen_objectives(settings: TrainingSettings) -> list[objectives.Objective]:
     """The terms that ``settings.method`` adds to the loss."""
     return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
+
+
+SENSITIVITY_BATCHES = 8
+
+
+def sensitivity_batches(settings: Settings) -> int:
+    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    if settings.sensitivity_batches is not None:
+        return settings.sensitivity_batches
+    return SENSITIVITY_BATCHES if "pats" in settings.method.split("+") else 0
 
 
 def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:

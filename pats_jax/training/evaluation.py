@@ -21,8 +21,7 @@ from pats_jax.train_state import Batch
 from pats_jax.training import metrics
 from pats_jax.training.loop import predict_logits
 from pats_jax.training.runners import MeshRunner
-
-BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
+from pats_jax.training.shape_costs import MOST_BUCKETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Predictor:
       batch_size: rows of a device.
       interrupt: called after every batch; what it raises ends the prediction.
       order: for each class of the task its place in the model's head, (classes,); None: the same order.
+      shape_cost: see `shape_costs`, for one pass.
+      evaluations: how often the validation data is scored.
     """
 
     predict: Callable[[Any, Batch], jax.Array]
@@ -48,6 +49,8 @@ class Predictor:
     batch_size: int
     interrupt: Callable[[], None] = lambda: None
     order: np.ndarray | None = None
+    shape_cost: float = 0.0
+    evaluations: int = 1
 
     def logits(self, params: Any, name: str) -> np.ndarray:
         """Logits (rows, num_labels) of a split, in the order of the task's classes.
@@ -56,7 +59,8 @@ class Predictor:
           InputError: if they are not finite, for instance since the model has diverged.
         """
         tokens, devices = self.tokenize(name), self.runner.num_devices
-        boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
+        passes = self.evaluations if name.startswith("validation") else 1
+        boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)
         batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
         own = self.runner.own_rows(batch_size)
         rows = batches.eval_batches(tokens, None, batch_size, boundaries, own=own)

@@ -29,7 +29,7 @@ from pats_jax.objectives import with_objectives
 from pats_jax.reporting import plots
 from pats_jax.run.journal import Journal
 from pats_jax.run.settings import Settings, TrainingSettings
-from pats_jax.training import concentration, preemption, runners
+from pats_jax.training import concentration, preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.loop import Hooks, Progress, Rhythm, fit
 from pats_jax.training.profiling import Profiler, seconds_since_process_start
@@ -166,12 +166,13 @@ class GlueTraining(Training):
         self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.batch_size *= runner.num_devices
         self.labels, self.tokens, self.examples = split.labels, tokens, len(tokens)
-        self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+        total_steps = count_steps(settings, len(tokens))
+        self.boundaries = _boundaries(settings, runner, params, tokens.lengths, total_steps * self.batch_size)
         self.settings, self.runner = settings, runner
         self.plan = self._plan(epoch=0)
         self.mask = layer_mask(params, settings.noise_layers)
-        self.sensitivity_batches = settings.sensitivity_batches
-        self.measures_sensitivity = settings.sensitivity_batches > 0
+        self.sensitivity_batches = methods.sensitivity_batches(settings)
+        self.measures_sensitivity = self.sensitivity_batches > 0
         self.loss_without_dropout = train_state.make_loss_fn(
             model.apply, regression=task.is_regression, deterministic=True
         )
@@ -187,7 +188,7 @@ class GlueTraining(Training):
             with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
             trainable,
             metric=task.main_metric,
-            total_steps=count_steps(settings, len(tokens)),
+            total_steps=total_steps,
             eval_steps=len(self.plan),
         )
 
@@ -261,6 +262,14 @@ class GlueTraining(Training):
         return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
 
 
+def _boundaries(settings, runner, params, lengths, rows):
+    """As many bucket lengths as were asked for; else as many as are worth their compilation when so many rows pass."""
+    if settings.length_buckets is not None:
+        return batches.bucket_boundaries(lengths, settings.length_buckets)
+    cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
+    return batches.bucket_boundaries(lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
+
+
 @dataclasses.dataclass
 class Trained:
     """The result of training.
@@ -315,11 +324,14 @@ class TrainingHooks(Hooks):
         self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None
+        self._started = time.perf_counter()
 
     def on_step(self, step, state):
         if self.seconds_to_first_step is None:
             jax.block_until_ready(state.params)
             self.seconds_to_first_step = seconds_since_process_start()
+            self._show(status="")
+            logger.info("compiled and made the first step in %.1f s", time.perf_counter() - self._started)
         self._show(completed=step)
         if self._profiler:
             self._profiler.after(step, state)
@@ -382,7 +394,7 @@ def train(
         stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
         data = stack.enter_context(prefetch(training.batches(first_step)))
         bar = stack.enter_context(progress_bar(console))
-        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
+        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="compiling")
         journal = profiler = None
         if runners.is_first():
             tensorboard = settings.report_to == "tensorboard"

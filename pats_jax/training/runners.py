@@ -212,6 +212,11 @@ class MeshRunner:
         return self.mesh.size
 
     @property
+    def platform(self) -> str:
+        """JAX's name for the kind of the devices: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def rows(self) -> NamedSharding:
         """The sharding of the rows of a batch."""
         return NamedSharding(self.mesh, PartitionSpec((DATA, FSDP)))
@@ -280,7 +285,7 @@ class MeshRunner:
         They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
         gives up the process.
         """
-        several_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        several_cpus = self.mesh.size > 1 and self.platform == "cpu"
         return jax.block_until_ready(result) if several_cpus else result
 
     def view(self, tree: Any) -> Any:
