@@ -50,23 +50,25 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         the disk is full.
       Preempted: if the run was asked to stop; it has been saved.
     """
-    with run_start.begin(settings, default_folder(settings), console) as start:
-        if start.finished:
-            say(start.console, f"already finished: {summary(start.finished, start.folder)}")
-            return start.finished
-        return carry_out(start)
+    settings.check()
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        # Transformers, which the tokenizer needs, is imported while the devices start and the model is loaded
+        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
+        with run_start.begin(settings, default_folder(settings), console) as start:
+            if start.finished:
+                say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                return start.finished
+            return carry_out(start, loading)
 
 
-def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
-    """The part of `run` after settings and devices are checked."""
+def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> dict[str, Any]:
+    """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
     settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
 
-    # data and model; Transformers, which the tokenizer needs, is imported meanwhile
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
-        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
-        task, splits = load_data(settings)
-        model, params, config = load_model(settings, task, splits)
-        tokenizer = loading.result()
+    # data and model
+    task, splits = load_data(settings)
+    model, params, config = load_model(settings, task, splits)
+    tokenizer = loading.result()
     max_length = sequence_length(settings.max_seq_length, model)
     tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
     for split in splits.values():

@@ -32,7 +32,7 @@ def keep_compiled_programs(directory: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     elif directory is not None:
         _turn_on(_private_folder(pathlib.Path(directory).absolute(), directory))
-    elif jax.config.jax_compilation_cache_dir is None:
+    elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         try:
             folder = _private_folder(user_folder(), None)
             _remove_unfinished(folder)

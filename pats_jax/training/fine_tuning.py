@@ -126,8 +126,7 @@ class Training(abc.ABC):
             ),
             self.state,
         )
-        self.learning_rate = jax.jit(self.schedule)
-        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
+        self.figures = jax.jit(functools.partial(_figures, settings, self.schedule))
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
@@ -262,6 +261,11 @@ class GlueTraining(Training):
         return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
 
 
+def _figures(settings, schedule, opt_state, made):
+    """The learning rate of the last step, before which so many were made, and what the methods did in it."""
+    return {"learning_rate": schedule(made), **methods.statistics(settings, schedule, opt_state)}
+
+
 def _boundaries(settings, runner, params, lengths, rows):
     """As many bucket lengths as were asked for; else as many as are worth their compilation when so many rows pass."""
     if settings.length_buckets is not None:
@@ -338,8 +342,8 @@ class TrainingHooks(Hooks):
 
     def describe(self, progress, state):
         made = progress.step - progress.skipped_steps
-        figures = {"learning_rate": float(self._training.learning_rate(max(made - 1, 0)))}
-        figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        found = jax.device_get(self._training.figures(state.opt_state, np.int32(max(made - 1, 0))))
+        figures = {name: float(x) for name, x in found.items()}
         noisy = figures.pop("noisy_parameters", None)
         return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
 
