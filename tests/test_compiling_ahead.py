@@ -51,6 +51,24 @@ def prepare(**kind):
     return runner, state, runner.compile_step(step, state)
 
 
+@pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
+def test_the_first_program_may_be_begun_from_shapes_alone(name, compiled):
+    """Of a state that is not there yet; it is the very program that the step then runs."""
+    expected, expected_metrics = train(*prepare(**RUNNERS[name]))
+    compiled.clear()
+    runner, state, step = prepare(**RUNNERS[name])
+    shapes = runner.state_shapes(lambda params: state, state.params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), state
+    )
+    step.begin(shapes, runner.put_ahead(make_batch(LENGTHS[0])))
+    with step.compiling_ahead(state, map(make_batch, LENGTHS)):
+        params, metrics = train(runner, state, step)
+    assert [thread.partition("_")[0] for thread, _ in compiled] == ["compile"] * 3
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, expected)), strict=True))
+    assert metrics == expected_metrics
+
+
 def train(runner, state, step):
     for length in (*LENGTHS, *LENGTHS):
         state, metrics = step(state, runner.put_ahead(make_batch(length)))

@@ -65,6 +65,7 @@ class Training(abc.ABC):
       examples: rows that are learnt from.
       evaluates: whether it is scored on the way.
       measures_sensitivity: whether `sensitivity` is asked for, before and after training.
+      shapes: the shapes of `state`.
     """
 
     examples: int
@@ -116,7 +117,8 @@ class Training(abc.ABC):
         create = functools.partial(
             train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
         )
-        self.state = runner.create_state(create, params)
+        self.shapes = runner.state_shapes(create, params)
+        self._create_state = functools.partial(runner.create_state, create, params)
         self.step = runner.compile_step(
             train_state.make_train_step(
                 loss_fn,
@@ -124,9 +126,14 @@ class Training(abc.ABC):
                 accumulation_steps=settings.gradient_accumulation_steps,
                 skip_nonfinite=True,
             ),
-            self.state,
+            self.shapes,
         )
         self.figures = jax.jit(functools.partial(_figures, settings, self.schedule))
+
+    @functools.cached_property
+    def state(self) -> train_state.TrainState:
+        """The state before the first step, created when it is first asked for."""
+        return self._create_state()
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
@@ -385,6 +392,9 @@ def train(
     if training.num_trained < training.num_parameters:
         share = 100 * training.num_trained / training.num_parameters
         logger.info("training %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
+    first_batch = next(iter(training.one_of_each_shape(0)), None)
+    if first_batch is not None and not settings.resume:  # the state is created meanwhile
+        training.step.begin(training.shapes, first_batch)
     start = None
     if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))

@@ -149,6 +149,17 @@ class CompiledStep:
             self._announced.clear()
         return result
 
+    def begin(self, state: TrainState, batch: Batch) -> None:
+        """Begins to compile the program of the first step in a thread; `compiling_ahead` must follow, and ends it.
+
+        Args:
+          state: the state's shapes, from `MeshRunner.state_shapes`.
+          batch: the first batch.
+        """
+        arguments = jax.tree.map(_abstract, self._deal(state, batch))
+        self._thread = _compiling_thread()
+        self._coming[_shapes(arguments[1])] = self._thread.submit(self._compile, arguments)
+
     @contextlib.contextmanager
     def compiling_ahead(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[None]:
         """After the first step, compiles the other programs in a thread; a step waits for its own program if necessary.
@@ -162,8 +173,9 @@ class CompiledStep:
         for batch in batches:
             # abstract, for the step gives the state's buffers away meanwhile
             arguments = jax.tree.map(_abstract, self._deal(state, batch))
-            self._announced[_shapes(arguments[1])] = arguments
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+            if _shapes(arguments[1]) not in self._coming:
+                self._announced[_shapes(arguments[1])] = arguments
+        self._thread = self._thread or _compiling_thread()
         try:
             yield
         finally:
@@ -176,12 +188,22 @@ class CompiledStep:
         self._compiled.lower(*arguments).compile()
 
 
+def _compiling_thread():
+    return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+
 def _shapes(batch):
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
+def _with_shape_of(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+
+
 def _abstract(x):
     """An array's shape, dtype and sharding, without its values."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
     if not isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.aval.weak_type)
@@ -262,13 +284,17 @@ class MeshRunner:
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         """Creates the state ``create(params=params)`` on the mesh; it takes over the buffers of params."""
-        params = self.place(params)
+        params, shapes = self.place(params), self.state_shapes(create, params)
 
         def create_state(params):  # named, for people read it in profiles and caches
             return create(params=params)
 
-        shapes = jax.eval_shape(create_state, params)
-        return jax.jit(create_state, out_shardings=jax.tree.map(self.sharding_of, shapes))(params)
+        return jax.jit(create_state, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
+
+    def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        """What `create_state` gives, as shapes with their shardings; computes nothing."""
+        shapes = jax.eval_shape(lambda params: create(params=params), params)
+        return jax.tree.map(lambda x: _with_shape_of(x, self.sharding_of(x)), shapes)
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
@@ -313,6 +339,10 @@ class PmapRunner(MeshRunner):
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         return jax.device_put(create(params=self._narrow(params)), self._local)
+
+    def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        shapes = jax.eval_shape(lambda params: create(params=params), params)
+        return jax.tree.map(lambda x: _with_shape_of(x, self._local), shapes)
 
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
         return batch  # pmap itself deals it out
