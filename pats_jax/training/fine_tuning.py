@@ -57,6 +57,9 @@ class Evaluator(Protocol):
     def evaluate(self, params: Any) -> dict[str, float]:
         """Scores by name. May raise `Preempted`."""
 
+    def programs(self, params: Any) -> list[Callable[[], None]]:
+        """Functions that compile what `evaluate` will run, for the shapes of parameters; another thread calls them."""
+
 
 class Training(abc.ABC):
     """Everything that a training run needs, built and checked before anything is written.
@@ -128,7 +131,7 @@ class Training(abc.ABC):
             ),
             self.shapes,
         )
-        self.figures = jax.jit(functools.partial(_figures, settings, self.schedule))
+        self.figures = runners.CompiledProgram(jax.jit(functools.partial(_figures, settings, self.schedule)))
 
     @functools.cached_property
     def state(self) -> train_state.TrainState:
@@ -142,6 +145,12 @@ class Training(abc.ABC):
     def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
         """Yields one batch of every shape from a step (counted from 0) on, in order of first use."""
         return iter(())
+
+    def programs_for_later(self, evaluator: Evaluator) -> list[Callable[[], None]]:
+        """Compile the programs besides the step: of the logged figures, and of the evaluation."""
+        shapes = self.runner.view(self.shapes.all_params)
+        figures = functools.partial(self.figures.compile, self.shapes.opt_state, np.int32(0))
+        return [figures, *(evaluator.programs(shapes) if self.evaluates else ())]
 
     @abc.abstractmethod
     def describe_batch(self) -> str:
@@ -405,7 +414,8 @@ def train(
         logger.info("resuming after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:
-        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
+        others = training.programs_for_later(evaluator)
+        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step), others))
         data = stack.enter_context(prefetch(training.batches(first_step)))
         bar = stack.enter_context(progress_bar(console))
         number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="compiling")

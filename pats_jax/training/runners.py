@@ -12,7 +12,8 @@ import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +120,32 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
+class CompiledProgram:
+    """A jitted function, called like a plain one, that another thread may compile before it is called."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        deal: Callable[..., tuple] = lambda *arguments: arguments,
+        in_turn: Callable[[Any], Any] = lambda result: result,
+    ):
+        """Wraps a function under `jax.jit`; for the rest see `CompiledStep`."""
+        self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> Any:
+        arguments = self._deal(*arguments)
+        with self._lock:  # while it is being compiled, a call would compile it, too
+            result = self._compiled(*arguments)
+        return self._in_turn(result)
+
+    def compile(self, *arguments: Any) -> None:
+        """Compiles it for such arguments, arrays or their shapes; computes nothing."""
+        abstract = jax.tree.map(_abstract, self._deal(*arguments))
+        with self._lock:
+            self._compiled.lower(*abstract).compile()
+
+
 class CompiledStep:
     """A training step, called like a plain one, whose programs (one per batch shape) can be compiled ahead."""
 
@@ -134,6 +161,7 @@ class CompiledStep:
         self._announced: dict[tuple, Any] = {}  # by shapes: abstract arguments of programs that nobody has begun
         self._coming: dict[tuple, concurrent.futures.Future] = {}
         self._thread: concurrent.futures.Executor | None = None
+        self._then: Sequence[Callable[[], None]] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, batch = self._deal(state, batch)
@@ -142,11 +170,14 @@ class CompiledStep:
         if shapes in self._coming:
             self._coming.pop(shapes).result()  # JAX has the program now; the call before would compile it, too
         result = self._in_turn(self._compiled(state, batch))
-        if self._thread and self._announced:
+        if self._thread and (self._announced or self._then):
             jax.block_until_ready(result)  # the first step is not to be held up by programs for later ones
             for shapes, arguments in self._announced.items():
                 self._coming[shapes] = self._thread.submit(self._compile, arguments)
             self._announced.clear()
+            for compile_it in self._then:
+                self._thread.submit(compile_it)
+            self._then = ()
         return result
 
     def begin(self, state: TrainState, batch: Batch) -> None:
@@ -161,7 +192,9 @@ class CompiledStep:
         self._coming[_shapes(arguments[1])] = self._thread.submit(self._compile, arguments)
 
     @contextlib.contextmanager
-    def compiling_ahead(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[None]:
+    def compiling_ahead(
+        self, state: TrainState, batches: Iterable[Batch], then: Sequence[Callable[[], None]] = ()
+    ) -> Iterator[None]:
         """After the first step, compiles the other programs in a thread; a step waits for its own program if necessary.
 
         Nothing is computed with them, and what is compiled is what the step would have compiled at its call.
@@ -169,7 +202,9 @@ class CompiledStep:
         Args:
           state: a state like the one that the step will get.
           batches: one batch of every shape, in the order in which they will be needed.
+          then: compile what else is needed later, after these.
         """
+        self._then = then
         for batch in batches:
             # abstract, for the step gives the state's buffers away meanwhile
             arguments = jax.tree.map(_abstract, self._deal(state, batch))
@@ -183,6 +218,7 @@ class CompiledStep:
             self._thread = None
             self._announced.clear()
             self._coming.clear()
+            self._then = ()
 
     def _compile(self, arguments):
         self._compiled.lower(*arguments).compile()
@@ -304,10 +340,10 @@ class MeshRunner:
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
         return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
 
-    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
+    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> CompiledProgram:
         """Compiles a prediction for this process's rows of a batch; every process gets the result for all rows."""
         compiled = jax.jit(predict, out_shardings=self.replicated)
-        return lambda params, batch: self.in_turn(compiled(params, self.put(batch)))
+        return CompiledProgram(compiled, lambda params, batch: (params, self.put(batch)), self.in_turn)
 
     def in_turn(self, result: Any) -> Any:
         """The result; with several CPU devices, waits until it is ready.
@@ -319,7 +355,7 @@ class MeshRunner:
         return jax.block_until_ready(result) if several_cpus else result
 
     def view(self, tree: Any) -> Any:
-        """The result of a step, as arrays of the whole mesh."""
+        """The result of a step, as arrays of the whole mesh; of shapes, those of the arrays."""
         return tree
 
     def to_host(self, tree: Any) -> Any:
@@ -384,6 +420,8 @@ class PmapRunner(MeshRunner):
 
 def _with_sharding(sharding, x):
     """This process's copies of a replicated array, as an array with another sharding; no data moves."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return _with_shape_of(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         words = _with_sharding(sharding, jax.random.key_data(x))
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
