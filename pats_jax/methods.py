@@ -18,7 +18,7 @@ from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.layout import layer_axis, separate_names
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.run.settings import Settings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +213,16 @@ def starting_params(settings: TrainingSettings, params: Any) -> Any:
 def chosen_objectives(settings: TrainingSettings) -> list[objectives.Objective]:
     """The terms that ``settings.method`` adds to the loss."""
     return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
+
+
+SENSITIVITY_BATCHES = 8
+
+
+def sensitivity_batches(settings: Settings) -> int:
+    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    if settings.sensitivity_batches is not None:
+        return settings.sensitivity_batches
+    return SENSITIVITY_BATCHES if "pats" in settings.method.split("+") else 0
 
 
 def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -352,6 +352,10 @@ class UpstreamScore:
     def evaluate(self, params: Any) -> dict[str, float]:
         """``accuracy``, the mean over the dev tasks."""
         return {"accuracy": float(np.mean([self._score(params, task) for task in self._tasks]))}
+
+    def programs(self, params: Any) -> list[Callable[[], None]]:
+        """None: they are compiled as they come."""
+        return []
 
     def _score(self, params, task):
         self._asked.check()

@@ -119,7 +119,7 @@ class TrainingSettings:
     num_processes: int | None = None  # total number of processes; needs coordinator_address
     process_id: int | None = None  # number of this process, from 0; needs coordinator_address
     heartbeat_timeout_seconds: int = 100  # stop if another process does not respond for this long
-    compilation_cache_dir: str | None = None  # cache compiled programs in this folder, which only you may write to
+    compilation_cache_dir: str | None = None  # keep compiled programs here; unset: in your cache folder; none: nowhere
     config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # read settings from a saved run's config.json
 
     @property
@@ -164,12 +164,13 @@ class TrainingSettings:
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
 
     def resuming(self, saved: "TrainingSettings") -> Self:
-        """These settings for resuming a saved run: its global batch size, on the devices available now.
+        """These settings for resuming a saved run: what it chose where they are unset, on the devices available now.
 
         Raises:
           InputError: if a setting that defines the run differs; the message names each one that does.
         """
-        chosen = dataclasses.replace(self, train_batch_size=self.train_batch_size or saved.train_batch_size)
+        unset = [name for name in _RESOLVED if getattr(self, name, 0) is None]
+        chosen = dataclasses.replace(self, **{name: getattr(saved, name) for name in unset})
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
@@ -200,8 +201,8 @@ class Settings(TrainingSettings):
     max_eval_samples: int | None = None  # evaluate on the first N rows only
     max_predict_samples: int | None = None  # predict the first N rows only
     num_train_epochs: float = 3.0  # passes over the training data
-    sensitivity_batches: int = 8  # measure sensitivity on N batches before and after training; 0: never
-    length_buckets: int = 6  # maximum number of different lengths of training batches
+    sensitivity_batches: int | None = None  # measure sensitivity on N batches before and after; unset: 8 with PATS
+    length_buckets: int | None = None  # most lengths of training batches; unset: as many as are worth compiling
 
     def check(self) -> None:
         """Raises InputError, naming the flag, if a value is invalid or conflicts with another."""
@@ -233,6 +234,9 @@ class Settings(TrainingSettings):
 
 # Not kept in config.json: they describe one start of the program, not the run.
 _OF_ONE_START = ("config", "overwrite", "resume", "coordinator_address", "num_processes", "process_id")
+
+# What a run chooses where it is unset, and a resumed run takes from it.
+_RESOLVED = ("train_batch_size", "length_buckets", "sensitivity_batches")
 
 # What may change when a run is resumed: where and how it is computed, saved and logged.
 _FREE_ON_RESUME = (

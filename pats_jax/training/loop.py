@@ -44,6 +44,11 @@ class Rhythm:
     patience: int | None = None
     max_nonfinite_steps: int = 0
 
+    @property
+    def evaluations(self) -> int:
+        """How often the model is evaluated, unless training stops early."""
+        return -(-self.total_steps // self.eval_steps)
+
     def logs_at(self, step: int) -> bool:
         """Whether a line is logged after this step (counted from 1)."""
         return step % self.logging_steps == 0 or step == self.total_steps
