@@ -332,17 +332,18 @@ def _keep_fraction(context, authors):
 
 def _dps_dense(context):
     mask = _layers("dps-dense")(context.params)
-    return dps.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask)
+    return dps.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask, layer_axis=layer_axis)
 
 
 def _dps_mix(context):
     mask = _layers("dps-mix")(context.params)
     keep, key = _keep_fraction(context, 0.7), context.settings.seed
-    return dps.dps_mix(keep, _stage_steps(context), key=key, mask=mask)
+    return dps.dps_mix(keep, _stage_steps(context), key=key, mask=mask, layer_axis=layer_axis)
 
 
 def _child_tuning_f(context):
-    return child_tuning.child_tuning_f(_keep_fraction(context, 0.3), key=context.settings.seed)
+    keep, key = _keep_fraction(context, 0.3), context.settings.seed
+    return child_tuning.child_tuning_f(keep, key=key, layer_axis=layer_axis)
 
 
 def _child_tuning_d(context):
@@ -352,8 +353,8 @@ def _child_tuning_d(context):
 
 
 def _mixout(context):
-    settings = context.settings
-    return mixout.mixout(settings.drop_fraction, key=settings.seed, mask=_layers("mixout")(context.params))
+    settings, mask = context.settings, _layers("mixout")(context.params)
+    return mixout.mixout(settings.drop_fraction, key=settings.seed, mask=mask, layer_axis=layer_axis)
 
 
 def _l2_sp(context):
@@ -367,11 +368,12 @@ def _sage(context):
 
 
 def _sift(context, optimizer):
-    return sift.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
+    mask = _layers("sift")(context.params)
+    return sift.sift(optimizer, context.settings.sift_rate, mask=mask, layer_axis=layer_axis)
 
 
 def _noisy_tune(params, settings):
-    return noisy_tune.noisy_tune(params, settings.noise_intensity, key=settings.seed)
+    return noisy_tune.noisy_tune(params, settings.noise_intensity, key=settings.seed, layer_axis=layer_axis)
 
 
 def _r3f(settings):
