@@ -199,7 +199,10 @@ def _clip_by_global_norm(max_norm):
 def trainable_mask(settings: TrainingSettings, params: Any) -> Any:
     """A tree of bools like params: which parameters ``settings.method`` trains; None if it trains all."""
     patterns = [method.trainable for method in get_methods(settings.method) if method.trainable]
-    return layer_mask(params, patterns[0], "--method") if patterns else None
+    mask = layer_mask(params, patterns[0], "--method") if patterns else None
+    if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
+        raise InputError(f"--method {settings.method}: trains some layers only; set --layers separate")
+    return mask
 
 
 def starting_params(settings: TrainingSettings, params: Any) -> Any:

@@ -17,6 +17,7 @@ from pats_jax.errors import InputError
 from pats_jax.files import write_text
 from pats_jax.models import peft
 from pats_jax.train_state import make_predict_step
+from pats_jax.training import runners
 from pats_jax.training.evaluation import BUCKETS, DAMAGED, check_finite, sequence_length, to_tsv
 from pats_jax.training.loop import predict_logits
 
@@ -84,7 +85,8 @@ def predict_texts(
     if peft.is_peft_folder(model):
         network, params, config = peft.load_peft_model(model)
     else:
-        network, params, config = models.from_pretrained(model, num_labels=None)
+        layers = runners.default_layers(jax.default_backend())
+        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers)
     longest = network.max_length
     asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
     max_length = sequence_length(asked, network)

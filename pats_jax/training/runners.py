@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pats_jax.errors import InputError
+from pats_jax.models.layout import is_stacked
 from pats_jax.train_state import Batch, Metrics, TrainState
 
 DATA, FSDP = "data", "fsdp"
@@ -119,6 +120,11 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
+def default_layers(platform: str) -> str:
+    """What ``--layers auto`` is on a platform ("cpu", "gpu", "tpu"): the faster of "separate" and "stacked"."""
+    return "separate" if platform == "cpu" else "stacked"
+
+
 class CompiledStep:
     """A training step, called like a plain one, whose programs (one per batch shape) can be compiled ahead."""
 
@@ -193,7 +199,7 @@ class MeshRunner:
 
     Rows of a batch are split across both axes. Parameters and all that has their shape in the optimizer's state
     are cut along their largest dimension that "fsdp" divides, biases and other vectors excepted; everything else is
-    the same on all devices. XLA puts in the communication.
+    the same on all devices. The layers of stacked ones are never dealt out. XLA puts in the communication.
 
     Attributes:
       mesh: all devices of the run, over all processes.
@@ -210,6 +216,11 @@ class MeshRunner:
     def num_devices(self) -> int:
         """Number of devices that rows are split across."""
         return self.mesh.size
+
+    @property
+    def platform(self) -> str:
+        """The devices' platform: "cpu", "gpu", "tpu"."""
+        return self.mesh.devices.flat[0].platform
 
     @property
     def rows(self) -> NamedSharding:
@@ -243,23 +254,33 @@ class MeshRunner:
 
     def place(self, tree: Any) -> Any:
         """Places a tree of arrays that every process holds in full, such as parameters, on the mesh."""
-        return jax.tree.map(lambda x: jax.device_put(x, self.sharding_of(x)), tree)
+        return jax.tree.map(jax.device_put, tree, self.shardings_of(tree))
 
-    def sharding_of(self, leaf: Any) -> NamedSharding:
-        """The sharding of a leaf of the training state, by shape alone, so moments are placed like their parameters."""
+    def shardings_of(self, tree: Any) -> Any:
+        """The sharding of every leaf of parameters, or of a training state with such trees in it."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding_of(x, stacked=is_stacked(path)), tree)
+
+    def sharding_of(self, leaf: Any, *, stacked: bool = False) -> NamedSharding:
+        """The sharding of a leaf by its shape alone, so moments are placed like their parameters.
+
+        Args:
+          leaf: an array, or its shape.
+          stacked: whether its first axis is that of stacked layers, which is not cut.
+        """
         parts = self.mesh.shape[FSDP]
-        divisible = [size if size % parts == 0 else 0 for size in leaf.shape]
+        layers = [0] if stacked else []
+        divisible = [size if size % parts == 0 else 0 for size in leaf.shape[len(layers) :]]
         if parts == 1 or len(divisible) < 2 or max(divisible) == 0:
             return self.replicated
-        axes = [None] * len(divisible)
-        axes[int(np.argmax(divisible))] = FSDP  # type: ignore[call-overload]
+        axes = [None] * leaf.ndim
+        axes[len(layers) + int(np.argmax(divisible))] = FSDP  # type: ignore[call-overload]
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         """Creates the state ``create(params=params)`` on the mesh; it takes over the buffers of params."""
         params = self.place(params)
         shapes = jax.eval_shape(lambda p: create(params=p), params)
-        return jax.jit(lambda p: create(params=p), out_shardings=jax.tree.map(self.sharding_of, shapes))(params)
+        return jax.jit(lambda p: create(params=p), out_shardings=self.shardings_of(shapes))(params)
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
