@@ -256,6 +256,8 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         strict_labels="train" not in splits,
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
+        layers=settings.layers,
+        unroll=settings.unroll,
     )
     methods.check_layers(settings, config.num_hidden_layers)
     modules = pe_modules.chosen_config(settings)

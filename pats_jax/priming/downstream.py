@@ -42,7 +42,7 @@ from pats_jax.training import preemption
 # primed runs).
 _FREE = frozenset(
     "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
-    "compilation_cache_dir num_devices parallel".split()
+    "compilation_cache_dir num_devices parallel layers unroll".split()
 )
 
 

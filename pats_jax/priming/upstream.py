@@ -118,6 +118,8 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
         key=settings.seed,
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        layers=settings.layers,
+        unroll=settings.unroll,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

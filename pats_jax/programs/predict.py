@@ -18,7 +18,7 @@ from pats_jax.files import write_text
 from pats_jax.models import peft
 from pats_jax.run import compilation_cache
 from pats_jax.train_state import make_predict_step
-from pats_jax.training import shape_costs
+from pats_jax.training import runners, shape_costs
 from pats_jax.training.evaluation import DAMAGED, check_finite, sequence_length, to_tsv
 from pats_jax.training.loop import predict_logits
 
@@ -87,7 +87,8 @@ def predict_texts(
     if peft.is_peft_folder(model):
         network, params, config = peft.load_peft_model(model)
     else:
-        network, params, config = models.from_pretrained(model, num_labels=None)
+        layers = runners.default_layers(jax.default_backend())
+        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers)
     longest = network.max_length
     asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
     max_length = sequence_length(asked, network)

@@ -26,7 +26,7 @@ class Start(Generic[Kind]):
     """A run that is about to start; a context manager, which releases the folder at its end.
 
     Attributes:
-      settings: the settings, with folder and batch sizes filled in.
+      settings: the settings, with folder, layers and batch sizes filled in.
       runner: runs steps on the run's devices.
       folder: the output folder.
       console: prints for process 0; silent in all others.
@@ -118,6 +118,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = runners.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
+    settings = settings.with_layers(runners.default_layers(runner.platform))
     folder = pathlib.Path(str(settings.output_dir))
     lock = FolderLock(folder)
     resuming = settings.resume and (folder / "config.json").exists()

@@ -112,6 +112,8 @@ class TrainingSettings:
     profile: bool = False  # profile ten steps with JAX's profiler; the trace goes to output_dir/profile
     dtype: Literal["float32", "bfloat16"] = "float32"  # type for computation; parameters and state stay float32
     gradient_checkpointing: bool = False  # save memory: recompute activations in the backward pass
+    layers: Literal["auto", "separate", "stacked"] = "auto"  # encoder layers: arrays each, or a loop over stacked ones
+    unroll: int = 1  # stacked layers: layers in one iteration of the loop
     parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
     fsdp: int = 1  # shard parameters and optimizer state over N devices
     num_devices: int | None = None  # use only N devices; if unset, all
@@ -144,6 +146,10 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
+
+    def with_layers(self, default: str) -> Self:
+        """The same settings with the backend's default in the place of ``--layers auto``."""
+        return self if self.layers != "auto" else dataclasses.replace(self, layers=default)
 
     def with_batch_size(self, num_devices: int) -> Self:
         """The same settings with both batch sizes filled in for this many devices.
@@ -250,6 +256,8 @@ _FREE_ON_RESUME = (
     "report_to",
     "profile",
     "gradient_checkpointing",
+    "layers",
+    "unroll",
     "parallel",
     "fsdp",
     "num_devices",
@@ -262,7 +270,7 @@ _RULES = (
         "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
-        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length "
+        "num_processes heartbeat_timeout_seconds unroll lora_rank adapter_size prompt_length prefix_length "
         "shots tasks_per_step inner_steps inner_batch_size task_batch_size",
         lambda x: x >= 1,
         "at least 1",

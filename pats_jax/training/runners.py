@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pats_jax.errors import InputError
+from pats_jax.models.layout import is_stacked
 from pats_jax.train_state import Batch, Metrics, TrainState
 
 DATA, FSDP = "data", "fsdp"
@@ -118,6 +119,11 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     shape = (len(devices) // fsdp, fsdp)
     mesh = jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
+
+
+def default_layers(platform: str) -> str:
+    """What ``--layers auto`` is on a platform ("cpu", "gpu", "tpu"): the faster of "separate" and "stacked"."""
+    return "separate" if platform == "cpu" else "stacked"
 
 
 class CompiledProgram:
@@ -251,7 +257,7 @@ class MeshRunner:
 
     Rows of a batch are split across both axes. Parameters and all that has their shape in the optimizer's state
     are cut along their largest dimension that "fsdp" divides, biases and other vectors excepted; everything else is
-    the same on all devices. XLA puts in the communication.
+    the same on all devices. The layers of stacked ones are never dealt out. XLA puts in the communication.
 
     Attributes:
       mesh: all devices of the run, over all processes.
@@ -306,16 +312,26 @@ class MeshRunner:
 
     def place(self, tree: Any) -> Any:
         """Places a tree of arrays that every process holds in full, such as parameters, on the mesh."""
-        return jax.tree.map(lambda x: jax.device_put(x, self.sharding_of(x)), tree)
+        return jax.tree.map(jax.device_put, tree, self.shardings_of(tree))
 
-    def sharding_of(self, leaf: Any) -> NamedSharding:
-        """The sharding of a leaf of the training state, by shape alone, so moments are placed like their parameters."""
+    def shardings_of(self, tree: Any) -> Any:
+        """The sharding of every leaf of parameters, or of a training state with such trees in it."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding_of(x, stacked=is_stacked(path)), tree)
+
+    def sharding_of(self, leaf: Any, *, stacked: bool = False) -> NamedSharding:
+        """The sharding of a leaf by its shape alone, so moments are placed like their parameters.
+
+        Args:
+          leaf: an array, or its shape.
+          stacked: whether its first axis is that of stacked layers, which is not cut.
+        """
         parts = self.mesh.shape[FSDP]
-        divisible = [size if size % parts == 0 else 0 for size in leaf.shape]
+        layers = [0] if stacked else []
+        divisible = [size if size % parts == 0 else 0 for size in leaf.shape[len(layers) :]]
         if parts == 1 or len(divisible) < 2 or max(divisible) == 0:
             return self.replicated
-        axes = [None] * len(divisible)
-        axes[int(np.argmax(divisible))] = FSDP  # type: ignore[call-overload]
+        axes = [None] * leaf.ndim
+        axes[len(layers) + int(np.argmax(divisible))] = FSDP  # type: ignore[call-overload]
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
@@ -330,7 +346,7 @@ class MeshRunner:
     def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         """What `create_state` gives, as shapes with their shardings; computes nothing."""
         shapes = jax.eval_shape(lambda params: create(params=params), params)
-        return jax.tree.map(lambda x: _with_shape_of(x, self.sharding_of(x)), shapes)
+        return jax.tree.map(_with_shape_of, shapes, self.shardings_of(shapes))
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
