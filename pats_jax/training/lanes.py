@@ -165,18 +165,18 @@ class LaneProgram:
             params=state.params,
             tx=self._optimizer(lane, rates, state.params),
             opt_state=state.opt_state,
-            stored_key=random.StoredKey.of(settings.seed),
+            stored_key=random.StoredKey(lane["words"], random.NAME),
             frozen=frozen,
         )
         alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True)(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
-        return LaneState(alone.step, skipped, alone.params, alone.opt_state), metrics
+        return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 
     def _settings(self, lane):
         """The settings of one lane: traced numbers, and a key for the seed."""
-        numbers = {name: lane[name] for name in LANE_NUMBERS}
-        key = random.key_from_data(lane["words"], random.NAME)
-        return dataclasses.replace(self.settings, **numbers, seed=key)
+        own: dict[str, Any] = {name: lane[name] for name in LANE_NUMBERS}
+        own["seed"] = random.key_from_data(lane["words"], random.NAME)
+        return dataclasses.replace(self.settings, **own)
 
     def _optimizer(self, lane, rates, params):
         settings = self._settings(lane)
@@ -346,7 +346,8 @@ def fit(
     """
     lanes, frozen, rates = jax.device_put((lanes, frozen, rates))
     evaluation = [(rows, jax.device_put(batch)) for rows, batch in evaluation]
-    pending, logits = [], {}
+    pending: list[train_state.Metrics] = []
+    logits: dict[int, np.ndarray] = {}
 
     def evaluate():
         parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
