@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import rich.markup
 import rich.table
@@ -15,9 +16,9 @@ from pats_jax import objectives, transforms, trees
 from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, sage, sift
 from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
+from pats_jax.models.layout import layer_axis, separate_names
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.run.settings import TrainingSettings
-from pats_jax.train_state import parameter_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def make_optimizer(
             optax.chain(
                 optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
                 *(method.scaling(context) for method in methods if method.scaling),
-                optax.add_decayed_weights(settings.weight_decay, jax.tree.map(lambda p: p.ndim > 1, params)),
+                optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
                 optax.scale_by_learning_rate(schedule),
             ),
         ),
@@ -185,6 +186,11 @@ def make_optimizer(
     if settings.freeze_unselected:
         optimizer = _freeze_unselected(optimizer, settings)
     return transforms.with_raw_gradient(optimizer)
+
+
+def _is_matrix(params):
+    """A tree of bools like params; the layer axis of stacked layers is no dimension of a tensor."""
+    return jax.tree.map(lambda p, axis: p.ndim - (axis >= 0) > 1, params, layer_axis(params))
 
 
 def _clip_by_global_norm(max_norm):
@@ -257,14 +263,22 @@ def statistics(settings: TrainingSettings, schedule: optax.Schedule, opt_state: 
 def layer_mask(params: Any, pattern: str, flag: str = "--noise_layers") -> Any:
     """A tree of bools like params: whether the parameter's path, its names joined by dots, matches the regex.
 
+    Of stacked layers each layer's own path is matched, as if they were separate; where only some match, the answer is
+    an array of bools (layers,).
+
     Raises:
       InputError: if the pattern is not a valid regex, takes too long to match, or matches no parameter.
     """
     matches = compile_pattern(pattern, flag)
-    paths = jax.tree_util.tree_map_with_path(lambda path, _: parameter_name(path), params)
-    mask = jax.tree.map(matches, paths)
-    if not any(jax.tree.leaves(mask)):
-        raise InputError(f"{flag} {shown(pattern)}: matches no parameter; one path is {jax.tree.leaves(paths)[-1]}")
+    names: list[str] = []
+
+    def matched(path, param):
+        names.extend(own := separate_names(path, param))
+        return trees.as_kept([matches(name) for name in own])
+
+    mask = jax.tree_util.tree_map_with_path(matched, params)
+    if not any(np.any(keep) for keep in jax.tree.leaves(mask)):
+        raise InputError(f"{flag} {shown(pattern)}: matches no parameter; one path is {names[-1]}")
     return mask
 
 
@@ -305,11 +319,13 @@ def _pats(context):
         distribution=settings.distribution,
         mask=layer_mask(context.params, settings.noise_layers),
         sensitivity_dtype=settings.sensitivity_dtype,
+        layer_axis=layer_axis,
     )
 
 
 def _noise_statistics(opt_state, schedule, settings):
-    return transforms.noise_statistics(opt_state, _noise_scale(schedule, settings), settings.response)
+    scale = _noise_scale(schedule, settings)
+    return transforms.noise_statistics(opt_state, scale, settings.response, layer_axis=layer_axis)
 
 
 def _stage_steps(context):

@@ -80,7 +80,8 @@ class PatsNoiseState(NamedTuple):
       stored_key: of the noise, the same at every step; the draws of a step are folded from it and `count`.
       decay_power: () float32, decay**t, which `sensitivity` corrects the bias with.
       sensitivity: a tree like params, S_t before bias correction; None where the mask leaves a leaf out.
-      initial_std: a tree like params, () float32 each, standard deviation of the leaf at init; None where masked.
+      initial_std: a tree like params, standard deviation of the leaf at init, () float32, or (layers,) for a leaf with
+        a layer axis; None where masked.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -104,6 +105,7 @@ def pats_noise(
     distribution: str = "uniform",
     mask: Any | Callable[[Any], Any] = None,
     sensitivity_dtype: Any = None,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds noise to the update: much on parameters of low sensitivity, none on those of high sensitivity.
 
@@ -136,6 +138,11 @@ def pats_noise(
         state. None is every leaf.
       sensitivity_dtype: dtype in which S_t is stored, float32 if None; r_t is that of the stored one. All is computed
         in float32.
+      layer_axis: for leaves that hold the tensors of many layers, as `flax.linen.scan` makes them: the axis of the
+        layers, an int for every leaf, or a tree prefix of ints with -1 where there is none, or a function of params
+        that returns one. Each layer is then a tensor of its own, with its own mean, standard deviation and draws, and a
+        mask may have an array of bools (layers,) for such a leaf. None: each leaf is one tensor. For this library's
+        own models `pats_jax.models.layer_axis`.
 
     Returns:
       A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
@@ -172,14 +179,16 @@ def pats_noise(
     sensitivity_dtype = jnp.dtype(jnp.float32 if sensitivity_dtype is None else sensitivity_dtype)
 
     def init(params):
-        noisy = trees.cut_to(trees.resolve_mask(mask, params), params)
+        kept = trees.resolve_layer_mask(mask, params)
+        noisy = trees.cut_to(kept, params)
         _warn_of_rounding(noisy)
+        axes = trees.resolve_layer_axis(layer_axis, params)
         return PatsNoiseState(
             count=jnp.zeros([], jnp.int32),
             stored_key=random.StoredKey.of(key),
             decay_power=jnp.ones([], jnp.float32),
             sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
-            initial_std=jax.tree.map(trees.std, noisy),
+            initial_std=trees.map_held(_initial_std, noisy, axes, kept),
         )
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
@@ -188,18 +197,23 @@ def pats_noise(
         scale = noise_scale(state.count) if callable(noise_scale) else noise_scale
         treedef: Any  # its methods are not in JAX's type stubs
         leaves, treedef = jax.tree.flatten(updates, is_leaf=trees.is_masked)
-        keys = trees.leaf_keys(jax.random.fold_in(state.key, state.count), updates)
+        axes = trees.resolve_layer_axis(layer_axis, updates)
+        keys = trees.leaf_keys(jax.random.fold_in(state.key, state.count), updates, axes)
 
-        def update_leaf(u, leaf_key, p, g, old, std):
+        def update_leaf(u, axis, leaf_key, p, g, old, std):
             if old is None or trees.is_masked(u):
                 return u, old
+            return trees.each_layer(update_tensor, axis, u, p, g, old, per_layer=(std, leaf_key))
+
+        def update_tensor(u, p, g, old, std, tensor_key):
             new = _stored(trees.moving_average(old, trees.saliency(p, g), decay), sensitivity_dtype)
             if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
                 return u, new
-            noise = scale * std * respond(_relative(new)) * draw(leaf_key, u.shape)
+            noise = scale * std * respond(_relative(new)) * draw(tensor_key, u.shape)
             return (u + noise).astype(u.dtype), new
 
-        columns = [treedef.flatten_up_to(tree) for tree in (keys, params, grad, state.sensitivity, state.initial_std)]
+        trees_of_leaves = (axes, keys, params, grad, state.sensitivity, state.initial_std)
+        columns = [treedef.flatten_up_to(tree) for tree in trees_of_leaves]
         results = [update_leaf(*row) for row in zip(leaves, *columns, strict=True)]
         new_state = state._replace(
             count=optax.safe_increment(state.count),
@@ -258,6 +272,7 @@ def pats(
     distribution: str = "uniform",
     mask: Any | Callable[[Any], Any] = None,
     sensitivity_dtype: Any = None,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optimizer, with sensitivity-aware noise added to its updates.
 
@@ -273,6 +288,7 @@ def pats(
       distribution: ``"uniform"`` or ``"normal"``.
       mask: which leaves get noise.
       sensitivity_dtype: dtype of the stored sensitivity.
+      layer_axis: the axis of the layers in leaves that hold many.
 
     Returns:
       A gradient transformation whose ``update`` requires params.
@@ -299,6 +315,7 @@ def pats(
         distribution=distribution,
         mask=mask,
         sensitivity_dtype=sensitivity_dtype,
+        layer_axis=layer_axis,
     )
     if isinstance(inner, optax.MultiSteps):
         return _inside_multi_steps(inner, lambda optimizer: with_raw_gradient(optax.chain(optimizer, noise)))
@@ -333,7 +350,11 @@ def sensitivity(opt_state: Any) -> Any:
 
 
 def noise_statistics(
-    opt_state: Any, noise_scale: optax.ScalarOrSchedule, response: str | Response = "linear"
+    opt_state: Any,
+    noise_scale: optax.ScalarOrSchedule,
+    response: str | Response = "linear",
+    *,
+    layer_axis: trees.LayerAxis = None,
 ) -> dict[str, jax.Array]:
     """How much noise the last update had, from the optimizer state alone: no draw is repeated.
 
@@ -341,6 +362,7 @@ def noise_statistics(
       opt_state: the state of an optimizer that contains `pats_noise`, after an update.
       noise_scale: as given to `pats_noise`.
       response: as given to `pats_noise`.
+      layer_axis: as given to `pats_noise`.
 
     Returns:
       ``noise_norm``: () float32, sqrt(sum of sd_t^2), the root of the expected squared norm of the noise;
@@ -354,8 +376,11 @@ def noise_statistics(
     for state in _noise_states(opt_state, "noise_statistics"):
         scale = noise_scale(jnp.maximum(state.count - 1, 0)) if callable(noise_scale) else noise_scale
         scale = jnp.where(state.count > 0, scale, 0.0)
-        for s, std in zip(jax.tree.leaves(state.sensitivity), jax.tree.leaves(state.initial_std), strict=True):
-            sd = scale * std * respond(_relative(s))
+        axes = jax.tree.leaves(trees.resolve_layer_axis(layer_axis, state.sensitivity))
+        stds = jax.tree.leaves(state.initial_std)
+        for s, std, axis in zip(jax.tree.leaves(state.sensitivity), stds, axes, strict=True):
+            share = trees.each_layer(lambda s, std: std * respond(_relative(s)), axis, s, per_layer=(std,))
+            sd = scale * share
             square, noisy = square + jnp.sum(sd**2), noisy + jnp.sum(sd > 0)
     return {"noise_norm": jnp.sqrt(square), "noisy_parameters": noisy}
 
@@ -375,6 +400,12 @@ def _noise_states(opt_state, caller):
 
 def _response(response):
     return response if callable(response) else choose("response", response, RESPONSES)
+
+
+def _initial_std(param, axis, kept):
+    """The standard deviation of each tensor of a leaf; 0 for a layer that the mask leaves out: it gets no noise."""
+    std = trees.each_layer(trees.std, axis, param, out_axis=0)
+    return jnp.where(kept, std, 0.0) if isinstance(kept, np.ndarray) else std
 
 
 def _stored(sensitivity, dtype):

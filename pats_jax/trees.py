@@ -1,4 +1,4 @@
-"""What all transforms stand on: masks, a key for every leaf, states inside states, W_eff, input features, checks.
+"""What all transforms stand on: masks, layers, a key for every leaf, states inside states, W_eff, input rows, checks.
 
 A transform holds state for the leaves that its mask takes: a tree like params with None at the others. Where
 `optax.masked` or `optax.partition` cut a leaf out, both have an `optax.MaskedNode` in its place.
@@ -31,20 +31,38 @@ def is_absent(x: Any) -> bool:
 def resolve_mask(mask: Any, params: Any) -> Any:
     """The mask (a tree prefix of bools, a function of params, None for every leaf) as a tree of bools like params.
 
-    optax.MaskedNode counts as a leaf.
+    optax.MaskedNode counts as a leaf. An array of bools, one for each layer of a leaf, is one bool if all are the same.
+
+    Raises:
+      ValueError: if it takes some layers of a leaf and leaves others out.
     """
-    prefix = True if mask is None else mask(params) if callable(mask) else mask
+    resolved = resolve_layer_mask(mask, params)
+    if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(resolved)):
+        raise ValueError("mask: takes some layers of a stacked leaf and leaves others out; use separate layers")
+    return resolved
+
+
+def resolve_layer_mask(mask: Any, params: Any) -> Any:
+    """As `resolve_mask`; a leaf some of whose layers the mask takes has an array of bools (layers,)."""
+    return _resolve_prefix(True if mask is None else mask(params) if callable(mask) else mask, params, as_kept)
+
+
+def as_kept(keep: Any) -> bool | np.ndarray:
+    """A bool, or bools of layers (layers,), as one bool if all are the same."""
+    kept = np.asarray(keep, bool)
+    return bool(kept.flat[0]) if kept.size and np.all(kept == kept.flat[0]) else kept
+
+
+def _resolve_prefix(prefix, params, convert):
+    """A tree like params of the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
     return jax.tree.map(
-        lambda keep, part: jax.tree.map(lambda _: bool(keep), part, is_leaf=is_masked),
-        prefix,
-        params,
-        is_leaf=is_masked,
+        lambda x, part: jax.tree.map(lambda _: convert(x), part, is_leaf=is_masked), prefix, params, is_leaf=is_masked
     )
 
 
 def cut_to(mask: Any, params: Any) -> Any:
     """params with None at the leaves that a tree of bools leaves out; optax.MaskedNode stays."""
-    return jax.tree.map(lambda keep, p: p if keep or is_masked(p) else None, mask, params)
+    return jax.tree.map(lambda keep, p: p if np.any(keep) or is_masked(p) else None, mask, params)
 
 
 def partition(mask: Any, params: Any) -> tuple[Any, Any]:
@@ -84,16 +102,90 @@ def own_key(key: int | jax.Array, method: str) -> jax.Array:
     return jax.random.fold_in(random.as_key(key), _number(method))
 
 
-def leaf_keys(key: jax.Array, tree: Any) -> Any:
-    """A tree like ``tree`` (optax.MaskedNode counts as a leaf) with a key at every leaf.
+def leaf_keys(key: jax.Array, tree: Any, axes: Any = None) -> Any:
+    """A tree like ``tree`` (optax.MaskedNode counts as a leaf) with a key at every leaf, or (layers,) keys.
 
-    Named by its path, a leaf draws the same whatever else is in the tree, and never what its neighbour draws.
+    Named by its path, a leaf draws the same whatever else is in the tree, and never what its neighbour draws. A layer's
+    key is folded from the name that all layers share and from the layer's number, which is its place along the layer
+    axis, or stands in its path below one of `_LAYER_LISTS`: so stacked and separate layers draw the same.
+
+    Args:
+      key: what the keys are folded from.
+      tree: whose leaves they are for.
+      axes: see `resolve_layer_axis`; None: no leaf has a layer axis.
     """
     treedef: Any  # its methods are not in JAX's type stubs
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    layer_axes = [-1] * len(leaves) if axes is None else treedef.flatten_up_to(axes)
+    sizes = [leaf.shape[axis] if axis >= 0 else 0 for (_, leaf), axis in zip(leaves, layer_axes, strict=True)]
+    paths = [(path, None) if size else _without_layer(path) for (path, _), size in zip(leaves, sizes, strict=True)]
     # All keys are folded at once: leaf by leaf it takes XLA seconds to compile.
-    names = jnp.array([_number(jax.tree_util.keystr(path)) for path, _ in leaves], jnp.uint32)
-    return treedef.unflatten(jax.vmap(jax.random.fold_in, (None, 0))(key, names))
+    fold = jax.vmap(jax.random.fold_in)
+    names = jnp.array([_number(jax.tree_util.keystr(path)) for path, _ in paths], jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
+    numbered = np.array([number is not None for _, number in paths])
+    numbers = jnp.array([number or 0 for _, number in paths], jnp.uint32)
+    keys = jnp.where(numbered, fold(keys, numbers), keys) if numbered.any() else keys
+    found = {index: keys[index] for index, size in enumerate(sizes) if not size}
+    for size in set(sizes) - {0}:
+        places = np.flatnonzero(np.array(sizes) == size)
+        layers = jax.vmap(fold, (None, 0), 1)
+        of_layers = layers(keys[places], jnp.broadcast_to(jnp.arange(size)[:, None], (size, len(places))))
+        found |= {int(place): of_layers[row] for row, place in enumerate(places)}
+    return treedef.unflatten(found[index] for index in range(len(leaves)))
+
+
+_LAYER_LISTS = ("layer", "layers", "block")  # names of Hugging Face's lists of layers
+
+
+def _without_layer(path):
+    """A path without the number of its layer, and the number; None where there is none."""
+    for place, (above, entry) in enumerate(zip(path, path[1:], strict=False), 1):
+        number = str(getattr(entry, "key", getattr(entry, "idx", "")))
+        if getattr(above, "key", getattr(above, "name", None)) in _LAYER_LISTS and number.isdecimal():
+            return path[:place] + path[place + 1 :], int(number)
+    return path, None
+
+
+# layers of stacked leaves
+
+LayerAxis = Any  # None, an int, a tree prefix of ints, or a function of params that returns one
+
+
+def resolve_layer_axis(layer_axis: LayerAxis, params: Any) -> Any:
+    """The layer axis (None for no leaf, an int, a tree prefix of ints, a function of params) as a tree like params.
+
+    Each int is the axis along which a leaf holds the tensors of many layers, counted from 0; -1: it is one tensor.
+    optax.MaskedNode counts as a leaf.
+
+    Raises:
+      ValueError: if a leaf has no such axis.
+    """
+    prefix = -1 if layer_axis is None else layer_axis(params) if callable(layer_axis) else layer_axis
+    axes = _resolve_prefix(prefix, params, int)
+
+    def check(axis, leaf):
+        if not is_masked(leaf) and not -1 <= axis < leaf.ndim:
+            raise ValueError(f"layer_axis={axis} is not an axis of a parameter of shape {leaf.shape}")
+
+    jax.tree.map(check, axes, params, is_leaf=is_masked)
+    return axes
+
+
+def each_layer(function: Callable, axis: int, *leaves: Any, per_layer: tuple = (), out_axis: int | None = None) -> Any:
+    """``function(*leaves, *per_layer)`` of one tensor, or of each layer of leaves with a layer axis.
+
+    Args:
+      function: of leaves without layer axis.
+      axis: the leaves' layer axis, or -1.
+      leaves: arrays of the shape of one leaf.
+      per_layer: further arguments, of which each layer has its own: (layers, ...).
+      out_axis: where the results have the layers; None: where the leaves have them.
+    """
+    if axis < 0:
+        return function(*leaves, *per_layer)
+    in_axes = (axis,) * len(leaves) + (0,) * len(per_layer)
+    return jax.vmap(function, in_axes, axis if out_axis is None else out_axis)(*leaves, *per_layer)
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:

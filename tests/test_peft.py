@@ -388,12 +388,12 @@ def test_dropout_is_on_the_input_of_loras_branch():
 
     x = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
     params = {"dense": {"kernel": np.zeros((50, 50), np.float32), "bias": np.full(50, 9.0, np.float32)}}
-    tree = {("dense", name, "kernel"): jnp.eye(50) for name in ("lora_A", "lora_B")}
+    tree = {"dense": {name: {"kernel": jnp.eye(50)} for name in ("lora_A", "lora_B")}}
     config = peft.LoraConfig(rank=50, alpha=100.0, dropout=0.25)
 
     def branch(deterministic, seed=0):
-        with nn.intercept_methods(config.interceptor(tree, None, deterministic)):
-            return One().apply({"params": params}, x, rngs={"dropout": random.fast_key(seed)}) - 9.0
+        with nn.intercept_methods(config.interceptor(None, deterministic)):
+            return One().apply({"params": params, "peft": tree}, x, rngs={"dropout": random.fast_key(seed)}) - 9.0
 
     np.testing.assert_allclose(branch(True), 2 * x, atol=1e-5)
     kept = branch(False) != 0

@@ -1,6 +1,12 @@
 from . import peft as peft
 from .bert import SequenceClassifier as SequenceClassifier
 from .config import EncoderConfig as EncoderConfig
+from .layout import (
+    has_stacked_layers as has_stacked_layers,
+    layer_axis as layer_axis,
+    stack_layers as stack_layers,
+    unstack_layers as unstack_layers,
+)
 from .masked_lm import (
     load_mlm_head as load_mlm_head,
     mlm_logits as mlm_logits,

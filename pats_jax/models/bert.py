@@ -9,7 +9,7 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,16 @@ from pats_jax.models.config import EncoderConfig
 # Added to the score of a masked token. Its exponential is exactly 0 in float32, and unlike -inf it leaves a row
 # without any token finite: such filler rows must not give NaN.
 _MASKED = -1e30
+
+SEPARATE, STACKED = LAYOUTS = ("separate", "stacked")
+
+
+class Form(NamedTuple):
+    """How the layers are held and run; see `SequenceClassifier`."""
+
+    layers: str
+    unroll: int
+    gradient_checkpointing: bool
 
 
 def _gelu(x: Array) -> Array:
@@ -68,7 +78,8 @@ def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> LayerNorm:
 class Embeddings(nn.Module):
     """Sum of word, position and token type embeddings, normalised.
 
-    In torch the padding token's own embedding has no gradient by decree; here because a masked token reaches no head.
+    Rows are looked up and summed in float32, so their gradients add up in float32 as well. As torch has it
+    (``padding_idx``), the padding token's word embedding and RoBERTa's position embedding of padding get no gradient.
     """
 
     config: EncoderConfig
@@ -79,24 +90,53 @@ class Embeddings(nn.Module):
         """Embeds tokens, ids (batch, length) or their word embeddings (batch, length, hidden), as the latter shape."""
         config = self.config
 
-        def embed(count: int, name: str) -> nn.Embed:
+        def table(count: int, name: str) -> Array:
             init = nn.initializers.normal(config.initializer_range)
-            return nn.Embed(count, config.hidden_size, dtype=self.dtype, embedding_init=init, name=name)
+            return nn.Embed(count, config.hidden_size, embedding_init=init, name=name).embedding
 
         if tokens.ndim == 2:
-            hidden, is_token = embed(config.vocab_size, "word_embeddings")(tokens), tokens != config.pad_token_id
+            words, is_token = table(config.vocab_size, "word_embeddings"), tokens != config.pad_token_id
+            hidden = look_up(words, tokens, padding=config.pad_token_id)
         else:
-            hidden, is_token = tokens, attention_mask != 0
-        hidden += embed(config.type_vocab_size, "token_type_embeddings")(token_type_ids)
-        hidden += embed(config.max_position_embeddings, "position_embeddings")(self._positions(is_token))
+            hidden, is_token = tokens.astype(jnp.float32), attention_mask != 0
+        hidden += choose_row(table(config.type_vocab_size, "token_type_embeddings"), token_type_ids)
+        hidden += self._positions(table(config.max_position_embeddings, "position_embeddings"), is_token)
         hidden = _layer_norm(config, self.dtype)(hidden)
         return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic=deterministic)
 
-    def _positions(self, is_token: Array) -> Array:
-        """BERT: 0, 1, ... (1, length). RoBERTa: padding has ``pad_token_id``, the others count on from it."""
+    def _positions(self, table: Array, is_token: Array) -> Array:
+        """BERT: 0, 1, ... (length, hidden). RoBERTa: padding has ``pad_token_id``, the others count on from it."""
+        first, length = self.first_position(is_token.shape[1]), is_token.shape[1]
         if not self.config.is_roberta:
-            return jnp.arange(is_token.shape[1])[None]
-        return jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
+            return table[first : first + length]
+        padding = self.config.pad_token_id
+        return look_up(table, (jnp.cumsum(is_token, axis=1) + first) * is_token + padding, padding=padding)
+
+    def first_position(self, length: int) -> int:
+        """The position of the first of ``length`` tokens: 0, unless a prefix (`pats_jax.models.peft`) counts itself."""
+        return 0
+
+
+def look_up(table: Array, ids: Array, *, padding: int) -> Array:
+    """Rows of a table (rows, hidden) by ids (...), as (..., hidden); NaN for an id that the table does not have.
+
+    The row ``padding`` gets no gradient. Its adds are left out, not masked: a GPU adds the gradients of many tokens to
+    one row one after the other.
+    """
+    is_padding = ids == padding
+    rows = jnp.take(table, jnp.where(is_padding, len(table), ids), axis=0)
+    return jnp.where(is_padding[..., None], jax.lax.stop_gradient(table[padding]), rows)
+
+
+def choose_row(table: Array, ids: Array) -> Array:
+    """Rows of a small table (rows, hidden) by ids (...), as (..., hidden); NaN for an id that the table does not have.
+
+    Chosen one row after the other: the gradient is then a sum for each row, without a scatter into few of them.
+    """
+    chosen = jnp.full((*ids.shape, table.shape[1]), jnp.nan, table.dtype)
+    for number, row in enumerate(table):
+        chosen = jnp.where((ids == number)[..., None], row, chosen)
+    return chosen
 
 
 class SelfAttention(nn.Module):
@@ -198,25 +238,89 @@ class Layer(nn.Module):
 
 
 class LayerStack(nn.Module):
-    """The layers, named "0", "1", ..."""
+    """The layers: each with a subtree of parameters of its own, "0", "1", ..., or one with a leading axis of layers.
+
+    A layer's dropout key is folded from the layer's number, so both draw the same.
+    """
 
     config: EncoderConfig
     dtype: DTypeLike
-    gradient_checkpointing: bool
+    form: Form
 
     @nn.compact
     def __call__(
-        self, hidden: Array, bias: Array, *, first_layer: int, deterministic: bool, first_token_only: bool
+        self,
+        hidden: Array,
+        bias: Array,
+        *,
+        first_layer: int,
+        deterministic: bool,
+        first_token_only: bool,
+        output_hidden_states: bool,
     ) -> tuple[Array, ...]:
-        """Returns what goes into the layer of that number and what comes out of it and of each layer after it."""
-        # the two flags are static; nn.remat counts the module itself as argument 0
-        layer = nn.remat(Layer, static_argnums=(3, 4)) if self.gradient_checkpointing else Layer
+        """Returns what goes into the layer of that number and what comes out of it and of each layer after it.
+
+        Stacked layers without ``output_hidden_states`` return the first and the last of these.
+        """
+        if self.is_initializing():
+            self._initialize(hidden, bias)
+        numbers = jnp.arange(first_layer, self.config.num_hidden_layers)
+        keys = None
+        if not deterministic and self.has_rng("dropout"):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), numbers)
+        run = functools.partial(self._stacked if self.form.layers == STACKED else self._separate, hidden, bias, keys)
+        return run(first_layer, deterministic, first_token_only, output_hidden_states)
+
+    def _layer(self, hidden, bias, variables, key, deterministic, first_token_only):
+        def apply(variables, key, hidden, bias):
+            rngs = None if key is None else {"dropout": key}
+            layer = Layer(self.config, self.dtype, parent=None)
+            return layer.apply(variables, hidden, bias, deterministic, first_token_only, rngs=rngs)
+
+        if self.form.gradient_checkpointing:
+            apply = jax.checkpoint(apply, prevent_cse=self.form.layers == SEPARATE)
+        return apply(variables, key, hidden, bias)
+
+    def _separate(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
         last = self.config.num_hidden_layers - 1
         states = [hidden]
         for index in range(first_layer, last + 1):
-            only = first_token_only and index == last
-            states.append(layer(self.config, self.dtype, name=str(index))(states[-1], bias, deterministic, only))
+            variables = {name: tree.get(str(index), {}) for name, tree in self.variables.items()}
+            key, only = None if keys is None else keys[index - first_layer], first_token_only and index == last
+            states.append(self._layer(states[-1], bias, variables, key, deterministic, only))
         return tuple(states)
+
+    def _stacked(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
+        # Matrices are cast for all layers at once, so what the backward pass reads again is not kept a second time.
+        stack = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 2 else x, dict(self.variables))
+        if first_layer:
+            stack = jax.tree.map(lambda x: x[first_layer:], stack)
+        xs = (stack, keys)
+
+        def body(hidden, layer):
+            variables, key = layer
+            hidden = self._layer(hidden, bias, variables, key, deterministic, False)
+            return hidden, hidden if output_hidden_states else None
+
+        scanned = jax.tree.map(lambda x: x[:-1], xs) if first_token_only else xs
+        final, inner = jax.lax.scan(body, hidden, scanned, unroll=self.form.unroll)
+        states = [hidden, *inner] if output_hidden_states else [hidden]
+        if first_token_only:
+            variables, key = jax.tree.map(lambda x: x[-1], xs)
+            states.append(self._layer(final, bias, variables, key, deterministic, True))
+        elif not output_hidden_states:
+            states.append(final)
+        return tuple(states)
+
+    def _initialize(self, hidden, bias):
+        layer, key = Layer(self.config, self.dtype, parent=None), self.make_rng("params")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.config.num_hidden_layers))
+        drawn = [layer.init(key, hidden, bias, True, False)["params"] for key in keys]
+        trees = {str(index): tree for index, tree in enumerate(drawn)}
+        if self.form.layers == STACKED:
+            trees = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+        for name, tree in trees.items():
+            self.put_variable("params", name, tree)
 
 
 class Encoder(nn.Module):
@@ -224,11 +328,11 @@ class Encoder(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
-    gradient_checkpointing: bool
+    form: Form
 
     @nn.compact
     def __call__(self, hidden: Array, bias: Array, **options: Any) -> tuple[Array, ...]:
-        return LayerStack(self.config, self.dtype, self.gradient_checkpointing, name="layer")(hidden, bias, **options)
+        return LayerStack(self.config, self.dtype, self.form, name="layer")(hidden, bias, **options)
 
 
 class Pooler(nn.Module):
@@ -247,7 +351,7 @@ class EncoderModel(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
-    gradient_checkpointing: bool
+    form: Form
 
     @nn.compact
     def __call__(
@@ -258,7 +362,7 @@ class EncoderModel(nn.Module):
         *,
         hidden_state: int | None,
         deterministic: bool,
-        first_token_only: bool,
+        **options: bool,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden), and the hidden states.
 
@@ -269,12 +373,8 @@ class EncoderModel(nn.Module):
             tokens = Embeddings(self.config, self.dtype, name="embeddings")(
                 tokens, attention_mask, token_type_ids, deterministic=deterministic
             )
-        states = Encoder(self.config, self.dtype, self.gradient_checkpointing, name="encoder")(
-            tokens,
-            bias,
-            first_layer=hidden_state or 0,
-            deterministic=deterministic,
-            first_token_only=first_token_only,
+        states = Encoder(self.config, self.dtype, self.form, name="encoder")(
+            tokens, bias, first_layer=hidden_state or 0, deterministic=deterministic, **options
         )
         if self.config.is_roberta:
             return states[-1][:, 0], states
@@ -305,12 +405,27 @@ class SequenceClassifier(nn.Module):
             comparison.
         gradient_checkpointing: Keep only what goes from layer to layer for the backward pass, and compute the rest
             again: less memory, about a third more work. Logits and gradients are the same but for rounding.
+        layers: ``"separate"`` gives each encoder layer a subtree of parameters, ``encoder.layer.0``, ...;
+            ``"stacked"`` gives the leaves under ``encoder.layer`` a leading axis of layers, (layers, ...), and runs
+            `jax.lax.scan` over it: one program for all layers, and few arrays for the optimizer.
+            `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
+            rounding.
+        unroll: Layers in one iteration of that scan.
     """
 
     config: EncoderConfig
     dtype: DTypeLike = jnp.float32
     first_token_only: bool = True
     gradient_checkpointing: bool = False
+    layers: str = SEPARATE
+    unroll: int = 1
+
+    def __post_init__(self):
+        if self.layers not in LAYOUTS:
+            raise ValueError(f"layers={self.layers!r} is not one of {', '.join(map(repr, LAYOUTS))}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll={self.unroll} must be at least 1")
+        super().__post_init__()
 
     @property
     def max_length(self) -> int:
@@ -363,13 +478,15 @@ class SequenceClassifier(nn.Module):
             attention_mask = jnp.ones(shape, jnp.int32)
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, jnp.int32)
-        features, states = EncoderModel(config, self.dtype, self.gradient_checkpointing, name=config.base_prefix)(
+        form = Form(self.layers, self.unroll, self.gradient_checkpointing)
+        features, states = EncoderModel(config, self.dtype, form, name=config.base_prefix)(
             tokens,
             jnp.asarray(attention_mask),
             jnp.asarray(token_type_ids),
             hidden_state=hidden_state,
             deterministic=deterministic,
             first_token_only=self.first_token_only,
+            output_hidden_states=output_hidden_states,
         )
         if config.is_roberta:
             logits = RobertaHead(config, self.dtype, name="classifier")(features, deterministic=deterministic)
@@ -385,7 +502,8 @@ class SequenceClassifier(nn.Module):
         ``model.apply({"params": params}, input_ids, method="embed")``; no positions, token types or dropout yet.
         """
         tables = self.variables["params"][self.config.base_prefix]["embeddings"]
-        return jnp.take(tables["word_embeddings"]["embedding"], jnp.asarray(input_ids), axis=0)
+        words, ids = jnp.asarray(tables["word_embeddings"]["embedding"]), jnp.asarray(input_ids)
+        return look_up(words, ids, padding=self.config.pad_token_id)
 
     def _tokens(self, input_ids, inputs_embeds, continue_from) -> tuple[int | None, Array]:
         """The one input that is given, and the number of the hidden state if it is one."""
@@ -394,7 +512,7 @@ class SequenceClassifier(nn.Module):
         if input_ids is not None:
             return None, jnp.asarray(input_ids)
         if inputs_embeds is not None:
-            return None, jnp.asarray(inputs_embeds, self.dtype)
+            return None, jnp.asarray(inputs_embeds, jnp.float32)
         number, layers = continue_from[0], self.config.num_hidden_layers
         if not 0 <= number < layers:
             raise ValueError(f"hidden state {number}: must be 0 to {layers - 1}, which have a layer above")

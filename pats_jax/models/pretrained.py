@@ -18,9 +18,10 @@ from jax.typing import DTypeLike
 from pats_jax.errors import InputError, shown
 from pats_jax.files import write_json
 from pats_jax.models import convert, weights
-from pats_jax.models.bert import SequenceClassifier
+from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
 from pats_jax.models.labels import is_nameless, match_labels
+from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
@@ -46,6 +47,8 @@ def from_pretrained(
     attention_dropout: float | None = None,
     classifier_dropout: float | None = None,
     gradient_checkpointing: bool = False,
+    layers: str = "separate",
+    unroll: int = 1,
     revision: str | None = None,
 ) -> tuple[SequenceClassifier, Parameters, EncoderConfig]:
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
@@ -73,6 +76,9 @@ def from_pretrained(
         attention_dropout: Replaces the config's rate.
         classifier_dropout: Replaces the config's rate.
         gradient_checkpointing: See :class:`SequenceClassifier`.
+        layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
+            ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
+        unroll: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
 
     Returns:
@@ -96,8 +102,10 @@ def from_pretrained(
         check_problem_type(config, count, str(folder))
     config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
-    model = SequenceClassifier(config, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing)
-    shapes = _parameter_shapes(model)
+    model = SequenceClassifier(
+        config, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing, layers=layers, unroll=unroll
+    )
+    shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
     if matched.surplus:
         logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
@@ -111,7 +119,10 @@ def from_pretrained(
         for path, name in matched.sources.items()
     }
     drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range) if matched.new else {}
-    params = jax.device_put(unflatten_dict(loaded | drawn), may_alias=False)  # copies, and compiles nothing for it
+    params = unflatten_dict(loaded | drawn)
+    if layers == STACKED:
+        params = stack_layers(params)
+    params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
 
 
@@ -123,7 +134,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
 
     Args:
         directory: The folder; created if missing. Files with the same names are replaced.
-        params: The parameters of a :class:`SequenceClassifier` of this config.
+        params: The parameters of a :class:`SequenceClassifier` of this config, with separate or stacked layers.
         config: Its config.
         tokenizer: A Transformers tokenizer to save with it.
 
@@ -133,7 +144,7 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     """
     from safetensors.numpy import save_file
 
-    flat = flatten_dict(params)
+    flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_hidden_layers))
     shapes = _parameter_shapes(SequenceClassifier(config))
     if {path: np.shape(value) for path, value in flat.items()} != shapes:
         wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))

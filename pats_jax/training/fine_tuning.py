@@ -24,6 +24,7 @@ from pats_jax.data import batches, readers, tasks
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import layer_mask, learning_rate_schedule
+from pats_jax.models.layout import unstack_layers
 from pats_jax.models.peft import PeftClassifier, trainable_mask
 from pats_jax.objectives import with_objectives
 from pats_jax.reporting import plots
@@ -169,7 +170,8 @@ class GlueTraining(Training):
         self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
         self.settings, self.runner = settings, runner
         self.plan = self._plan(epoch=0)
-        self.mask = layer_mask(params, settings.noise_layers)
+        self.num_layers = model.config.num_hidden_layers
+        self.mask = layer_mask(jax.eval_shape(self._separate, params), settings.noise_layers)
         self.sensitivity_batches = settings.sensitivity_batches
         self.measures_sensitivity = settings.sensitivity_batches > 0
         self.loss_without_dropout = train_state.make_loss_fn(
@@ -217,7 +219,10 @@ class GlueTraining(Training):
         sample = (self.runner.put(self._fill(rows, common)) for rows in chosen)
         in_turn = self.runner.in_turn
         measured = concentration.measure_sensitivity(self.loss_without_dropout, params, sample, in_turn)
-        return concentration.selected(self.runner.to_host(measured), self.mask)
+        return concentration.selected(self._separate(self.runner.to_host(measured)), self.mask)
+
+    def _separate(self, tree):
+        return unstack_layers(tree, self.num_layers)
 
     def fisher_measure(self, trained, frozen):
         """The mask of Child-Tuning D, from one pass over the training data."""

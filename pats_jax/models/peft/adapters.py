@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from pats_jax.models.bert import ResidualOutput
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, is_whole, nodes_with
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, is_whole, own_variable
 from pats_jax.models.peft.saved import CommonFields, FieldRules, SavedModules
 
 _BLOCKS = {"houlsby": (("attention", "output"), ("output",)), "pfeiffer": (("output",),)}
@@ -82,24 +82,23 @@ class AdapterConfig(PeftConfig):
                     tree[*path, name, "bias"] = jnp.zeros(shape[1])
         return tree
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        adapters = nodes_with(tree, "adapter")
-
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def insert(next_fun, args, kwargs, context):
             block = context.module
             is_place = isinstance(block, ResidualOutput) and context.method_name == "adapt"
-            if not is_place or block.path not in adapters:
+            adapter = own_variable(block, "adapter") if is_place else None
+            if adapter is None:
                 return next_fun(*args, **kwargs)
             x, residual, norm = args
-            return x + self._bottleneck(adapters[block.path], x if self.place == "houlsby" else norm(residual + x))
+            return x + self._bottleneck(adapter, x if self.place == "houlsby" else norm(residual + x))
 
         return insert
 
     def _bottleneck(self, node, h):
         """A(h), (batch, length, hidden)."""
-        node = {path: x.astype(h.dtype) for path, x in node.items()}
-        inner = _ACTIVATIONS[self.place](h @ node["down", "kernel"] + node["down", "bias"])
-        return inner @ node["up", "kernel"] + node["up", "bias"]
+        down, up = (jax.tree.map(lambda x: x.astype(h.dtype), node[name]) for name in ("down", "up"))
+        inner = _ACTIVATIONS[self.place](h @ down["kernel"] + down["bias"])
+        return inner @ up["kernel"] + up["bias"]
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
         return {"size": self.size, "place": self.place}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from pats_jax.models.bert import LayerNorm
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with, own_variable
 from pats_jax.models.peft.saved import SavedModules
 
 
@@ -38,15 +38,12 @@ class BitFitConfig(PeftConfig):
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         return {(*path[:-1], "bitfit", "bias"): jnp.zeros(x.shape) for path, x in base.items() if path[-1] == "bias"}
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        added = nodes_with(tree, "bitfit")
-
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def add_to_bias(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             layer = context.module
-            if not isinstance(layer, nn.Dense | LayerNorm) or layer.path not in added:
-                return y
-            return y + added[layer.path]["bias",].astype(y.dtype)
+            added = own_variable(layer, "bitfit") if isinstance(layer, nn.Dense | LayerNorm) else None
+            return y if added is None else y + added["bias"].astype(y.dtype)
 
         return add_to_bias
 

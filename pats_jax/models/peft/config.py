@@ -25,6 +25,7 @@ from pats_jax.models.peft.saved import FieldRules, SavedModules
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
 
+COLLECTION = "peft"  # of Flax variables, inside the forward pass
 _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
 
@@ -73,8 +74,12 @@ class PeftConfig(abc.ABC):
         """
 
     @abc.abstractmethod
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        """What changes the forward pass (see `flax.linen.intercept_methods`), by the flat small tree."""
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
+        """What changes the forward pass (see `flax.linen.intercept_methods`); each module's share is `own_variable`."""
+
+    def variables(self, tree: dict[str, Any], config: EncoderConfig, stacked: bool) -> dict[str, Any]:
+        """The small tree as a collection of variables, whose paths are those of the modules that it changes."""
+        return tree
 
     def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
         """The model's own parameters with the small tree merged into them, both flat; only if ``merges``."""
@@ -109,6 +114,11 @@ class PeftConfig(abc.ABC):
             path = (*parents, _PARAMETER_LEAVES.get(leaf, leaf))
             tree[path] = convert.to_tensor(path, tensor)  # the transpose is its own inverse
         return tree
+
+
+def own_variable(module: nn.Module, name: str) -> Any:
+    """What the small tree holds for a module under a name (an array, or a dict of its leaves), or None."""
+    return module.get_variable(COLLECTION, name)
 
 
 def check(what: str, value: Any, holds: bool, expected: str) -> None:

@@ -21,7 +21,17 @@ from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
-from pats_jax.models.peft.model import KINDS, Parameters, PeftClassifier, add_peft, config_of, draw, own_parameters
+from pats_jax.models.peft.model import (
+    KINDS,
+    Parameters,
+    PeftClassifier,
+    add_peft,
+    config_of,
+    draw,
+    in_layout,
+    own_shapes,
+    small_tree,
+)
 from pats_jax.models.peft.saved import (
     CONFIG_FILE,
     TASK,
@@ -64,8 +74,8 @@ def save_peft(
     config = config_of(model)
     if model.merged:
         raise ValueError("the adapter is merged; unmerge it first")
-    tree = flatten_dict(params["peft"])
-    head = {path: x for path, x in own_parameters(params).items() if config.trains_whole(path)}
+    tree = small_tree(model, params)
+    head = {path: x for path, x in flatten_dict(params).items() if config.trains_whole(path)}
     tensors = config.to_tensors(tree)
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
     values = {
@@ -119,8 +129,8 @@ def load_peft(
     tree = config.from_tensors({name: _as_float(name, x, source) for name, x in tensors.items()})
     _check_shapes(config, tree, model, params, source)
     model, params = add_peft(model, params, config, key=0)
-    loaded = whole | {("peft", *path): x for path, x in tree.items()}
-    return model, unflatten_dict(flatten_dict(params) | {path: jnp.array(x) for path, x in loaded.items()})
+    loaded = flatten_dict(params) | {path: jnp.array(x) for path, x in whole.items()}
+    return model, unflatten_dict(loaded) | {"peft": jax.tree.map(jnp.array, in_layout(model, tree))}
 
 
 def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifier, Parameters, EncoderConfig]:
@@ -192,7 +202,7 @@ def _read_settings(
     twice = next((name for name in shapes if kind.prefix + name in shapes), None)
     if twice is not None:
         raise InputError(f"{source}: tensor {shown(twice, quoted=False)} appears with and without {kind.prefix}")
-    own, plain = own_parameters(params), kind(train_pooler=with_pooler and not model.config.is_roberta)
+    own, plain = own_shapes(model, params), kind(train_pooler=with_pooler and not model.config.is_roberta)
     whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
     lacking = next((name for name in whole.values() if name not in shapes), None)
     if lacking:
@@ -217,7 +227,7 @@ def _read_settings(
 def _to_parameter(path: convert.ParameterPath, params: Parameters, tensor: np.ndarray, source: Path) -> np.ndarray:
     """A tensor of head or pooler as a parameter."""
     try:
-        return convert.to_parameter(path, np.shape(own_parameters(params)[path]), tensor, source=str(source))
+        return convert.to_parameter(path, np.shape(flatten_dict(params)[path]), tensor, source=str(source))
     except InputError as error:
         raise InputError(f"{error}; it is for another base model or number of labels") from None
 

@@ -26,13 +26,7 @@ from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.config import (
-    FlatTree,
-    Interceptor,
-    PeftConfig,
-    exactly,
-    linear_layers,
-)
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, exactly, linear_layers, own_variable
 from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
@@ -73,16 +67,17 @@ class Ia3Config(PeftConfig):
         scaled_outputs = [path for path in scaled_outputs if path not in scaled_inputs]
         return tree | {(*path, _OUTPUT): jnp.ones(base[*path, "kernel"].shape[1]) for path in scaled_outputs}
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def rescale(next_fun, args, kwargs, context):
             layer = context.module
             if not isinstance(layer, nn.Dense):
                 return next_fun(*args, **kwargs)
-            if (*layer.path, _INPUT) in tree:
+            of_inputs, of_outputs = own_variable(layer, _INPUT), own_variable(layer, _OUTPUT)
+            if of_inputs is not None:
                 (x,) = args
-                return next_fun(x * tree[*layer.path, _INPUT].astype(x.dtype))
+                return next_fun(x * of_inputs.astype(x.dtype))
             y = next_fun(*args, **kwargs)
-            return y * tree[*layer.path, _OUTPUT].astype(y.dtype) if (*layer.path, _OUTPUT) in tree else y
+            return y if of_outputs is None else y * of_outputs.astype(y.dtype)
 
         return rescale
 

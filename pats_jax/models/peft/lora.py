@@ -29,6 +29,7 @@ from pats_jax.models.peft.config import (
     is_whole,
     linear_layers,
     nodes_with,
+    own_variable,
 )
 from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
 
@@ -109,19 +110,18 @@ class LoraConfig(PeftConfig):
             tree[*path, "lora_B", "kernel"] = jnp.zeros((self.rank, outputs))
         return tree
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        down, up = (nodes_with(tree, name) for name in ("lora_A", "lora_B"))
-
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def add_branch(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             layer = context.module
-            if not isinstance(layer, nn.Dense) or layer.path not in down:
+            down = own_variable(layer, "lora_A") if isinstance(layer, nn.Dense) else None
+            if down is None:
                 return y
             (x,) = args
             if self.dropout and not deterministic:
                 kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0)
-            a, b = (node[layer.path]["kernel",].astype(y.dtype) for node in (down, up))
+            a, b = (node["kernel"].astype(y.dtype) for node in (down, own_variable(layer, "lora_B")))
             return y + (x.astype(y.dtype) @ a) @ b * (self.alpha / self.rank)
 
         return add_branch

@@ -1,5 +1,6 @@
 """A classifier with an adapter: adding, training, merging and removing the adapter."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,16 +9,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax import trees
 from pats_jax.errors import InputError
-from pats_jax.models.bert import SequenceClassifier
+from pats_jax.models.bert import STACKED, SequenceClassifier
+from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.peft.adapters import AdapterConfig
 from pats_jax.models.peft.bitfit import BitFitConfig
-from pats_jax.models.peft.config import FlatTree, PeftConfig
+from pats_jax.models.peft.config import COLLECTION, FlatTree, PeftConfig
 from pats_jax.models.peft.ia3 import Ia3Config
 from pats_jax.models.peft.lora import LoraConfig
 from pats_jax.models.peft.prefix import PrefixConfig
 from pats_jax.models.peft.prompt import PromptConfig
 
 Parameters = dict[str, Any]
+_ADVICE = "load the model with separate layers (--layers separate)"
 
 KINDS: dict[str, type[PeftConfig]] = {
     config.kind: config for config in (LoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
@@ -51,9 +54,14 @@ class PeftClassifier(SequenceClassifier):
         if self.merged:
             return super().__call__(*inputs, deterministic=deterministic, **options)
         assert self.peft is not None
-        tree = flatten_dict(self.variables["params"]["peft"])
-        with nn.intercept_methods(self.peft.interceptor(tree, self.config, deterministic)):
-            return super().__call__(*inputs, deterministic=deterministic, **options)
+        params = dict(self.variables["params"])
+        tree = self.peft.variables(params.pop("peft"), self.config, self.layers == STACKED)
+        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
+        plain = SequenceClassifier(**_fields(self), parent=None)
+        with nn.intercept_methods(self.peft.interceptor(self.config, deterministic)):
+            return plain.apply(
+                {"params": params, COLLECTION: tree}, *inputs, deterministic=deterministic, rngs=rngs, **options
+            )
 
 
 def add_peft(
@@ -91,14 +99,32 @@ def add_peft(
         raise InputError(
             "--peft_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit the flag"
         )
-    tree = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
-    return _with_modules(model, config), {**params, "peft": unflatten_dict(tree)}
+    drawn = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
+    return _with_modules(model, config), {**params, "peft": in_layout(model, drawn)}
 
 
 def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
-    """The parameters of a new adapter, flat."""
-    held = {path: x for path, x in flatten_dict(params).items() if not config.trains_whole(path)}
-    return config.draw(held, model.config, key)
+    """The parameters of a new adapter, flat, with separate layers."""
+    held = own_shapes(model, params) | flatten_dict(params)  # of stacked layers only the shapes are needed
+    base = {path: x for path, x in held.items() if not config.trains_whole(path)}
+    return config.draw(base, model.config, key)
+
+
+def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
+    """A flat tree with separate layers as the model holds it.
+
+    Raises:
+        InputError: The model's layers are stacked, and some of them have other modules than others.
+    """
+    if model.layers != STACKED:
+        return unflatten_dict(tree)
+    changed = {path[path.index("layer") + 1] for path in tree if "layer" in path}
+    if len(changed) not in (0, model.config.num_hidden_layers):
+        raise InputError(f"the adapter changes {len(changed)} of {model.config.num_hidden_layers} layers: {_ADVICE}")
+    try:
+        return stack_layers(unflatten_dict(tree))
+    except ValueError:
+        raise InputError(f"the adapter changes some layers differently from others: {_ADVICE}") from None
 
 
 def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
@@ -132,7 +158,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
         raise ValueError(f"the {config.kind} adapter is already merged")
     if not config.merges:
         raise ValueError(f"{config.kind} cannot be merged: it does not change the weights")
-    return model.clone(merged=True), _replace_base(params, config.merge(*_parts(params)))
+    return model.clone(merged=True), _merged(model, params, config.merge)
 
 
 def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Parameters]:
@@ -144,7 +170,7 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     config = config_of(model)
     if not model.merged:
         raise ValueError(f"the {config.kind} adapter is not merged")
-    return model.clone(merged=False), _replace_base(params, config.unmerge(*_parts(params)))
+    return model.clone(merged=False), _merged(model, params, config.unmerge)
 
 
 def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
@@ -170,13 +196,17 @@ def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[Sequenc
 
 
 def _with_modules(model: SequenceClassifier, config: PeftConfig) -> PeftClassifier:
-    return PeftClassifier(
-        model.config, model.dtype, model.first_token_only, model.gradient_checkpointing, peft=config, merged=False
-    )
+    return PeftClassifier(**_fields(model), peft=config, merged=False)
+
+
+def _fields(model: SequenceClassifier) -> dict[str, Any]:
+    """The attributes of a plain classifier, as arguments."""
+    names = (field.name for field in dataclasses.fields(SequenceClassifier))
+    return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
 
 
 def _plain(model, params):
-    plain = SequenceClassifier(model.config, model.dtype, model.first_token_only, model.gradient_checkpointing)
+    plain = SequenceClassifier(**_fields(model))
     return plain, {name: tree for name, tree in params.items() if name != "peft"}
 
 
@@ -187,15 +217,23 @@ def config_of(model: SequenceClassifier) -> PeftConfig:
     return model.peft
 
 
-def own_parameters(params: Parameters) -> FlatTree:
-    """The parameters of the model itself, flat."""
-    return flatten_dict({name: tree for name, tree in params.items() if name != "peft"})
+def own_parameters(model: SequenceClassifier, params: Parameters) -> FlatTree:
+    """The parameters of the model itself, flat, with separate layers."""
+    own = {name: tree for name, tree in params.items() if name != "peft"}
+    return flatten_dict(unstack_layers(own, model.config.num_hidden_layers))
 
 
-def _parts(params: Parameters) -> tuple[FlatTree, FlatTree]:
-    """The model's own parameters and the adapter's, both flat."""
-    return own_parameters(params), flatten_dict(params["peft"])
+def own_shapes(model: SequenceClassifier, params: Parameters) -> FlatTree:
+    """The shapes of `own_parameters`; computes nothing."""
+    return jax.eval_shape(lambda params: own_parameters(model, params), params)
 
 
-def _replace_base(params: Parameters, base: FlatTree) -> Parameters:
-    return unflatten_dict(base) | {"peft": params["peft"]}
+def small_tree(model: SequenceClassifier, params: Parameters) -> FlatTree:
+    """The adapter's parameters, flat, with separate layers."""
+    return flatten_dict(unstack_layers(params["peft"], model.config.num_hidden_layers))
+
+
+def _merged(model, params, operation):
+    """The parameters with the model's own changed by ``operation(base, small tree)``."""
+    base = operation(own_parameters(model, params), small_tree(model, params))
+    return in_layout(model, base) | {"peft": params["peft"]}

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 
 from pats_jax.models.bert import Embeddings, Encoder
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor
+from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
 from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 
 _PARTS = ("key", "value")
+_PREFIX = "prefix"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,32 +43,38 @@ class PrefixConfig(VirtualTokensConfig):
         shape = (self.length, config.num_hidden_layers * 2 * config.hidden_size)
         return {EMBEDDINGS: config.initializer_range * jax.random.normal(key, shape)}
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        matrix = tree[EMBEDDINGS].reshape(self.length, config.num_hidden_layers, len(_PARTS), config.hidden_size)
-        own = {
-            (config.base_prefix, "encoder", "layer", str(index), "attention", "self", part): matrix[:, index, number]
-            for index in range(config.num_hidden_layers)
-            for number, part in enumerate(_PARTS)
-        }
+    def variables(self, tree: dict[str, Any], config: EncoderConfig, stacked: bool) -> dict[str, Any]:
+        matrix = tree[EMBEDDINGS[0]].reshape(self.length, config.num_hidden_layers, len(_PARTS), config.hidden_size)
 
+        def of_layer(vectors):  # (..., length, parts, hidden)
+            parts = {part: {_PREFIX: vectors[..., number, :]} for number, part in enumerate(_PARTS)}
+            return {"attention": {"self": parts}}
+
+        by_layer = matrix.swapaxes(0, 1)
+        numbers = range(config.num_hidden_layers)
+        layers = of_layer(by_layer) if stacked else {str(number): of_layer(by_layer[number]) for number in numbers}
+        return {config.base_prefix: {"encoder": {"layer": layers}}}
+
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def prepend(next_fun, args, kwargs, context):
             module, method = context.module, context.method_name
-            if isinstance(module, Embeddings) and method == "_positions":
-                (is_token,) = args
-                if is_token.shape[1] + self.length > config.max_length:
+            if isinstance(module, Embeddings) and method == "first_position":
+                (length,) = args
+                if length + self.length > config.max_length:
                     raise ValueError(
-                        f"sequences have {is_token.shape[1]} tokens and the prefix {self.length}, "
+                        f"sequences have {length} tokens and the prefix {self.length}, "
                         f"but the model has {config.max_length} positions"
                     )
-                return next_fun(*args) + self.length * (is_token if config.is_roberta else 1)
+                return next_fun(length) + self.length
             if isinstance(module, Encoder):
                 hidden, bias = args
                 return next_fun(hidden, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0))), **kwargs)
             y = next_fun(*args, **kwargs)
-            if not isinstance(module, nn.Dense) or module.path not in own:
+            vectors = own_variable(module, _PREFIX) if isinstance(module, nn.Dense) else None
+            if vectors is None:
                 return y
-            vectors = own[module.path].astype(y.dtype)
-            return jnp.concatenate([jnp.broadcast_to(vectors, (len(y), *vectors.shape)), y], axis=1)
+            vectors = jnp.broadcast_to(vectors, (len(y), *vectors.shape)).astype(y.dtype)
+            return jnp.concatenate([vectors, y], axis=1)
 
         return prepend
 

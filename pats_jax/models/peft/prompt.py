@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor
+from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
 from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 
 
@@ -38,7 +38,7 @@ class PromptConfig(VirtualTokensConfig):
         tokens = jax.random.randint(key, (self.length,), 0, config.vocab_size)
         return {EMBEDDINGS: jnp.take(words, tokens, axis=0)}
 
-    def interceptor(self, tree: FlatTree, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         def prepend(next_fun, args, kwargs, context):
             model = context.module
             if not isinstance(model, SequenceClassifier) or context.method_name != "__call__":
@@ -49,7 +49,8 @@ class PromptConfig(VirtualTokensConfig):
             ids = inputs.pop("input_ids", None)
             words = inputs["inputs_embeds"] if ids is None else model.embed(ids)
             rows = len(words)
-            prompt = jnp.broadcast_to(tree[EMBEDDINGS], (rows, *tree[EMBEDDINGS].shape)).astype(words.dtype)
+            vectors = own_variable(model, *EMBEDDINGS)
+            prompt = jnp.broadcast_to(vectors, (rows, *vectors.shape)).astype(words.dtype)
             inputs["inputs_embeds"] = jnp.concatenate([prompt, words], axis=1)
             for name, filler in (("attention_mask", 1), ("token_type_ids", 0)):
                 if inputs.get(name) is not None:

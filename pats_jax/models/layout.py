@@ -1,0 +1,111 @@
+"""Separate and stacked layers: the two layouts of an encoder's parameters, and the way from one to the other.
+
+Separate layers have a subtree each, ``encoder.layer.0.output.dense.kernel``; stacked ones have one subtree whose leaves
+have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pats_jax import trees
+
+
+def stack_layers(tree: Any) -> Any:
+    """A tree of separate layers as one of stacked layers; a tree without separate layers stays as it is.
+
+    Args:
+        tree: Parameters, or any tree that holds trees like them: gradients, the state of an optimizer. NumPy's arrays
+            stay NumPy's.
+
+    Raises:
+        ValueError: The layers do not all hold the same leaves, in the same shapes.
+    """
+    return _map_stacks(_stack, tree)
+
+
+def unstack_layers(tree: Any, num_layers: int) -> Any:
+    """The inverse of `stack_layers`, for a model of so many layers."""
+    return _map_stacks(lambda layers: _unstack(layers, num_layers), tree)
+
+
+def has_stacked_layers(tree: Any) -> bool:
+    """Whether an encoder's layers are stacked somewhere in a tree."""
+    found = []
+    _map_stacks(lambda layers: found.append(not _is_separate(layers)), tree)
+    return any(found)
+
+
+def layer_axis(params: Any) -> Any:
+    """A tree of ints like params: 0 for the leaves of stacked layers, -1 for all others.
+
+    The argument ``layer_axis`` of `pats_jax.pats_noise` and the other transforms, for this library's models: each layer
+    of such a leaf is a tensor of its own. optax.MaskedNode counts as a leaf.
+    """
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: -1 if _place_of_stack(path) is None else 0, params, is_leaf=trees.is_masked
+    )
+
+
+def separate_names(path: tuple, leaf: Any) -> list[str]:
+    """The names that a leaf has with separate layers, ``bert.encoder.layer.0.output.dense.kernel``: one for each layer.
+
+    Args:
+        path: The leaf's path, as JAX gives it.
+        leaf: The leaf, stacked or not.
+    """
+    place, names = _place_of_stack(path), [_name(entry) for entry in path]
+    if place is None:
+        return [".".join(names)]
+    return [".".join((*names[:place], str(number), *names[place:])) for number in range(leaf.shape[0])]
+
+
+def _place_of_stack(path):
+    """Where in a leaf's path the number of its layer would stand; None if it has one, or is of no layer."""
+    names = [_name(entry) for entry in path]
+    for place in range(2, len(names)):
+        if names[place - 2 : place] == ["encoder", "layer"]:
+            return None if names[place].isdecimal() else place
+    return None
+
+
+def _name(entry):
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
+def _map_stacks(function: Callable[[Mapping[str, Any]], Any], tree: Any) -> Any:
+    """The tree with ``function(layers)`` in the place of the layers of each encoder in it."""
+
+    def is_encoder(node):
+        return isinstance(node, Mapping) and set(node) == {"layer"} and isinstance(node["layer"], Mapping)
+
+    return jax.tree.map(lambda x: {"layer": function(x["layer"])} if is_encoder(x) else x, tree, is_leaf=is_encoder)
+
+
+def _is_separate(layers):
+    return all(name.isdecimal() for name in layers)
+
+
+def _stack(layers):
+    if not _is_separate(layers):
+        return layers
+    subtrees = [layers[name] for name in sorted(layers, key=int)]
+    structures = {jax.tree.structure(tree) for tree in subtrees}
+    shapes = {tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree)) for tree in subtrees}
+    if len(structures) > 1 or len(shapes) > 1:
+        raise ValueError("the layers differ in their parameters, so they cannot be stacked")
+    return jax.tree.map(_stack_leaves, *subtrees)
+
+
+def _stack_leaves(*leaves):
+    return np.stack(leaves) if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp.stack(leaves)
+
+
+def _unstack(layers, num_layers):
+    if _is_separate(layers):
+        return layers
+    return {str(number): jax.tree.map(lambda leaf, n=number: leaf[n], layers) for number in range(num_layers)}
