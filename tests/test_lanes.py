@@ -11,6 +11,7 @@ import tiny
 from pats_jax import methods, models, objectives, train_state
 from pats_jax.data import batches, readers
 from pats_jax.errors import InputError
+from pats_jax.models.layout import unstack_layers
 from pats_jax.training import lanes
 
 BATCH = 8
@@ -31,19 +32,19 @@ def data(home):
     return {name: (batches.tokenize(split, tiny.tokenizer(), 16), split.labels) for name, split in splits.items()}
 
 
-def load(home, seed):
+def load(home, seed, layers="separate"):
     """A model with dropout everywhere."""
     rates = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-    return models.from_pretrained(home / "model", num_labels=2, key=seed, **rates)
+    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **rates)
 
 
 def settings(home, **changes):
     return tiny.Settings(model_name_or_path=str(home / "model"), task_name="sst2", learning_rate=1e-3, **changes)
 
 
-def in_lanes(home, data, runs, steps, eval_steps=100, **program):
+def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **program):
     """Trains all runs in lanes."""
-    model, params, config = load(home, 0)
+    model, params, config = load(home, 0, layers)
     own = [models.new_layers(home / "model", config, key=run.seed) for run in runs]
     own = jax.tree.map(lambda *heads: np.stack(heads), *own)
     arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0], steps, 64)
@@ -79,6 +80,10 @@ def alone(home, data, run, steps):
     return state.params, found, model.apply({"params": state.params}, **train_state.model_inputs(everything))
 
 
+def layers_first(path, leaf):
+    return np.moveaxis(leaf, 1, 0) if "encoder" in train_state.parameter_name(path) else leaf
+
+
 def assert_close(params, of_run, lane):
     """Key biases are left out: their gradient is zero in exact arithmetic, and Adam magnifies rounding there."""
     of_lanes = jax.tree_util.tree_leaves_with_path(params)
@@ -87,21 +92,26 @@ def assert_close(params, of_run, lane):
             np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=2e-4, err_msg=str(path))
 
 
-def test_a_lane_is_the_run_alone(home, dataset):
+@pytest.mark.parametrize("layers", ["separate", "stacked"])
+def test_a_lane_is_the_run_alone(home, dataset, layers):
     shared = dict(method="pats+r-drop")
     runs = [
         settings(home, seed=3, noise_scale=0.1, **shared),
         settings(home, seed=2**40, noise_scale=0.03, response="reversed", weight_decay=0.1, decay=0.5, **shared),
         settings(home, seed=3, noise_scale=0.1, response="constant", r_drop_alpha=3.0, **shared),
     ]
-    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, responses=("linear", "reversed", "constant"))
+    responses = ("linear", "reversed", "constant")
+    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, responses=responses)
+    ended = trained.state.params
+    if layers == "stacked":  # the axis of lanes comes first
+        ended = unstack_layers(jax.tree_util.tree_map_with_path(layers_first, ended), 1)
     assert sorted(trained.logits) == [7, 14, 15] and not trained.diverged.any()
     for lane, run in enumerate(runs):
         params, losses, logits = alone(home, dataset, run, 15)
         np.testing.assert_allclose(trained.metrics["loss"][:, lane], losses, rtol=1e-4)
-        assert_close(trained.state.params, params, lane)
+        assert_close(ended, params, lane)
         np.testing.assert_allclose(trained.logits[15][lane], logits, rtol=0, atol=5e-3)
-    kernels = trained.state.params["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]
+    kernels = ended["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]
     assert all(np.abs(kernels[a] - kernels[b]).max() > 1e-2 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 

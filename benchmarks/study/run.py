@@ -50,6 +50,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max_steps", type=int, default=-1, help="steps of a training; -1: as many as the epochs take")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of computation")
+    parser.add_argument("--layers", choices=["separate", "stacked"], help="layout of the encoder; unset: by backend")
+    parser.add_argument("--unroll", type=int, default=1, help="layers in one iteration of stacked layers' loop")
     parser.add_argument("--short_lengths", nargs="+", type=int, help="lengths of batches of CoLA and SST-2")
     parser.add_argument("--long_lengths", nargs="+", type=int, help="lengths of batches of MRPC and RTE")
     parser.add_argument("--max_seconds", type=float, default=math.inf, help="begin no set that would end later")
@@ -126,7 +128,8 @@ class Engine:
     def __init__(self, group: data.Group, flags: argparse.Namespace, program: str = "pats"):
         """Loads the model and begins to compile."""
         self.group, self.flags = group, flags
-        model, params, config = models.from_pretrained(flags.model, num_labels=2)
+        layers = flags.layers or ("separate" if jax.default_backend() == "cpu" else "stacked")
+        model, params, config = models.from_pretrained(flags.model, num_labels=2, layers=layers, unroll=flags.unroll)
         self._config = config
         self._params, smaller = group.shrink(params, config)
         self._params = jax.device_put(self._params)

@@ -353,8 +353,8 @@ def fit(
         parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
         logits[len(pending)] = _in_order(jax.device_get(parts))
 
-    with prefetch(data) as ready:
-        for _, batch in ready:
+    with prefetch(jax.device_put(batch) for _, batch in data) as ready:
+        for batch in ready:
             state, metrics = compiled.step(state, lanes, frozen, rates, batch)
             pending.append(metrics)
             if len(pending) % eval_steps == 0:
