@@ -13,7 +13,7 @@ import rich.markup
 import rich.table
 
 from pats_jax import objectives, transforms, trees
-from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, sage, sift
+from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, perturbed, sage, sift
 from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.layout import layer_axis, separate_names
@@ -119,7 +119,9 @@ def _conflict(name, other):
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:
         return "both replace the weights of the forward pass"
-    if {name, other} in ({"sift", "pats"}, {"sift", "mixout"}):
+    if {name, other} == {"pats", "perturbed"}:
+        return "both read the settings of the noise; to keep the noise use pats, to remove it after each step perturbed"
+    if {name, other} in ({"sift", "pats"}, {"sift", "perturbed"}, {"sift", "mixout"}):
         return "SIFT updates single entries; the other method needs whole tensors"
     return None
 
@@ -309,9 +311,9 @@ def _noise_scale(schedule, settings):
     return lambda count: settings.noise_scale * schedule(count) / settings.learning_rate
 
 
-def _pats(context):
+def _pats(context, transform=transforms.pats_noise):
     settings = context.settings
-    return transforms.pats_noise(
+    return transform(
         0.0 if trees.is_plainly(settings.noise_scale, 0) else _noise_scale(context.schedule, settings),
         key=settings.seed,
         decay=settings.decay,
@@ -321,6 +323,10 @@ def _pats(context):
         sensitivity_dtype=settings.sensitivity_dtype,
         layer_axis=layer_axis,
     )
+
+
+def _perturbed(context):
+    return _pats(context, perturbed.perturbed)
 
 
 def _noise_statistics(opt_state, schedule, settings):
@@ -425,6 +431,16 @@ METHODS = {
         layers=_MATRICES,
         state_bytes="4",
         last=_pats,
+        statistics=_noise_statistics,
+    ),
+    "perturbed": Method(
+        "noise",
+        "adds the noise of pats in the forward pass of each step only",
+        "this project's control for pats",
+        ("noise_scale", "decay", "response", "distribution", "noise_layers", "sensitivity_dtype"),
+        layers=_MATRICES,
+        state_bytes="8",
+        last=_perturbed,
         statistics=_noise_statistics,
     ),
     "dps-dense": Method(

@@ -47,12 +47,12 @@ def test_a_finished_training_is_not_repeated(flags, tmp_path, capsys):
 
     path.write_text("\n".join([*first[:-1], first[-1][:20]]))  # killed while it wrote the last line
     capsys.readouterr()
-    study.main([*flags, "--methods", "plain", "constant", "reversed"])
+    study.main([*flags, "--methods", "plain", "constant", "reversed", "perturbed"])
     again = path.read_text().splitlines()
     assert again[:6] == first[:6]
     repeated = json.loads(again[6])
     assert repeated["evaluations"] == records[6]["evaluations"] and repeated["seed"] == records[6]["seed"]
-    assert [json.loads(line)["method"] for line in again[7:]] == ["reversed"] * 2
+    assert [json.loads(line)["method"] for line in again[7:]] == ["reversed"] * 2 + ["perturbed"] * 2
     assert "6 finished before" in capsys.readouterr().out
 
     with pytest.raises(SystemExit):

