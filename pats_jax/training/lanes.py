@@ -21,6 +21,7 @@ from pats_jax import methods, objectives, random, train_state, transforms, trees
 from pats_jax.data import batches
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
+from pats_jax.models.layout import layer_axis
 from pats_jax.run.settings import TrainingSettings
 
 # The settings that are arrays in the step: each lane may have its own.
@@ -40,7 +41,7 @@ Arrays = dict[str, Any]
 
 
 class LaneState(NamedTuple):
-    """The states of all lanes; every leaf has a leading axis of lanes.
+    """The states of all lanes; every leaf has an axis of lanes, see `lane_axes`.
 
     Attributes:
       step: (lanes,) int32, steps made, skipped ones included.
@@ -53,6 +54,19 @@ class LaneState(NamedTuple):
     skipped: jax.Array
     params: Any
     opt_state: Any
+
+
+def lane_axes(tree: Any) -> Any:
+    """Where each leaf of a state of lanes has them: 1 for stacked layers, whose first axis is that of layers, else 0.
+
+    So `jax.lax.scan` takes layer after layer without a copy.
+    """
+    return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
+
+
+def lane_of(tree: Any, lane: int) -> Any:
+    """One lane's part of a state of lanes, or of a part of it."""
+    return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
 
 
 def lane_arrays(runs: Sequence[TrainingSettings]) -> Arrays:
@@ -120,7 +134,13 @@ class LaneProgram:
         ``params`` are those that all lanes share, ``own`` a part of that tree with a leading axis of lanes that takes
         their place (the heads), ``lanes`` from `lane_arrays`, ``rates`` from `rate_table`.
         """
-        return jax.jit(jax.vmap(self._init, (None, 0, 0, None)))
+
+        def init(params, own, lanes, rates):
+            first = jax.tree.map(lambda x: x[0], (own, lanes))
+            axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
+            return jax.vmap(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+
+        return jax.jit(init)
 
     @functools.cached_property
     def step(self) -> Callable[..., tuple[LaneState, train_state.Metrics]]:
@@ -129,15 +149,24 @@ class LaneProgram:
         The arrays of ``batch`` and of metrics have a leading axis of lanes; ``frozen`` is shared. A lane whose loss or
         gradient is not finite skips the step; after more than ``max_nonfinite_steps`` of them it stays as it is.
         """
-        return jax.jit(jax.vmap(self._step, (0, 0, None, None, 0)), donate_argnums=0)
+
+        def step(state, lanes, frozen, rates, batch):
+            axes = lane_axes(state)
+            mapped = jax.vmap(self._step, (axes, 0, None, None, 0), (axes, 0))
+            return mapped(state, lanes, frozen, rates, batch)
+
+        return jax.jit(step, donate_argnums=0)
 
     @functools.cached_property
     def predict(self) -> Callable[[Any, Any, train_state.Batch], jax.Array]:
         """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all get one batch."""
-        predict = train_state.make_predict_step(self.apply_fn)
-        return jax.jit(
-            jax.vmap(lambda params, frozen, batch: predict(trees.combine(params, frozen), batch), (0, None, None))
-        )
+        alone = train_state.make_predict_step(self.apply_fn)
+
+        def predict(params, frozen, batch):
+            of_lane = jax.vmap(lambda own: alone(trees.combine(own, frozen), batch), (lane_axes(params),))
+            return of_lane(params)
+
+        return jax.jit(predict)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trained and frozen parameters; the latter is None if all are trained."""
