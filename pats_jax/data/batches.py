@@ -249,7 +249,9 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
 
     The rows are shuffled, gathered by bucket and cut into ``ceil(rows / batch_size)`` batches, so that at most one
     batch straddles each boundary; one batch, at a random place, takes the remainder. The batches are shuffled too.
-    Every row comes exactly once, and every epoch has the same number of steps.
+    Every row comes exactly once, and every epoch has the same number of steps. Number of rows and length of each
+    batch are the same for all seeds, a function of data and epoch, so that runs of many seeds can go step by step in
+    one program; the seed chooses which rows they are.
 
     Args:
       lengths: Tokens of each row, (rows,).
@@ -268,14 +270,15 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
         raise InputError(
             f"--per_device_train_batch_size: a batch has {batch_size} rows, more than the {len(lengths)} training rows"
         )
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     order = order[np.argsort(_bucket_of(lengths, boundaries)[order], kind="stable")]
+    # Seed sequences with a spawn key share no numbers with those of any seed, which have none.
+    of_all_seeds = np.random.default_rng(np.random.SeedSequence(epoch, spawn_key=(1,)))
     steps = -(-len(lengths) // batch_size)
     sizes = np.full(steps, batch_size)
-    sizes[generator.integers(steps)] -= steps * batch_size - len(lengths)
+    sizes[of_all_seeds.integers(steps)] -= steps * batch_size - len(lengths)
     plan = _cut(order, sizes, lengths, boundaries)
-    return [plan[step] for step in generator.permutation(steps)]
+    return [plan[step] for step in of_all_seeds.permutation(steps)]
 
 
 def train_batches(

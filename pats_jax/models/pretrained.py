@@ -1,6 +1,7 @@
 """Loading and saving checkpoints: ``from_pretrained`` and ``save_pretrained``."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 import warnings
@@ -157,6 +158,24 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
         shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
 
 
+def new_layers(name_or_dir: str | Path, config: EncoderConfig, *, key: Any, new_head: bool = False) -> Parameters:
+    """The parameters that :func:`from_pretrained` draws anew with a key, without the others; only headers are read.
+
+    Args:
+        name_or_dir: As for `from_pretrained`.
+        config: What it returned.
+        key: An int or a typed key.
+        new_head: As for `from_pretrained`.
+
+    Returns:
+        Nested dicts of NumPy arrays; empty if the checkpoint has all.
+    """
+    folder = checkpoint_folder(name_or_dir, check_weights=False)
+    shapes = _parameter_shapes(SequenceClassifier(config))
+    new = convert.match(weights.tensor_files(folder), shapes, config, new_head=new_head, source=str(folder)).new
+    return unflatten_dict(_draw(new, shapes, key, config.initializer_range)) if new else {}
+
+
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
     """Whether a classifier made from a checkpoint starts with a new pooler; only headers are read."""
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
@@ -293,18 +312,18 @@ def _draw(
 ) -> dict[convert.ParameterPath, np.ndarray]:
     """New layers: kernels normal with the given standard deviation, biases zero."""
     kernels = [path for path in paths if path[-1] != "bias"]
-
-    @jax.jit  # one program in place of a dozen
-    def draw(key):
-        values = []
-        for path in kernels:
-            key, own = jax.random.split(key)
-            values.append(jax.random.normal(own, shapes[path]))
-        return values
-
-    drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
     with jax.default_device(_host()):
-        values = jax.device_get(draw(as_key(key)))
+        values = jax.device_get(_draw_normal(as_key(key), tuple(shapes[path] for path in kernels)))
+    drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
     for path, value in zip(kernels, values, strict=True):
         drawn[path] = np.float32(standard_deviation) * value  # outside of the program, where XLA could round otherwise
     return drawn
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program in place of a dozen
+def _draw_normal(key, shapes):
+    values = []
+    for shape in shapes:
+        key, own = jax.random.split(key)
+        values.append(jax.random.normal(own, shape))
+    return values

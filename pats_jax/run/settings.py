@@ -36,6 +36,7 @@ _YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
 
 # Names for long types, which keep each field on the line of its comment: tyro shows only such comments.
 OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
+Response = Literal["linear", "reciprocal", "exponential", "constant", "reversed"]
 YesOrNo = Annotated[bool | None, _YES_OR_NO]
 
 
@@ -67,7 +68,7 @@ class TrainingSettings:
     method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined with +
     noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr
     decay: float = 0.9  # PATS: decay rate of the moving average of sensitivity
-    response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: how noise depends on sensitivity
+    response: Response = "linear"  # PATS: how noise depends on sensitivity; constant and reversed are controls
     distribution: Literal["uniform", "normal"] = "uniform"  # PATS: distribution of the noise
     noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex of the parameter paths that get noise
     sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: type in which sensitivity is stored
@@ -147,7 +148,7 @@ class TrainingSettings:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
-    def with_layers(self, default: str) -> Self:
+    def with_layers(self, default: Literal["separate", "stacked"]) -> Self:
         """The same settings with the backend's default in the place of ``--layers auto``."""
         return self if self.layers != "auto" else dataclasses.replace(self, layers=default)
 

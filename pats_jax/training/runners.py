@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pats_jax.errors import InputError
+from pats_jax.models.bert import Layout
 from pats_jax.models.layout import is_stacked
 from pats_jax.train_state import Batch, Metrics, TrainState
 
@@ -121,7 +122,7 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
-def default_layers(platform: str) -> str:
+def default_layers(platform: str) -> Layout:
     """What ``--layers auto`` is on a platform ("cpu", "gpu", "tpu"): the faster of "separate" and "stacked"."""
     return "separate" if platform == "cpu" else "stacked"
 
