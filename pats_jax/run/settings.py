@@ -147,7 +147,7 @@ class TrainingSettings:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
-    def with_layers(self, default: str) -> Self:
+    def with_layers(self, default: Literal["separate", "stacked"]) -> Self:
         """The same settings with the backend's default in the place of ``--layers auto``."""
         return self if self.layers != "auto" else dataclasses.replace(self, layers=default)
 

@@ -6,22 +6,21 @@ parameter. Keys are the same in both.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pats_jax.models.bert import SEPARATE, STACKED
 from pats_jax.models.layout import has_stacked_layers, layer_number, names_in_other_layout
 from pats_jax.train_state import parameter_name
 
 Arrays = dict[str, Any]
 
 
-def layers_of(state: Any) -> str:
+def layers_of(state: Any) -> Literal["separate", "stacked"]:
     """Whether a state's layers are ``"separate"`` or ``"stacked"``; separate if it has none."""
-    return STACKED if has_stacked_layers(state) else SEPARATE
+    return "stacked" if has_stacked_layers(state) else "separate"
 
 
 class OtherLayout:

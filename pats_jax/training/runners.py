@@ -13,7 +13,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -120,7 +120,7 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
-def default_layers(platform: str) -> str:
+def default_layers(platform: str) -> Literal["separate", "stacked"]:
     """What ``--layers auto`` is on a platform ("cpu", "gpu", "tpu"): the faster of "separate" and "stacked"."""
     return "separate" if platform == "cpu" else "stacked"
 
