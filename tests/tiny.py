@@ -62,9 +62,9 @@ def random_params(config: EncoderConfig):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def save_checkpoint(folder: Path, num_labels: int | None = None) -> Path:
-    """Writes a random checkpoint, without a head if num_labels is None."""
-    config = dataclasses.replace(CONFIG, id2label=default_labels(num_labels or 2))
+def save_checkpoint(folder: Path, num_labels: int | None = None, **changes) -> Path:
+    """Writes a random checkpoint, without a head if num_labels is None; changes are of its config."""
+    config = dataclasses.replace(CONFIG, id2label=default_labels(num_labels or 2), **changes)
     models.save_pretrained(folder, params=random_params(config), config=config, tokenizer=tokenizer())
     if num_labels is None:
         weights = folder / "model.safetensors"

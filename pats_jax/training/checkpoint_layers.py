@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pats_jax.models.bert import SEPARATE, STACKED, Layout
+from pats_jax.models.bert import Layout
 from pats_jax.models.layout import has_stacked_layers, layer_number, names_in_other_layout
 from pats_jax.train_state import parameter_name
 
@@ -21,7 +21,7 @@ Arrays = dict[str, Any]
 
 def layers_of(state: Any) -> Layout:
     """Whether a state's layers are ``"separate"`` or ``"stacked"``; separate if it has none."""
-    return STACKED if has_stacked_layers(state) else SEPARATE
+    return "stacked" if has_stacked_layers(state) else "separate"
 
 
 class OtherLayout:

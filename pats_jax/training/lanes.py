@@ -197,7 +197,7 @@ class LaneProgram:
             stored_key=random.StoredKey(lane["words"], random.NAME),
             frozen=frozen,
         )
-        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True)(alone, batch)
+        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True, norms=False)(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 

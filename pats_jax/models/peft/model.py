@@ -105,8 +105,9 @@ def add_peft(
 
 def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
     """The parameters of a new adapter, flat, with separate layers."""
-    held = own_shapes(model, params) | flatten_dict(params)  # of stacked layers only the shapes are needed
-    base = {path: x for path, x in held.items() if not config.trains_whole(path)}
+    held = flatten_dict(params)
+    shapes = own_shapes(model, params)  # of stacked layers they are all that is needed
+    base = {path: held.get(path, shape) for path, shape in shapes.items() if not config.trains_whole(path)}
     return config.draw(base, model.config, key)
 
 

@@ -1,0 +1,194 @@
+"""`pats-jax glue` and `prime` with stacked layers: what is written has separate ones, and is that of a separate run."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from pats_jax import TrainState, glue
+from pats_jax.errors import InputError
+from pats_jax.priming import upstream
+from pats_jax.priming.few_shot_tuning import Start, load_start
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.run import run_folder
+from pats_jax.training.loop import Hooks, Rhythm, fit
+
+LAYERS = 2
+SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length": 4, "lora_dropout": 0.1}
+METHODS = [
+    "pats",
+    "dps-mix+lnsr",
+    "mixout+pats",
+    "dps-dense",
+    "sift",
+    "child-d",
+    "child-f",
+    "r3f",
+    "smart",
+    "noisytune",
+]
+KINDS = ["lora", "adapters", "ia3", "bitfit", "prompt", "prefix"]
+QUICK = ("pats", "lora", "mtl")  # the others are slow together
+
+
+def cases(names):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stacked")
+    settings = tiny.quick_settings(folder, max_steps=6, learning_rate=1e-3, logging_steps=2, update_ratio=0.3, **SMALL)
+    tiny.save_checkpoint(folder / "checkpoint", num_hidden_layers=LAYERS, hidden_dropout_prob=0.1)
+    return settings
+
+
+def run(base, folder, layers, **changes):
+    settings = dataclasses.replace(base, output_dir=str(folder / layers), layers=layers, **changes)
+    results = glue.run(settings)
+    assert json.loads((folder / layers / "config.json").read_text())["layers"] == layers
+    return results
+
+
+def assert_same_files(folder, parts):
+    """Tensors by their names within DESIGN's bounds; but key biases, whose gradient is nothing but rounding."""
+    for part in parts:
+        ours, expected = (
+            load_file(next((folder / name / part).glob("*.safetensors"))) for name in ("stacked", "separate")
+        )
+        assert ours.keys() == expected.keys()
+        for name, theirs in expected.items():
+            if not name.endswith("key.bias"):
+                np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=2e-4, err_msg=name)
+
+
+def assert_same_figures(ours, expected):
+    """Of JSON: the same keys, words and counts, and nearly the same numbers."""
+    if isinstance(expected, dict):
+        assert ours.keys() == expected.keys()
+        for name in expected.keys() - {"timing"}:
+            assert_same_figures(ours[name], expected[name])
+    elif isinstance(expected, list):
+        for one, other in zip(ours, expected, strict=True):
+            assert_same_figures(one, other)
+    elif isinstance(expected, float):
+        assert ours == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    else:
+        assert ours == expected
+
+
+@pytest.mark.parametrize("method", cases(METHODS))
+def test_a_method(base, tmp_path, method):
+    found = {
+        layers: run(base, tmp_path, layers, method=method, noise_scale=0.1, sensitivity_batches=1, sift_rate=0.2)
+        for layers in ("separate", "stacked")
+    }
+    assert_same_files(tmp_path, ["model"])
+    assert_same_figures(found["stacked"], found["separate"])
+    assert_same_figures(*(run_folder.read_metrics(tmp_path / name) for name in found))
+    names = found["stacked"]["concentration"]["after"].keys()
+    assert {f"bert.encoder.layer.{number}.output.dense.kernel" for number in range(LAYERS)} <= names
+    card = (tmp_path / "stacked" / "README.md").read_text()
+    assert card.count("encoder.layer.output") == 0
+
+
+@pytest.mark.parametrize("kind", cases(KINDS))
+def test_an_adapter(base, tmp_path, kind):
+    found = {
+        layers: run(base, tmp_path, layers, peft=kind, sensitivity_batches=1) for layers in ("separate", "stacked")
+    }
+    assert_same_files(tmp_path, [part for part in ("adapter", "model") if (tmp_path / "separate" / part).exists()])
+    assert_same_figures(found["stacked"], found["separate"])
+
+
+def test_auto_is_separate_on_cpu(base, tmp_path):
+    glue.run(dataclasses.replace(base, output_dir=str(tmp_path / "run"), max_steps=1))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["layers"] == "separate"
+
+
+def test_an_interrupted_run_goes_on_in_the_other_layout(base, tmp_path):
+    settings = {"method": "pats", "noise_scale": 0.1, "save_steps": 3, "save_total_limit": None}
+    run(base, tmp_path, "separate", **settings)
+    run(base, tmp_path, "stacked", **settings)
+    for step in (tmp_path / "stacked" / "checkpoints").iterdir():
+        if int(step.name) > 3:
+            step.rename(tmp_path / step.name)
+    (tmp_path / "stacked" / "results.json").unlink()
+    resumed = dataclasses.replace(
+        base, output_dir=str(tmp_path / "stacked"), layers="separate", resume=True, **settings
+    )
+    glue.run(resumed)
+    assert_same_files(tmp_path, ["model"])
+    assert_same_figures(*(run_folder.read_metrics(tmp_path / name) for name in ("stacked", "separate")))
+
+
+def test_a_divergence_names_the_separate_layer():
+    kernel = jnp.array([[[1.0, 2.0]], [[3.0, -9.0]]])
+    params = {"bert": {"encoder": {"layer": {"output": {"kernel": kernel}}}}, "bias": jnp.ones(3)}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1), key=0)
+    counts = {"examples": 1.0, "tokens": 1.0, "computed_tokens": 1.0}
+    rhythm = Rhythm(total_steps=1, logging_steps=1, eval_steps=1)
+
+    def step(state, batch):
+        return state, {"loss": np.nan, "skipped": 1.0}
+
+    with pytest.raises(InputError, match=r"the largest parameter is in bert\.encoder\.layer\.1\.output\.kernel \(9\)"):
+        fit(state, step, iter([({}, counts)]), rhythm, Hooks())
+
+
+def test_an_adapter_of_one_layer_needs_separate_layers(base, tmp_path):
+    with pytest.raises(InputError, match=r"the adapter changes 1 of 2 layers: .*--layers separate") as caught:
+        run(base, tmp_path, "stacked", peft="lora", lora_layers=r"layer\.1\..*\.query$")
+    assert "\n" not in str(caught.value) and not (tmp_path / "stacked").exists()
+
+
+@pytest.fixture(scope="module")
+def gym(tmp_path_factory):
+    home = tiny.write_gym_home(tmp_path_factory.mktemp("home"))
+    tiny.save_checkpoint(home / "model", num_hidden_layers=LAYERS)
+    path = home / "one_shape.json"
+    path.write_text(json.dumps(tiny.PARTITION | {"train": ["weather", "voice"], "dev": []}))
+    return home
+
+
+PRIMED = [("mtl", "plm"), ("maml", "plm"), ("fomaml", "pe"), ("reptile", "plm+pe")]
+
+
+@pytest.mark.parametrize(
+    "algorithm, train", [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in PRIMED]
+)
+def test_priming(gym, tmp_path, algorithm, train):
+    settings = PrimingSettings(
+        model_name_or_path=str(gym / "model"),
+        data_dir=str(gym / "gym"),
+        partition=str(gym / "one_shape.json"),
+        algorithm=algorithm,
+        train=train,
+        peft="lora" if "pe" in train else None,
+        max_seq_length=16,
+        max_steps=3,
+        learning_rate=1e-3,
+        tasks_per_step=2,
+        inner_learning_rate=0.1,
+        inner_batch_size=4,
+        task_batch_size=4,
+        save_steps=0,
+        num_devices=1,
+        lora_rank=2,
+    )
+    for layers in ("separate", "stacked"):
+        upstream.run(dataclasses.replace(settings, output_dir=str(tmp_path / layers), layers=layers))
+    assert_same_files(tmp_path, [part for part in ("adapter", "model") if (tmp_path / "separate" / part).exists()])
+
+
+def test_a_tuning_of_the_gym_loads_the_layout_that_is_asked_for(gym):
+    start = Start("direct", None, None, str(gym / "model"), None, str(gym / "model"), "full")
+    for layers, expected in (("auto", "separate"), ("stacked", "stacked")):
+        model, _ = load_start(GymSettings(layers=layers, unroll=2, output_dir="unused"), start)
+        assert (model.layers, model.unroll) == (expected, 2)
