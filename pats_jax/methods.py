@@ -18,7 +18,7 @@ from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.layout import layer_axis, separate_names
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.run.settings import Settings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,10 @@ def _clip_by_global_norm(max_norm):
 def trainable_mask(settings: TrainingSettings, params: Any) -> Any:
     """A tree of bools like params: which parameters ``settings.method`` trains; None if it trains all."""
     patterns = [method.trainable for method in get_methods(settings.method) if method.trainable]
-    return layer_mask(params, patterns[0], "--method") if patterns else None
+    mask = layer_mask(params, patterns[0], "--method") if patterns else None
+    if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
+        raise InputError(f"--method {settings.method}: trains some layers only; set --layers separate")
+    return mask
 
 
 def starting_params(settings: TrainingSettings, params: Any) -> Any:
@@ -225,6 +228,16 @@ def starting_params(settings: TrainingSettings, params: Any) -> Any:
 def chosen_objectives(settings: TrainingSettings) -> list[objectives.Objective]:
     """The terms that ``settings.method`` adds to the loss."""
     return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
+
+
+SENSITIVITY_BATCHES = 8
+
+
+def sensitivity_batches(settings: Settings) -> int:
+    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    if settings.sensitivity_batches is not None:
+        return settings.sensitivity_batches
+    return SENSITIVITY_BATCHES if "pats" in settings.method.split("+") else 0
 
 
 def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:
@@ -348,17 +361,18 @@ def _keep_fraction(context, authors):
 
 def _dps_dense(context):
     mask = _layers("dps-dense")(context.params)
-    return dps.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask)
+    return dps.dps_dense(_keep_fraction(context, 0.7), _stage_steps(context), mask=mask, layer_axis=layer_axis)
 
 
 def _dps_mix(context):
     mask = _layers("dps-mix")(context.params)
     keep, key = _keep_fraction(context, 0.7), context.settings.seed
-    return dps.dps_mix(keep, _stage_steps(context), key=key, mask=mask)
+    return dps.dps_mix(keep, _stage_steps(context), key=key, mask=mask, layer_axis=layer_axis)
 
 
 def _child_tuning_f(context):
-    return child_tuning.child_tuning_f(_keep_fraction(context, 0.3), key=context.settings.seed)
+    keep, key = _keep_fraction(context, 0.3), context.settings.seed
+    return child_tuning.child_tuning_f(keep, key=key, layer_axis=layer_axis)
 
 
 def _child_tuning_d(context):
@@ -368,8 +382,8 @@ def _child_tuning_d(context):
 
 
 def _mixout(context):
-    settings = context.settings
-    return mixout.mixout(settings.drop_fraction, key=settings.seed, mask=_layers("mixout")(context.params))
+    settings, mask = context.settings, _layers("mixout")(context.params)
+    return mixout.mixout(settings.drop_fraction, key=settings.seed, mask=mask, layer_axis=layer_axis)
 
 
 def _l2_sp(context):
@@ -383,11 +397,12 @@ def _sage(context):
 
 
 def _sift(context, optimizer):
-    return sift.sift(optimizer, context.settings.sift_rate, mask=_layers("sift")(context.params))
+    mask = _layers("sift")(context.params)
+    return sift.sift(optimizer, context.settings.sift_rate, mask=mask, layer_axis=layer_axis)
 
 
 def _noisy_tune(params, settings):
-    return noisy_tune.noisy_tune(params, settings.noise_intensity, key=settings.seed)
+    return noisy_tune.noisy_tune(params, settings.noise_intensity, key=settings.seed, layer_axis=layer_axis)
 
 
 def _r3f(settings):

@@ -117,7 +117,7 @@ def leaf_keys(key: jax.Array, tree: Any, axes: Any = None) -> Any:
     treedef: Any  # its methods are not in JAX's type stubs
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
     layer_axes = [-1] * len(leaves) if axes is None else treedef.flatten_up_to(axes)
-    sizes = [leaf.shape[axis] if axis >= 0 else 0 for (_, leaf), axis in zip(leaves, layer_axes, strict=True)]
+    sizes = [_count_layers(leaf, axis) for (_, leaf), axis in zip(leaves, layer_axes, strict=True)]
     paths = [(path, None) if size else _without_layer(path) for (path, _), size in zip(leaves, sizes, strict=True)]
     # All keys are folded at once: leaf by leaf it takes XLA seconds to compile.
     fold = jax.vmap(jax.random.fold_in)
@@ -133,6 +133,10 @@ def leaf_keys(key: jax.Array, tree: Any, axes: Any = None) -> Any:
         of_layers = layers(keys[places], jnp.broadcast_to(jnp.arange(size)[:, None], (size, len(places))))
         found |= {int(place): of_layers[row] for row, place in enumerate(places)}
     return treedef.unflatten(found[index] for index in range(len(leaves)))
+
+
+def _count_layers(leaf, axis):
+    return 0 if is_masked(leaf) or axis < 0 else leaf.shape[axis]
 
 
 _LAYER_LISTS = ("layer", "layers", "block")  # names of Hugging Face's lists of layers
@@ -172,6 +176,11 @@ def resolve_layer_axis(layer_axis: LayerAxis, params: Any) -> Any:
     return axes
 
 
+def held_layer_axes(layer_axis: LayerAxis, params: Any, held: Any) -> Any:
+    """`resolve_layer_axis` of params for the leaves that are held; None and optax.MaskedNode stay."""
+    return map_held(lambda _, axis: axis, held, resolve_layer_axis(layer_axis, params))
+
+
 def each_layer(function: Callable, axis: int, *leaves: Any, per_layer: tuple = (), out_axis: int | None = None) -> Any:
     """``function(*leaves, *per_layer)`` of one tensor, or of each layer of leaves with a layer axis.
 
@@ -186,6 +195,20 @@ def each_layer(function: Callable, axis: int, *leaves: Any, per_layer: tuple = (
         return function(*leaves, *per_layer)
     in_axes = (axis,) * len(leaves) + (0,) * len(per_layer)
     return jax.vmap(function, in_axes, axis if out_axis is None else out_axis)(*leaves, *per_layer)
+
+
+def where_chosen(chosen: bool | np.ndarray, axis: int, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new leaf; of layers that a mask leaves out the old one.
+
+    Args:
+      chosen: True, or bools of the layers (layers,), from `resolve_layer_mask`.
+      axis: the leaf's layer axis.
+      new: the leaf.
+      old: the same, before.
+    """
+    if not isinstance(chosen, np.ndarray):
+        return new
+    return each_layer(lambda new, old, keep: jnp.where(keep, new, old), axis, new, old, per_layer=(chosen,))
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:
@@ -272,29 +295,38 @@ def _mix(param, target, kept, *, keep_fraction):
 # masks of input features
 
 
-def input_rows(tree: Any, input_axis: int) -> Any:
+def input_rows(held: Any, input_axis: int, axes: Any) -> Any:
     """For every leaf an array of bools with one entry for each of its input features, that broadcasts to the leaf.
 
-    A scalar or 1-D leaf has no rows: one entry for each of its own.
+    A scalar or 1-D tensor has no rows: one entry for each of its own.
+
+    Args:
+      held: the leaves; None and optax.MaskedNode stay.
+      input_axis: the axis of input features, counted within a layer's own tensor.
+      axes: from `held_layer_axes`; rows have their layers where the leaf has them.
 
     Raises:
-      ValueError: if a leaf of two or more dimensions has no such axis.
+      ValueError: if a tensor of two or more dimensions has no such axis.
     """
 
-    def rows(leaf):
-        if leaf.ndim < 2:
-            return jnp.ones(leaf.shape, bool)
-        if not -leaf.ndim <= input_axis < leaf.ndim:
-            raise ValueError(f"input_axis={input_axis} is not an axis of a parameter of shape {leaf.shape}")
-        return jnp.ones([n if axis == input_axis % leaf.ndim else 1 for axis, n in enumerate(leaf.shape)], bool)
+    def rows(tensor):
+        if tensor.ndim < 2:
+            return jnp.ones(tensor.shape, bool)
+        if not -tensor.ndim <= input_axis < tensor.ndim:
+            raise ValueError(f"input_axis={input_axis} is not an axis of a parameter of shape {tensor.shape}")
+        return jnp.ones([n if axis == input_axis % tensor.ndim else 1 for axis, n in enumerate(tensor.shape)], bool)
 
-    return jax.tree.map(rows, tree)
+    return map_held(lambda leaf, axis: each_layer(rows, axis, leaf), held, axes)
 
 
-def draw_rows(key: jax.Array, count: jax.Array | int, rows: Any, keep_fraction: float | jax.Array) -> Any:
-    """Bools of the shapes of ``rows``, True with probability keep_fraction, drawn anew for every ``count``."""
-    keys = leaf_keys(jax.random.fold_in(key, count), rows)
-    return map_held(lambda row, k: jax.random.bernoulli(k, keep_fraction, row.shape), rows, keys)
+def draw_rows(key: jax.Array, count: jax.Array | int, rows: Any, keep_fraction: float | jax.Array, axes: Any) -> Any:
+    """Bools of the shapes of `input_rows`, True with probability keep_fraction, drawn anew for every ``count``."""
+    keys = leaf_keys(jax.random.fold_in(key, count), rows, axes)
+
+    def draw(row, row_key):
+        return jax.random.bernoulli(row_key, keep_fraction, row.shape)
+
+    return map_held(lambda row, axis, k: each_layer(draw, axis, row, per_layer=(k,)), rows, axes, keys)
 
 
 # figures of one leaf

@@ -161,6 +161,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name):
 # devices
 
 
+@pytest.mark.devices(8)
 @every_method
 def test_pmap_is_one_device(name):
     step = pats_jax.make_train_step(loss_fn, axis_name="batch")
@@ -173,6 +174,7 @@ def test_pmap_is_one_device(name):
     assert_close(train(tx, step, shard).params, train(tx).params, 1e-5)
 
 
+@pytest.mark.devices(8)
 @every_method
 def test_a_mesh_is_one_device_with_parameters_and_state_sharded(name):
     """Explicit axes; Auto ones are in test_optimizer_table.py."""

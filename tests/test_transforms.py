@@ -470,6 +470,7 @@ def test_vmap_over_seeds_and_scan():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), mine, alone)
 
 
+@pytest.mark.devices(8)
 def test_pmap_gives_every_device_the_same_noise():
     tx = pats_jax.pats(optax.sgd(0.1), 0.1, key=0)
     devices = jax.local_device_count()
@@ -490,6 +491,7 @@ def test_pmap_gives_every_device_the_same_noise():
     )
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_a_sharded_mesh_gives_the_numbers_of_one_device(axis_type):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(axis_type,))

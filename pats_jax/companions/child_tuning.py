@@ -45,7 +45,7 @@ class ChildTuningDState(NamedTuple):
 
 
 def child_tuning_f(
-    keep_fraction: float | jax.Array, *, key: int | jax.Array, mask: Any = None
+    keep_fraction: float | jax.Array, *, key: int | jax.Array, mask: Any = None, layer_axis: trees.LayerAxis = None
 ) -> optax.GradientTransformation:
     r"""Child-Tuning F: at every step a random share of the gradient passes, scaled up to keep its mean.
 
@@ -59,6 +59,8 @@ def child_tuning_f(
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: a tree prefix of bools, or a function of params that returns one; outside, the gradient passes as it is.
         None is every leaf.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
+        draws of its own, and a mask may have an array of bools (layers,) for such a leaf.
 
     Returns:
       A gradient transformation.
@@ -87,14 +89,20 @@ def child_tuning_f(
 
     def update(updates, state, params=None):
         del params
-        thinned = trees.cut_to(trees.resolve_mask(mask, updates), updates)
-        keys = trees.leaf_keys(jax.random.fold_in(state.key, state.count), thinned)
+        chosen = trees.resolve_layer_mask(mask, updates)
+        thinned = trees.cut_to(chosen, updates)
+        axes = trees.held_layer_axes(layer_axis, updates, thinned)
+        keys = trees.leaf_keys(jax.random.fold_in(state.key, state.count), thinned, axes)
 
-        def thin(g, _, leaf_key):
-            kept = jax.random.bernoulli(leaf_key, keep_fraction, g.shape)
+        def thin(g, tensor_key):
+            kept = jax.random.bernoulli(tensor_key, keep_fraction, g.shape)
             return (g * kept / keep_fraction).astype(g.dtype)
 
-        updates = trees.replace_held(thin, updates, thinned, keys)
+        def thin_leaf(g, _, axis, chosen, leaf_keys):
+            new = trees.each_layer(thin, axis, g, per_layer=(leaf_keys,))
+            return trees.where_chosen(chosen, axis, new, g)
+
+        updates = trees.replace_held(thin_leaf, updates, thinned, axes, chosen, keys)
         return updates, ChildTuningFState(optax.safe_increment(state.count), state.stored_key)
 
     return optax.GradientTransformation(init, update)

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from pats_jax import random, trees
-from pats_jax.companions.ranking import check_keep_fraction, finite_square, kth_largest, rank, selected_entries
+from pats_jax.companions.ranking import (
+    check_keep_fraction,
+    count_layers,
+    finite_square,
+    kth_largest,
+    layers_shape,
+    rank,
+    selected_entries,
+)
 from pats_jax.trees import ForwardMix, check_number, is_plainly
 
 
@@ -22,8 +30,8 @@ class DpsDenseState(NamedTuple):
     Attributes:
       count: () int32, number of updates made.
       scores: a tree like params, float32, the squared gradients summed over the last stage I; None where masked.
-      threshold: a tree like params, () float32 each, the least score of a selected entry; 0 in stage I, when every
-        entry is selected.
+      threshold: a tree like params, float32, the least score of a selected entry; 0 in stage I, when every entry is
+        selected. (), or of a leaf with layers one number for each, which broadcasts to the leaf.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -62,7 +70,11 @@ class DpsMixState(NamedTuple):
 
 
 def dps_dense(
-    keep_fraction: float | jax.Array, stage_steps: int | jax.Array, *, mask: Any = None
+    keep_fraction: float | jax.Array,
+    stage_steps: int | jax.Array,
+    *,
+    mask: Any = None,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
     r"""DPS Dense: find the weights with large gradients for a stage, then train only those for a stage, and again.
 
@@ -87,6 +99,8 @@ def dps_dense(
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside are trained as usual and
         hold no state. None is every leaf. The authors take the weight matrices of attention, feed-forward blocks,
         pooler and classifier.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has a
+        threshold of its own.
 
     Returns:
       A gradient transformation.
@@ -119,14 +133,15 @@ def dps_dense(
         return DpsDenseState(
             count=jnp.zeros([], jnp.int32),
             scores=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), chosen),
-            threshold=jax.tree.map(lambda p: jnp.zeros([], jnp.float32), chosen),
+            threshold=_no_threshold(chosen, trees.held_layer_axes(layer_axis, params, chosen)),
         )
 
     def update(updates, state, params=None):
         del params
         second, start = _stage(state.count, stage_steps)
         scores = trees.map_held(lambda s, g: _sum_of_stage(s, finite_square(g), second, start), state.scores, updates)
-        threshold = _threshold_of_stage(scores, state.threshold, keep_fraction, second, start)
+        axes = trees.held_layer_axes(layer_axis, updates, scores)
+        threshold = _threshold_of_stage(scores, axes, state.threshold, keep_fraction, second, start)
         selected = selected_entries(scores, threshold)
         updates = trees.replace_held(jnp.multiply, updates, selected)
         return updates, DpsDenseState(optax.safe_increment(state.count), scores, threshold)
@@ -141,6 +156,7 @@ def dps_mix(
     key: int | jax.Array,
     mask: Any = None,
     input_axis: int = 0,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
     r"""DPS Mix: DPS whose forward pass mixes in older weights, as Mixout does.
 
@@ -171,7 +187,9 @@ def dps_mix(
       stage_steps: length of a stage, >= 1; theirs is 5 % of all steps.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: as for `dps_dense`.
-      input_axis: the axis of input features, 0 in Flax's kernels.
+      input_axis: the axis of input features, 0 in Flax's kernels; counted within a layer's own tensor.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
+        draws and a threshold of its own.
 
     Returns:
       A gradient transformation whose ``update`` requires params and expects the gradient at
@@ -206,14 +224,15 @@ def dps_mix(
 
     def init(params):
         mixed = trees.cut_to(trees.resolve_mask(mask, params), params)
-        rows = trees.draw_rows(key, 0, trees.input_rows(mixed, input_axis), keep_fraction)
+        axes = trees.held_layer_axes(layer_axis, params, mixed)
+        rows = trees.draw_rows(key, 0, trees.input_rows(mixed, input_axis, axes), keep_fraction, axes)
         return DpsMixState(
             count=jnp.zeros([], jnp.int32),
             stored_key=random.StoredKey.of(key),
             pretrained=jax.tree.map(jnp.copy, mixed),
             scores=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), mixed),
             appearances=jax.tree.map(lambda row: jnp.zeros_like(row, jnp.float32), rows),
-            threshold=jax.tree.map(lambda p: jnp.zeros([], jnp.float32), mixed),
+            threshold=_no_threshold(mixed, axes),
             rows=rows,
             forward=ForwardMix(
                 target=jax.tree.map(jnp.copy, mixed),
@@ -236,7 +255,8 @@ def dps_mix(
 
         appearances = trees.map_held(lambda f, m: _sum_of_stage(f, m, second, start), state.appearances, state.rows)
         scores = trees.map_held(score, trees.map_held(sum_up, state.scores, updates, state.rows), appearances)
-        threshold = _threshold_of_stage(scores, state.threshold, keep_fraction, second, start)
+        axes = trees.held_layer_axes(layer_axis, updates, scores)
+        threshold = _threshold_of_stage(scores, axes, state.threshold, keep_fraction, second, start)
         selected = selected_entries(scores, threshold)
         updates = trees.replace_held(lambda g, m, row: g * (m & row), updates, selected, state.rows)
 
@@ -248,7 +268,7 @@ def dps_mix(
         def target(old, pretrained, now):
             return jnp.where(next_second, jnp.where(second & start, now, old), pretrained)
 
-        drawn = trees.draw_rows(state.key, count, state.rows, keep_fraction)
+        drawn = trees.draw_rows(state.key, count, state.rows, keep_fraction, axes)
         forward = ForwardMix(
             target=trees.map_held(target, state.forward.target, state.pretrained, params),
             kept=trees.map_held(lambda m, row: jnp.where(next_second, m, row), selected, drawn),
@@ -277,16 +297,23 @@ def _sum_of_stage(old, new, second, start):
     return jnp.where(second, old, jnp.where(start, 0.0, old) + new)
 
 
-def _threshold_of_stage(scores, old, keep_fraction, second, start):
+def _no_threshold(held, axes):
+    return trees.map_held(lambda leaf, axis: jnp.zeros(layers_shape(leaf, axis), jnp.float32), held, axes)
+
+
+def _threshold_of_stage(scores, axes, old, keep_fraction, second, start):
     """The thresholds of a step: worked out at the first step of stage II, kept until its end, 0 in stage I."""
 
     def keep():
         return jax.tree.map(lambda t: jnp.where(second, t, 0.0), old)
 
     def work_out():
+        treedef: Any  # its methods are not in JAX's type stubs
         leaves, treedef = jax.tree.flatten(scores)
-        ranks = [rank(leaf.size, keep_fraction) for leaf in leaves]
-        return jax.tree.unflatten(treedef, kth_largest([[leaf] for leaf in leaves], ranks))
+        layer_axes = treedef.flatten_up_to(axes)
+        sizes = [leaf.size // count_layers(leaf, axis) for leaf, axis in zip(leaves, layer_axes, strict=True)]
+        ranks = [rank(size, keep_fraction) for size in sizes]
+        return treedef.unflatten(kth_largest([[leaf] for leaf in leaves], ranks, layer_axes))
 
     return jax.lax.cond(second & start, work_out, keep)
 

@@ -30,7 +30,12 @@ class MixoutState(NamedTuple):
 
 
 def mixout(
-    drop_fraction: float | jax.Array, *, key: int | jax.Array, mask: Any = None, input_axis: int = 0
+    drop_fraction: float | jax.Array,
+    *,
+    key: int | jax.Array,
+    mask: Any = None,
+    input_axis: int = 0,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
     r"""Mixout: at every training step, a random share of the input features works with the pretrained weights.
 
@@ -50,7 +55,9 @@ def mixout(
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside are used as they are and
         hold no state. None is every leaf.
-      input_axis: the axis of input features, 0 in Flax's kernels.
+      input_axis: the axis of input features, 0 in Flax's kernels; counted within a layer's own tensor.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
+        draws of its own.
 
     Returns:
       A gradient transformation; its state holds a copy of the parameters given to ``init``.
@@ -82,17 +89,19 @@ def mixout(
 
     def init(params):
         mixed = trees.cut_to(trees.resolve_mask(mask, params), params)
-        kept = trees.draw_rows(key, 0, trees.input_rows(mixed, input_axis), keep_fraction)
+        axes = trees.held_layer_axes(layer_axis, params, mixed)
+        kept = trees.draw_rows(key, 0, trees.input_rows(mixed, input_axis, axes), keep_fraction, axes)
         forward = ForwardMix(jax.tree.map(jnp.copy, mixed), kept, jnp.asarray(keep_fraction, jnp.float32))
         return MixoutState(jnp.zeros([], jnp.int32), random.StoredKey.of(key), forward)
 
     def update(updates, state, params=None):
         del params
         kept = state.forward.kept
+        axes = trees.held_layer_axes(layer_axis, updates, kept)
         updates = trees.replace_held(jnp.multiply, updates, kept)
         count = optax.safe_increment(state.count)
         forward = state.forward._replace(
-            kept=trees.draw_rows(state.key, count, kept, keep_fraction),
+            kept=trees.draw_rows(state.key, count, kept, keep_fraction, axes),
             keep_fraction=jnp.asarray(keep_fraction, jnp.float32),
         )
         return updates, MixoutState(count, state.stored_key, forward)

@@ -10,7 +10,14 @@ from pats_jax import trees
 from pats_jax.trees import check_number
 
 
-def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | jax.Array, mask: Any = None) -> Any:
+def noisy_tune(
+    params: Any,
+    intensity: float | jax.Array = 0.15,
+    *,
+    key: int | jax.Array,
+    mask: Any = None,
+    layer_axis: trees.LayerAxis = None,
+) -> Any:
     r"""NoisyTune: the pretrained parameters with a little uniform noise, once, before training.
 
     ``W + U(-intensity/2, intensity/2) * std(W)`` for every tensor (*secondary*: read in later work, not in the authors'
@@ -22,6 +29,8 @@ def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | j
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside stay as they are. None is
         every leaf.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has a
+        standard deviation and draws of its own, and a mask may have an array of bools (layers,) for such a leaf.
 
     Returns:
       A tree like params, of the same dtypes.
@@ -40,10 +49,16 @@ def noisy_tune(params: Any, intensity: float | jax.Array = 0.15, *, key: int | j
       <https://arxiv.org/abs/2202.12024>`_, 2022
     """
     check_number("intensity", intensity, lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    noisy = trees.cut_to(trees.resolve_mask(mask, params), params)
+    chosen = trees.resolve_layer_mask(mask, params)
+    noisy = trees.cut_to(chosen, params)
+    axes = trees.held_layer_axes(layer_axis, params, noisy)
+    keys = trees.leaf_keys(trees.own_key(key, "noisy_tune"), noisy, axes)
 
-    def add_noise(param, _, key):
+    def add_noise(param, key):
         noise = jax.random.uniform(key, param.shape, jnp.float32, -0.5, 0.5)
         return (param + intensity * trees.std(param) * noise).astype(param.dtype)
 
-    return trees.replace_held(add_noise, params, noisy, trees.leaf_keys(trees.own_key(key, "noisy_tune"), noisy))
+    def add_to_leaf(param, _, axis, chosen, leaf_keys):
+        return trees.where_chosen(chosen, axis, trees.each_layer(add_noise, axis, param, per_layer=(leaf_keys,)), param)
+
+    return trees.replace_held(add_to_leaf, params, noisy, axes, chosen, keys)

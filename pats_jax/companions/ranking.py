@@ -31,7 +31,9 @@ def finite_square(grad: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(square), square, 0.0)
 
 
-def kth_largest(groups: list[list[jax.Array]], ranks: list[int | jax.Array]) -> list[jax.Array]:
+def kth_largest(
+    groups: list[list[jax.Array]], ranks: list[int | jax.Array], layer_axes: list[int] | None = None
+) -> list[jax.Array]:
     """For each group of arrays the rank-th largest number in all of them together.
 
     By bisection: non-negative floats are ordered as their bits are, so the number's bits are found one after the other,
@@ -42,20 +44,38 @@ def kth_largest(groups: list[list[jax.Array]], ranks: list[int | jax.Array]) -> 
 
     Args:
       groups: arrays of any shape, float32, no NaN, >= 0; a group has less than 2**31 numbers.
-      ranks: for each group a number from 1 to its size.
+      ranks: for each group a number from 1 to its size; with layers to the size of one.
+      layer_axes: for each group the axis of its arrays along which each place is searched by itself, or -1; None: -1
+        for all.
 
     Returns:
-      () float32 for each group, exact.
+      float32 for each group, exact: () or, with layers, of their number along their axis and of size 1 along others.
     """
+    axes = [-1] * len(groups) if layer_axes is None else layer_axes
     bits = [[jax.lax.bitcast_convert_type(x, jnp.int32) for x in group] for group in groups]
+
+    def count(group, axis, candidate):
+        reduced = None if axis < 0 else tuple(other for other in range(group[0].ndim) if other != axis)
+        return sum(jnp.sum(b >= candidate, axis=reduced, keepdims=axis >= 0) for b in group)
 
     def fix_bit(step, found):
         candidates = [f | (1 << (30 - step)) for f in found]
-        counts = [sum(jnp.sum(b >= c) for b in group) for group, c in zip(bits, candidates, strict=True)]
+        counts = [count(group, axis, c) for group, axis, c in zip(bits, axes, candidates, strict=True)]
         return [jnp.where(n >= k, c, f) for n, k, c, f in zip(counts, ranks, candidates, found, strict=True)]
 
-    found = jax.lax.fori_loop(0, 31, fix_bit, [jnp.int32(0) for _ in groups])
+    start = [jnp.zeros(layers_shape(group[0], axis), jnp.int32) for group, axis in zip(groups, axes, strict=True)]
+    found = jax.lax.fori_loop(0, 31, fix_bit, start)
     return [jax.lax.bitcast_convert_type(f, jnp.float32) for f in found]
+
+
+def layers_shape(leaf: jax.Array, layer_axis: int) -> tuple[int, ...]:
+    """The shape of one number for each layer of a leaf, which broadcasts to the leaf; () without layers."""
+    return tuple(n if axis == layer_axis else 1 for axis, n in enumerate(leaf.shape)) if layer_axis >= 0 else ()
+
+
+def count_layers(leaf: jax.Array, layer_axis: int) -> int:
+    """How many tensors a leaf holds."""
+    return leaf.shape[layer_axis] if layer_axis >= 0 else 1
 
 
 def selected_entries(scores: Any, threshold: Any) -> Any:

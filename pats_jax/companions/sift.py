@@ -19,9 +19,9 @@ class SiftState(NamedTuple):
 
     Attributes:
       started: () bool, whether the entries have been chosen.
-      indices: a tree like params, (k,) int32, the chosen entries of the flattened leaf; None where it is trained
-        densely.
-      inner: the inner optimizer's state, for a tree with a (k,) vector in place of each sifted leaf.
+      indices: a tree like params, (k,) int32, the chosen entries of the flattened leaf, or (layers, k), those of each
+        layer's flattened tensor; None where it is trained densely.
+      inner: the inner optimizer's state, for a tree with a (k,) vector or (layers, k) in place of each sifted leaf.
     """
 
     started: jax.Array
@@ -30,7 +30,11 @@ class SiftState(NamedTuple):
 
 
 def sift(
-    inner: optax.GradientTransformation | optax.MultiSteps, rate: float, *, mask: Any
+    inner: optax.GradientTransformation | optax.MultiSteps,
+    rate: float,
+    *,
+    mask: Any,
+    layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SIFT: an optimizer for the few entries of each tensor whose first gradient is largest; the rest stays frozen.
 
@@ -46,6 +50,8 @@ def sift(
       rate: share of each tensor's entries that is trained, in (0, 1]; the authors' is 0.008.
       mask: a tree prefix of bools, or a function of params that returns one, or None for every leaf: which tensors are
         thinned out. Leaves outside are trained densely; freeze them with Optax's own means.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; entries are then chosen
+        in each layer, and ``inner`` sees them as (layers, k), the layers first.
 
     Returns:
       A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner``, bit for bit.
@@ -73,8 +79,13 @@ def sift(
 
     def init(params):
         sifted = trees.cut_to(trees.resolve_mask(mask, params), params)
-        indices = jax.tree.map(lambda p: jnp.arange(rank(p.size, rate), dtype=jnp.int32), sifted)
-        return SiftState(jnp.zeros([], bool), indices, inner.init(_gather(params, indices)))
+        axes = trees.held_layer_axes(layer_axis, params, sifted)
+
+        def first(tensor):
+            return jnp.arange(rank(tensor.size, rate), dtype=jnp.int32)
+
+        indices = trees.map_held(lambda p, axis: trees.each_layer(first, axis, p, out_axis=0), sifted, axes)
+        return SiftState(jnp.zeros([], bool), indices, inner.init(_gather(params, indices, axes)))
 
     def update(updates, state, params=None, **extra_args):
         trees.require_params("sift", params)
@@ -82,45 +93,62 @@ def sift(
             updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
             return updates, state._replace(inner=inner_state)
 
+        axes = trees.held_layer_axes(layer_axis, params, state.indices)
+
         def choose():
-            return trees.map_held(lambda i, g: jax.lax.top_k(_magnitude(g), i.size)[1], state.indices, updates)
+            def largest(i, g, axis):
+                return jax.lax.top_k(_magnitude(_vectors(g, axis)), i.shape[-1])[1]
+
+            return trees.map_held(largest, state.indices, updates, axes)
 
         indices = jax.lax.cond(state.started, lambda: state.indices, choose)
         # Element by element, where the choice above is made by lax.cond: it fuses into what inner does, without a copy.
-        fresh = inner.init(_gather(params, indices))
+        fresh = inner.init(_gather(params, indices, axes))
         inner_state = jax.tree.map(lambda old, new: jnp.where(state.started, old, new), state.inner, fresh)
         if extra_args.get("grad") is not None:  # the raw gradient of `pats_jax.with_raw_gradient`
-            extra_args = extra_args | {"grad": _gather(extra_args["grad"], indices)}
+            extra_args = extra_args | {"grad": _gather(extra_args["grad"], indices, axes)}
         sparse, inner_state = inner.update(
-            _gather(updates, indices), inner_state, _gather(params, indices), **extra_args
+            _gather(updates, indices, axes), inner_state, _gather(params, indices, axes), **extra_args
         )
-        updates = trees.replace_held(_scatter, sparse, indices, params)
+        updates = trees.replace_held(_scatter, sparse, indices, params, axes)
         return updates, SiftState(jnp.ones([], bool), indices, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _magnitude(grad):
-    """|g| of a flattened leaf, float32; 0 where it is not finite."""
-    size = jnp.abs(_flat(grad).astype(jnp.float32))
+    """|g|, float32; 0 where it is not finite."""
+    size = jnp.abs(grad.astype(jnp.float32))
     return jnp.where(jnp.isfinite(size), size, 0.0)
 
 
-def _gather(tree, indices):
-    """A tree with the vector of its chosen entries in place of every sifted leaf."""
-    return trees.replace_held(lambda x, i: _flat(x)[i], tree, indices)
+def _gather(tree, indices, axes):
+    """A tree with the vectors of its chosen entries, (k,) or (layers, k), in place of every sifted leaf."""
+
+    def gather(x, i, axis):
+        return trees.each_layer(lambda vector, i: vector[i], min(axis, 0), _vectors(x, axis), per_layer=(i,))
+
+    return trees.replace_held(gather, tree, indices, axes)
 
 
-def _scatter(sparse, indices, like):
-    """Zeros of a leaf's shape with the vector's entries at their places."""
-    zeros = jnp.zeros(like.size, sparse.dtype)
-    full = zeros.at[indices].set(sparse, unique_indices=True).reshape(like.shape)
+def _scatter(sparse, indices, like, axis):
+    """Zeros of a leaf's shape with the vectors' entries at their places."""
+
+    def scatter(like, sparse, indices):
+        zeros = jnp.zeros(like.size, sparse.dtype)
+        return zeros.at[indices].set(sparse, unique_indices=True).reshape(like.shape)
+
+    full = trees.each_layer(scatter, axis, like, per_layer=(sparse, indices))
     return jax.sharding.reshard(full, jax.typeof(like).sharding) if _is_sharded(like) else full
 
 
-def _flat(x):
-    """The entries as one vector; whole on every device if axes are sharded explicitly, for these cannot be indexed."""
-    return (jax.sharding.reshard(x, jax.P()) if _is_sharded(x) else x).ravel()
+def _vectors(x, axis):
+    """The entries of a leaf as one vector, or those of each layer's tensor as (layers, size).
+
+    Whole on every device if axes are sharded explicitly, for these cannot be indexed.
+    """
+    x = jax.sharding.reshard(x, jax.P()) if _is_sharded(x) else x
+    return trees.each_layer(jnp.ravel, axis, x, out_axis=0)
 
 
 def _is_sharded(x):

@@ -9,7 +9,7 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,8 @@ from pats_jax.models.config import EncoderConfig
 # without any token finite: such filler rows must not give NaN.
 _MASKED = -1e30
 
-SEPARATE, STACKED = LAYOUTS = ("separate", "stacked")
+Layout = Literal["separate", "stacked"]
+SEPARATE, STACKED = LAYOUTS = get_args(Layout)
 
 
 class Form(NamedTuple):

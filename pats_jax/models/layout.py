@@ -64,13 +64,36 @@ def separate_names(path: tuple, leaf: Any) -> list[str]:
     return [".".join((*names[:place], str(number), *names[place:])) for number in range(leaf.shape[0])]
 
 
+def is_stacked(path: tuple) -> bool:
+    """Whether a leaf has a leading axis of layers, by its path in any tree that holds parameters."""
+    return _place_of_stack(path) is not None
+
+
+def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
+    """As `separate_names`; of a leaf of a separate layer the one name of the stack."""
+    place, names = _place_of_layer(path), [_name(entry) for entry in path]
+    if place is not None and names[place].isdecimal():
+        return [".".join((*names[:place], *names[place + 1 :]))]
+    return separate_names(path, leaf)
+
+
+def layer_number(path: tuple) -> int | None:
+    """The number of a separate layer that a leaf belongs to."""
+    place = _place_of_layer(path)
+    name = None if place is None else _name(path[place])
+    return int(name) if name is not None and name.isdecimal() else None
+
+
 def _place_of_stack(path):
     """Where in a leaf's path the number of its layer would stand; None if it has one, or is of no layer."""
+    place = _place_of_layer(path)
+    return None if place is None or _name(path[place]).isdecimal() else place
+
+
+def _place_of_layer(path):
+    """Where in a leaf's path its layer's number, or what is in each layer, stands; None if it is of no layer."""
     names = [_name(entry) for entry in path]
-    for place in range(2, len(names)):
-        if names[place - 2 : place] == ["encoder", "layer"]:
-            return None if names[place].isdecimal() else place
-    return None
+    return next((place for place in range(2, len(names)) if names[place - 2 : place] == ["encoder", "layer"]), None)
 
 
 def _name(entry):

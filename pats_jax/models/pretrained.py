@@ -118,7 +118,7 @@ def from_pretrained(
         path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
         for path, name in matched.sources.items()
     }
-    drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range) if matched.new else {}
+    drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
     if layers == STACKED:
         params = stack_layers(params)
@@ -175,7 +175,7 @@ def new_layers(
     folder = checkpoint_folder(name_or_dir, check_weights=False)
     shapes = _parameter_shapes(SequenceClassifier(config))
     new = convert.match(weights.tensor_files(folder), shapes, config, new_head=new_head, source=str(folder)).new
-    drawn = [_draw(new, shapes, as_key(key), config.initializer_range) for key in keys] if new else [{}]
+    drawn = [_draw(new, shapes, key, config.initializer_range) for key in keys] if new else [{}]
     return unflatten_dict({path: np.stack([one[path] for one in drawn]) for path in new})
 
 
@@ -299,15 +299,24 @@ def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, 
     return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
+def _host() -> jax.Device | None:
+    """The CPU, which compiles small programs sooner than an accelerator; None if JAX was told not to use it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def _draw(
     paths: list[convert.ParameterPath],
     shapes: Mapping[convert.ParameterPath, tuple[int, ...]],
-    key: jax.Array,
+    key: int | jax.Array,
     standard_deviation: float,
 ) -> dict[convert.ParameterPath, np.ndarray]:
     """New layers: kernels normal with the given standard deviation, biases zero."""
     kernels = [path for path in paths if path[-1] != "bias"]
-    values = jax.device_get(_draw_normal(key, tuple(shapes[path] for path in kernels)))
+    with jax.default_device(_host()):
+        values = jax.device_get(_draw_normal(as_key(key), tuple(shapes[path] for path in kernels)))
     drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
     for path, value in zip(kernels, values, strict=True):
         drawn[path] = np.float32(standard_deviation) * value  # outside of the program, where XLA could round otherwise

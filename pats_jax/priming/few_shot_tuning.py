@@ -21,7 +21,7 @@ from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.run import pe_modules
 from pats_jax.run.records import Part, Stage, Tuned, TuningRecord
 from pats_jax.train_state import TrainState, make_train_step
-from pats_jax.training import metrics, preemption
+from pats_jax.training import metrics, preemption, runners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +206,8 @@ def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
         mlm_head_from=start.base,
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        layers=settings.with_layers(runners.default_layers(jax.default_backend())).layers,
+        unroll=settings.unroll,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

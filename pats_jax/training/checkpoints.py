@@ -8,6 +8,8 @@ Orbax commits the folder by its name; it covers everything that a resumed run de
   format refuses the checkpoint and says which version reads it.
 - ``step``, and ``best_step``: the checkpoint with the best score so far, which this one needs.
 - ``progress``: the `loop.Progress`.
+- ``layers``: "separate" or "stacked", the layout of the model's layers; without it separate. A state of the other
+  layout can be restored as well.
 - ``checksums``: a number for each array, computed on the devices before anything is written. ``key_kinds``: the kinds
   of the keys, which an array file cannot hold.
 - ``files``: the SHA-256 of every other file of the item.
@@ -31,7 +33,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ import pats_jax
 from pats_jax import files, random
 from pats_jax.errors import InputError, shown
 from pats_jax.train_state import TrainState, parameter_name
+from pats_jax.training.checkpoint_layers import OtherLayout, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class _Record:
     checksums: dict[str, int]
     key_kinds: dict[str, str]
     files: dict[str, str]
+    layers: Literal["separate", "stacked"] = "separate"
 
 
 class Checkpoints:
@@ -148,7 +152,7 @@ class Checkpoints:
         arrays, kinds = _take_apart(state)
         arrays = {name: x for name, x in arrays.items() if x.size}  # an empty array has nothing to save
         sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
-        record = _Record(step, best_step, progress, sums, kinds, files={})
+        record = _Record(step, best_step, progress, sums, kinds, files={}, layers=layers_of(state))
         if step in self.steps:
             return
         with _in_one_line(self._folder):
@@ -175,7 +179,7 @@ class Checkpoints:
         renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
 
         Args:
-          state: a state of the same tree; its shardings are where the arrays go.
+          state: a state of the same tree, with separate or stacked layers; its shardings are where the arrays go.
           kind: what the progress is, for `files.parse_record`.
 
         Returns:
@@ -305,28 +309,37 @@ class Checkpoints:
 
     def _arrays(self, step, state, record) -> TrainState:
         """The state in a verified checkpoint."""
-        import orbax.checkpoint as ocp
-
         wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
-        self._check_structure(step, present, kinds, record)
-        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in present.items()}
+        other = None if record.layers == layers_of(state) else OtherLayout(state, present, _is_stored_key)
+        self._check_structure(step, present, other, kinds, record)
         _check_room_for_files()
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                arrays = checkpointer.restore((self._path(step) / _ITEM).absolute(), target)
-        except Exception as error:  # Orbax and TensorStore have many kinds for it; the files are what was saved
-            raise InputError(f"checkpoint {self._path(step)} cannot be read: {_reason(error)}") from error
+        if other is None:
+            target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in present.items()}
+        else:
+            target = other.targets(self._read(step, lambda reader, item: _shapes(reader.metadata(item))))
+        arrays = self._read(step, lambda reader, item: reader.restore(item, target))
         for name, value in jax.device_get(_checksums(arrays)).items():
             if int(value) != record.checksums[name]:
                 raise _Damaged(f"{name} does not match what was saved")
-        return _put_together(state, {**wanted, **arrays})
+        return _put_together(state, {**wanted, **(other.convert(arrays) if other else arrays)})
 
-    def _check_structure(self, step, present, kinds, record):
+    def _read(self, step, read):
+        """``read(checkpointer, path)`` of a checkpoint's arrays."""
+        import orbax.checkpoint as ocp
+
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return read(checkpointer, (self._path(step) / _ITEM).absolute())
+        except Exception as error:  # Orbax and TensorStore have many kinds for it; the files are what was saved
+            raise InputError(f"checkpoint {self._path(step)} cannot be read: {_reason(error)}") from error
+
+    def _check_structure(self, step, present, other, kinds, record):
         """Compares names before arrays are read: a difference means another model, not damage."""
-        names = record.checksums.keys() ^ present.keys()
-        if names or record.key_kinds != kinds:
-            example = min(names) if names else "a key"
+        saved = record.checksums.keys()
+        name = min(saved ^ present.keys(), default=None) if other is None else other.differing_name(saved)
+        if name or record.key_kinds != kinds:
+            example = name or "a key"
             raise InputError(f"checkpoint {self._path(step)} belongs to another model or optimizer: {example} differs")
 
 
@@ -374,6 +387,11 @@ def _orbax_item():
         """Orbax requires a way to restore; `StandardCheckpointer` does that."""
 
     return Handler(), Save
+
+
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays in Orbax's description of an item, by name."""
+    return {name: tuple(x.shape) for name, x in metadata.item_metadata.tree.items()}
 
 
 def _check_room_for_files(number: int = 64):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pats_jax.errors import InputError, Preempted
-from pats_jax.train_state import Batch, Metrics, TrainState, parameter_name
+from pats_jax.models.layout import separate_names
+from pats_jax.train_state import Batch, Metrics, TrainState
 from pats_jax.training.preemption import Preemption
 
 Record = dict[str, Any]
@@ -43,6 +44,11 @@ class Rhythm:
     save_best: bool = False
     patience: int | None = None
     max_nonfinite_steps: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """How often the model is evaluated, unless training stops early."""
+        return -(-self.total_steps // self.eval_steps)
 
     def logs_at(self, step: int) -> bool:
         """Whether a line is logged after this step (counted from 1)."""
@@ -98,6 +104,9 @@ class Hooks:
 
     metric: str
     evaluates: bool = False
+
+    def before_step(self, step: int, state: TrainState) -> None:
+        """Called before a step (counted from 1), which takes the state's buffers."""
 
     def on_step(self, step: int, state: TrainState) -> None:
         """Called when a step is dispatched; the device may still be running it."""
@@ -196,6 +205,7 @@ def fit(
             raise
         with clock.waiting_for_data():
             batch, counts = next(batches)
+        hooks.before_step(progress.step + 1, state)
         state, metrics = train_step(state, batch)
         progress.step += 1
         pending.append({**metrics, **counts})
@@ -283,8 +293,12 @@ def _was_skipped(step):
 
 def _divergence(progress, state):
     """The message when training has diverged."""
-    sizes = jax.device_get(jax.tree.map(lambda p: jnp.max(jnp.abs(p), initial=0.0), state.params))
-    named = [(float(x), parameter_name(path)) for path, x in jax.tree_util.tree_leaves_with_path(sizes)]
+    sizes: list[tuple[str, jax.Array]] = []
+    for path, p in jax.tree_util.tree_leaves_with_path(state.params):
+        names = separate_names(path, p)
+        within = None if len(names) == 1 else tuple(range(1, p.ndim))
+        sizes += zip(names, jnp.atleast_1d(jnp.max(jnp.abs(p), axis=within, initial=0.0)), strict=True)
+    named = [(float(x), name) for name, x in sizes]
     size, name = max(named, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
     return (
         f"training stopped at step {progress.step}: loss or gradient was not finite in {progress.skipped_steps} steps, "

@@ -1,0 +1,89 @@
+"""Checkpoints of the other layout: which of their arrays hold the layers of a state, and how these become its own.
+
+A state with separate layers has an array for each layer, one with stacked layers an array for all of them: see
+`pats_jax.models.layout`. What an optimizer holds for each layer, such as a standard deviation, is stacked like its
+parameter. Keys are the same in both.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pats_jax.models.bert import SEPARATE, STACKED, Layout
+from pats_jax.models.layout import has_stacked_layers, layer_number, names_in_other_layout
+from pats_jax.train_state import parameter_name
+
+Arrays = dict[str, Any]
+
+
+def layers_of(state: Any) -> Layout:
+    """Whether a state's layers are ``"separate"`` or ``"stacked"``; separate if it has none."""
+    return STACKED if has_stacked_layers(state) else SEPARATE
+
+
+class OtherLayout:
+    """The arrays of a state as a checkpoint of the other layout holds them."""
+
+    def __init__(self, state: Any, arrays: Arrays, is_leaf: Callable[[Any], bool]):
+        """Computes nothing.
+
+        Args:
+          state: the state.
+          arrays: its arrays by name.
+          is_leaf: what counts as one array of the state.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf)
+        paths = {parameter_name(path): path for path, _ in leaves}
+        self._arrays = arrays
+        self._numbers = {name: layer_number(paths[name]) for name in arrays}
+        self._names = {name: names_in_other_layout(paths[name], x) for name, x in arrays.items()}
+
+    def differing_name(self, saved: Collection[str]) -> str | None:
+        """A name that shows that the saved arrays are of another state; None if they are this one's.
+
+        A stack may lack layers: those that a mask leaves out have no state of their own.
+        """
+        known = {name for names in self._names.values() for name in names}
+        missing = {name for name, names in self._names.items() if not set(names) & set(saved)}
+        return min((set(saved) - known) | missing, default=None)
+
+    def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        """The saved arrays as abstract ones, of these shapes, cut over the devices as the state's own are."""
+        found = {}
+        for name, x in self._arrays.items():
+            for source in set(self._names[name]) & set(shapes):
+                sharding = x.sharding if self._is_same(name) else self._sharding(name, len(shapes[source]))
+                found[source] = jax.ShapeDtypeStruct(shapes[source], x.dtype, sharding=sharding)
+        return found
+
+    def convert(self, saved: Arrays) -> Arrays:
+        """The state's arrays, by name, from the saved ones."""
+        alike = {name: saved[name] for name in self._arrays if self._is_same(name)}
+        others = {name: x for name, x in self._arrays.items() if name not in alike}
+        own = {name: x.sharding for name, x in others.items()}
+        converted = jax.jit(lambda saved: {name: self._one(name, saved) for name in others}, out_shardings=own)(saved)
+        return alike | converted
+
+    def _is_same(self, name):
+        return self._names[name] == [name] and self._numbers[name] is None
+
+    def _one(self, name, saved):
+        shape, number = self._arrays[name].shape, self._numbers[name]
+        if number is not None:
+            return saved[self._names[name][0]][number].reshape(shape)
+        zeros = jnp.zeros(shape[1:], self._arrays[name].dtype)
+        return jnp.stack(
+            [saved[source].reshape(shape[1:]) if source in saved else zeros for source in self._names[name]]
+        )
+
+    def _sharding(self, name, ndim):
+        """That of the state's array without or with an axis of layers, if it has one of its own for each axis."""
+        own = self._arrays[name]
+        if not isinstance(own.sharding, NamedSharding):
+            return own.sharding
+        spec = (*own.sharding.spec, *[None] * (own.ndim - len(own.sharding.spec)))
+        spec = spec[1:] if self._numbers[name] is None else (None, *spec)
+        return NamedSharding(own.sharding.mesh, PartitionSpec(*spec) if len(spec) == ndim else PartitionSpec())
