@@ -45,8 +45,7 @@ def settings(home, **changes):
 def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **program):
     """Trains all runs in lanes."""
     model, params, config = load(home, 0, layers)
-    own = [models.new_layers(home / "model", config, key=run.seed) for run in runs]
-    own = jax.tree.map(lambda *heads: np.stack(heads), *own)
+    own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
     arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0], steps, 64)
     lane_program = lanes.LaneProgram(model.apply, runs[0], steps, **program)
     compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)

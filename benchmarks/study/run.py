@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -133,20 +134,20 @@ class Engine:
         self.group, self.flags = group, flags
         layers = flags.layers or ("separate" if jax.default_backend() == "cpu" else "stacked")
         model, params, config = models.from_pretrained(flags.model, num_labels=2, layers=layers, unroll=flags.unroll)
-        self._config = config
         self._params, smaller = group.shrink(params, config)
         self._params = jax.device_put(self._params)
-        self._heads: dict[int, Any] = {}
+        self._heads = functools.cache(lambda seeds: models.new_layers(flags.model, config, keys=seeds))
         self._capacity = max(self.steps(task) for task in group.tasks)
         first = grid.Training(next(iter(group.tasks)), program, 0.0, 1e-4, 0)
         settings = settings_of(first, flags.dtype)
         self.batch_size = settings.per_device_train_batch_size
         model = model.clone(config=smaller, dtype=jnp.dtype(flags.dtype))
         self._program = lanes.LaneProgram(model.apply, settings, self._capacity, RESPONSES_OF_PROGRAM[program])
+        self._rates = functools.cache(lambda steps: lanes.rate_table(settings, steps, self._capacity))
         arguments = self._arguments([first] * flags.lanes)
         self._compiled = lanes.CompiledLanes(self._program, self._params, *arguments)
         self._frozen = self._program.split(self._params)[1]
-        self._sample = jax.jit(_sample_sensitivity)
+        self._compiled.begin(("sample",), jax.jit(_sample_sensitivity), self._compiled.state.opt_state)
 
     def expect(self) -> None:
         """Begins to compile the steps and predictions of all shapes."""
@@ -176,11 +177,12 @@ class Engine:
         train = self._batches(task, [training.seed for training in filled], steps)
         evaluation = self._evaluation(task)
         trained = lanes.fit(self._compiled, state, arrays, self._frozen, rates, train, evaluation, epoch)
-        sampled = jax.device_get(self._sample(trained.state.opt_state))
+        sampled = jax.device_get(self._compiled.call(("sample",), trained.state.opt_state))
         return [
             {
                 **dataclasses.asdict(training),
                 "steps": steps,
+                "device": jax.devices()[0].device_kind,
                 "diverged": bool(trained.diverged[lane]),
                 "evaluations": [self._evaluated(task, step, logits[lane]) for step, logits in trained.logits.items()],
                 "loss": [_mean_loss(part[:, lane]) for part in _epochs(trained.metrics["loss"], epoch)],
@@ -196,13 +198,8 @@ class Engine:
     def _arguments(self, trainings, steps=None):
         """The lanes' own layers, their arrays and the table of rates."""
         runs = [settings_of(training, self.flags.dtype) for training in trainings]
-        own = jax.tree.map(lambda *heads: np.stack(heads), *(self._head(training.seed) for training in trainings))
-        return own, lanes.lane_arrays(runs), lanes.rate_table(runs[0], steps or self._capacity, self._capacity)
-
-    def _head(self, seed):
-        if seed not in self._heads:
-            self._heads[seed] = models.new_layers(self.flags.model, self._config, key=seed)
-        return self._heads[seed]
+        own = self._heads(tuple(training.seed for training in trainings))
+        return own, lanes.lane_arrays(runs), self._rates(steps or self._capacity)
 
     def _batches(self, task, seeds, steps):
         of_task = self.group.tasks[task]

@@ -5,7 +5,7 @@ import functools
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,22 +158,25 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
         shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
 
 
-def new_layers(name_or_dir: str | Path, config: EncoderConfig, *, key: Any, new_head: bool = False) -> Parameters:
-    """The parameters that :func:`from_pretrained` draws anew with a key, without the others; only headers are read.
+def new_layers(
+    name_or_dir: str | Path, config: EncoderConfig, *, keys: Sequence[Any], new_head: bool = False
+) -> Parameters:
+    """The parameters that :func:`from_pretrained` draws anew, for several keys; only headers of files are read.
 
     Args:
         name_or_dir: As for `from_pretrained`.
         config: What it returned.
-        key: An int or a typed key.
+        keys: Ints or typed keys, at least one.
         new_head: As for `from_pretrained`.
 
     Returns:
-        Nested dicts of NumPy arrays; empty if the checkpoint has all.
+        Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
     """
     folder = checkpoint_folder(name_or_dir, check_weights=False)
     shapes = _parameter_shapes(SequenceClassifier(config))
     new = convert.match(weights.tensor_files(folder), shapes, config, new_head=new_head, source=str(folder)).new
-    return unflatten_dict(_draw(new, shapes, key, config.initializer_range)) if new else {}
+    drawn = [_draw(new, shapes, key, config.initializer_range) for key in keys] if new else [{}]
+    return unflatten_dict({path: np.stack([one[path] for one in drawn]) for path in new})
 
 
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:

@@ -88,7 +88,7 @@ def lane_arrays(runs: Sequence[TrainingSettings]) -> Arrays:
         if differing:
             raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
     names = list(transforms.RESPONSES)
-    words = jax.device_get(jnp.stack([jax.random.key_data(random.fast_key(run.seed)) for run in runs]))
+    words = np.stack(jax.device_get([jax.random.key_data(random.fast_key(run.seed)) for run in runs]))
     numbers = {name: np.array([getattr(run, name) for run in runs], np.float32) for name in LANE_NUMBERS}
     return numbers | {"response": np.array([names.index(run.response) for run in runs], np.int32), "words": words}
 
@@ -105,7 +105,7 @@ def rate_table(settings: TrainingSettings, total_steps: int, capacity: int | Non
     """
     schedule = methods.learning_rate_schedule(dataclasses.replace(settings, learning_rate=1.0), total_steps)
     table = np.zeros(total_steps if capacity is None else capacity, np.float32)
-    table[:total_steps] = jax.device_get(jax.vmap(schedule)(jnp.arange(total_steps)))
+    table[:total_steps] = jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
     return table
 
 
@@ -272,6 +272,11 @@ class CompiledLanes:
     """The programs of lanes, compiled in threads, one for each shape of batches.
 
     Compiled once, they serve every set of as many lanes with the same sizes of model and table of rates.
+
+    Attributes:
+      program: what is compiled.
+      lanes: how many.
+      state: a `LaneState` of shapes.
     """
 
     def __init__(self, program: LaneProgram, params: Any, own: Any, lanes: Arrays, rates: np.ndarray):
@@ -288,43 +293,42 @@ class CompiledLanes:
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
         self._params, self._own = _shapes(params), _shapes(own)
         self._arguments = _shapes(lanes), _shapes(rates)
-        self._state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
+        self.state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
         self._frozen = _shapes(program.split(self._params)[1])
         self._programs: dict[tuple, concurrent.futures.Future] = {}
-        self._begin(("init",), program.init, self._params, self._own, *self._arguments)
+        self.begin(("init",), program.init, self._params, self._own, *self._arguments)
 
     def expect_step(self, batch: Arrays) -> None:
         """Begins to compile the step for batches of that shape, (lanes, rows, length), unless it has been."""
         lanes, rates = self._arguments
         key = ("step", *batch["input_ids"].shape)
-        self._begin(key, self.program.step, self._state, lanes, self._frozen, rates, _shapes(batch))
+        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
 
     def expect_predict(self, batch: Arrays) -> None:
         """Begins to compile the prediction for batches of that shape, (rows, length), unless it has been."""
         key = ("predict", *batch["input_ids"].shape)
-        self._begin(key, self.program.predict, self._state.params, self._frozen, _shapes(batch))
+        self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
 
     def init(self, *arguments: Any) -> LaneState:
         """`LaneProgram.init`."""
-        return self._programs["init",].result()(*arguments)
+        return self.call(("init",), *arguments)
 
     def step(self, state: LaneState, lanes: Arrays, frozen: Any, rates: Any, batch: Arrays) -> tuple[LaneState, Any]:
         """`LaneProgram.step`; waits for its program."""
         self.expect_step(batch)
-        program = self._programs["step", *batch["input_ids"].shape].result()
-        return program(state, lanes, frozen, rates, batch)
+        return self.call(("step", *batch["input_ids"].shape), state, lanes, frozen, rates, batch)
 
     def predict(self, params: Any, frozen: Any, batch: Arrays) -> jax.Array:
         """`LaneProgram.predict`; waits for its program."""
         self.expect_predict(batch)
-        return self._programs["predict", *batch["input_ids"].shape].result()(params, frozen, batch)
+        return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
 
-    def wait(self) -> None:
-        """Returns when everything that was begun is compiled."""
-        for begun in list(self._programs.values()):
-            begun.result()
+    def call(self, key: tuple, *arguments: Any) -> Any:
+        """Calls what was begun under a key; waits for its program."""
+        return self._programs[key].result()(*arguments)
 
-    def _begin(self, key, function, *arguments):
+    def begin(self, key: tuple, function: Any, *arguments: Any) -> None:
+        """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
         if key not in self._programs:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
 
