@@ -47,7 +47,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 MODEL_CHANGES: dict[str, dict[str, Any]] = {
     "separate": {},
     "stacked": {"layers": "stacked"},
-    **{f"unroll{count}": {"unroll": count} for count in (1, 2, 3, 4, 6, 8, 12, 24)},
+    **{f"unroll{count}": {"unroll": count} for count in (0, 1, 2, 3, 4, 6, 8, 12, 24)},
 }
 
 

@@ -41,12 +41,14 @@ class Flags:
     methods: tuple[str, ...] = ("finetune", "pats", "pats:all")  # METHOD[:CHANGE...] in the rows step and update
     best: str | None = None  # form of our model in the other rows; none: the fastest of row step, else the first form
     xla: tuple[str, ...] = ()  # NAME=XLA_FLAGS: also times plain fine-tuning in the first form with these flags
+    also: tuple[str, ...] = ()  # sizes of row models to time with row step, plain fine-tuning in its first form
     torch_ways: tuple[str, ...] = ("eager", "compile")  # also compile:reduce-overhead, compile:max-autotune
     dtype: str = "bfloat16"  # of computation, on both sides
     steps: int = 20  # steps without waiting in between
     repeats: int = 3  # times that so many steps are timed, in each of two rounds
     prepare: float = 110.0  # seconds after which processes that are still preparing are dropped
     profiles: int = 2  # variants of row step that are profiled
+    once: bool = False  # rows cold and glue with the empty cache only
     rehearse: bool = False  # tiny models, on CPU
 
 
@@ -241,6 +243,17 @@ def _ratios(row: dict[str, Any], base: str) -> None:
             figures["to_torch_compile"] = figures["ms"] / against
 
 
+def _of_size(row, size):
+    """The part of a row that is of one size of `Session.case`."""
+    return {"variants": {name: figures for name, figures in row["variants"].items() if size in name.split()}}
+
+
+def _without_sizes(row, sizes):
+    """The part of a row that is of none of these sizes."""
+    found = {name: figures for name, figures in row["variants"].items() if not {*sizes} & {*name.split()}}
+    return {"variants": found}
+
+
 def _torch_way(flags: Flags) -> str:
     return next((way for way in flags.torch_ways if way.startswith("compile")), "eager")
 
@@ -256,6 +269,9 @@ def step(session: Session, row: dict[str, Any]) -> None:
         else:
             asked[f"jax-{form}"] = ("step", case, flags.dtype, *variants)
 
+    for size in flags.also:
+        asked[f"torch {size}"] = ("torch", session.case(size), flags.dtype, _torch_way(flags))
+        asked[f"jax {size}"] = ("step", session.case(size), flags.dtype, f"finetune:{flags.forms[0]}")
     more_env = {}
     for way in flags.xla:
         name, _, xla_flags = way.partition("=")
@@ -263,7 +279,9 @@ def step(session: Session, row: dict[str, Any]) -> None:
         more_env[f"jax {name}"] = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
 
     def profile(row, ready):
-        _ratios(row, f"torch {_torch_way(flags)}")
+        for size in flags.also:
+            _ratios(_of_size(row, size), f"torch {size} {_torch_way(flags)}")
+        _ratios(_without_sizes(row, flags.also), f"torch {_torch_way(flags)}")
         session.save()
         ours = sorted((name for name in ready if "ms" in row["variants"][name]), key=lambda n: row["variants"][n]["ms"])
         plain = [name for name in ours if name.startswith("finetune")]
@@ -301,8 +319,7 @@ def models(session: Session, row: dict[str, Any]) -> None:
         asked[f"jax {size}"] = ("step", case, flags.dtype, *names)
     race(session, row, asked)
     for size in ("minilm", "large"):
-        part = {name: figures for name, figures in row["variants"].items() if size in name.split()}
-        _ratios({"variants": part}, f"torch {size} {_torch_way(flags)}")
+        _ratios(_of_size(row, size), f"torch {size} {_torch_way(flags)}")
 
 
 def attention(session: Session, row: dict[str, Any]) -> None:
@@ -325,7 +342,7 @@ def cold(session: Session, row: dict[str, Any]) -> None:
             # A cache is local to its method: what one has compiled would help the other.
             env = session.env | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder) / method)}
             env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            for kind in ("empty cache", "again"):
+            for kind in ("empty cache", "again")[: 1 if session.flags.once else 2]:
                 words = [*WORKER, "first_loss", model, session.flags.dtype, f"{method}:{form}"]
                 seconds, code, output = session.command(words, 90, env)
                 row[f"{method}:{form} {kind}"] = {"seconds": seconds, "exit": code} | (json.loads(output or "{}"))
@@ -345,7 +362,7 @@ def glue(session: Session, row: dict[str, Any]) -> None:
         else:
             words += ["--num_train_epochs", "3", "--dtype", flags.dtype]
         env = session.env | {"XDG_CACHE_HOME": folder}
-        for kind in ("empty cache", "again"):
+        for kind in ("empty cache", "again")[: 1 if flags.once else 2]:
             run = pathlib.Path(folder) / kind.replace(" ", "_")
             seconds, code, output = session.command([*words, "--output_dir", str(run)], 150, env)
             row[kind] = {"seconds": seconds, "exit": code, "last_lines": output.splitlines()[-3:]}

@@ -257,7 +257,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
-        unroll=settings.unroll,
+        unroll=settings.unroll or 0,
     )
     methods.check_layers(settings, config.num_hidden_layers)
     modules = pe_modules.chosen_config(settings)

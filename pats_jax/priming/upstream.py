@@ -119,7 +119,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
-        unroll=settings.unroll,
+        unroll=settings.unroll or 0,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

@@ -87,8 +87,8 @@ def predict_texts(
     if peft.is_peft_folder(model):
         network, params, config = peft.load_peft_model(model)
     else:
-        layers = runners.default_layers(jax.default_backend())
-        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers)
+        layers, unroll = runners.default_form(jax.default_backend())
+        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers, unroll=unroll)
     longest = network.max_length
     asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
     max_length = sequence_length(asked, network)

@@ -118,7 +118,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = runners.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
-    settings = settings.with_layers(runners.default_layers(runner.platform))
+    settings = settings.with_layers(*runners.default_form(runner.platform))
     folder = pathlib.Path(str(settings.output_dir))
     lock = FolderLock(folder)
     resuming = settings.resume and (folder / "config.json").exists()

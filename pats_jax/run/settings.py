@@ -114,7 +114,7 @@ class TrainingSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"  # type for computation; parameters and state stay float32
     gradient_checkpointing: bool = False  # save memory: recompute activations in the backward pass
     layers: Literal["auto", "separate", "stacked"] = "auto"  # encoder layers: arrays each, or a loop over stacked ones
-    unroll: int = 1  # stacked layers: layers in one iteration of the loop
+    unroll: int | None = None  # stacked layers: layers in one iteration of the loop; 0: all; none: by the backend
     parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
     fsdp: int = 1  # shard parameters and optimizer state over N devices
     num_devices: int | None = None  # use only N devices; if unset, all
@@ -148,9 +148,13 @@ class TrainingSettings:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
-    def with_layers(self, default: Literal["separate", "stacked"]) -> Self:
-        """The same settings with the backend's default in the place of ``--layers auto``."""
-        return self if self.layers != "auto" else dataclasses.replace(self, layers=default)
+    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+        return dataclasses.replace(
+            self,
+            layers=layers if self.layers == "auto" else self.layers,
+            unroll=unroll if self.unroll is None else self.unroll,
+        )
 
     def with_batch_size(self, num_devices: int) -> Self:
         """The same settings with both batch sizes filled in for this many devices.
@@ -271,7 +275,7 @@ _RULES = (
         "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
-        "num_processes heartbeat_timeout_seconds unroll lora_rank adapter_size prompt_length prefix_length "
+        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length "
         "shots tasks_per_step inner_steps inner_batch_size task_batch_size",
         lambda x: x >= 1,
         "at least 1",
@@ -287,7 +291,7 @@ _RULES = (
         "greater than 0",
     ),
     (
-        "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
+        "unroll weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
         "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
         "at least 0",
