@@ -174,6 +174,22 @@ def test_a_plain_run_compiles_no_more_than_it_needs_and_says_how_long_its_first_
     assert "compiled and made the first step in" in caplog.text
 
 
+@pytest.mark.parametrize("runner", [{}, {"num_devices": 8, "parallel": "pmap"}], ids=str)
+def test_sensitivity_has_one_program_for_all_its_batches(base, tmp_path, runner):
+    names = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(base, tmp_path / "run", method="pats", sensitivity_batches=2, max_steps=1, **runner)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert sum("_add" in name for name in names) == 1
+
+
 OF_A_RUN = ("create_state", "step", "_figures", "predict")
 
 

@@ -33,19 +33,19 @@ def measure_sensitivity(
     Returns:
       A tree like params, float32.
     """
-    total, count = _zeros(params), 0
+    total, count = jax.tree.map(_zeros, params), 0
     for batch in batches:
         total, count = in_turn(_add(loss_fn, total, params, batch)), count + 1
     return _divide(total, count)
 
 
-# One program each: tensor by tensor, every shape would be a program of its own.
-@jax.jit
-def _zeros(params):
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+def _zeros(param):
+    """Lies where the parameter does, as the sums will, or the first batch would have a program of its own."""
+    zeros = np.zeros(param.shape, np.float32)
+    return jax.device_put(zeros, param.sharding) if isinstance(param, jax.Array) else zeros
 
 
-@jax.jit
+@jax.jit  # one program: tensor by tensor, every shape would be one of its own
 def _divide(total, count):
     return jax.tree.map(lambda t: t / count, total)
 
