@@ -106,12 +106,49 @@ def torch_step(
     Returns:
       A function that gives the loss before its step.
     """
+    step = torch_training(load_torch_model(folder, attention), fused, settings, batch)
+    return lambda: step().item()
+
+
+def load_torch_model(name: str, attention: str) -> Any:
+    """Transformers' classifier in float32: of a checkpoint's folder, or of a size of `cases.SIZES` drawn at random."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    auto = transformers.AutoModelForSequenceClassification
+    if name not in cases.SIZES:
+        return auto.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
+    config = transformers.BertConfig(**cases.config_of_size(name).to_dict())
+    return auto.from_config(config, attn_implementation=attention)
+
+
+def torch_training(
+    model: Any,
+    fused: bool,
+    settings: Settings,
+    batch: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    compile_mode: str | None = None,
+) -> Callable[[], Any]:
+    """A function that makes one step with torch and does not wait for the device.
+
+    Args:
+      model: a classifier of Transformers.
+      fused: whether AdamW is torch's fused one.
+      settings: of the optimizer.
+      batch: see `cases.random_batch`; it is on the device from the start.
+      dtype: "float32", or "bfloat16" under autocast.
+      compile_mode: of `torch.compile`; none: the model runs eagerly.
+
+    Returns:
+      A function that gives the loss before its step, a tensor on the device.
+    """
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
     model = model.to(device).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
@@ -128,15 +165,17 @@ def torch_step(
     warmup_steps = math.ceil(settings.max_steps * settings.warmup_ratio)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.max_steps)
     names = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    inputs = {name: torch.from_numpy(batch[name]).to(device).long() for name in names}
+    forward = torch.compile(model, mode=compile_mode) if compile_mode else model
 
     def step():
-        inputs = {name: torch.from_numpy(batch[name]).to(device).long() for name in names}
-        loss = model(**inputs).loss
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = forward(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step

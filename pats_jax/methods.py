@@ -13,12 +13,12 @@ import rich.markup
 import rich.table
 
 from pats_jax import objectives, transforms, trees
-from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, sage, sift
+from pats_jax.companions import child_tuning, dps, l2_sp, mixout, noisy_tune, perturbed, sage, sift
 from pats_jax.companions.freeze_unselected import freeze_unselected
 from pats_jax.errors import InputError, shown
 from pats_jax.models.layout import layer_axis, separate_names
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.run.settings import Settings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Context:
       schedule: the learning rate by step.
       params: the parameters that are trained.
       fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
+      response: how noise depends on sensitivity, where the settings do not say.
     """
 
     settings: TrainingSettings
@@ -38,6 +39,7 @@ class Context:
     schedule: optax.Schedule
     params: Any
     fisher: Callable[[float, Any], Any] | None = None
+    response: transforms.Response | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,9 @@ def _conflict(name, other):
         return _WHY_ONE[METHODS[name].kind]
     if {name, other} == {"mixout", "dps-mix"}:
         return "both replace the weights of the forward pass"
-    if {name, other} in ({"sift", "pats"}, {"sift", "mixout"}):
+    if {name, other} == {"pats", "perturbed"}:
+        return "both read the settings of the noise; to keep the noise use pats, to remove it after each step perturbed"
+    if {name, other} in ({"sift", "pats"}, {"sift", "perturbed"}, {"sift", "mixout"}):
         return "SIFT updates single entries; the other method needs whole tensors"
     return None
 
@@ -139,24 +143,32 @@ def learning_rate_schedule(settings: TrainingSettings, total_steps: int) -> opta
 
 
 def make_optimizer(
-    settings: TrainingSettings, total_steps: int, params: Any, fisher: Callable[[float, Any], Any] | None = None
+    settings: TrainingSettings,
+    total_steps: int,
+    params: Any,
+    fisher: Callable[[float, Any], Any] | None = None,
+    *,
+    schedule: optax.Schedule | None = None,
+    response: transforms.Response | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with clipping and the linear schedule, and what ``settings.method`` adds to it.
 
     Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
 
     Args:
-      settings: see `TrainingSettings`.
+      settings: see `TrainingSettings`; numbers may be traced, ``seed`` may be a typed key.
       total_steps: number of optimizer steps.
       params: the parameters that are trained.
       fisher: see `Context`; required by Child-Tuning D.
+      schedule: the learning rate by step; None: `learning_rate_schedule`.
+      response: takes the place of ``settings.response``.
 
     Raises:
       InputError: on an unknown method, a regex that matches no parameter, or a stage of less than one step.
     """
     methods = get_methods(settings.method)
-    schedule = learning_rate_schedule(settings, total_steps)
-    context = Context(settings, total_steps, schedule, params, fisher)
+    schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
+    context = Context(settings, total_steps, schedule, params, fisher, response)
     optimizer = optax.chain(
         *(method.first(context) for method in methods if method.first),
         optax.chain(
@@ -216,6 +228,16 @@ def starting_params(settings: TrainingSettings, params: Any) -> Any:
 def chosen_objectives(settings: TrainingSettings) -> list[objectives.Objective]:
     """The terms that ``settings.method`` adds to the loss."""
     return [method.objective(settings) for method in get_methods(settings.method) if method.objective]
+
+
+SENSITIVITY_BATCHES = 8
+
+
+def sensitivity_batches(settings: Settings) -> int:
+    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    if settings.sensitivity_batches is not None:
+        return settings.sensitivity_batches
+    return SENSITIVITY_BATCHES if "pats" in settings.method.split("+") else 0
 
 
 def turns_dropout_off(settings: TrainingSettings, total_steps: int) -> bool:
@@ -302,18 +324,22 @@ def _noise_scale(schedule, settings):
     return lambda count: settings.noise_scale * schedule(count) / settings.learning_rate
 
 
-def _pats(context):
+def _pats(context, transform=transforms.pats_noise):
     settings = context.settings
-    return transforms.pats_noise(
-        _noise_scale(context.schedule, settings) if settings.noise_scale else 0.0,
+    return transform(
+        0.0 if trees.is_plainly(settings.noise_scale, 0) else _noise_scale(context.schedule, settings),
         key=settings.seed,
         decay=settings.decay,
-        response=settings.response,
+        response=settings.response if context.response is None else context.response,
         distribution=settings.distribution,
         mask=layer_mask(context.params, settings.noise_layers),
         sensitivity_dtype=settings.sensitivity_dtype,
         layer_axis=layer_axis,
     )
+
+
+def _perturbed(context):
+    return _pats(context, perturbed.perturbed)
 
 
 def _noise_statistics(opt_state, schedule, settings):
@@ -420,6 +446,16 @@ METHODS = {
         layers=_MATRICES,
         state_bytes="4",
         last=_pats,
+        statistics=_noise_statistics,
+    ),
+    "perturbed": Method(
+        "noise",
+        "adds the noise of pats in the forward pass of each step only",
+        "this project's control for pats",
+        ("noise_scale", "decay", "response", "distribution", "noise_layers", "sensitivity_dtype"),
+        layers=_MATRICES,
+        state_bytes="8",
+        last=_perturbed,
         statistics=_noise_statistics,
     ),
     "dps-dense": Method(

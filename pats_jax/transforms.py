@@ -25,11 +25,34 @@ from pats_jax.trees import check_number, choose
 Response = Callable[[jax.Array], jax.Array]
 Sampler = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
-# relative sensitivity r >= 0 -> share of the full noise in [0, 1]; non-increasing, 1 at r = 0
+
+def _linear(r: jax.Array) -> jax.Array:
+    return jnp.maximum(0.0, 1.0 - r)
+
+
+def _constant(r: jax.Array) -> jax.Array:
+    """Noise of the energy of "linear" without regard to sensitivity: a control."""
+    return jnp.full_like(r, _root_mean_square(_linear(r)))
+
+
+def _reversed(r: jax.Array) -> jax.Array:
+    """Noise of the energy of "linear", but more on the sensitive: a control. "constant" where all r are 0."""
+    share, of_linear = jnp.minimum(1.0, r), _root_mean_square(_linear(r))
+    own = _root_mean_square(share)
+    return jnp.where(own > 0, share * (of_linear / jnp.where(own > 0, own, 1.0)), of_linear)
+
+
+def _root_mean_square(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x)) / max(x.size, 1))
+
+
+# the relative sensitivity r >= 0 of one tensor -> the share of the full noise on each entry, of r's shape
 RESPONSES: dict[str, Response] = {
-    "linear": lambda r: jnp.maximum(0.0, 1.0 - r),
+    "linear": _linear,
     "reciprocal": lambda r: 1.0 / (1.0 + r),
     "exponential": lambda r: jnp.exp(-r),
+    "constant": _constant,
+    "reversed": _reversed,
 }
 
 
@@ -106,8 +129,10 @@ def pats_noise(
       noise_scale: a number >= 0, or a schedule of the number of updates made so far (t-1).
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       decay: decay of the moving average of sensitivity, in [0, 1).
-      response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a non-increasing function of
-        r >= 0 (float32, any shape) with value 1 at 0 and values in [0, 1].
+      response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a function of the r >= 0 of one
+        tensor (float32, any shape) that gives w of its shape: non-increasing, 1 at 0, in [0, 1]. Two controls have
+        the mean of w^2 over the tensor that "linear" has: "constant", the same w for all entries, and "reversed",
+        w in proportion to min(1, r).
       distribution: "uniform" on [-sqrt(3), sqrt(3)], or "normal".
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside take no noise and hold no
         state. None is every leaf.

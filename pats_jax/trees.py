@@ -249,11 +249,22 @@ class ForwardMix(NamedTuple):
     keep_fraction: jax.Array
 
 
+class ForwardNoise(NamedTuple):
+    """What the forward pass of the coming training step adds to the parameters.
+
+    Attributes:
+      noise: a tree like params; None where masked.
+    """
+
+    noise: Any
+
+
 def forward_params(opt_state: Any, params: Any) -> Any:
     """The parameters that the forward pass of this training step uses.
 
-    W_eff of `ForwardMix` under `pats_jax.mixout` and `pats_jax.dps_mix`, at the leaves that these methods take; params
-    otherwise. The loss is differentiated AT these values, not through them (the authors' own backward pass, *code*)::
+    W_eff of `ForwardMix` under `pats_jax.mixout` and `pats_jax.dps_mix`, with the noise of `ForwardNoise` added under
+    `pats_jax.perturbed`, at the leaves that these methods take; params otherwise. The loss is differentiated AT these
+    values, not through them (the authors' own backward pass, *code*)::
 
         grads = jax.grad(loss)(pats_jax.forward_params(opt_state, params))
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -270,6 +281,8 @@ def forward_params(opt_state: Any, params: Any) -> Any:
     for forward in find_states(opt_state, ForwardMix):
         mix = functools.partial(_mix, keep_fraction=forward.keep_fraction)
         params = replace_held(mix, params, forward.target, forward.kept)
+    for added in find_states(opt_state, ForwardNoise):
+        params = replace_held(lambda p, noise: (p + noise).astype(p.dtype), params, added.noise)
     return params
 
 

@@ -13,14 +13,12 @@ import threading
 import warnings
 
 import huggingface_hub
-import jax
 import pytest
 import tiny
 
 import pats_jax
 from pats_jax import cli
 from pats_jax.errors import InputError, Preempted
-from pats_jax.run import run_start
 from pats_jax.training import preemption
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -548,17 +546,6 @@ def test_importing_is_light_and_starts_no_backend():
 
 
 # compiled programs on disk
-
-
-def test_compiled_programs_are_kept_in_a_private_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax.config, "update", lambda *setting: chosen.append(setting))
-    chosen = []
-    run_start.keep_compiled_programs(str(tmp_path / "a" / "cache"))
-    assert dict(chosen) == {
-        "jax_compilation_cache_dir": str(tmp_path / "a" / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    assert (tmp_path / "a" / "cache").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_folder_that_others_can_write_is_refused_for_compiled_programs(shell):

@@ -54,13 +54,16 @@ METHODS = {
     "child_tuning_d": lambda seed: optax.chain(pats_jax.child_tuning_d(random_mask()), OPTIMIZER),
     "sift": lambda seed: pats_jax.sift(OPTIMIZER, 0.2, mask=MASK),
     "mixout": lambda seed: optax.chain(pats_jax.mixout(0.6, key=seed, mask=MASK), OPTIMIZER),
+    "perturbed": lambda seed: pats_jax.with_raw_gradient(
+        optax.chain(OPTIMIZER, pats_jax.perturbed(0.1, key=seed, mask=MASK))
+    ),
     "l2_sp": lambda seed: optax.chain(pats_jax.l2_sp(0.1, 0.2, head_mask=HEAD), OPTIMIZER),
     "scale_by_sage": lambda seed: pats_jax.with_raw_gradient(
         optax.chain(optax.trace(0.9), pats_jax.scale_by_sage(mask=MASK), optax.scale_by_learning_rate(0.05))
     ),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
-every_drawing_method = pytest.mark.parametrize("name", ["dps_mix", "child_tuning_f", "mixout"])
+every_drawing_method = pytest.mark.parametrize("name", ["dps_mix", "child_tuning_f", "mixout", "perturbed"])
 step_on_one_device = jax.jit(pats_jax.make_train_step(loss_fn))
 
 
@@ -158,6 +161,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name):
 # devices
 
 
+@pytest.mark.devices(8)
 @every_method
 def test_pmap_is_one_device(name):
     step = pats_jax.make_train_step(loss_fn, axis_name="batch")
@@ -170,6 +174,7 @@ def test_pmap_is_one_device(name):
     assert_close(train(tx, step, shard).params, train(tx).params, 1e-5)
 
 
+@pytest.mark.devices(8)
 @every_method
 def test_a_mesh_is_one_device_with_parameters_and_state_sharded(name):
     """Explicit axes; Auto ones are in test_optimizer_table.py."""

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import time
 
 import jax
 import numpy as np
@@ -49,6 +50,52 @@ def prepare(**kind):
     state = runner.create_state(create, tiny.random_params(tiny.CONFIG))
     step = make_train_step(make_loss_fn(model.apply), axis_name=runner.axis_name)
     return runner, state, runner.compile_step(step, state)
+
+
+@pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
+def test_the_first_program_may_be_begun_from_shapes_alone(name, compiled):
+    """Of a state that is not there yet; it is the very program that the step then runs."""
+    expected, expected_metrics = train(*prepare(**RUNNERS[name]))
+    compiled.clear()
+    runner, state, step = prepare(**RUNNERS[name])
+    shapes = runner.state_shapes(lambda params: state, state.params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), state
+    )
+    step.begin(shapes, runner.put_ahead(make_batch(LENGTHS[0])))
+    with step.compiling_ahead(state, map(make_batch, LENGTHS)):
+        params, metrics = train(runner, state, step)
+    assert [thread.partition("_")[0] for thread, _ in compiled] == ["compile"] * 3
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, expected)), strict=True))
+    assert metrics == expected_metrics
+
+
+def test_a_call_waits_for_a_program_that_is_being_compiled(compiled):
+    """And does not compile it, too; nor does a thread that comes later."""
+    began = threading.Event()
+
+    def step(x):  # the listener looks for this name
+        began.set()
+        time.sleep(0.5)  # at tracing
+        return x + 1
+
+    program = runners.CompiledProgram(jax.jit(step))
+    thread = threading.Thread(target=program.compile, args=(jax.ShapeDtypeStruct((3,), np.float32),))
+    thread.start()
+    began.wait()
+    assert program(np.ones(3, np.float32)).tolist() == [2, 2, 2]
+    thread.join()
+    program.compile(np.ones(3, np.float32))
+    assert len(compiled) == 1
+
+
+def test_what_else_is_needed_is_compiled_after_the_first_step():
+    order = []
+    runner, state, step = prepare(num_devices=1)
+    with step.compiling_ahead(state, [], [lambda: order.append(threading.current_thread().name)]):
+        assert not order
+        step(state, runner.put_ahead(make_batch(LENGTHS[0])))
+    assert [name.partition("_")[0] for name in order] == ["compile"]
 
 
 def train(runner, state, step):

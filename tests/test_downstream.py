@@ -411,7 +411,7 @@ def test_a_job_that_fails_is_named(base, tmp_path, monkeypatch):
         run(base, tmp_path / "gym", jobs=2)
 
 
-@pytest.mark.parametrize("name", ["tunings", "tunings/direct-lora", "report", "compiled"])
+@pytest.mark.parametrize("name", ["tunings", "tunings/direct-lora", "report"])
 def test_a_planted_link_is_not_followed(name, base, tmp_path, monkeypatch):
     monkeypatch.setattr(downstream, "Tuner", None)
     (tmp_path / "elsewhere").mkdir()

@@ -15,7 +15,7 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue
+from pats_jax import cli, glue, methods
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
 from pats_jax.run import replacing, run_folder, settings
@@ -145,6 +145,36 @@ def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(ba
     monkeypatch.setattr(fine_tuning, "fit", fit)
     results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
     assert results["concentration"]["before"] == measured[0] != results["concentration"]["after"]
+
+
+@pytest.mark.parametrize(
+    "method, asked, measured",
+    [("finetune", None, 0), ("finetune", 3, 3), ("pats", None, 8), ("noisytune+pats", None, 8), ("pats", 0, 0)],
+)
+def test_sensitivity_is_measured_with_pats_or_on_request(method, asked, measured):
+    settings = Settings(task_name="sst2", method=method, sensitivity_batches=asked)
+    assert methods.sensitivity_batches(settings) == measured
+
+
+def test_a_plain_run_compiles_no_more_than_it_needs_and_says_how_long_its_first_step_took(base, tmp_path, caplog):
+    names = []
+
+    def listen(event, seconds, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with caplog.at_level("INFO"):
+            run(base, tmp_path / "run", method="finetune", length_buckets=None, sensitivity_batches=None, max_steps=2)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert sorted(name for name in names if name in OF_A_RUN) == sorted(OF_A_RUN)
+    assert set(names) <= {*OF_A_RUN, "_derive", "draw"}, "more only for a new head"
+    assert "compiled and made the first step in" in caplog.text
+
+
+OF_A_RUN = ("create_state", "step", "_figures", "predict")
 
 
 def test_score_and_predictions_are_those_of_the_saved_model(base, noisy):
@@ -331,7 +361,7 @@ def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, m
         real_wait = jax.block_until_ready
         patch.setattr(jax, "block_until_ready", lambda x: waited.add(step[0]) or real_wait(x))
         run(base, tmp_path / "run", method="pats", max_steps=12, logging_steps=5, eval_steps=7, do_train=True)
-    assert fetched - {None} == {5, 10, 12} and waited - {None} == {1}
+    assert fetched - {None} == {5, 10, 12} and waited - {None} == {0, 1}  # in the first step and after it
 
 
 def test_only_the_training_data_is_tokenised_before_training(base, tmp_path, monkeypatch):

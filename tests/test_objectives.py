@@ -349,6 +349,7 @@ def test_rows_without_weights_count_alike():
     assert_close(LOSS(params, batch, KEY), expected, 1e-6)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_mesh_is_one_device(kind):
     expected, expected_metrics = one_device_step()(make_state(), make_batch())
@@ -381,6 +382,7 @@ def combined(parts, keys):
     return jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads), metrics
 
 
+@pytest.mark.devices(8)
 def test_pmap_is_the_mean_over_the_global_batch():
     """Every device draws its own noise, as it draws its own dropout: one device after the other gives the same."""
     dealt = {name: x.reshape(DEVICES, -1, *x.shape[1:]) for name, x in make_batch().items()}

@@ -144,6 +144,7 @@ def test_inside_multi_steps(make):
     np.testing.assert_allclose(updates["x"], expected["x"], rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 @every_pats
 def test_sharded_over_eight_devices_as_on_one(make):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -137,6 +137,7 @@ def test_donated_key_is_reused():
     np.testing.assert_array_equal(data_of(next_key), expected)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P(), P("x"), P("x", "y"), P(None, ("x", "y"))])
 def test_sharding_does_not_change_the_numbers(axis_type, spec):
@@ -155,6 +156,7 @@ def test_sharding_does_not_change_the_numbers(axis_type, spec):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-reduce", "collective", "all-to-all"))
 
 
+@pytest.mark.devices(8)
 def test_pmap_and_shard_map_draw_as_one_device():
     key, zeros = random.fast_key(1), jnp.zeros((8, 3, 5))
     expected = np.broadcast_to(jax.random.uniform(key, (3, 5)), (8, 3, 5))

@@ -29,6 +29,7 @@ ALIASES = ["metrics", "option_scoring"]  # modules under their names in earlier 
 UPWARDS = {
     ("pats_jax.methods", "pats_jax.run.settings"): "a method's settings are still fields of one class for all programs",
     ("pats_jax.training.fine_tuning", "pats_jax.run.settings"): "it still takes a program's settings as a whole",
+    ("pats_jax.training.lanes", "pats_jax.run.settings"): "what a lane may differ in are fields of that class",
     ("pats_jax.training.fine_tuning", "pats_jax.run.journal"): "it still writes the run's journal by itself",
 }
 

@@ -107,6 +107,16 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("name, saved", [("train_batch_size", 64), ("length_buckets", 3), ("sensitivity_batches", 8)])
+def test_what_a_run_chose_is_taken_over_where_it_is_unset(name, saved):
+    settings = parse("--task_name", "rte")
+    of_before = dataclasses.replace(settings, **{name: saved})
+    assert getattr(settings, name) is None
+    assert getattr(settings.resuming(of_before), name) == saved
+    with pytest.raises(errors.InputError, match=f"{name} was {saved} and is 5"):
+        dataclasses.replace(settings, **{name: 5}).resuming(of_before)
+
+
 @pytest.mark.parametrize("name, value", WRONG)
 def test_numbers_that_make_no_sense(name, value):
     with refused(f"--{name} {errors.shown(value, quoted=False)}"[:60], ": must be "):

@@ -213,6 +213,7 @@ def one_device(request):
     return tx, tolerance, jax.device_get(state.params), jax.device_get(metrics)
 
 
+@pytest.mark.devices(8)
 def test_pmap_is_one_device(one_device):
     tx, tolerance, params, metrics = one_device
     step = make_train_step(LOSS, axis_name="batch", accumulation_steps=2)
@@ -227,6 +228,7 @@ def test_pmap_is_one_device(one_device):
     assert_close(ours, metrics, 1e-4)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_mesh_is_one_device(one_device, kind):
     tx, tolerance, params, metrics = one_device
@@ -274,6 +276,7 @@ def draw(params, batch, key):
     return jnp.sum(params["embedding"]) * 0, {"drawn": jax.random.uniform(key)}
 
 
+@pytest.mark.devices(8)
 def test_dropout_keys_differ_by_step_device_and_micro_batch():
     step = make_train_step(draw, axis_name="batch", accumulation_steps=2)
     step = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(None, None))
@@ -328,3 +331,19 @@ def test_weighted_mean():
     assert float(train_state.weighted_mean(values, None)) == 1.5
     assert float(train_state.weighted_mean(values, jnp.array([0.0, 1.0, 0.0, 3.0]))) == 2.5
     assert float(train_state.weighted_mean(values, jnp.zeros(4))) == 0.0
+
+
+def test_norms_of_a_step_are_those_of_its_parameters():
+    params = {"w": jnp.array([3.0, 4.0])}
+    state = pats_jax.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.5), key=0)
+
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["w"] * batch["x"]), {}
+
+    batch = {"x": jnp.array([6.0, 8.0])}
+    _, measured = pats_jax.make_train_step(loss_fn)(state, batch)
+    after, plain = pats_jax.make_train_step(loss_fn, norms=False)(state, batch)
+    assert plain.keys() == {"loss", "grad_norm"}
+    norms = train_state.global_norms(params, after.params)
+    assert float(norms["param_norm"]) == 5.0 == float(measured["param_norm"])
+    assert float(norms["update_norm"]) == 5.0 == float(measured["update_norm"])

@@ -57,14 +57,44 @@ def test_sensitivity_follows_the_rule_over_50_steps():
         np.testing.assert_allclose(corrected[name], expected[name] / (1 - 0.8**50), rtol=2e-6, atol=1e-6)
 
 
+def energy(w):
+    return np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_the_controls_have_the_energy_of_linear(axis):
+    rng = np.random.default_rng(0)
+    params = jnp.float32(rng.normal(size=(3, 40, 50)))
+    grads = jnp.float32(rng.standard_t(2, size=params.shape) * np.array([1.0, 100.0, 0.01])[:, None, None])
+
+    def noise_norm(response):
+        tx = pats_jax.with_raw_gradient(pats_jax.pats_noise(0.1, key=0, response=response, layer_axis=axis))
+        _, state = tx.update(grads, tx.init(params), params)
+        return float(pats_jax.transforms.noise_statistics(state, 0.1, response, layer_axis=axis)["noise_norm"])
+
+    of_linear = noise_norm("linear")
+    assert noise_norm("constant") == pytest.approx(of_linear, rel=1e-5)
+    assert noise_norm("reversed") == pytest.approx(of_linear, rel=1e-5)
+
+
+def test_the_controls_without_any_sensitivity():
+    for response in ("constant", "reversed"):
+        tx = pats_jax.pats(optax.sgd(0.1), 0.1, key=0, response=response)
+        nothing = jnp.zeros_like(PARAMS["w"])
+        updates, _ = tx.update({"w": nothing}, tx.init({"w": PARAMS["w"]}), {"w": PARAMS["w"]})
+        assert np.isfinite(updates["w"]).all() and (updates["w"] != 0).all()
+
+
 @pytest.mark.parametrize("distribution", ["uniform", "normal"])
-@pytest.mark.parametrize("response", ["linear", "reciprocal", "exponential", "square"])
+@pytest.mark.parametrize("response", ["linear", "reciprocal", "exponential", "square", "constant", "reversed"])
 def test_noise_has_the_standard_deviation_of_the_formula(response, distribution):
     formulas = {
         "linear": lambda r: np.maximum(0, 1 - r),
         "reciprocal": lambda r: 1 / (1 + r),
         "exponential": lambda r: np.exp(-r),
         "square": lambda r: np.maximum(0, 1 - r) ** 2,
+        "constant": lambda r: np.full(r.shape, energy(np.maximum(0, 1 - r))),
+        "reversed": lambda r: np.minimum(1, r) * energy(np.maximum(0, 1 - r)) / energy(np.minimum(1, r)),
     }
     params = {"w": PARAMS["w"].at[0, 0].set(0.0)}
     grads = gradients(7, params)
@@ -440,6 +470,7 @@ def test_vmap_over_seeds_and_scan():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), mine, alone)
 
 
+@pytest.mark.devices(8)
 def test_pmap_gives_every_device_the_same_noise():
     tx = pats_jax.pats(optax.sgd(0.1), 0.1, key=0)
     devices = jax.local_device_count()
@@ -460,6 +491,7 @@ def test_pmap_gives_every_device_the_same_noise():
     )
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_a_sharded_mesh_gives_the_numbers_of_one_device(axis_type):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(axis_type,))
@@ -520,7 +552,10 @@ def test_no_noise_buffer_outlives_the_fused_update():
         ({"noise_scale": -1.0}, "noise_scale=-1.0 must be a finite number >= 0"),
         ({"noise_scale": float("nan")}, "noise_scale=nan must be"),
         ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
-        ({"response": "cubic"}, "response='cubic' is not one of 'linear', 'reciprocal', 'exponential'"),
+        (
+            {"response": "cubic"},
+            "response='cubic' is not one of 'linear', 'reciprocal', 'exponential', 'constant', 'reversed'",
+        ),
         ({"distribution": "cauchy"}, "distribution='cauchy' is not one of"),
         ({"key": jax.random.PRNGKey(0)}, "key"),
     ],

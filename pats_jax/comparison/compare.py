@@ -28,7 +28,7 @@ from pats_jax.comparison import comparison_page, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
-from pats_jax.methods import get_methods
+from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
 from pats_jax.reporting.console import parse_flags, say
 from pats_jax.reporting.report_page import aligned
 from pats_jax.run import run_folder, settings as run_settings
@@ -97,9 +97,10 @@ def run(args: list[str], console: rich.console.Console) -> None:
         return
     command = f"pats-jax compare {shlex.join(args)}"
     settings = check(grid, flags)
+    if settings.sensitivity_batches is None:  # the report shows it for every method
+        flags = [*flags, "--sensitivity_batches", str(SENSITIVITY_BATCHES)]
+        settings = dataclasses.replace(settings, sensitivity_batches=SENSITIVITY_BATCHES)
     flags = flags + check_runs_of_before(grid, settings)
-    if settings.compilation_cache_dir is None:
-        flags = [*flags, "--compilation_cache_dir", str(root / "compiled")]
     check_place(root, grid)
     with FolderLock(root) as lock:
         record_start(root, grid, command)
@@ -211,7 +212,7 @@ def check_place(root: pathlib.Path, grid: Grid) -> None:
         present = next((name for name in _OWN if os.path.lexists(root / name)), None)
         if present:
             raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
-    for path in (root / "plots", root / "compiled", *(run.folder(root) for run in grid.runs())):
+    for path in (root / "plots", *(run.folder(root) for run in grid.runs())):
         files.checked_place(path / "file", root)
 
 

@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 FIGURES: tuple[Literal["gini", "entropy", "top_10_percent_share"], ...] = ("gini", "entropy", "top_10_percent_share")
 _RESAMPLES = 9999
 _LARGEST_LOSS = float(np.finfo(np.float32).max)
-_PER_RUN = ("task_name", "method", "seed", "output_dir")
+_PER_RUN = ("task_name", "method", "seed", "output_dir", "length_buckets")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,25 +191,32 @@ def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
     return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} truncated; {hint}"
 
 
-def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1) -> list[int]:
+def bucket_boundaries(
+    lengths: np.ndarray, max_buckets: int = 7, multiple: int = 1, shape_cost: float = 0.0
+) -> list[int]:
     """The bucket lengths that leave the fewest padding tokens, by exact dynamic programming.
 
     Every row is padded to the smallest boundary that holds it. With ``n_l`` rows of length ``l``, the boundaries
-    ``b_1 < ... < b_K`` minimise ``sum_l n_l b(l)``, where ``b(l)`` is the smallest of them that is at least ``l``; the
-    last one is the longest length. An optimal boundary is always one of the candidate lengths, of which there are at
-    most as many as the maximal length: ``K m^2`` additions for ``m`` candidates.
+    ``b_1 < ... < b_K`` minimise ``K c + sum_l n_l b(l)``, where ``b(l)`` is the smallest of them that is at least ``l``
+    and ``c`` the cost of a shape; the last one is the longest length. An optimal boundary is always one of the
+    candidate lengths, of which there are at most as many as the maximal length: ``K m^2`` additions for ``m``
+    candidates.
 
     Args:
       lengths: Tokens of each row, (rows,).
       max_buckets: Most boundaries, thus most shapes.
       multiple: Boundaries are multiples of this, but none is above the longest row. On XLA CPU a token costs no
         less at 24 than at 25 or at 32 than at 31, so rounding up only adds padding there.
+      shape_cost: What one more shape costs, in tokens of ``lengths``; at 0 there are as many as allowed and useful.
 
     Returns:
       The boundaries, increasing.
     """
-    if len(lengths) == 0 or max_buckets < 1 or multiple < 1:
-        raise ValueError("bucket_boundaries needs at least one length, one bucket and a multiple of at least 1")
+    if len(lengths) == 0 or max_buckets < 1 or multiple < 1 or not shape_cost >= 0:
+        raise ValueError(
+            "bucket_boundaries needs at least one length, one bucket, a multiple of at least 1 and a shape_cost of at "
+            "least 0"
+        )
     rounded = np.minimum(-(-np.asarray(lengths) // multiple) * multiple, np.max(lengths))
     candidates, counts = np.unique(rounded, return_counts=True)
     rows_up_to = np.concatenate([[0], np.cumsum(counts)])
@@ -218,17 +225,23 @@ def bucket_boundaries(lengths: np.ndarray, max_buckets: int = 7, multiple: int =
     step[np.tril_indices_from(step, -1)] = np.inf
     # total[j]: fewest tokens of the candidates below j, with as many buckets as there have been rounds.
     total = np.concatenate([[0.0], np.full(len(candidates), np.inf)])
-    origins = []
-    for _ in range(min(max_buckets, len(candidates))):
+    origins, costs = [], []
+    for number in range(1, min(max_buckets, len(candidates)) + 1):
         reached = total[:-1, None] + step
         origins.append(np.argmin(reached, axis=0))
         total = np.concatenate([[np.inf], np.min(reached, axis=0)])
+        costs.append(total[-1] + number * shape_cost)
     boundaries = []
     end = len(candidates)
-    for origin in reversed(origins):
+    for origin in reversed(origins[: int(np.argmin(costs)) + 1]):
         boundaries.append(int(candidates[end - 1]))
         end = origin[end - 1]
     return boundaries[::-1]
+
+
+def padded_tokens(lengths: np.ndarray, boundaries: Sequence[int]) -> int:
+    """Tokens of all rows when each is padded to the smallest boundary that holds it, the longest row among them."""
+    return int(np.asarray(boundaries)[_bucket_of(lengths, boundaries)].sum())
 
 
 def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], *, seed: int, epoch: int) -> Plan:
@@ -236,7 +249,9 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
 
     The rows are shuffled, gathered by bucket and cut into ``ceil(rows / batch_size)`` batches, so that at most one
     batch straddles each boundary; one batch, at a random place, takes the remainder. The batches are shuffled too.
-    Every row comes exactly once, and every epoch has the same number of steps.
+    Every row comes exactly once, and every epoch has the same number of steps. Number of rows and length of each
+    batch are the same for all seeds, a function of data and epoch, so that runs of many seeds can go step by step in
+    one program; the seed chooses which rows they are.
 
     Args:
       lengths: Tokens of each row, (rows,).
@@ -255,14 +270,15 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
         raise InputError(
             f"--per_device_train_batch_size: a batch has {batch_size} rows, more than the {len(lengths)} training rows"
         )
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     order = order[np.argsort(_bucket_of(lengths, boundaries)[order], kind="stable")]
+    # Seed sequences with a spawn key share no numbers with those of any seed, which have none.
+    of_all_seeds = np.random.default_rng(np.random.SeedSequence(epoch, spawn_key=(1,)))
     steps = -(-len(lengths) // batch_size)
     sizes = np.full(steps, batch_size)
-    sizes[generator.integers(steps)] -= steps * batch_size - len(lengths)
+    sizes[of_all_seeds.integers(steps)] -= steps * batch_size - len(lengths)
     plan = _cut(order, sizes, lengths, boundaries)
-    return [plan[step] for step in generator.permutation(steps)]
+    return [plan[step] for step in of_all_seeds.permutation(steps)]
 
 
 def train_batches(

@@ -14,6 +14,7 @@ from .masked_lm import (
 from .pretrained import (
     from_pretrained as from_pretrained,
     lacks_pooler as lacks_pooler,
+    new_layers as new_layers,
     save_pretrained as save_pretrained,
 )
 from .sources import checkpoint_folder as checkpoint_folder

@@ -9,7 +9,7 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,8 @@ from pats_jax.models.config import EncoderConfig
 # without any token finite: such filler rows must not give NaN.
 _MASKED = -1e30
 
-SEPARATE, STACKED = LAYOUTS = ("separate", "stacked")
+Layout = Literal["separate", "stacked"]
+SEPARATE, STACKED = LAYOUTS = get_args(Layout)
 
 
 class Form(NamedTuple):
@@ -303,7 +304,7 @@ class LayerStack(nn.Module):
             return hidden, hidden if output_hidden_states else None
 
         scanned = jax.tree.map(lambda x: x[:-1], xs) if first_token_only else xs
-        final, inner = jax.lax.scan(body, hidden, scanned, unroll=self.form.unroll)
+        final, inner = jax.lax.scan(body, hidden, scanned, unroll=self.form.unroll or self.config.num_hidden_layers)
         states = [hidden, *inner] if output_hidden_states else [hidden]
         if first_token_only:
             variables, key = jax.tree.map(lambda x: x[-1], xs)
@@ -410,7 +411,7 @@ class SequenceClassifier(nn.Module):
             `jax.lax.scan` over it: one program for all layers, and few arrays for the optimizer.
             `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
             rounding.
-        unroll: Layers in one iteration of that scan.
+        unroll: Layers in one iteration of that scan; 0: all of them, without a loop.
     """
 
     config: EncoderConfig
@@ -423,8 +424,8 @@ class SequenceClassifier(nn.Module):
     def __post_init__(self):
         if self.layers not in LAYOUTS:
             raise ValueError(f"layers={self.layers!r} is not one of {', '.join(map(repr, LAYOUTS))}")
-        if self.unroll < 1:
-            raise ValueError(f"unroll={self.unroll} must be at least 1")
+        if self.unroll < 0:
+            raise ValueError(f"unroll={self.unroll} must be at least 0")
         super().__post_init__()
 
     @property

@@ -1,10 +1,11 @@
 """Loading and saving checkpoints: ``from_pretrained`` and ``save_pretrained``."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def from_pretrained(
         path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
         for path, name in matched.sources.items()
     }
-    drawn = _draw(matched.new, shapes, as_key(key), config.initializer_range) if matched.new else {}
+    drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
     if layers == STACKED:
         params = stack_layers(params)
@@ -155,6 +156,27 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
         tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
         save_file(tensors, made / weights.WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
+
+
+def new_layers(
+    name_or_dir: str | Path, config: EncoderConfig, *, keys: Sequence[Any], new_head: bool = False
+) -> Parameters:
+    """The parameters that :func:`from_pretrained` draws anew, for several keys; only headers of files are read.
+
+    Args:
+        name_or_dir: As for `from_pretrained`.
+        config: What it returned.
+        keys: Ints or typed keys, at least one.
+        new_head: As for `from_pretrained`.
+
+    Returns:
+        Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
+    """
+    folder = checkpoint_folder(name_or_dir, check_weights=False)
+    shapes = _parameter_shapes(SequenceClassifier(config))
+    new = convert.match(weights.tensor_files(folder), shapes, config, new_head=new_head, source=str(folder)).new
+    drawn = [_draw(new, shapes, key, config.initializer_range) for key in keys] if new else [{}]
+    return unflatten_dict({path: np.stack([one[path] for one in drawn]) for path in new})
 
 
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
@@ -277,24 +299,34 @@ def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, 
     return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
+def _host() -> jax.Device | None:
+    """The CPU, which compiles small programs sooner than an accelerator; None if JAX was told not to use it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def _draw(
     paths: list[convert.ParameterPath],
     shapes: Mapping[convert.ParameterPath, tuple[int, ...]],
-    key: jax.Array,
+    key: int | jax.Array,
     standard_deviation: float,
 ) -> dict[convert.ParameterPath, np.ndarray]:
     """New layers: kernels normal with the given standard deviation, biases zero."""
     kernels = [path for path in paths if path[-1] != "bias"]
-
-    @jax.jit  # one program in place of a dozen
-    def draw(key):
-        values = []
-        for path in kernels:
-            key, own = jax.random.split(key)
-            values.append(jax.random.normal(own, shapes[path]))
-        return values
-
+    with jax.default_device(_host()):
+        values = jax.device_get(_draw_normal(as_key(key), tuple(shapes[path] for path in kernels)))
     drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
-    for path, value in zip(kernels, jax.device_get(draw(key)), strict=True):
+    for path, value in zip(kernels, values, strict=True):
         drawn[path] = np.float32(standard_deviation) * value  # outside of the program, where XLA could round otherwise
     return drawn
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program in place of a dozen
+def _draw_normal(key, shapes):
+    values = []
+    for shape in shapes:
+        key, own = jax.random.split(key)
+        values.append(jax.random.normal(own, shape))
+    return values

@@ -32,7 +32,7 @@ from pats_jax.priming.few_shot_tuning import Start, Tuner
 from pats_jax.priming.gym_settings import GymSettings, parse_share
 from pats_jax.priming.upstream import PrimingSettings
 from pats_jax.reporting.console import say
-from pats_jax.run import folder_lock, pe_modules, run_folder, run_start
+from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
 from pats_jax.run.settings import read_config
@@ -166,7 +166,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[S
     Raises:
       InputError: its tunings used other settings, the folder is not a gym's, or a link leads out of it.
     """
-    for part in ("report/plots", "compiled", *(f"tunings/{start.name}" for start in starts)):
+    for part in ("report/plots", *(f"tunings/{start.name}" for start in starts)):
         files.checked_place(folder / part / "file", folder)
     path = folder / "config.json"
     ours = _fixed(settings)
@@ -308,7 +308,7 @@ def tune_all(
     tokenizer: Any,
 ) -> None:
     """Runs this process's share of the missing tunings, start by start."""
-    run_start.keep_compiled_programs(settings.compilation_cache_dir or str(folder / "compiled"))
+    compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     number, count = parse_share(settings.share)
     for start in starts:
         own = places(settings, start, tasks, folder)[number - 1 :: count]

@@ -194,6 +194,7 @@ class Tuner:
 
 def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
     config, dropout = None, methods.dropout_rates(settings, settings.max_steps)
     if start.adapter is None and start.kind != "full":
         config = pe_modules.chosen_config(settings.with_peft(start.kind))
@@ -206,8 +207,8 @@ def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
         mlm_head_from=start.base,
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
-        layers=settings.with_layers(runners.default_layers(jax.default_backend())).layers,
-        unroll=settings.unroll,
+        layers=settings.layers,
+        unroll=settings.unroll or 0,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

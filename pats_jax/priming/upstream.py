@@ -9,7 +9,7 @@ import functools
 import itertools
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -119,7 +119,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
         dtype=settings.dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
-        unroll=settings.unroll,
+        unroll=settings.unroll or 0,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )
@@ -354,6 +354,10 @@ class UpstreamScore:
     def evaluate(self, params: Any) -> dict[str, float]:
         """``accuracy``, the mean over the dev tasks."""
         return {"accuracy": float(np.mean([self._score(params, task) for task in self._tasks]))}
+
+    def programs(self, params: Any) -> list[Callable[[], None]]:
+        """None: they are compiled as they come."""
+        return []
 
     def _score(self, params, task):
         self._asked.check()

@@ -16,9 +16,10 @@ from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
 from pats_jax.files import write_text
 from pats_jax.models import peft
+from pats_jax.run import compilation_cache
 from pats_jax.train_state import make_predict_step
-from pats_jax.training import runners
-from pats_jax.training.evaluation import BUCKETS, DAMAGED, check_finite, sequence_length, to_tsv
+from pats_jax.training import runners, shape_costs
+from pats_jax.training.evaluation import DAMAGED, check_finite, sequence_length, to_tsv
 from pats_jax.training.loop import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def predict_file(
         read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
         if read:
             raise InputError(f"--output_file {target}: is the input {read}; choose another file")
+    compilation_cache.keep_compiled_programs(None)
     table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
     if target:
         _write(target, table)
@@ -85,8 +87,8 @@ def predict_texts(
     if peft.is_peft_folder(model):
         network, params, config = peft.load_peft_model(model)
     else:
-        layers = runners.default_layers(jax.default_backend())
-        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers)
+        layers, unroll = runners.default_form(jax.default_backend())
+        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers, unroll=unroll)
     longest = network.max_length
     asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
     max_length = sequence_length(asked, network)
@@ -94,7 +96,8 @@ def predict_texts(
     batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
     if cut := batches.describe_cut(tokens, max_length, longest):
         logger.warning("%s", cut)
-    boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
+    cost = shape_costs.shape_cost(params, jax.default_backend(), 1, training=False)
+    boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
     rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
     logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
     check_finite(logits, DAMAGED)

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import stat
 from typing import Any, Generic
 
 import jax
@@ -13,7 +12,7 @@ import rich.console
 
 from pats_jax import methods
 from pats_jax.errors import InputError
-from pats_jax.run import replacing, run_folder
+from pats_jax.run import compilation_cache, replacing, run_folder
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.journal import check_tensorboard
 from pats_jax.run.settings import Kind, read_config
@@ -112,14 +111,14 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     """
     settings.check()
     methods.get_methods(settings.method)
-    keep_compiled_programs(settings.compilation_cache_dir)
+    compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     runners.initialize(
         settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
     )
     runner = runners.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
-    settings = settings.with_layers(runners.default_layers(runner.platform))
+    settings = settings.with_layers(*runners.default_form(runner.platform))
     folder = pathlib.Path(str(settings.output_dir))
     lock = FolderLock(folder)
     resuming = settings.resume and (folder / "config.json").exists()
@@ -142,23 +141,3 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
                 check_tensorboard()
         failing.pop_all()
     return Start(settings, runner, folder, console, resuming, finished, lock)
-
-
-def keep_compiled_programs(directory: str | None) -> None:
-    """Enables JAX's on-disk cache, in a folder that nobody else can write to, because its contents are executed.
-
-    Raises:
-      InputError: if the folder cannot be created, or others can write to it.
-    """
-    if directory is None:
-        return
-    path = pathlib.Path(directory).absolute()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--compilation_cache_dir {directory}: {error.strerror}") from None
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError(f"--compilation_cache_dir {directory}: others can write to it; chmod 700 it or choose another")
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second each by default, for some thirty

@@ -36,6 +36,7 @@ _YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
 
 # Names for long types, which keep each field on the line of its comment: tyro shows only such comments.
 OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
+Response = Literal["linear", "reciprocal", "exponential", "constant", "reversed"]
 YesOrNo = Annotated[bool | None, _YES_OR_NO]
 
 
@@ -67,7 +68,7 @@ class TrainingSettings:
     method: str = "finetune"  # a method listed by `pats-jax methods`, or several joined with +
     noise_scale: float = 1e-3  # PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr
     decay: float = 0.9  # PATS: decay rate of the moving average of sensitivity
-    response: Literal["linear", "reciprocal", "exponential"] = "linear"  # PATS: how noise depends on sensitivity
+    response: Response = "linear"  # PATS: how noise depends on sensitivity; constant and reversed are controls
     distribution: Literal["uniform", "normal"] = "uniform"  # PATS: distribution of the noise
     noise_layers: str = r"encoder\.layer\..*\.kernel$"  # PATS: regex of the parameter paths that get noise
     sensitivity_dtype: Literal["float32", "bfloat16"] = "float32"  # PATS: type in which sensitivity is stored
@@ -113,7 +114,7 @@ class TrainingSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"  # type for computation; parameters and state stay float32
     gradient_checkpointing: bool = False  # save memory: recompute activations in the backward pass
     layers: Literal["auto", "separate", "stacked"] = "auto"  # encoder layers: arrays each, or a loop over stacked ones
-    unroll: int = 1  # stacked layers: layers in one iteration of the loop
+    unroll: int | None = None  # stacked layers: layers in one iteration of the loop; 0: all; none: by the backend
     parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
     fsdp: int = 1  # shard parameters and optimizer state over N devices
     num_devices: int | None = None  # use only N devices; if unset, all
@@ -121,7 +122,7 @@ class TrainingSettings:
     num_processes: int | None = None  # total number of processes; needs coordinator_address
     process_id: int | None = None  # number of this process, from 0; needs coordinator_address
     heartbeat_timeout_seconds: int = 100  # stop if another process does not respond for this long
-    compilation_cache_dir: str | None = None  # cache compiled programs in this folder, which only you may write to
+    compilation_cache_dir: str | None = None  # keep compiled programs here; unset: in your cache folder; none: nowhere
     config: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None  # read settings from a saved run's config.json
 
     @property
@@ -147,9 +148,13 @@ class TrainingSettings:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_ONE_START}
 
-    def with_layers(self, default: Literal["separate", "stacked"]) -> Self:
-        """The same settings with the backend's default in the place of ``--layers auto``."""
-        return self if self.layers != "auto" else dataclasses.replace(self, layers=default)
+    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+        return dataclasses.replace(
+            self,
+            layers=layers if self.layers == "auto" else self.layers,
+            unroll=unroll if self.unroll is None else self.unroll,
+        )
 
     def with_batch_size(self, num_devices: int) -> Self:
         """The same settings with both batch sizes filled in for this many devices.
@@ -170,12 +175,13 @@ class TrainingSettings:
         return dataclasses.replace(self, train_batch_size=total, per_device_train_batch_size=total // parts)
 
     def resuming(self, saved: "TrainingSettings") -> Self:
-        """These settings for resuming a saved run: its global batch size, on the devices available now.
+        """These settings for resuming a saved run: what it chose where they are unset, on the devices available now.
 
         Raises:
           InputError: if a setting that defines the run differs; the message names each one that does.
         """
-        chosen = dataclasses.replace(self, train_batch_size=self.train_batch_size or saved.train_batch_size)
+        unset = [name for name in _RESOLVED if getattr(self, name, 0) is None]
+        chosen = dataclasses.replace(self, **{name: getattr(saved, name) for name in unset})
         ours, theirs = chosen.to_dict(), saved.to_dict()
         differing = [name for name in ours if name not in _FREE_ON_RESUME and ours[name] != theirs[name]]
         if differing:
@@ -206,8 +212,8 @@ class Settings(TrainingSettings):
     max_eval_samples: int | None = None  # evaluate on the first N rows only
     max_predict_samples: int | None = None  # predict the first N rows only
     num_train_epochs: float = 3.0  # passes over the training data
-    sensitivity_batches: int = 8  # measure sensitivity on N batches before and after training; 0: never
-    length_buckets: int = 6  # maximum number of different lengths of training batches
+    sensitivity_batches: int | None = None  # measure sensitivity on N batches before and after; unset: 8 with PATS
+    length_buckets: int | None = None  # most lengths of training batches; unset: as many as are worth compiling
 
     def check(self) -> None:
         """Raises InputError, naming the flag, if a value is invalid or conflicts with another."""
@@ -240,6 +246,9 @@ class Settings(TrainingSettings):
 # Not kept in config.json: they describe one start of the program, not the run.
 _OF_ONE_START = ("config", "overwrite", "resume", "coordinator_address", "num_processes", "process_id")
 
+# What a run chooses where it is unset, and a resumed run takes from it.
+_RESOLVED = ("train_batch_size", "length_buckets", "sensitivity_batches")
+
 # What may change when a run is resumed: where and how it is computed, saved and logged.
 _FREE_ON_RESUME = (
     "output_dir",
@@ -266,7 +275,7 @@ _RULES = (
         "max_seq_length max_train_samples low_resource max_eval_samples max_predict_samples "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_batch_size "
         "logging_steps eval_steps early_stopping_patience save_total_limit length_buckets fsdp num_devices "
-        "num_processes heartbeat_timeout_seconds unroll lora_rank adapter_size prompt_length prefix_length "
+        "num_processes heartbeat_timeout_seconds lora_rank adapter_size prompt_length prefix_length "
         "shots tasks_per_step inner_steps inner_batch_size task_batch_size",
         lambda x: x >= 1,
         "at least 1",
@@ -282,7 +291,7 @@ _RULES = (
         "greater than 0",
     ),
     (
-        "weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
+        "unroll weight_decay noise_scale sensitivity_batches save_steps max_nonfinite_steps process_id "
         "pretrained_strength head_strength noise_intensity r3f_lambda r_drop_alpha smart_alpha lnsr_layer lnsr_lambda",
         lambda x: 0 <= x < math.inf,
         "at least 0",

@@ -6,19 +6,20 @@ parameter. Keys are the same in both.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pats_jax.models.bert import Layout
 from pats_jax.models.layout import has_stacked_layers, layer_number, names_in_other_layout
 from pats_jax.train_state import parameter_name
 
 Arrays = dict[str, Any]
 
 
-def layers_of(state: Any) -> Literal["separate", "stacked"]:
+def layers_of(state: Any) -> Layout:
     """Whether a state's layers are ``"separate"`` or ``"stacked"``; separate if it has none."""
     return "stacked" if has_stacked_layers(state) else "separate"
 

@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from pats_jax import models
@@ -17,12 +17,10 @@ from pats_jax.errors import InputError
 from pats_jax.files import make_folder, write_text
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
-from pats_jax.train_state import Batch
 from pats_jax.training import metrics
 from pats_jax.training.loop import predict_logits
-from pats_jax.training.runners import MeshRunner
-
-BUCKETS = 3  # sorted by length, rows need little padding, and every shape takes seconds to compile
+from pats_jax.training.runners import CompiledProgram, MeshRunner
+from pats_jax.training.shape_costs import MOST_BUCKETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +36,11 @@ class Predictor:
       batch_size: rows of a device.
       interrupt: called after every batch; what it raises ends the prediction.
       order: for each class of the task its place in the model's head, (classes,); None: the same order.
+      shape_cost: see `shape_costs`, for one pass.
+      evaluations: how often the validation data is scored.
     """
 
-    predict: Callable[[Any, Batch], jax.Array]
+    predict: CompiledProgram
     runner: MeshRunner
     task: tasks.Task
     splits: dict[str, readers.Split]
@@ -48,6 +48,8 @@ class Predictor:
     batch_size: int
     interrupt: Callable[[], None] = lambda: None
     order: np.ndarray | None = None
+    shape_cost: float = 0.0
+    evaluations: int = 1
 
     def logits(self, params: Any, name: str) -> np.ndarray:
         """Logits (rows, num_labels) of a split, in the order of the task's classes.
@@ -55,14 +57,24 @@ class Predictor:
         Raises:
           InputError: if they are not finite, for instance since the model has diverged.
         """
-        tokens, devices = self.tokenize(name), self.runner.num_devices
-        boundaries = batches.bucket_boundaries(tokens.lengths, BUCKETS)
-        batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
-        own = self.runner.own_rows(batch_size)
-        rows = batches.eval_batches(tokens, None, batch_size, boundaries, own=own)
-        logits = predict_logits(self._predict, params, rows, len(tokens))
+        logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
         check_finite(logits, "lower --learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
+
+    def programs(self, params: Any) -> list[Callable[[], None]]:
+        """Compile what `evaluate` will run, a shape each, for the shapes of parameters."""
+        names = [name for name in self.splits if name.startswith("validation")]
+        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self._batches(name)}
+        return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
+
+    def _batches(self, name):
+        """Row numbers and batches of a split, this process's own rows of them."""
+        tokens, devices = self.tokenize(name), self.runner.num_devices
+        passes = self.evaluations if name.startswith("validation") else 1
+        boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)
+        batch_size = min(self.batch_size, -(-len(tokens) // devices)) * devices
+        own = self.runner.own_rows(batch_size)
+        return batches.eval_batches(tokens, None, batch_size, boundaries, own=own)
 
     def _predict(self, params, batch):
         self.interrupt()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -30,7 +31,7 @@ from pats_jax.objectives import with_objectives
 from pats_jax.reporting import plots
 from pats_jax.run.journal import Journal
 from pats_jax.run.settings import Settings, TrainingSettings
-from pats_jax.training import concentration, preemption, runners
+from pats_jax.training import concentration, preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.loop import Hooks, Progress, Rhythm, fit
 from pats_jax.training.profiling import Profiler, seconds_since_process_start
@@ -58,6 +59,9 @@ class Evaluator(Protocol):
     def evaluate(self, params: Any) -> dict[str, float]:
         """Scores by name. May raise `Preempted`."""
 
+    def programs(self, params: Any) -> list[Callable[[], None]]:
+        """Functions that compile what `evaluate` will run, for the shapes of parameters; another thread calls them."""
+
 
 class Training(abc.ABC):
     """Everything that a training run needs, built and checked before anything is written.
@@ -66,6 +70,7 @@ class Training(abc.ABC):
       examples: rows that are learnt from.
       evaluates: whether it is scored on the way.
       measures_sensitivity: whether `sensitivity` is asked for, before and after training.
+      shapes: the shapes of `state`.
     """
 
     examples: int
@@ -109,6 +114,7 @@ class Training(abc.ABC):
             patience=settings.early_stopping_patience,
             max_nonfinite_steps=settings.max_nonfinite_steps,
         )
+        self.norms_in_step = runner.platform == "cpu"
         self.schedule = learning_rate_schedule(settings, total_steps)
         self.num_parameters = sum(p.size for p in jax.tree.leaves(params))
         trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
@@ -117,18 +123,24 @@ class Training(abc.ABC):
         create = functools.partial(
             train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
         )
-        self.state = runner.create_state(create, params)
+        self.shapes = runner.state_shapes(create, params)
+        self._create_state = functools.partial(runner.create_state, create, params)
         self.step = runner.compile_step(
             train_state.make_train_step(
                 loss_fn,
                 axis_name=runner.axis_name,
                 accumulation_steps=settings.gradient_accumulation_steps,
                 skip_nonfinite=True,
+                norms=self.norms_in_step,
             ),
-            self.state,
+            self.shapes,
         )
-        self.learning_rate = jax.jit(self.schedule)
-        self.statistics = jax.jit(functools.partial(methods.statistics, settings, self.schedule))
+        self.figures = runners.CompiledProgram(jax.jit(functools.partial(_figures, settings, self.schedule)))
+
+    @functools.cached_property
+    def state(self) -> train_state.TrainState:
+        """The state before the first step, created when it is first asked for."""
+        return self._create_state()
 
     @abc.abstractmethod
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, dict[str, float]]]:
@@ -137,6 +149,12 @@ class Training(abc.ABC):
     def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
         """Yields one batch of every shape from a step (counted from 0) on, in order of first use."""
         return iter(())
+
+    def programs_for_later(self, evaluator: Evaluator) -> list[Callable[[], None]]:
+        """Compile the programs besides the step: of the logged figures, and of the evaluation."""
+        shapes = self.runner.view(self.shapes.all_params)
+        figures = functools.partial(self.figures.compile, self.shapes.opt_state, np.int32(0))
+        return [figures, *(evaluator.programs(shapes) if self.evaluates else ())]
 
     @abc.abstractmethod
     def describe_batch(self) -> str:
@@ -167,13 +185,14 @@ class GlueTraining(Training):
         self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.batch_size *= runner.num_devices
         self.labels, self.tokens, self.examples = split.labels, tokens, len(tokens)
-        self.boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+        total_steps = count_steps(settings, len(tokens))
+        self.boundaries = _boundaries(settings, runner, params, tokens.lengths, total_steps * self.batch_size)
         self.settings, self.runner = settings, runner
         self.plan = self._plan(epoch=0)
         self.num_layers = model.config.num_hidden_layers
         self.mask = layer_mask(jax.eval_shape(self._separate, params), settings.noise_layers)
-        self.sensitivity_batches = settings.sensitivity_batches
-        self.measures_sensitivity = settings.sensitivity_batches > 0
+        self.sensitivity_batches = methods.sensitivity_batches(settings)
+        self.measures_sensitivity = self.sensitivity_batches > 0
         self.loss_without_dropout = train_state.make_loss_fn(
             model.apply, regression=task.is_regression, deterministic=True
         )
@@ -189,7 +208,7 @@ class GlueTraining(Training):
             with_objectives(model.apply, *methods.chosen_objectives(settings), regression=task.is_regression),
             trainable,
             metric=task.main_metric,
-            total_steps=count_steps(settings, len(tokens)),
+            total_steps=total_steps,
             eval_steps=len(self.plan),
         )
 
@@ -266,6 +285,19 @@ class GlueTraining(Training):
         return batches.fill_batch(self.tokens, self.labels, rows, self.batch_size, length, own)
 
 
+def _figures(settings, schedule, opt_state, made):
+    """The learning rate of the last step, before which so many were made, and what the methods did in it."""
+    return {"learning_rate": schedule(made), **methods.statistics(settings, schedule, opt_state)}
+
+
+def _boundaries(settings, runner, params, lengths, rows):
+    """As many bucket lengths as were asked for; else as many as are worth their compilation when so many rows pass."""
+    if settings.length_buckets is not None:
+        return batches.bucket_boundaries(lengths, settings.length_buckets)
+    cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
+    return batches.bucket_boundaries(lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
+
+
 @dataclasses.dataclass
 class Trained:
     """The result of training.
@@ -320,19 +352,31 @@ class TrainingHooks(Hooks):
         self._training, self._evaluator, self._checkpoints = training, evaluator, checkpoints
         self._show, self._journal, self._profiler = show, journal, profiler
         self.seconds_to_first_step: float | None = None
+        self._started = time.perf_counter()
+        self._before: Any = None  # the parameters before a step whose norms are logged
+
+    def before_step(self, step, state):
+        self._before = None
+        if not self._training.norms_in_step and self._training.rhythm.logs_at(step):
+            self._before = _copied(state.params)
 
     def on_step(self, step, state):
         if self.seconds_to_first_step is None:
             jax.block_until_ready(state.params)
             self.seconds_to_first_step = seconds_since_process_start()
+            self._show(status="")
+            logger.info("compiled and made the first step in %.1f s", time.perf_counter() - self._started)
         self._show(completed=step)
         if self._profiler:
             self._profiler.after(step, state)
 
     def describe(self, progress, state):
         made = progress.step - progress.skipped_steps
-        figures = {"learning_rate": float(self._training.learning_rate(max(made - 1, 0)))}
-        figures |= {name: float(x) for name, x in self._training.statistics(state.opt_state).items()}
+        found = jax.device_get(self._training.figures(state.opt_state, np.int32(max(made - 1, 0))))
+        figures = {name: float(x) for name, x in found.items()}
+        if self._before is not None:
+            figures |= {name: float(x) for name, x in _global_norms(self._before, state.params).items()}
+            self._before = None
         noisy = figures.pop("noisy_parameters", None)
         return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
 
@@ -351,6 +395,10 @@ class TrainingHooks(Hooks):
         best = progress.best(self.metric) if self._training.rhythm.save_best else None
         view = self._training.runner.view(state)
         self._checkpoints.save(progress.step, view, dataclasses.asdict(progress), best and best["step"])
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+_global_norms = jax.jit(train_state.global_norms)
 
 
 def train(
@@ -374,6 +422,9 @@ def train(
     if training.num_trained < training.num_parameters:
         share = 100 * training.num_trained / training.num_parameters
         logger.info("training %d of %d parameters (%.2f %%)", training.num_trained, training.num_parameters, share)
+    first_batch = next(iter(training.one_of_each_shape(0)), None)
+    if first_batch is not None and not settings.resume:  # the state is created meanwhile
+        training.step.begin(training.shapes, first_batch)
     start = None
     if training.measures_sensitivity:  # a copy: the steps take the state's own buffers
         start = jax.tree.map(np.array, runner.to_host(runner.view(training.state.all_params)))
@@ -384,10 +435,11 @@ def train(
         logger.info("resuming after step %d of %d", progress.step, rhythm.total_steps)
     started, first_step = time.perf_counter(), progress.step
     with contextlib.ExitStack() as stack:
-        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step)))
+        others = training.programs_for_later(evaluator)
+        stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step), others))
         data = stack.enter_context(prefetch(training.batches(first_step)))
         bar = stack.enter_context(progress_bar(console))
-        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="")
+        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="compiling")
         journal = profiler = None
         if runners.is_first():
             tensorboard = settings.report_to == "tensorboard"

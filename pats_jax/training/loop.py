@@ -45,6 +45,11 @@ class Rhythm:
     patience: int | None = None
     max_nonfinite_steps: int = 0
 
+    @property
+    def evaluations(self) -> int:
+        """How often the model is evaluated, unless training stops early."""
+        return -(-self.total_steps // self.eval_steps)
+
     def logs_at(self, step: int) -> bool:
         """Whether a line is logged after this step (counted from 1)."""
         return step % self.logging_steps == 0 or step == self.total_steps
@@ -99,6 +104,9 @@ class Hooks:
 
     metric: str
     evaluates: bool = False
+
+    def before_step(self, step: int, state: TrainState) -> None:
+        """Called before a step (counted from 1), which takes the state's buffers."""
 
     def on_step(self, step: int, state: TrainState) -> None:
         """Called when a step is dispatched; the device may still be running it."""
@@ -197,6 +205,7 @@ def fit(
             raise
         with clock.waiting_for_data():
             batch, counts = next(batches)
+        hooks.before_step(progress.step + 1, state)
         state, metrics = train_step(state, batch)
         progress.step += 1
         pending.append({**metrics, **counts})

@@ -12,8 +12,9 @@ import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pats_jax.errors import InputError
+from pats_jax.models.bert import Layout
 from pats_jax.models.layout import is_stacked
 from pats_jax.train_state import Batch, Metrics, TrainState
 
@@ -120,9 +122,40 @@ def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = N
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)
 
 
-def default_layers(platform: str) -> Literal["separate", "stacked"]:
-    """What ``--layers auto`` is on a platform ("cpu", "gpu", "tpu"): the faster of "separate" and "stacked"."""
-    return "separate" if platform == "cpu" else "stacked"
+def default_form(platform: str) -> tuple[Layout, int]:
+    """What ``--layers auto`` and no ``--unroll`` mean on a platform ("cpu", "gpu", "tpu").
+
+    Measured for BERT-base: on an H100 a step of the loop takes 1.8 times one without it (benchmarks/results/h100). On a
+    TPU, whose compiler takes longest, the loop.
+    """
+    forms: dict[str, tuple[Layout, int]] = {"cpu": ("separate", 1), "gpu": ("stacked", 0)}
+    return forms.get(platform, ("stacked", 1))
+
+
+class CompiledProgram:
+    """A jitted function, called like a plain one, that another thread may compile before it is called."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        deal: Callable[..., tuple] = lambda *arguments: arguments,
+        in_turn: Callable[[Any], Any] = lambda result: result,
+    ):
+        """Wraps a function under `jax.jit`; for the rest see `CompiledStep`."""
+        self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> Any:
+        arguments = self._deal(*arguments)
+        with self._lock:  # while it is being compiled, a call would compile it, too
+            result = self._compiled(*arguments)
+        return self._in_turn(result)
+
+    def compile(self, *arguments: Any) -> None:
+        """Compiles it for such arguments, arrays or their shapes; computes nothing."""
+        abstract = jax.tree.map(_abstract, self._deal(*arguments))
+        with self._lock:
+            self._compiled.lower(*abstract).compile()
 
 
 class CompiledStep:
@@ -140,6 +173,7 @@ class CompiledStep:
         self._announced: dict[tuple, Any] = {}  # by shapes: abstract arguments of programs that nobody has begun
         self._coming: dict[tuple, concurrent.futures.Future] = {}
         self._thread: concurrent.futures.Executor | None = None
+        self._then: Sequence[Callable[[], None]] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, batch = self._deal(state, batch)
@@ -148,15 +182,31 @@ class CompiledStep:
         if shapes in self._coming:
             self._coming.pop(shapes).result()  # JAX has the program now; the call before would compile it, too
         result = self._in_turn(self._compiled(state, batch))
-        if self._thread and self._announced:
+        if self._thread and (self._announced or self._then):
             jax.block_until_ready(result)  # the first step is not to be held up by programs for later ones
             for shapes, arguments in self._announced.items():
                 self._coming[shapes] = self._thread.submit(self._compile, arguments)
             self._announced.clear()
+            for compile_it in self._then:
+                self._thread.submit(compile_it)
+            self._then = ()
         return result
 
+    def begin(self, state: TrainState, batch: Batch) -> None:
+        """Begins to compile the program of the first step in a thread; `compiling_ahead` must follow, and ends it.
+
+        Args:
+          state: the state's shapes, from `MeshRunner.state_shapes`.
+          batch: the first batch.
+        """
+        arguments = jax.tree.map(_abstract, self._deal(state, batch))
+        self._thread = _compiling_thread()
+        self._coming[_shapes(arguments[1])] = self._thread.submit(self._compile, arguments)
+
     @contextlib.contextmanager
-    def compiling_ahead(self, state: TrainState, batches: Iterable[Batch]) -> Iterator[None]:
+    def compiling_ahead(
+        self, state: TrainState, batches: Iterable[Batch], then: Sequence[Callable[[], None]] = ()
+    ) -> Iterator[None]:
         """After the first step, compiles the other programs in a thread; a step waits for its own program if necessary.
 
         Nothing is computed with them, and what is compiled is what the step would have compiled at its call.
@@ -164,12 +214,15 @@ class CompiledStep:
         Args:
           state: a state like the one that the step will get.
           batches: one batch of every shape, in the order in which they will be needed.
+          then: compile what else is needed later, after these.
         """
+        self._then = then
         for batch in batches:
             # abstract, for the step gives the state's buffers away meanwhile
             arguments = jax.tree.map(_abstract, self._deal(state, batch))
-            self._announced[_shapes(arguments[1])] = arguments
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+            if _shapes(arguments[1]) not in self._coming:
+                self._announced[_shapes(arguments[1])] = arguments
+        self._thread = self._thread or _compiling_thread()
         try:
             yield
         finally:
@@ -177,17 +230,28 @@ class CompiledStep:
             self._thread = None
             self._announced.clear()
             self._coming.clear()
+            self._then = ()
 
     def _compile(self, arguments):
         self._compiled.lower(*arguments).compile()
+
+
+def _compiling_thread():
+    return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
 
 
 def _shapes(batch):
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
+def _with_shape_of(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+
+
 def _abstract(x):
     """An array's shape, dtype and sharding, without its values."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
     if not isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.aval.weak_type)
@@ -219,7 +283,7 @@ class MeshRunner:
 
     @property
     def platform(self) -> str:
-        """The devices' platform: "cpu", "gpu", "tpu"."""
+        """JAX's name for the kind of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
@@ -278,9 +342,17 @@ class MeshRunner:
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         """Creates the state ``create(params=params)`` on the mesh; it takes over the buffers of params."""
-        params = self.place(params)
-        shapes = jax.eval_shape(lambda p: create(params=p), params)
-        return jax.jit(lambda p: create(params=p), out_shardings=self.shardings_of(shapes))(params)
+        params, shapes = self.place(params), self.state_shapes(create, params)
+
+        def create_state(params):  # named, for people read it in profiles and caches
+            return create(params=params)
+
+        return jax.jit(create_state, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
+
+    def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        """What `create_state` gives, as shapes with their shardings; computes nothing."""
+        shapes = jax.eval_shape(lambda params: create(params=params), params)
+        return jax.tree.map(_with_shape_of, shapes, self.shardings_of(shapes))
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
@@ -290,10 +362,10 @@ class MeshRunner:
         compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
         return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
 
-    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> Callable[[Any, Batch], jax.Array]:
+    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> CompiledProgram:
         """Compiles a prediction for this process's rows of a batch; every process gets the result for all rows."""
         compiled = jax.jit(predict, out_shardings=self.replicated)
-        return lambda params, batch: self.in_turn(compiled(params, self.put(batch)))
+        return CompiledProgram(compiled, lambda params, batch: (params, self.put(batch)), self.in_turn)
 
     def in_turn(self, result: Any) -> Any:
         """The result; with several CPU devices, waits until it is ready.
@@ -301,11 +373,11 @@ class MeshRunner:
         They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
         gives up the process.
         """
-        several_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        several_cpus = self.mesh.size > 1 and self.platform == "cpu"
         return jax.block_until_ready(result) if several_cpus else result
 
     def view(self, tree: Any) -> Any:
-        """The result of a step, as arrays of the whole mesh."""
+        """The result of a step, as arrays of the whole mesh; of shapes, those of the arrays."""
         return tree
 
     def to_host(self, tree: Any) -> Any:
@@ -325,6 +397,10 @@ class PmapRunner(MeshRunner):
 
     def create_state(self, create: Callable[..., TrainState], params: Any) -> TrainState:
         return jax.device_put(create(params=self._narrow(params)), self._local)
+
+    def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
+        shapes = jax.eval_shape(lambda params: create(params=params), params)
+        return jax.tree.map(lambda x: _with_shape_of(x, self._local), shapes)
 
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
         return batch  # pmap itself deals it out
@@ -366,6 +442,8 @@ class PmapRunner(MeshRunner):
 
 def _with_sharding(sharding, x):
     """This process's copies of a replicated array, as an array with another sharding; no data moves."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return _with_shape_of(x, sharding)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         words = _with_sharding(sharding, jax.random.key_data(x))
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))

@@ -1,0 +1,39 @@
+"""``python -m benchmarks.study run|report``."""
+
+import argparse
+import logging
+import sys
+
+from pats_jax.errors import InputError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Reads the flags and runs a command; exits with code 2 and one line on stderr when the input is wrong."""
+    from benchmarks import study
+    from benchmarks.study import run
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=study.__doc__)
+    commands = parser.add_subparsers(required=True)
+    of_run = commands.add_parser("run", help="train; a finished training is not repeated")
+    run.add_flags(of_run)
+    of_run.set_defaults(command=run.run)
+    of_report = commands.add_parser("report", help="write study.md, study.json and study.png")
+    of_report.add_argument("--output_dir", required=True, help="folder of runs.jsonl; the report is written there")
+    of_report.set_defaults(command=_report)
+    flags = parser.parse_args(args)
+    logging.getLogger("pats_jax").setLevel(logging.ERROR)  # that heads are new is no news here
+    try:
+        flags.command(flags)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _report(flags):
+    from benchmarks.study import report  # SciPy and Matplotlib, which a machine that trains may lack
+
+    report.report(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""What the study found: paired differences to plain fine-tuning, corrected tests, a figure, a table in Markdown.
+
+Each method's noise scale is chosen on the first half of the seeds, by its mean difference to plain over all tasks, and
+reported on the other half. Differences are in points: hundredths of the task's main metric.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from benchmarks.study import data, grid, run
+from pats_jax.comparison.seed_statistics import paired_difference
+from pats_jax.errors import InputError
+from pats_jax.files import write_json, write_text
+
+Scores = dict[tuple[str, float], dict[str, dict[int, float]]]  # (method, scale) -> task -> seed -> score
+
+RESAMPLES = 20_000
+HARMLESS = -0.5  # points: a setting whose interval lies above it does no harm
+FIGURES = ("gini", "entropy", "top_10_percent_share")
+
+
+def read_runs(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of runs.jsonl."""
+    if not path.is_file():
+        raise InputError(f"{path}: not found; run the study first")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [run.read_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def table_of(records: Iterable[dict[str, Any]]) -> Scores:
+    """Final scores in points, without the seeds that chose the learning rate."""
+    table: Scores = {}
+    for record in records:
+        if record["seed"] < grid.RATE_SEEDS[0]:
+            by_task = table.setdefault((record["method"], record["noise_scale"]), {})
+            by_task.setdefault(record["task"], {})[record["seed"]] = 100 * record["final"]
+    return table
+
+
+def differences(table: Scores, setting: tuple[str, float], base: tuple[str, float], seeds: Iterable[int]) -> dict:
+    """Task -> seed -> score of a setting less that of another, over the seeds that both have."""
+    wanted, found = set(seeds), {}
+    for task, scores in table.get(setting, {}).items():
+        other = table.get(base, {}).get(task, {})
+        common = sorted(wanted & scores.keys() & other.keys())
+        if common:
+            found[task] = {seed: scores[seed] - other[seed] for seed in common}
+    return found
+
+
+def pooled(by_task: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """The mean over tasks of the mean difference, stratified by task.
+
+    Args:
+      by_task: task -> seed -> difference.
+
+    Returns:
+      ``mean``; ``interval``, 95 % by the bootstrap that resamples seeds within each task (percentiles); ``p_value``,
+      two-sided, of the test that flips the signs of differences at random; ``counts`` of pairs by task. None in their
+      place without pairs. Draws start from a fixed seed.
+    """
+    values = [np.array(list(found.values())) for found in by_task.values()]
+    if not values:
+        return {"mean": None, "interval": None, "p_value": None, "counts": {}}
+    rng, mean = np.random.default_rng(0), float(np.mean([one.mean() for one in values]))
+    resampled, flipped = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for one in values:
+        resampled += one[rng.integers(len(one), size=(RESAMPLES, len(one)))].mean(1) / len(values)
+        flipped += (rng.choice((-1.0, 1.0), (RESAMPLES, len(one))) * one).mean(1) / len(values)
+    extreme = np.sum(np.abs(flipped) >= abs(mean) - 1e-12)
+    return {
+        "mean": mean,
+        "interval": np.percentile(resampled, (2.5, 97.5)).tolist(),
+        "p_value": float((extreme + 1) / (RESAMPLES + 1)),
+        "counts": {task: len(found) for task, found in by_task.items()},
+    }
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values (1979): sorted, times the number of those that are left, never decreasing."""
+    adjusted, least = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = least
+    return adjusted
+
+
+def halves(table: Scores) -> tuple[list[int], list[int]]:
+    """The seeds that settings are chosen on, and those that they are reported on."""
+    seeds = sorted({seed for by_task in table.values() for scores in by_task.values() for seed in scores})
+    return seeds[: len(seeds) // 2], seeds[len(seeds) // 2 :]
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All numbers of the report.
+
+    Returns:
+      ``tasks``; ``seeds`` for the choice and the report; ``rates``: task -> learning rate; ``plain``: task -> mean and
+      sd; ``settings``: every setting over all seeds; ``methods``: method -> its chosen setting on the seeds of the
+      report, with ``p_holm``; ``against_constant``: PATS less the constant control at each scale; ``default``: see
+      `default_scale`; ``concentration``: see `correlations`; ``diverged``: how many trainings did.
+    """
+    table = table_of(records)
+    plain = ("plain", 0.0)
+    if plain not in table:
+        raise InputError("no training of plain fine-tuning is finished; there is nothing to compare with")
+    choice, rest = halves(table)
+    tasks = [task for task in data.TASKS if task in table[plain]]
+    settings = [
+        {"method": method, "noise_scale": scale, **_compared(table, (method, scale), plain, [*choice, *rest])}
+        for method, scale in sorted(table)
+        if method != "plain"
+    ]
+    methods = _chosen(table, plain, choice, rest)
+    adjusted = holm({name: one["pooled"]["p_value"] for name, one in methods.items()})
+    for name, one in methods.items():
+        one["p_holm"] = adjusted[name]
+    both = sorted({scale for method, scale in table if method == "pats" and ("constant", scale) in table})
+    return {
+        "tasks": tasks,
+        "seeds": {"choice": choice, "report": rest},
+        "rates": {record["task"]: record["learning_rate"] for record in records if record["seed"] in choice},
+        "plain": {task: _spread(table[plain][task].values()) for task in tasks},
+        "settings": settings,
+        "methods": methods,
+        "against_constant": [
+            {"noise_scale": scale, **_compared(table, ("pats", scale), ("constant", scale), [*choice, *rest])}
+            for scale in both
+        ],
+        "default": default_scale(settings, methods.get("pats")),
+        "concentration": correlations(records),
+        "diverged": sum(record["diverged"] for record in records),
+    }
+
+
+def _spread(scores):
+    values = np.array(list(scores))
+    return {"n": len(values), "mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+
+
+def _compared(table, setting, base, seeds):
+    """A setting against another: pooled, and by task."""
+    found = differences(table, setting, base, seeds)
+    by_task = {
+        task: paired_difference({seed: table[setting][task][seed] for seed in values}, table[base][task])
+        for task, values in found.items()
+    }
+    kept = ("mean", "interval", "p_value")
+    return {"pooled": pooled(found), "tasks": {task: {k: one[k] for k in kept} for task, one in by_task.items()}}
+
+
+def _chosen(table, plain, choice, rest):
+    """Method -> the scale with the best mean on the seeds of the choice, and its differences on the others."""
+    methods = {}
+    for method in grid.RESPONSES:
+        scales = [scale for name, scale in table if name == method and method != "plain"]
+        means = {scale: pooled(differences(table, (method, scale), plain, choice)) for scale in scales}
+        means = {scale: one["mean"] for scale, one in means.items() if one["mean"] is not None}
+        if means:
+            best = max(means, key=lambda scale: means[scale])
+            methods[method] = {"noise_scale": best, "on_choice": means[best]}
+            methods[method] |= _compared(table, (method, best), plain, rest)
+    return {name: one for name, one in methods.items() if one["pooled"]["mean"] is not None}
+
+
+def default_scale(settings: Sequence[dict[str, Any]], chosen: dict[str, Any] | None) -> dict[str, Any]:
+    """The noise scale that follows: PATS's chosen one if it gains, else the largest that does no harm.
+
+    It gains if its mean on the seeds of the report is above 0 with Holm's p below 0.05; a scale does no harm if the
+    interval of its pooled difference, over all seeds, lies above -0.5 points.
+    """
+    if chosen and chosen["pooled"]["mean"] > 0 and chosen["p_holm"] < 0.05:
+        return {"noise_scale": chosen["noise_scale"], "why": "it gains"}
+    harmless = [
+        one["noise_scale"]
+        for one in settings
+        if one["method"] == "pats" and one["pooled"]["interval"] and one["pooled"]["interval"][0] > HARMLESS
+    ]
+    return {"noise_scale": max(harmless, default=None), "why": "no setting gains; the largest that does no harm"}
+
+
+def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Spearman's correlation over runs of the concentration of sensitivity with the score, within each task.
+
+    Over all trainings with the chosen learning rate, and over those of plain fine-tuning alone.
+    """
+    found: dict[str, Any] = {}
+    for task in data.TASKS:
+        runs = [one for one in records if one["task"] == task and one["seed"] < grid.RATE_SEEDS[0]]
+        groups = {"all": runs, "plain": [one for one in runs if one["method"] == "plain"]}
+        for name, group in groups.items():
+            scores = [one["final"] for one in group]
+            for figure in FIGURES:
+                values = [one["sensitivity"][figure] for one in group]
+                if len(set(values)) > 2 and len(set(scores)) > 2:
+                    result = scipy.stats.spearmanr(values, scores)
+                    row = {"rho": float(result.statistic), "p_value": float(result.pvalue), "n": len(group)}
+                    found.setdefault(task, {}).setdefault(name, {})[figure] = row
+    return found
+
+
+def as_markdown(summary: dict[str, Any]) -> str:
+    """The report as a page of tables."""
+    tasks = summary["tasks"]
+    choice, rest = (len(summary["seeds"][part]) for part in ("choice", "report"))
+    lines = [
+        f"Differences to plain fine-tuning in points, with 95 % intervals. The noise scale of each method is chosen on "
+        f"{choice} seeds and reported on {rest} others.",
+        "",
+        *_rows(("task", "learning rate", "seeds", "plain, mean", "sd"), _plain_rows(summary)),
+        "",
+        *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(summary)),
+        "",
+        "Every setting, over all seeds:",
+        "",
+        *_rows(("method", "noise scale", *tasks, "all tasks", "p"), map(_setting_row(tasks), summary["settings"])),
+        "",
+        "PATS less the constant control of the same energy, over all seeds:",
+        "",
+        *_rows(("noise scale", *tasks, "all tasks", "p"), map(_contrast_row(tasks), summary["against_constant"])),
+        "",
+        "Concentration of sensitivity at the end and score, Spearman's correlation over runs (p):",
+        "",
+        *_rows(("task", "runs", "n", *FIGURES), _correlation_rows(summary["concentration"])),
+        "",
+        f"Default noise scale: {summary['default']['noise_scale']} ({summary['default']['why']}).",
+        f"Trainings that diverged: {summary['diverged']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def _plain_rows(summary):
+    for task, spread in summary["plain"].items():
+        yield task, f"{summary['rates'].get(task, 0):g}", spread["n"], f"{spread['mean']:.2f}", f"{spread['sd']:.2f}"
+
+
+def _method_rows(summary):
+    for method, one in summary["methods"].items():
+        pair = f"{one['pooled']['p_value']:.4f}", f"{one['p_holm']:.4f}"
+        yield method, f"{one['noise_scale']:g}", *_cells(one, summary["tasks"]), *pair
+
+
+def _setting_row(tasks):
+    return lambda one: (one["method"], *_contrast_row(tasks)(one))
+
+
+def _contrast_row(tasks):
+    def row(one):
+        p_value = one["pooled"]["p_value"]
+        return f"{one['noise_scale']:g}", *_cells(one, tasks), "" if p_value is None else f"{p_value:.4f}"
+
+    return row
+
+
+def _cells(one, tasks):
+    return [_difference(part) for part in (*(one["tasks"].get(task) for task in tasks), one["pooled"])]
+
+
+def _difference(found):
+    if not found or found["mean"] is None:
+        return ""
+    interval = found["interval"]
+    return f"{found['mean']:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
+
+
+def _correlation_rows(found):
+    for task, groups in found.items():
+        for name, figures in groups.items():
+            cells = [f"{one['rho']:+.2f} ({one['p_value']:.3f})" for one in figures.values()]
+            yield task, name, next(iter(figures.values()))["n"], *cells
+
+
+def draw(path: pathlib.Path, summary: dict[str, Any], table: Scores) -> None:
+    """Score against noise scale, a panel for each task, and the pooled difference to plain."""
+    from matplotlib.figure import Figure
+
+    tasks = summary["tasks"]
+    figure = Figure(figsize=(3.4 * (len(tasks) + 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
+    methods = [name for name in grid.RESPONSES if name != "plain" and any(method == name for method, _ in table)]
+    for panel, task in zip(axes, tasks, strict=False):
+        spread = summary["plain"][task]
+        error = scipy.stats.t.ppf(0.975, max(spread["n"] - 1, 1)) * spread["sd"] / spread["n"] ** 0.5
+        panel.axhspan(spread["mean"] - error, spread["mean"] + error, color="0.88")
+        panel.axhline(spread["mean"], color="0.4", label="plain")
+        panel.set(title=f"{task}: {data.main_metric(task)}", ylabel="points")
+        for method in methods:
+            points = {scale: table[name, scale].get(task) for name, scale in sorted(table) if name == method}
+            rows = [(scale, _spread(scores.values())) for scale, scores in points.items() if scores]
+            heights = [1.96 * one["sd"] / one["n"] ** 0.5 for _, one in rows]
+            panel.errorbar([x for x, _ in rows], [one["mean"] for _, one in rows], heights, marker="o", label=method)
+    for method in methods:
+        rows = [one for one in summary["settings"] if one["method"] == method and one["pooled"]["interval"]]
+        means = np.array([one["pooled"]["mean"] for one in rows])
+        bounds = np.abs(np.array([one["pooled"]["interval"] for one in rows]).T - means)
+        axes[-1].errorbar([one["noise_scale"] for one in rows], means, bounds, marker="o", label=method)
+    axes[-1].axhline(0, color="0.4", label="plain")
+    axes[-1].set(title="all tasks: difference to plain", ylabel="points")
+    for panel in axes:
+        panel.set(xscale="log", xlabel="noise_scale")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def report(flags: argparse.Namespace) -> None:
+    """The command."""
+    records = read_runs(data.records_file(flags.output_dir))
+    summary, folder = summarise(records), pathlib.Path(flags.output_dir)
+    page = as_markdown(summary)
+    write_json(folder / "study.json", summary)
+    write_text(folder / "study.md", page)
+    draw(folder / "study.png", summary, table_of(records))
+    print(page)

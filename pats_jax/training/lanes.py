@@ -1,0 +1,408 @@
+"""Lanes: many trainings as one program, side by side on a leading axis that `jax.vmap` maps over.
+
+The lanes of a set share model, data and method. They differ in seed, in the numbers `LANE_NUMBERS` and in how noise
+depends on sensitivity. A lane has its own head, order of rows, dropout and noise, and gives what its run gives alone;
+frozen parameters are shared. Batches have the same shapes for all seeds, see `pats_jax.data.batches.epoch_plan`.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pats_jax import methods, objectives, random, train_state, transforms, trees
+from pats_jax.data import batches
+from pats_jax.data.prefetch import prefetch
+from pats_jax.errors import InputError
+from pats_jax.models.layout import layer_axis
+from pats_jax.run.settings import TrainingSettings
+
+# The settings that are arrays in the step: each lane may have its own.
+LANE_NUMBERS = (
+    "learning_rate",
+    "weight_decay",
+    "noise_scale",
+    "decay",
+    "r3f_lambda",
+    "r_drop_alpha",
+    "smart_alpha",
+    "lnsr_lambda",
+)
+_OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+
+Arrays = dict[str, Any]
+
+
+class LaneState(NamedTuple):
+    """The states of all lanes; every leaf has an axis of lanes, see `lane_axes`.
+
+    Attributes:
+      step: (lanes,) int32, steps made, skipped ones included.
+      skipped: (lanes,) int32, steps that were skipped because loss or gradient was not finite.
+      params: the trained parameters.
+      opt_state: the state of the optimizer.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def lane_axes(tree: Any) -> Any:
+    """Where each leaf of a state of lanes has them: 1 for stacked layers, whose first axis is that of layers, else 0.
+
+    So `jax.lax.scan` takes layer after layer without a copy.
+    """
+    return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
+
+
+def lane_of(tree: Any, lane: int) -> Any:
+    """One lane's part of a state of lanes, or of a part of it."""
+    return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
+
+
+def lane_arrays(runs: Sequence[TrainingSettings]) -> Arrays:
+    """What the lanes differ in, as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
+
+    Args:
+      runs: the settings of each lane.
+
+    Raises:
+      InputError: naming a setting that differs and must not.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        differing = [
+            field.name
+            for field in dataclasses.fields(first)
+            if field.name not in _OF_A_LANE and getattr(run, field.name) != getattr(first, field.name)
+        ]
+        if differing:
+            raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
+    names = list(transforms.RESPONSES)
+    words = np.stack(jax.device_get([jax.random.key_data(random.fast_key(run.seed)) for run in runs]))
+    numbers = {name: np.array([getattr(run, name) for run in runs], np.float32) for name in LANE_NUMBERS}
+    return numbers | {"response": np.array([names.index(run.response) for run in runs], np.int32), "words": words}
+
+
+def rate_table(settings: TrainingSettings, total_steps: int, capacity: int | None = None) -> np.ndarray:
+    """The schedule of a run with peak 1: the factor of the learning rate by step, float32 (capacity,), 0 after the end.
+
+    As a table it is data, so trainings of different lengths can share a program.
+
+    Args:
+      settings: their ``warmup_ratio`` counts.
+      total_steps: number of optimizer steps.
+      capacity: length of the table, at least total_steps; None: total_steps.
+    """
+    schedule = methods.learning_rate_schedule(dataclasses.replace(settings, learning_rate=1.0), total_steps)
+    table = np.zeros(total_steps if capacity is None else capacity, np.float32)
+    table[:total_steps] = jax.device_get(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps)))
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneProgram:
+    """The programs of a set of lanes: initialisation, training step and prediction, each for all lanes at once.
+
+    Attributes:
+      apply_fn: the model's apply function.
+      settings: what the lanes share.
+      total_steps: number of optimizer steps, for methods that work in stages.
+      responses: the names of the responses that lanes may have; all of them are computed, one is taken.
+      regression: whether labels are scores.
+    """
+
+    apply_fn: Callable
+    settings: TrainingSettings
+    total_steps: int
+    responses: tuple[str, ...] = ("linear",)
+    regression: bool = False
+
+    @functools.cached_property
+    def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
+        """``init(params, own, lanes, rates) -> LaneState``, jitted.
+
+        ``params`` are those that all lanes share, ``own`` a part of that tree with a leading axis of lanes that takes
+        their place (the heads), ``lanes`` from `lane_arrays`, ``rates`` from `rate_table`.
+        """
+
+        def init(params, own, lanes, rates):
+            first = jax.tree.map(lambda x: x[0], (own, lanes))
+            axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
+            return jax.vmap(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+
+        return jax.jit(init)
+
+    @functools.cached_property
+    def step(self) -> Callable[..., tuple[LaneState, train_state.Metrics]]:
+        """``step(state, lanes, frozen, rates, batch) -> (state, metrics)``, jitted; the state is donated.
+
+        The arrays of ``batch`` and of metrics have a leading axis of lanes; ``frozen`` is shared. A lane whose loss or
+        gradient is not finite skips the step; after more than ``max_nonfinite_steps`` of them it stays as it is.
+        """
+
+        def step(state, lanes, frozen, rates, batch):
+            axes = lane_axes(state)
+            mapped = jax.vmap(self._step, (axes, 0, None, None, 0), (axes, 0))
+            return mapped(state, lanes, frozen, rates, batch)
+
+        return jax.jit(step, donate_argnums=0)
+
+    @functools.cached_property
+    def predict(self) -> Callable[[Any, Any, train_state.Batch], jax.Array]:
+        """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all get one batch."""
+        alone = train_state.make_predict_step(self.apply_fn)
+
+        def predict(params, frozen, batch):
+            of_lane = jax.vmap(lambda own: alone(trees.combine(own, frozen), batch), (lane_axes(params),))
+            return of_lane(params)
+
+        return jax.jit(predict)
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Trained and frozen parameters; the latter is None if all are trained."""
+        trainable = methods.trainable_mask(self.settings, params)
+        return (params, None) if trainable is None else trees.partition(trainable, params)
+
+    def _init(self, params, own, lane, rates):
+        params = unflatten_dict(flatten_dict(params) | flatten_dict(own))
+        params, _ = self.split(methods.starting_params(self._settings(lane), params))
+        params = jax.tree.map(jnp.asarray, params)
+        zero = jnp.zeros([], jnp.int32)
+        return LaneState(zero, zero, params, self._optimizer(lane, rates, params).init(params))
+
+    def _step(self, state, lane, frozen, rates, batch):
+        settings = self._settings(lane)
+        # Weights that are not numbers make a loss that is none: the step is skipped.
+        frozen_lane = state.skipped > settings.max_nonfinite_steps
+        batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
+        loss_fn = objectives.with_objectives(
+            self.apply_fn, *methods.chosen_objectives(settings), regression=self.regression
+        )
+        alone = train_state.TrainState(
+            step=state.step,
+            apply_fn=self.apply_fn,
+            params=state.params,
+            tx=self._optimizer(lane, rates, state.params),
+            opt_state=state.opt_state,
+            stored_key=random.StoredKey(lane["words"], random.NAME),
+            frozen=frozen,
+        )
+        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True, norms=False)(alone, batch)
+        skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
+        return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
+
+    def _settings(self, lane):
+        """The settings of one lane: traced numbers, and a key for the seed."""
+        own: dict[str, Any] = {name: lane[name] for name in LANE_NUMBERS}
+        own["seed"] = random.key_from_data(lane["words"], random.NAME)
+        return dataclasses.replace(self.settings, **own)
+
+    def _optimizer(self, lane, rates, params):
+        settings = self._settings(lane)
+        return methods.make_optimizer(
+            settings,
+            self.total_steps,
+            params,
+            schedule=lambda count: settings.learning_rate * rates[count],
+            response=functools.partial(self._respond, lane["response"]),
+        )
+
+    def _respond(self, number, r):
+        """w of one tensor by the lane's response."""
+        names = list(transforms.RESPONSES)
+        chosen, *others = self.responses
+        w = transforms.RESPONSES[chosen](r)
+        for name in others:
+            w = jnp.where(number == names.index(name), transforms.RESPONSES[name](r), w)
+        return w
+
+
+def lane_batches(
+    tokens: batches.Tokens,
+    labels: np.ndarray,
+    batch_size: int,
+    boundaries: Sequence[int],
+    seeds: Sequence[int],
+    total_steps: int,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The batches of all lanes, step by step: each lane's own rows, in the order of its run alone.
+
+    Args:
+      tokens: the tokenised rows.
+      labels: int32 classes or float32 scores, (rows,).
+      batch_size: rows of a lane's batch.
+      boundaries: bucket lengths.
+      seeds: of the lanes.
+      total_steps: how many batches.
+
+    Yields:
+      The padded length, and a batch whose arrays have a leading axis of lanes.
+    """
+    made = 0
+    for epoch in itertools.count():
+        plans = [batches.epoch_plan(tokens.lengths, batch_size, boundaries, seed=s, epoch=epoch) for s in seeds]
+        for parts in zip(*plans, strict=True):
+            if made == total_steps:
+                return
+            made += 1
+            yield parts[0][1], _fill(tokens, labels, [rows for rows, _ in parts], batch_size, parts[0][1])
+
+
+def _fill(tokens, labels, rows_of_lanes, batch_size, length):
+    """`fill_batch` of every lane, all at once."""
+    filler = batch_size - len(rows_of_lanes[0])
+    filled = np.stack([np.concatenate([rows, np.full(filler, rows[0])]) for rows in rows_of_lanes])
+    batch = batches.fill_batch(tokens, labels, filled.ravel(), filled.size, length)
+    batch = {name: x.reshape(*filled.shape, *x.shape[1:]) for name, x in batch.items()}
+    batch["weights"][:, batch_size - filler :] = 0.0
+    return batch
+
+
+class CompiledLanes:
+    """The programs of lanes, compiled in threads, one for each shape of batches.
+
+    Compiled once, they serve every set of as many lanes with the same sizes of model and table of rates.
+
+    Attributes:
+      program: what is compiled.
+      lanes: how many.
+      state: a `LaneState` of shapes.
+    """
+
+    def __init__(self, program: LaneProgram, params: Any, own: Any, lanes: Arrays, rates: np.ndarray):
+        """Begins with the initialisation.
+
+        Args:
+          program: what to compile.
+          params: the shared parameters, or their shapes.
+          own: parameters of the lanes' own, as for `LaneProgram.init`.
+          lanes: from `lane_arrays`.
+          rates: from `rate_table`.
+        """
+        self.program, self.lanes = program, len(lanes["words"])
+        self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
+        self._params, self._own = _shapes(params), _shapes(own)
+        self._arguments = _shapes(lanes), _shapes(rates)
+        self.state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
+        self._frozen = _shapes(program.split(self._params)[1])
+        self._programs: dict[tuple, concurrent.futures.Future] = {}
+        self.begin(("init",), program.init, self._params, self._own, *self._arguments)
+
+    def expect_step(self, batch: Arrays) -> None:
+        """Begins to compile the step for batches of that shape, (lanes, rows, length), unless it has been."""
+        lanes, rates = self._arguments
+        key = ("step", *batch["input_ids"].shape)
+        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
+
+    def expect_predict(self, batch: Arrays) -> None:
+        """Begins to compile the prediction for batches of that shape, (rows, length), unless it has been."""
+        key = ("predict", *batch["input_ids"].shape)
+        self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
+
+    def init(self, *arguments: Any) -> LaneState:
+        """`LaneProgram.init`."""
+        return self.call(("init",), *arguments)
+
+    def step(self, state: LaneState, lanes: Arrays, frozen: Any, rates: Any, batch: Arrays) -> tuple[LaneState, Any]:
+        """`LaneProgram.step`; waits for its program."""
+        self.expect_step(batch)
+        return self.call(("step", *batch["input_ids"].shape), state, lanes, frozen, rates, batch)
+
+    def predict(self, params: Any, frozen: Any, batch: Arrays) -> jax.Array:
+        """`LaneProgram.predict`; waits for its program."""
+        self.expect_predict(batch)
+        return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
+
+    def call(self, key: tuple, *arguments: Any) -> Any:
+        """Calls what was begun under a key; waits for its program."""
+        return self._programs[key].result()(*arguments)
+
+    def begin(self, key: tuple, function: Any, *arguments: Any) -> None:
+        """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
+        if key not in self._programs:
+            self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
+
+
+def _shapes(tree):
+    """A tree of arrays as shapes and dtypes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@dataclasses.dataclass
+class TrainedLanes:
+    """The result of `fit`.
+
+    Attributes:
+      state: after the last step.
+      metrics: by name, (steps, lanes).
+      logits: of the evaluation rows, (lanes, rows, num_labels), by the number of steps made.
+      diverged: (lanes,) bool, lanes that were frozen because loss or gradient was not finite too often.
+    """
+
+    state: LaneState
+    metrics: dict[str, np.ndarray]
+    logits: dict[int, np.ndarray]
+    diverged: np.ndarray
+
+
+def fit(
+    compiled: CompiledLanes,
+    state: LaneState,
+    lanes: Arrays,
+    frozen: Any,
+    rates: np.ndarray,
+    data: Iterator[tuple[int, Arrays]],
+    evaluation: Sequence[tuple[np.ndarray, Arrays]],
+    eval_steps: int,
+) -> TrainedLanes:
+    """Trains all lanes on all batches; evaluates every ``eval_steps`` steps and after the last one.
+
+    Args:
+      compiled: the programs.
+      state: where to start; it is given away.
+      lanes: from `lane_arrays`.
+      frozen: parameters that are not trained, or None.
+      rates: from `rate_table`.
+      data: from `lane_batches`.
+      evaluation: from `pats_jax.data.batches.eval_batches`.
+      eval_steps: steps between evaluations.
+    """
+    lanes, frozen, rates = jax.device_put((lanes, frozen, rates))
+    evaluation = [(rows, jax.device_put(batch)) for rows, batch in evaluation]
+    pending: list[train_state.Metrics] = []
+    logits: dict[int, np.ndarray] = {}
+
+    def evaluate():
+        parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
+        logits[len(pending)] = _in_order(jax.device_get(parts))
+
+    with prefetch(jax.device_put(batch) for _, batch in data) as ready:
+        for batch in ready:
+            state, metrics = compiled.step(state, lanes, frozen, rates, batch)
+            pending.append(metrics)
+            if len(pending) % eval_steps == 0:
+                evaluate()
+    if len(pending) not in logits:
+        evaluate()
+    fetched = jax.device_get(pending)
+    stacked = {name: np.stack([step[name] for step in fetched]) for name in fetched[0]}
+    diverged = np.asarray(state.skipped) > compiled.program.settings.max_nonfinite_steps
+    return TrainedLanes(state, stacked, logits, diverged)
+
+
+def _in_order(parts):
+    order = np.concatenate([rows for rows, _ in parts])
+    logits = np.concatenate([part[:, : len(rows)] for rows, part in parts], axis=1)
+    result = np.empty_like(logits)
+    result[:, order] = logits
+    return result

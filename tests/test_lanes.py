@@ -1,0 +1,171 @@
+"""Lanes against the same runs alone, and one that diverges among others."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from pats_jax import methods, models, objectives, train_state
+from pats_jax.data import batches, readers
+from pats_jax.errors import InputError
+from pats_jax.models.layout import unstack_layers
+from pats_jax.training import lanes
+
+BATCH = 8
+BOUNDARIES = [7, 11]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lanes")
+    tiny.save_checkpoint(folder / "model")
+    tiny.write_sst2(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(home):
+    splits = readers.load_task("sst2", home / "data")
+    return {name: (batches.tokenize(split, tiny.tokenizer(), 16), split.labels) for name, split in splits.items()}
+
+
+def load(home, seed, layers="separate"):
+    """A model with dropout everywhere."""
+    rates = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **rates)
+
+
+def settings(home, **changes):
+    return tiny.Settings(model_name_or_path=str(home / "model"), task_name="sst2", learning_rate=1e-3, **changes)
+
+
+def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **program):
+    """Trains all runs in lanes."""
+    model, params, config = load(home, 0, layers)
+    own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
+    arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0], steps, 64)
+    lane_program = lanes.LaneProgram(model.apply, runs[0], steps, **program)
+    compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)
+    state = compiled.init(params, own, arrays, rates)
+    frozen = lane_program.split(params)[1]
+    train = lanes.lane_batches(*data["train"], BATCH, BOUNDARIES, [run.seed for run in runs], steps)
+    dev = list(batches.eval_batches(data["dev_tokens"], None, BATCH, BOUNDARIES))
+    return lanes.fit(compiled, state, arrays, frozen, rates, train, dev, eval_steps)
+
+
+@pytest.fixture(scope="module")
+def dataset(data):
+    return {"train": data["train"], "dev_tokens": data["validation"][0]}
+
+
+def alone(home, data, run, steps):
+    """The same run by the library's own parts: the parameters at the end, losses, logits of the dev rows."""
+    model, params, _ = load(home, run.seed)
+    tx = methods.make_optimizer(run, steps, params)
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=run.seed)
+    loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(run))
+    step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True))
+    found, epoch = [], 0
+    while len(found) < steps:
+        for batch in batches.train_batches(*data["train"], BATCH, BOUNDARIES, seed=run.seed, epoch=epoch):
+            if len(found) < steps:
+                state, metrics = step(state, batch)
+                found.append(float(metrics["loss"]))
+        epoch += 1
+    everything = batches.fill_batch(data["dev_tokens"], None, np.arange(10), 10, 11)
+    return state.params, found, model.apply({"params": state.params}, **train_state.model_inputs(everything))
+
+
+def assert_close(params, of_run, lane):
+    """Key biases are left out: their gradient is zero in exact arithmetic, and Adam magnifies rounding there."""
+    of_lanes = jax.tree_util.tree_leaves_with_path(params)
+    for (path, ours), theirs in zip(of_lanes, jax.tree.leaves(of_run), strict=True):
+        if not train_state.parameter_name(path).endswith("self.key.bias"):
+            np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=2e-4, err_msg=str(path))
+
+
+@pytest.mark.parametrize("layers", ["separate", "stacked"])
+def test_a_lane_is_the_run_alone(home, dataset, layers):
+    shared = dict(method="pats+r-drop")
+    runs = [
+        settings(home, seed=3, noise_scale=0.1, **shared),
+        settings(home, seed=2**40, noise_scale=0.03, response="reversed", weight_decay=0.1, decay=0.5, **shared),
+        settings(home, seed=3, noise_scale=0.1, response="constant", r_drop_alpha=3.0, **shared),
+    ]
+    responses = ("linear", "reversed", "constant")
+    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, responses=responses)
+    ended = trained.state.params
+    if layers == "stacked":
+        ended = unstack_layers(ended, 1)
+    assert jax.tree.structure(lanes.lane_of(trained.state.params, 1)) == jax.tree.structure(trained.state.params)
+    assert sorted(trained.logits) == [7, 14, 15] and not trained.diverged.any()
+    for lane, run in enumerate(runs):
+        params, losses, logits = alone(home, dataset, run, 15)
+        np.testing.assert_allclose(trained.metrics["loss"][:, lane], losses, rtol=1e-4)
+        assert_close(ended, params, lane)
+        np.testing.assert_allclose(trained.logits[15][lane], logits, rtol=0, atol=5e-3)
+    kernels = ended["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]
+    assert all(np.abs(kernels[a] - kernels[b]).max() > 1e-2 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_frozen_parameters_are_shared(home, dataset):
+    runs = [settings(home, seed=seed, method="bitfit") for seed in (0, 1)]
+    trained = in_lanes(home, dataset, runs, 4)
+    layer = trained.state.params["bert"]["encoder"]["layer"]["0"]["output"]["dense"]
+    assert layer["kernel"] is None and layer["bias"].shape == (2, 16)
+    for lane, run in enumerate(runs):
+        model, params, _ = load(home, run.seed)
+        trainable = methods.trainable_mask(run, params)
+        tx = methods.make_optimizer(run, 4, train_state.trees.partition(trainable, params)[0])
+        state = train_state.TrainState.create(
+            apply_fn=model.apply, params=params, tx=tx, key=run.seed, trainable=trainable
+        )
+        step = jax.jit(train_state.make_train_step(train_state.make_loss_fn(model.apply), skip_nonfinite=True))
+        train = batches.train_batches(*dataset["train"], BATCH, BOUNDARIES, seed=run.seed, epoch=0)
+        for number, batch in enumerate(train):
+            state, metrics = step(state, batch)
+            np.testing.assert_allclose(trained.metrics["loss"][number, lane], metrics["loss"], rtol=1e-4)
+
+
+def test_noise_of_scale_0_is_no_noise(home, dataset):
+    runs = [settings(home, seed=5, method="pats", noise_scale=scale) for scale in (0.0, 0.1)]
+    plain, _, _ = alone(home, dataset, dataclasses.replace(runs[0], method="finetune"), 15)
+    trained = in_lanes(home, dataset, runs, 15)
+    assert_close(trained.state.params, plain, 0)
+
+
+def test_a_diverging_lane_is_frozen_and_reported(home, dataset):
+    def trained(rate):
+        runs = [settings(home, seed=seed, method="pats", noise_scale=0.01) for seed in range(8)]
+        runs[2] = dataclasses.replace(runs[2], learning_rate=rate)
+        return in_lanes(home, dataset, runs, 45)
+
+    good, bad = trained(1e-4), trained(1e3)
+    assert not good.diverged.any() and bad.diverged.tolist() == [lane == 2 for lane in range(8)]
+    others = np.arange(8) != 2
+    for a, b in zip(jax.tree.leaves(good.state), jax.tree.leaves(bad.state), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[others], np.asarray(b)[others])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.state.params))
+    skipped = bad.metrics["skipped"][:, 2]
+    sixth = np.flatnonzero(skipped)[5]
+    assert skipped[sixth:].all() and len(skipped) == 45  # after max_nonfinite_steps it is frozen for good
+    assert not bad.metrics["skipped"][:, others].any()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_shapes_do_not_depend_on_the_seed_but_rows_do(epoch):
+    lengths = np.random.default_rng(0).integers(3, 40, 333)
+    plan = functools.partial(batches.epoch_plan, lengths, 16, [10, 20, 40], epoch=epoch)
+    plans = [plan(seed=seed) for seed in range(5)]
+    shapes = {tuple((len(rows), length) for rows, length in plan) for plan in plans}
+    assert len(shapes) == 1 and len({length for _, length in plans[0]}) == 3
+    assert len({tuple(plan[0][0]) for plan in plans}) == 5
+
+
+def test_lanes_that_differ_in_more_are_refused(home):
+    runs = [settings(home, seed=0), settings(home, seed=0, max_grad_norm=2.0)]
+    with pytest.raises(InputError, match="lanes cannot differ in max_grad_norm"):
+        lanes.lane_arrays(runs)
