@@ -13,6 +13,7 @@ import tiny
 import pats_jax
 from pats_jax import make_loss_fn, make_predict_step, make_train_step, models, train_state
 from pats_jax.errors import InputError
+from pats_jax.models import layer_axis, stack_layers, unstack_layers
 from pats_jax.training import runners
 
 ROWS, LENGTH = 32, 12
@@ -31,6 +32,15 @@ RUNNERS = {
 def roberta():
     config = dataclasses.replace(tiny.CONFIG, model_type="roberta", max_position_embeddings=26, type_vocab_size=1)
     return models.SequenceClassifier(config), tiny.random_params(config), config
+
+
+@functools.cache
+def of_layers(layers):
+    """A tiny RoBERTa of two layers, separate or stacked, whose tanh is not saturated: gradients are no rounding."""
+    config = dataclasses.replace(roberta()[2], num_hidden_layers=2)
+    params = jax.tree.map(lambda p: 0.3 * p if p.ndim > 1 else p, tiny.random_params(config))
+    model = models.SequenceClassifier(config, layers=layers)
+    return model, stack_layers(params) if layers == "stacked" else params, config
 
 
 @functools.cache
@@ -69,12 +79,14 @@ def train(model, params, config, tx, steps, *, accumulation_steps=1, **kind):
 
 def encoder_matrices(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim == 2 and "encoder" in train_state.parameter_name(path), params
+        lambda path, x, axis: x.ndim - (axis >= 0) == 2 and "encoder" in train_state.parameter_name(path),
+        params,
+        layer_axis(params),
     )
 
 
 def noisy(inner):
-    return pats_jax.pats(inner, noise_scale=1e-3, key=3, mask=encoder_matrices)
+    return pats_jax.pats(inner, noise_scale=1e-3, key=3, mask=encoder_matrices, layer_axis=layer_axis)
 
 
 def assert_close(params, expected, second_moments, tolerance):
@@ -118,6 +130,23 @@ def test_every_runner_is_one_device(one_device, name):
     assert int(state.step) == 20
 
 
+@pytest.fixture(scope="module")
+def separate_layers():
+    """What one device makes of a RoBERTa with separate layers in 15 steps of AdamW and PATS."""
+    runner, state, _ = train(*of_layers("separate"), OPTIMIZERS["AdamW"][0], 15, num_devices=1)
+    return runner.to_host(state.params), second_moments(runner, state)
+
+
+@pytest.mark.parametrize(
+    "name", ["one device", "mesh", "pmap", "fsdp", pytest.param("mesh, micro-batches", marks=pytest.mark.slow)]
+)
+def test_stacked_layers_are_separate_ones_by_every_runner(separate_layers, name):
+    params, moments = separate_layers
+    tx, tolerance = OPTIMIZERS["AdamW"]
+    runner, state, _ = train(*of_layers("stacked"), tx, 15, **RUNNERS[name])
+    assert_close(unstack_layers(runner.to_host(state.params), 2), params, moments, tolerance)
+
+
 @pytest.mark.slow
 def test_a_real_model_on_a_mesh_with_pmap_and_cut_over_devices():
     """MiniLM with AdamW and PATS: 20 steps of each runner against one device."""
@@ -151,6 +180,34 @@ def test_fsdp_cuts_matrices_and_all_that_goes_with_them():
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
     bias = state.params["roberta"]["encoder"]["layer"]["0"]["intermediate"]["dense"]["bias"]
     assert bias.sharding.is_fully_replicated
+
+
+def test_fsdp_never_cuts_the_axis_of_the_layers():
+    """Of 64 layers, the largest dimension of every leaf; vectors of layers stay whole."""
+    config = dataclasses.replace(roberta()[2], num_hidden_layers=64, vocab_size=22)
+    shapes = jax.eval_shape(
+        models.SequenceClassifier(config, layers="stacked").init, jax.random.key(0), jnp.ones((1, 1), int)
+    )
+    tx = optax.chain(
+        pats_jax.dps_mix(0.5, 2, key=0, mask=encoder_matrices, layer_axis=layer_axis), noisy(optax.adamw(1e-3))
+    )
+    create = functools.partial(pats_jax.TrainState.create, apply_fn=None, tx=tx, key=0)
+    state = jax.eval_shape(lambda params: create(params=params), shapes["params"])
+    runner = runners.make_runner(fsdp=4)
+    specs = {
+        train_state.parameter_name(path): (leaf.shape, tuple(sharding.spec))
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(runner.shardings_of(state)), strict=True
+        )
+    }
+    stacked = {name: found for name, found in specs.items() if found[0][:1] == (64,)}
+    assert len(stacked) > 60 and all(not spec or spec[0] is None for _, spec in stacked.values())
+    wide = "roberta.encoder.layer.intermediate.dense"
+    trees = ("params", "opt_state.1.0.0.mu", "opt_state.1.1.sensitivity", "opt_state.0.forward.kept")
+    for tree in trees:
+        assert specs[f"{tree}.{wide}.kernel"] == ((64, 16, 32), (None, None, "fsdp"))
+    assert specs[f"params.{wide}.bias"] == ((64, 32), ())
+    assert specs[f"opt_state.0.threshold.{wide}.kernel"] == ((64, 1, 1), ())
 
 
 @pytest.mark.parametrize("name", ["one device", "mesh", "pmap", "fsdp"])

@@ -28,7 +28,7 @@ CONFIGS = {
     "bitfit": peft.BitFitConfig(),
     "ia3": peft.Ia3Config(),
     "adapters": peft.AdapterConfig(size=3),
-    "pfeiffer": peft.AdapterConfig(size=3, place="pfeiffer"),
+    "pfeiffer": peft.AdapterConfig(size=4, place="pfeiffer"),  # of 3 ReLUs, key 0 draws all of one adapter dead
     "prompt": peft.PromptConfig(length=3),
     "prefix": peft.PrefixConfig(length=3),
 }

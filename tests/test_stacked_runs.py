@@ -138,8 +138,10 @@ def test_a_divergence_names_the_separate_layer():
     def step(state, batch):
         return state, {"loss": np.nan, "skipped": 1.0}
 
+    hooks = Hooks()
+    hooks.metric = "accuracy"
     with pytest.raises(InputError, match=r"the largest parameter is in bert\.encoder\.layer\.1\.output\.kernel \(9\)"):
-        fit(state, step, iter([({}, counts)]), rhythm, Hooks())
+        fit(state, step, iter([({}, counts)]), rhythm, hooks)
 
 
 def test_an_adapter_of_one_layer_needs_separate_layers(base, tmp_path):
