@@ -32,7 +32,7 @@ from pats_jax.priming.few_shot_tuning import Start, Tuner
 from pats_jax.priming.gym_settings import GymSettings, parse_share
 from pats_jax.priming.upstream import PrimingSettings
 from pats_jax.reporting.console import say
-from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder
+from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, xla_flags
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
 from pats_jax.run.settings import read_config
@@ -308,6 +308,7 @@ def tune_all(
     tokenizer: Any,
 ) -> None:
     """Runs this process's share of the missing tunings, start by start."""
+    xla_flags.set_defaults()
     compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     number, count = parse_share(settings.share)
     for start in starts:

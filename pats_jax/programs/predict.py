@@ -16,7 +16,7 @@ from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
 from pats_jax.files import write_text
 from pats_jax.models import peft
-from pats_jax.run import compilation_cache
+from pats_jax.run import compilation_cache, xla_flags
 from pats_jax.train_state import make_predict_step
 from pats_jax.training import runners, shape_costs
 from pats_jax.training.evaluation import DAMAGED, check_finite, sequence_length, to_tsv
@@ -55,6 +55,7 @@ def predict_file(
         read = next((path for path in inputs if path.exists() and target.samefile(path)), None)
         if read:
             raise InputError(f"--output_file {target}: is the input {read}; choose another file")
+    xla_flags.set_defaults()
     compilation_cache.keep_compiled_programs(None)
     table = as_table(*predict_texts(model, file, max_seq_length, batch_size))
     if target:

@@ -12,7 +12,7 @@ import rich.console
 
 from pats_jax import methods
 from pats_jax.errors import InputError
-from pats_jax.run import compilation_cache, replacing, run_folder
+from pats_jax.run import compilation_cache, replacing, run_folder, xla_flags
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.journal import check_tensorboard
 from pats_jax.run.settings import Kind, read_config
@@ -111,6 +111,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     """
     settings.check()
     methods.get_methods(settings.method)
+    xla_flags.set_defaults()
     compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     runners.initialize(
         settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
