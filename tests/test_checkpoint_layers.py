@@ -43,6 +43,9 @@ OPTIMIZERS = {
     ),
     "mixout": lambda: optax.chain(pats_jax.mixout(0.6, key=3, mask=in_encoder, layer_axis=layer_axis), optax.adam(0.1)),
     "sift": lambda: pats_jax.sift(optax.adam(0.1), 0.2, mask=in_encoder, layer_axis=layer_axis),
+    "perturbed": lambda: pats_jax.with_raw_gradient(
+        optax.chain(optax.adamw(1e-2), pats_jax.perturbed(0.1, key=1, mask=some_layers, layer_axis=layer_axis))
+    ),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
 }
 

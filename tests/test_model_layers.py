@@ -82,11 +82,12 @@ def assert_close(ours, theirs, tolerance):
     [
         ("bert", {}),
         ("bert", {"unroll": 2}),
+        pytest.param("bert", {"unroll": 0}, marks=pytest.mark.slow),
         pytest.param("bert", {"unroll": LAYERS}, marks=pytest.mark.slow),
         pytest.param("bert", {"unroll": LAYERS + 5}, marks=pytest.mark.slow),
         pytest.param("bert", {"first_token_only": False}, marks=pytest.mark.slow),
         pytest.param("bert", {"gradient_checkpointing": True, "unroll": 2}, marks=pytest.mark.slow),
-        ("roberta", {}),
+        ("roberta", {"unroll": 0}),
         ("roberta", {"first_token_only": False, "gradient_checkpointing": True}),
     ],
     ids=str,
@@ -245,7 +246,7 @@ def test_files_hold_separate_layers(family, tmp_path):
     ("options", "message"),
     [
         ({"layers": "piled"}, "layers='piled' is not one of 'separate', 'stacked'"),
-        ({"layers": "stacked", "unroll": 0}, "unroll=0 must be at least 1"),
+        ({"layers": "stacked", "unroll": -1}, "unroll=-1 must be at least 0"),
     ],
 )
 def test_other_layouts_are_refused(options, message):

@@ -32,6 +32,7 @@ METHODS = [
     "r3f",
     "smart",
     "noisytune",
+    "perturbed",
 ]
 KINDS = ["lora", "adapters", "ia3", "bitfit", "prompt", "prefix"]
 QUICK = ("pats", "lora", "mtl")  # the others are slow together
