@@ -150,7 +150,9 @@ def test_layers_that_do_not_exist(pattern, message):
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(InputError, match="--method sgd: no such method; choose one of finetune, pats, perturbed, dps-dense"):
+    with pytest.raises(
+        InputError, match="--method sgd: no such method; choose one of finetune, pats, perturbed, dps-dense"
+    ):
         methods.make_optimizer(Settings(method="sgd"), 10, tree(0))
 
 
