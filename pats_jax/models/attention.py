@@ -1,8 +1,8 @@
 """Scaled dot-product attention by `jnp.einsum`, or by cuDNN's fused kernel where that is faster.
 
-The kernel never writes the weights, (batch, heads, queries, length), to memory. Measured on an H100, 12 times forward and
-backward in bfloat16, 12 heads of 64 units: 32 rows of length 128 take 0.99 ms in place of 1.39, 8 rows of length 512
-take 1.71 in place of 4.82.
+The kernel does not write the weights, (batch, heads, queries, length), to memory. Measured on an H100, 12 times forward
+and backward in bfloat16 with 12 heads of 64 units: 32 rows of length 128 take 0.99 ms instead of 1.39, 8 rows of length
+512 take 1.71 ms instead of 4.82.
 """
 
 from typing import Literal, get_args
@@ -48,10 +48,12 @@ def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
     return jax.lax.platform_dependent(query, key, value, bias, cuda=fused, default=other)
 
 
-def fused(query: Array, key: Array, value: Array, bias: Array, implementation: Literal["cudnn", "xla"] = CUDNN) -> Array:
+def fused(
+    query: Array, key: Array, value: Array, bias: Array, implementation: Literal["cudnn", "xla"] = CUDNN
+) -> Array:
     """As `by_platform`, by an implementation of `jax.nn.dot_product_attention`.
 
-    In a row that has no token to attend to, cuDNN and XLA both weigh all tokens alike, as einsum does.
+    Both put a finite number in the place of masked scores or add one, so a row without any token gives no NaN.
     """
     allowed = jnp.broadcast_to(bias == 0, (*bias.shape[:2], query.shape[1], key.shape[1]))
     allowed = _unmapped(allowed, jax.lax.stop_gradient(query))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from pats_jax.models.attention import ATTENTIONS, AUTO, EINSUM, by_platform, is_fused, softmax_weights, weighted_sum
+from pats_jax.models.attention import ATTENTIONS, EINSUM, by_platform, is_fused, softmax_weights, weighted_sum
 from pats_jax.models.config import EncoderConfig
 
 # Added to the score of a masked token. Its exponential is exactly 0 in float32, and unlike -inf it leaves a row
@@ -419,10 +419,11 @@ class SequenceClassifier(nn.Module):
             `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
             rounding.
         unroll: Layers in one iteration of that scan; 0: all of them, without a loop.
-        attention: ``"einsum"``; ``"cudnn"``, the fused kernel of an NVIDIA GPU, which needs bfloat16 or float16, no
-            attention dropout, heads of at most 128 units in multiples of 8, and an even length; or ``"auto"``: cuDNN
-            where it can do it and is faster, in texts of at least 128 tokens. On other platforms, and for the one query
-            of ``first_token_only``, it is einsum always. cuDNN has first derivatives only, and no `jax.vmap`.
+        attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
+            attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN
+            where it can do it and is faster, from 128 tokens on. For other platforms, and for the one query of
+            ``first_token_only``, einsum is compiled always. cuDNN has neither second derivatives nor a rule for
+            `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
     config: EncoderConfig
@@ -431,7 +432,7 @@ class SequenceClassifier(nn.Module):
     gradient_checkpointing: bool = False
     layers: str = SEPARATE
     unroll: int = 1
-    attention: str = AUTO
+    attention: str = EINSUM
 
     def __post_init__(self):
         if self.layers not in LAYOUTS:
