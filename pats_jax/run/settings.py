@@ -116,7 +116,7 @@ class TrainingSettings:
     attention: Literal["auto", "einsum", "cudnn"] = "auto"  # cudnn: fused, on NVIDIA GPUs; auto: where it is faster
     layers: Literal["auto", "separate", "stacked"] = "auto"  # encoder layers: arrays each, or a loop over stacked ones
     unroll: int | None = None  # stacked layers: layers in one iteration of the loop; 0: all; none: by the backend
-    deterministic: bool = False  # on a GPU: the same bits in every run, slower; CPU and TPU give them anyway
+    deterministic: bool = False  # on a GPU: slower, but the same bits in every run; no change elsewhere
     parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
     fsdp: int = 1  # shard parameters and optimizer state over N devices
     num_devices: int | None = None  # use only N devices; if unset, all

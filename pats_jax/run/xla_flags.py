@@ -11,7 +11,8 @@ from pats_jax.errors import InputError
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 # Compile for seconds, not minutes. XLA otherwise compiles and times many candidates for each matrix product; on an H100
-# BERT-base's step then takes 10.0 ms in place of 11.2, and 40 s longer to begin: worth it from some 30,000 steps on.
+# BERT-base's step then takes 10.0 ms in place of 11.2, and 84 s to compile in place of 31: worth it from some 40,000
+# steps on.
 _QUICK = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
 
 # These versions add float32 gradients to a table by compare-and-swap loops (openxla/xla#46225).
