@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,9 @@ from pats_jax import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"  # a folder for each kind of device
+
+_MAKERS = frozenset("nvidia tesla geforce quadro amd instinct".split())
 
 
 @dataclasses.dataclass
@@ -46,7 +49,7 @@ class Results:
 class Subject(abc.ABC):
     """Something to measure; its fields are its flags."""
 
-    output_file: pathlib.Path | None = None  # the JSON; none: benchmarks/results/SUBJECT.json
+    output_file: pathlib.Path | None = None  # the JSON; none: benchmarks/results/DEVICE/SUBJECT.json
     add: bool = False  # keep what the file holds of other cases
 
     @abc.abstractmethod
@@ -74,6 +77,28 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),  # huge pages make a step on CPU shorter
     }
+
+
+def results_folder() -> pathlib.Path:
+    """Where results of the device that this runs on are stored."""
+    return RESULTS / device_folder(jax.devices()[0].device_kind)
+
+
+def device_folder(kind: str) -> str:
+    """A short name of what JAX calls a device.
+
+    Examples:
+      >>> [device_folder(kind) for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "TPU v5 lite", "cpu")]
+      ['h100', 'rtx4090', 'v5e', 'cpu']
+    """
+    kind = kind.lower()
+    if tpu := re.match(r"tpu ?v?(\d+)( lite|[a-z])?", kind):
+        version, variant = tpu.groups()
+        variant = {" lite": "e", None: "p" if version == "5" else ""}.get(variant, variant)
+        return f"v{version}{variant}"
+    words = [word for word in re.split(r"[^a-z0-9]+", kind) if word and word not in _MAKERS]
+    end = next((number for number, word in enumerate(words) if re.search(r"\d", word)), 0)
+    return "".join(words[: end + 1]) or "unknown"
 
 
 def usable_cores() -> int:
@@ -106,12 +131,12 @@ def finish(name: str, results: Results, path: pathlib.Path | None, add: bool, co
     Raises:
       InputError: if what it is to be added to comes from another machine or other versions, or cannot be written.
     """
-    path = path or RESULTS / f"{name}.json"
+    path = path or results_folder() / f"{name}.json"
     written: dict[str, Any] = {
         "subject": name,
         "machine": machine(),
         "versions": run_folder.versions() | results.versions,
-        "command": shlex.join(["python", "-m", "benchmarks", *map(_without_folders, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "benchmarks", *map(without_folders, sys.argv[1:])]),
         "ratios": results.ratios,
         "sizes": results.sizes,
         "measured": results.measured,
@@ -170,7 +195,7 @@ def _joined(old, new, path):
     return new | together | {"command": f"{old['command']} && {new['command']}"}
 
 
-def _without_folders(argument: str) -> str:
+def without_folders(argument: str) -> str:
     """An absolute path's last part, for what is stored is read on other machines; anything else as it is."""
     path = pathlib.Path(argument)
     return path.name if path.is_absolute() else argument

@@ -356,9 +356,11 @@ def test_torch_makes_the_same_steps(checkpoint, tmp_path):
     ours = cases.Training(model, params, settings, 4, batch).start(runners.make_runner(num_devices=1))
     expected = [float(ours()[1]["loss"]) for _ in range(4)]
     assert abs(expected[0] - expected[-1]) > 0.01
-    for attention, fused in (("sdpa", True), ("eager", False)):
-        theirs = against_torch.torch_step(str(tmp_path), attention, fused, settings, batch)
-        np.testing.assert_allclose([theirs() for _ in range(4)], expected, atol=1e-4)
+    for way in (against_torch.Way(), against_torch.Way(attention="eager", fused=False)):
+        theirs = against_torch.torch_step(
+            against_torch.load_torch_model(str(tmp_path), way.attention), way, settings, batch
+        )
+        np.testing.assert_allclose([float(theirs()) for _ in range(4)], expected, atol=1e-4)
 
 
 @pytest.mark.parity
