@@ -265,7 +265,7 @@ def _profile(one: Prepared, steps: int) -> dict[str, Any]:
 def serve(kind: str, case: str, dtype: str, variants: list[str], say: Callable[[Any], None]) -> None:
     """Prepares all variants at the same time, then obeys the lines on standard input."""
     prepared: dict[str, Prepared] = {}
-    report: dict[str, Any] = {"born": BORN, "variants": {}}
+    report: dict[str, Any] = {"variants": {}}
     # torch's compiler works on one model at a time, and is parallel in itself
     workers = 1 if kind == "torch" else len(variants)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -277,7 +277,7 @@ def serve(kind: str, case: str, dtype: str, variants: list[str], say: Callable[[
             except Exception as error:
                 traceback.print_exc()
                 report["variants"][variant] = {"error": _one_line(error)}
-    report["device"] = describe_device(kind)
+    report["device"], report["versions"] = describe_device(kind)
     report["ready_seconds"] = time.time() - BORN
     say(report)
     for line in sys.stdin:
@@ -292,18 +292,18 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def describe_device(kind: str) -> dict[str, Any]:
-    """What this process computes on, and with which versions."""
+def describe_device(kind: str) -> tuple[str, dict[str, str]]:
+    """What this process computes on, and versions."""
     if kind == "torch":
         import torch
         import transformers
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+        return name, {"torch": torch.__version__, "transformers": transformers.__version__}
     import jax
     import jaxlib
 
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return jax.devices()[0].device_kind, {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
 
 
 def write_checkpoint(name: str, folder: str) -> None:

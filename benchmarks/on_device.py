@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import queue
+import shlex
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import tyro
+
+from benchmarks.names import without_folders
 
 FORMS = ("separate", "stacked", "stacked:unroll2", "stacked:unroll4", "stacked:unroll12")
 SMALLEST = {"base": "bert-tiny:4x16", "large": "bert-tiny:2x16", "minilm": "bert-tiny:4x8"}  # of a rehearsal
@@ -112,7 +115,14 @@ class Session:
 
     def __init__(self, flags: Flags):
         self.flags, self._deadline = flags, time.monotonic() + flags.budget
-        self.found: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": {}}
+        words = map(without_folders, sys.argv[1:])
+        self.found: dict[str, Any] = {
+            "device": None,
+            "versions": {},
+            "date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join(["python", "-m", "benchmarks.on_device", *words]),
+            "rows": {},
+        }
         flags.out.mkdir(parents=True, exist_ok=True)
         self.log = (flags.out / "log.txt").open("a")
         self.env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
@@ -163,8 +173,9 @@ class Session:
             for name in started.keys() - said.keys():
                 started[name].close()
                 said[name] = {"error": "not ready in time, or ended; see log.txt"}
-            for name in said:
-                self.found.setdefault("devices", {}).update({name.split()[0]: said[name].get("device", {})})
+            for one in said.values():
+                self.found["device"] = one.pop("device", self.found["device"])
+                self.found["versions"] |= one.pop("versions", {})
             yield {name: started[name] for name in said if "variants" in said[name]}, said
         finally:
             for worker in started.values():

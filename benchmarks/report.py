@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,12 @@ import rich.console
 import rich.table
 from typing_extensions import TypedDict
 
+from benchmarks.names import device_folder, without_folders
 from pats_jax import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"  # a folder for each kind of device
-
-_MAKERS = frozenset("nvidia tesla geforce quadro amd instinct".split())
 
 
 @dataclasses.dataclass
@@ -82,23 +80,6 @@ def machine() -> dict[str, Any]:
 def results_folder() -> pathlib.Path:
     """Where results of the device that this runs on are stored."""
     return RESULTS / device_folder(jax.devices()[0].device_kind)
-
-
-def device_folder(kind: str) -> str:
-    """A short name of what JAX calls a device.
-
-    Examples:
-      >>> [device_folder(kind) for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090", "TPU v5 lite", "cpu")]
-      ['h100', 'rtx4090', 'v5e', 'cpu']
-    """
-    kind = kind.lower()
-    if tpu := re.match(r"tpu ?v?(\d+)( lite|[a-z])?", kind):
-        version, variant = tpu.groups()
-        variant = {" lite": "e", None: "p" if version == "5" else ""}.get(variant, variant)
-        return f"v{version}{variant}"
-    words = [word for word in re.split(r"[^a-z0-9]+", kind) if word and word not in _MAKERS]
-    end = next((number for number, word in enumerate(words) if re.search(r"\d", word)), 0)
-    return "".join(words[: end + 1]) or "unknown"
 
 
 def usable_cores() -> int:
@@ -193,12 +174,6 @@ def _joined(old, new, path):
             raise InputError(f"--add: {path} was measured with other {what}: {old[what]}, and now {new[what]}")
     together = {what: old[what] | new[what] for what in ("ratios", "sizes", "measured")}
     return new | together | {"command": f"{old['command']} && {new['command']}"}
-
-
-def without_folders(argument: str) -> str:
-    """An absolute path's last part, for what is stored is read on other machines; anything else as it is."""
-    path = pathlib.Path(argument)
-    return path.name if path.is_absolute() else argument
 
 
 def _processor() -> str:
