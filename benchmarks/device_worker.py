@@ -341,6 +341,10 @@ def main(words: list[str]) -> None:
         print(json.dumps(what), file=mine, flush=True)
 
     kind, case, dtype, *variants = words
+    if kind != "torch":
+        from pats_jax.run import xla_flags
+
+        xla_flags.set_defaults()  # as in the programs
     if kind == "checkpoint":
         write_checkpoint(case, dtype)
         say({})

@@ -3,7 +3,8 @@
 Each row is one thing to measure, the most important first; a row starts only while its time is left. After each row,
 and within long ones, everything measured so far is in ``on_device.json``. Processes prepare (load, compile, warm up) at
 the same time and are then timed one after the other, while the others wait; in a first_loss, glue or tests row nothing
-else runs. ``benchmarks/on_device.sh`` installs what a bare CUDA image lacks and calls this.
+else runs. XLA has the flags that the programs set, unless XLA_FLAGS or ``--xla`` say otherwise.
+``benchmarks/on_device.sh`` installs what a bare CUDA image lacks and calls this.
 """
 
 import contextlib
