@@ -66,7 +66,7 @@ bench-check: $(VENV)/.ready
 	$(LARGE_PAGES) $(BIN)/python -m benchmarks check --subjects optimizer memory
 
 curves: $(VENV)/.torch
-	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(BIN)/python -m benchmarks.torch_curves $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 clean:
 	rm -rf .venv-* runs build dist *.egg-info
