@@ -197,7 +197,7 @@ class Training:
         self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)
         loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings))
         self._loss_fn = loss_fn
-        self.step = self._make_step(None)
+        self.step = self._make_step(None, jax.default_backend())
 
     def create(self, params: Any) -> train_state.TrainState:
         """The state before the first step; params are given away to it."""
@@ -213,7 +213,7 @@ class Training:
     def start(self, runner: runners.MeshRunner) -> Callable[[], Any]:
         """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
         state = runner.create_state(lambda params: self.create(params), self._params)
-        compiled = runner.compile_step(self._make_step(runner.axis_name), state)
+        compiled = runner.compile_step(self.step_of(runner), state)
         held = [state]
 
         def run():
@@ -222,8 +222,12 @@ class Training:
 
         return run
 
-    def _make_step(self, axis_name):
-        norms = jax.default_backend() == "cpu"  # as in the programs
+    def step_of(self, runner: runners.MeshRunner) -> runners.Step:
+        """The pure step for a runner and the kind of its devices."""
+        return self._make_step(runner.axis_name, runner.platform)
+
+    def _make_step(self, axis_name, platform):
+        norms = platform == "cpu"  # as in the programs
         return train_state.make_train_step(self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms)
 
     def _fisher_mask(self, keep_fraction, mask):

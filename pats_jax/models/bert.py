@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from pats_jax.models.config import EncoderConfig
@@ -205,6 +206,7 @@ class Attention(nn.Module):
         attended = SelfAttention(self.config, self.dtype, name="self")(
             queries_from, hidden, bias, deterministic=deterministic
         )
+        attended = checkpoint_name(attended, _ATTENDED)
         output = ResidualOutput(self.config, self.dtype, name="output")
         return output(attended, queries_from, deterministic=deterministic)
 
@@ -236,6 +238,13 @@ class Layer(nn.Module):
         )
         wide = Intermediate(self.config, self.dtype, name="intermediate")(attended)
         return ResidualOutput(self.config, self.dtype, name="output")(wide, attended, deterministic=deterministic)
+
+
+_ATTENDED = "attended"
+_KEPT_IN_LOOP = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names(_ATTENDED),
+)
 
 
 class LayerStack(nn.Module):
@@ -272,7 +281,7 @@ class LayerStack(nn.Module):
         run = functools.partial(self._stacked if self.form.layers == STACKED else self._separate, hidden, bias, keys)
         return run(first_layer, deterministic, first_token_only, output_hidden_states)
 
-    def _layer(self, hidden, bias, variables, key, deterministic, first_token_only):
+    def _layer(self, hidden, bias, variables, key, deterministic, first_token_only, in_loop=False):
         def apply(variables, key, hidden, bias):
             rngs = None if key is None else {"dropout": key}
             layer = Layer(self.config, self.dtype, parent=None)
@@ -280,6 +289,10 @@ class LayerStack(nn.Module):
 
         if self.form.gradient_checkpointing:
             apply = jax.checkpoint(apply, prevent_cse=self.form.layers == SEPARATE)
+        elif in_loop:
+            # Between iterations XLA keeps all that is asked for. Products alone are enough: the rest costs less to
+            # compute again than to read.
+            apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT_IN_LOOP)
         return apply(variables, key, hidden, bias)
 
     def _separate(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
@@ -297,14 +310,16 @@ class LayerStack(nn.Module):
         if first_layer:
             stack = jax.tree.map(lambda x: x[first_layer:], stack)
         xs = (stack, keys)
+        scanned = jax.tree.map(lambda x: x[:-1], xs) if first_token_only else xs
+        unroll = self.form.unroll or self.config.num_hidden_layers
+        in_loop = unroll < self.config.num_hidden_layers - first_layer - first_token_only
 
         def body(hidden, layer):
             variables, key = layer
-            hidden = self._layer(hidden, bias, variables, key, deterministic, False)
+            hidden = self._layer(hidden, bias, variables, key, deterministic, False, in_loop)
             return hidden, hidden if output_hidden_states else None
 
-        scanned = jax.tree.map(lambda x: x[:-1], xs) if first_token_only else xs
-        final, inner = jax.lax.scan(body, hidden, scanned, unroll=self.form.unroll or self.config.num_hidden_layers)
+        final, inner = jax.lax.scan(body, hidden, scanned, unroll=unroll)
         states = [hidden, *inner] if output_hidden_states else [hidden]
         if first_token_only:
             variables, key = jax.tree.map(lambda x: x[-1], xs)
