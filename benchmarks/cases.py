@@ -197,7 +197,7 @@ class Training:
         self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)
         loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings))
         self._loss_fn = loss_fn
-        self.step = self._make_step(None, jax.default_backend())
+        self.step = self._make_step(None)
 
     def create(self, params: Any) -> train_state.TrainState:
         """The state before the first step; params are given away to it."""
@@ -213,7 +213,7 @@ class Training:
     def start(self, runner: runners.MeshRunner) -> Callable[[], Any]:
         """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
         state = runner.create_state(lambda params: self.create(params), self._params)
-        compiled = runner.compile_step(self.step_of(runner), state)
+        compiled = runner.compile_step(self._make_step(runner.axis_name), state)
         held = [state]
 
         def run():
@@ -223,11 +223,11 @@ class Training:
         return run
 
     def step_of(self, runner: runners.MeshRunner) -> runners.Step:
-        """The pure step for a runner and the kind of its devices."""
+        """The pure step for a runner, whose devices need not be those of JAX's default backend."""
         return self._make_step(runner.axis_name, runner.platform)
 
-    def _make_step(self, axis_name, platform):
-        norms = platform == "cpu"  # as in the programs
+    def _make_step(self, axis_name, platform=None):
+        norms = (platform or jax.default_backend()) == "cpu"  # as in the programs
         return train_state.make_train_step(self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms)
 
     def _fisher_mask(self, keep_fraction, mask):

