@@ -68,7 +68,7 @@ bench-check: $(VENV)/.ready
 
 # Training steps compiled for slices of a TPU, by libtpu, on any machine; one that does not fit fails.
 tpu: $(VENV)/.tpu
-	$(BIN)/python -m benchmarks tpu
+	$(BIN)/python -m benchmarks tpu --page docs/scaling.md
 
 curves: $(VENV)/.torch
 	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))

@@ -124,7 +124,7 @@ class Plot:
         drawn = draw_all(found, self.images_dir)
         lines = [*goal_lines(found), "", *(f"![{path.stem}](images/{path.name})" for path in drawn), "", *where(found)]
         if self.page:
-            write_between(self.page, lines)
+            write_between(self.page, lines, BEGIN, END)
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
         return 0
 
@@ -152,18 +152,18 @@ def where(found: Found) -> list[str]:
     return [f"Measured {machine} ({', '.join(names)})." for machine, names in lines.items()]
 
 
-def write_between(page: pathlib.Path, lines: list[str]) -> None:
-    """Replaces what a page has between the two comments.
+def write_between(page: pathlib.Path, lines: list[str], begin: str, end: str) -> None:
+    """Replaces what a page has between two comments.
 
     Raises:
       InputError: if it has not both.
     """
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"--page {page}: has not both lines, {BEGIN} and {END}")
-    page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise InputError(f"--page {page}: has not both lines, {begin} and {end}")
+    page.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
 
 
 def draw_all(found: Found, folder: pathlib.Path) -> list[pathlib.Path]:

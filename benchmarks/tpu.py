@@ -25,7 +25,7 @@ import numpy as np
 import rich.console
 import tyro
 
-from benchmarks import cases, report
+from benchmarks import cases, goals, report
 from benchmarks.cases import Case
 from benchmarks.memory import figures_of
 from pats_jax import models
@@ -35,6 +35,7 @@ from pats_jax.models.config import EncoderConfig
 from pats_jax.reporting.console import say
 from pats_jax.training import runners
 
+BEGIN, END = "<!-- compiled: written by `make tpu` -->", "<!-- end of compiled -->"
 GB = 1e9
 CHIP_MEMORY = {"v5e": 16e9, "v5p": 95e9}  # bytes
 ROBERTA_LARGE = EncoderConfig(
@@ -115,6 +116,7 @@ class Tpu:
     jobs: int = 2  # unrolled cells at a time; the others are compiled one at a time, as their seconds count
     output_file: pathlib.Path = report.RESULTS / "v5e" / "compiled.json"
     add: bool = False  # keep what the file holds of other cells
+    page: pathlib.Path | None = None  # whose part between two comments is written anew, from all that the file holds
 
     def run(self, console: rich.console.Console) -> int:
         chosen = choose_cells("--cells", self.cells) if self.cells else CELLS
@@ -132,6 +134,10 @@ class Tpu:
                 say(console, f"{cell.name}, unrolled: {spell(figures)}")
         results = report.Results(measured=found, ratios=ratios(found), tables=[table(found)])
         report.finish("tpu", results, self.output_file, self.add, console)
+        if self.page:
+            held = report.read(self.output_file)
+            where = f"Compiled {report.describe_machine(held['machine'], held['versions'])}."
+            goals.write_between(self.page, [*markdown(held["measured"]), "", where], BEGIN, END)
         failed = failures(found)
         for line in failed:
             say(console, f"FAILED {line}")

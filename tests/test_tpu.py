@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(tpu, "compile_in_new_process", compile_in_new_process)
         monkeypatch.setattr("sys.argv", ["benchmarks", "tpu"])
         path = tmp_path / "compiled.json"
-        console = rich.console.Console(width=250, record=True, quiet=False)
+        console = rich.console.Console(width=250, record=True)
         code = tpu.Tpu(output_file=path, **flags).run(console)
         return code, console.export_text(), json.loads(path.read_text())
 
@@ -62,13 +62,17 @@ def test_a_step_that_does_not_compile_without_its_loop_fails(run):
     assert code == 1 and "FAILED adamw: too long" in text
 
 
-def test_the_ratios_are_those_of_cpu_time_and_the_table_has_every_figure(run):
+def test_the_ratios_are_those_of_cpu_time_and_the_table_and_the_page_have_every_figure(run, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tpu.BEGIN}\nold\n{tpu.END}\nafter\n")
     cells = {("adamw", None): figures(10, cpu=40), ("pats", None): figures(3_000_000_000, cpu=60), ("pats", 0): COUNTED}
-    code, text, written = run(cells, cells=("adamw", "pats"), unrolled=("pats",))
+    code, text, written = run(cells, cells=("adamw", "pats"), unrolled=("pats",), page=page)
     assert code == 0 and written["ratios"] == {"adamw compile": 1.0, "pats compile": 1.5}
     row = tpu.rows_of(written["measured"])[1]
     assert row == ["pats", "1", "30", "60", "1.50", "1.50", "3.00", "19%", "3.50", "30.00", "11.00", "2.00"]
-    assert tpu.markdown(written["measured"])[3] == f"| {' | '.join(row)} |"
+    lines = page.read_text().splitlines()
+    assert f"| {' | '.join(row)} |" in lines and "old" not in lines
+    assert lines[0] == "before" and lines[-1] == "after" and sum(line.startswith("| adamw |") for line in lines) == 1
 
 
 def test_unknown_cells_are_refused():
