@@ -66,9 +66,10 @@ bench-check: $(VENV)/.ready
 	$(KEPT_MEMORY) $(BIN)/python -m benchmarks check --subjects step
 	$(LARGE_PAGES) $(BIN)/python -m benchmarks check --subjects optimizer memory
 
-# Training steps compiled for slices of a TPU, by libtpu, on any machine; one that does not fit fails.
-tpu: $(VENV)/.tpu
-	$(BIN)/python -m benchmarks tpu --page docs/scaling.md
+# Training steps compiled for slices of a TPU, by libtpu, on any machine; one that does not fit fails. In an environment
+# of its own, for where libtpu is installed, JAX looks for chips whenever it starts.
+tpu: $(VENV)-tpu/.ready
+	$(VENV)-tpu/bin/python -m benchmarks tpu --page docs/scaling.md
 
 curves: $(VENV)/.torch
 	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
@@ -89,8 +90,9 @@ $(VENV)/.docs: $(VENV)/.ready
 	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
-$(VENV)/.tpu: $(VENV)/.ready
-	@$(PIP) install --editable '.[tpu]'
+$(VENV)-tpu/.ready: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-tpu
+	@$(VENV)-tpu/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[tpu]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.ready

@@ -119,6 +119,7 @@ class Tpu:
     page: pathlib.Path | None = None  # whose part between two comments is written anew, from all that the file holds
 
     def run(self, console: rich.console.Console) -> int:
+        jax.config.update("jax_platforms", "cpu")  # of this process: libtpu would look for chips here
         chosen = choose_cells("--cells", self.cells) if self.cells else CELLS
         found = {}
         for cell in chosen:
