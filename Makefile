@@ -27,7 +27,7 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not parity and not slow"
 
 # Tests of what the numbers are, which `make slow` repeats with all of XLA's optimisations.
-NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py
+NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py layers.py
 
 slow: $(VENV)/.ready
 	$(PYTEST) -m slow
@@ -72,7 +72,7 @@ tpu: $(VENV)-tpu/.ready
 	$(VENV)-tpu/bin/python -m benchmarks tpu --page docs/scaling.md
 
 curves: $(VENV)/.torch
-	$(BIN)/python benchmarks/torch_curves.py $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(BIN)/python -m benchmarks.torch_curves $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 clean:
 	rm -rf .venv-* runs build dist *.egg-info

@@ -28,6 +28,7 @@ from benchmarks.step import Step
 from benchmarks.tpu import Tpu
 from pats_jax.errors import InputError
 from pats_jax.reporting.console import say
+from pats_jax.run import xla_flags
 
 SUBJECTS: dict[str, type[report.Subject]] = {
     "step": Step,
@@ -73,6 +74,7 @@ def main(args: list[str] | None = None) -> None:
         description=__doc__,
         use_underscores=True,
     )
+    xla_flags.set_defaults()  # as in the programs
     logging.getLogger("pats_jax").setLevel(logging.ERROR)  # that heads are new is no news here
     console = rich.console.Console()
     if not console.is_terminal:

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import programs
 from pats_jax import methods, models, objectives, train_state, trees
 from pats_jax.companions.child_tuning import fisher_mask
 from pats_jax.errors import InputError
@@ -19,6 +20,8 @@ from pats_jax.models.config import EncoderConfig
 from pats_jax.run import pe_modules
 from pats_jax.run.settings import Settings
 from pats_jax.training import runners
+
+Dtype = Literal["float32", "bfloat16"]
 
 # Sizes of Google's BERT models, from Turc et al., 2019, https://arxiv.org/abs/1908.08962: layers and width. Their
 # weights are drawn at random.
@@ -45,7 +48,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 
 # The same of the model: how it holds its layers, and how many of them one turn of the loop over them computes.
 MODEL_CHANGES: dict[str, dict[str, Any]] = {
-    "separate": {},
+    "separate": {"layers": "separate"},
     "stacked": {"layers": "stacked"},
     **{f"unroll{count}": {"unroll": count} for count in (0, 1, 2, 3, 4, 6, 8, 12, 24)},
 }
@@ -89,6 +92,12 @@ def load_model(name: str, **options: Any) -> tuple[models.SequenceClassifier, An
     config = config_of_size(name)
     model = models.SequenceClassifier(config, **options)
     return model, random_params(model, config), config
+
+
+def loader(name: str, dtype: Dtype) -> Callable[[str], tuple[models.SequenceClassifier, Any, EncoderConfig]]:
+    """A function of a variant that loads the model in the variant's form, each form once."""
+    load = functools.cache(lambda **options: load_model(name, dtype=dtype, **options))
+    return lambda variant: load(**model_options(variant))
 
 
 def config_of_size(name: str) -> EncoderConfig:
@@ -141,8 +150,13 @@ def settings_of(variant: str, **more: Any) -> Settings:
 
 
 def model_options(variant: str) -> dict[str, Any]:
-    """What ``METHOD[:CHANGE...]`` changes of the model: arguments of `load_model`."""
-    return {key: value for name in variant.split(":")[1:] for key, value in MODEL_CHANGES.get(name, {}).items()}
+    """What ``METHOD[:CHANGE...]`` changes of the model: arguments of `load_model`.
+
+    A variant that names no form of the layers has the one that the programs choose on this backend.
+    """
+    changes = {key: value for name in variant.split(":")[1:] for key, value in MODEL_CHANGES.get(name, {}).items()}
+    layers, unroll = runners.default_form(jax.default_backend())
+    return changes or {"layers": layers, "unroll": unroll}
 
 
 def is_pats(variant: str) -> bool:
@@ -210,17 +224,11 @@ class Training:
         """The state's shapes; nothing is allocated."""
         return jax.eval_shape(self.create, self._params)
 
-    def start(self, runner: runners.MeshRunner) -> Callable[[], Any]:
+    def start(self, runner: runners.MeshRunner) -> "Running":
         """A function that makes one step of the training on the same batch, with its state on the runner's devices."""
         state = runner.create_state(lambda params: self.create(params), self._params)
-        compiled = runner.compile_step(self._make_step(runner.axis_name), state)
-        held = [state]
-
-        def run():
-            held[0], metrics = compiled(held[0], self._batch)
-            return held[0], metrics
-
-        return run
+        step = runner.compile_step(self._make_step(runner.axis_name), state)
+        return Running(step, state, runner.put_ahead(self._batch))
 
     def step_of(self, runner: runners.MeshRunner) -> runners.Step:
         """The pure step for a runner, whose devices need not be those of JAX's default backend."""
@@ -233,6 +241,24 @@ class Training:
     def _fisher_mask(self, keep_fraction, mask):
         without_dropout = train_state.make_loss_fn(self._model.apply, deterministic=True)
         return fisher_mask(without_dropout, self._params, [self._batch], keep_fraction, mask=mask)
+
+
+class Running:
+    """A training on one batch: a call makes a step and gives the state and the metrics.
+
+    Attributes:
+      program: what the compiled step does, as `programs.describe_program` says; empty before the first call.
+    """
+
+    def __init__(self, step: runners.CompiledStep, state: train_state.TrainState, batch: Any):
+        self._step, self._state, self._batch = step, state, batch
+        self.program: dict[str, Any] = {}
+
+    def __call__(self) -> tuple[train_state.TrainState, Any]:
+        if not self.program:
+            self.program = programs.describe_program(self._step.compile(self._state, self._batch))
+        self._state, metrics = self._step(self._state, self._batch)
+        return self._state, metrics
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:

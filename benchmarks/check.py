@@ -76,12 +76,13 @@ class Check:
     never compared: another machine has others.
     """
 
-    results_dir: pathlib.Path = report.RESULTS  # the stored results
+    results_dir: pathlib.Path | None = None  # the stored results; none: those of this kind of device
     tolerance: float = 0.10  # by how much a ratio may be worse
     subjects: tuple[str, ...] = ()  # which of step, optimizer and memory; none: all
 
     def run(self, console: rich.console.Console) -> int:
-        stored = {name: report.read(self.results_dir / f"{name}.json") for name in report.choose(self.subjects, QUICK)}
+        folder = self.results_dir or report.results_folder()
+        stored = {name: report.read(folder / f"{name}.json") for name in report.choose(self.subjects, QUICK)}
         compared: list[Compared] = []
         for name in stored:
             now = QUICK[name].run()

@@ -18,7 +18,7 @@ import tyro
 from benchmarks import cases, report
 from benchmarks.cases import Case
 from pats_jax.errors import InputError
-from pats_jax.run import run_folder
+from pats_jax.run import run_folder, xla_flags
 
 BASE = "finetune"
 PARTS = ("trace", "lower", "compile", "run")
@@ -97,7 +97,8 @@ def first_step(case: str, method: str, second_length: int) -> None:
       second_length: tokens of a row in the second shape
     """
     parsed = Case.parse(case)
-    model, params, config = cases.load_model(parsed.model)
+    xla_flags.set_defaults()  # as in the programs
+    model, params, config = cases.load_model(parsed.model, **cases.model_options(method))
     batch = cases.random_batch(config.vocab_size, parsed.rows, parsed.length)
     training = cases.Training(model, params, cases.settings_of(method), 1000, batch)
     started = time.perf_counter()

@@ -50,7 +50,7 @@ def prepare_step(case: str, dtype: str, variant: str) -> Prepared:
     """Our training step, as `cases.Training` makes it."""
     import jax
 
-    from benchmarks import cases
+    from benchmarks import cases, programs
 
     parsed = cases.Case.parse(case)
     started = time.perf_counter()
@@ -59,7 +59,7 @@ def prepare_step(case: str, dtype: str, variant: str) -> Prepared:
     training = cases.Training(model, params, cases.settings_of(variant), 10_000, batch)
     figures: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "parameters": cases.size(params)}
     step = jax.jit(training.step, donate_argnums=0)
-    _compile(step, (training.shapes, batch), figures)
+    figures |= programs.compile_timed(step, (training.shapes, batch))
 
     def create():
         return training.create(jax.device_put(params))
@@ -84,16 +84,12 @@ def prepare_step(case: str, dtype: str, variant: str) -> Prepared:
 def prepare_update(case: str, dtype: str, variant: str) -> Prepared:
     """The optimizer's update alone, on the parameters of a model; as variant ``copy``, reading and writing 1 GiB.
 
-    The bytes that an update must move are 28 a parameter: gradient, parameter and moments read once, all but the
-    gradient written once. PATS needs 16 more where there is noise: sensitivity read and written, and gradient and
-    parameter read before that for the mean over the tensor.
+    The bytes that it must move are the ``least_bytes`` of `benchmarks.optimizer`.
     """
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from benchmarks import cases
-    from pats_jax.methods import make_optimizer
+    from benchmarks import cases, optimizer, programs
 
     del dtype
     figures: dict[str, Any] = {}
@@ -105,35 +101,27 @@ def prepare_update(case: str, dtype: str, variant: str) -> Prepared:
 
         def step():
             held[0] = add(held[0])
+            return held[0]
     else:
-        parsed = cases.Case.parse(case)
-        _, params, _ = cases.load_model(parsed.model, **cases.model_options(variant))
-        rng = np.random.default_rng(0)
-        grads = jax.tree.map(lambda p: jnp.array(1e-3 * rng.standard_normal(p.shape, np.float32)), params)
-        tx = make_optimizer(cases.settings_of(variant), 10_000, params)
-        update = jax.jit(cases.update_step(tx), donate_argnums=(0, 1))
-        shapes = jax.eval_shape(lambda tree: tree, params)
-        _compile(update, (shapes, jax.eval_shape(tx.init, shapes), grads), figures)
-        params = jax.device_put(params)
-        held = [(params, tx.init(params))]
-        figures["parameters"] = cases.size(params)
-        figures["bytes"] = (28 + 16 * cases.noisy_share(params, variant)) * cases.size(params)
-        del params
-
-        def step():
-            held[0] = update(*held[0], grads)
+        params, grads = optimizer.params_and_gradient(cases.Case.parse(case).model, **cases.model_options(variant))
+        update = optimizer.Update(variant, params, grads, 10_000)
+        figures |= programs.compile_timed(update.function, update.shapes)
+        figures |= {"parameters": cases.size(params)}
+        figures["bytes"] = optimizer.describe_bytes(variant, params)["least_bytes"]
+        step = update.start()
+        del params, grads
 
     def run(steps):
         for _ in range(steps):
-            step()
-        jax.block_until_ready(held[0])
+            result = step()
+        jax.block_until_ready(result)
 
     _warm_up(run, figures)
     return Prepared(figures, run)
 
 
 def prepare_torch(case: str, dtype: str, variant: str) -> Prepared:
-    """The same step in Transformers with torch: ``eager`` or ``compile[:MODE]``, with SDPA and fused AdamW."""
+    """The same step in Transformers with torch, in one of its ways (`against_torch.WAYS`)."""
     import torch
 
     from benchmarks import against_torch, cases
@@ -141,24 +129,21 @@ def prepare_torch(case: str, dtype: str, variant: str) -> Prepared:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     parsed = cases.Case.parse(case)
-    way, _, mode = variant.partition(":")
-    compile_mode = (mode or "default") if way == "compile" else None
-    started = time.perf_counter()
-    model = against_torch.load_torch_model(parsed.model, "sdpa")
+    way, started = against_torch.way_named(variant), time.perf_counter()
+    model = against_torch.load_torch_model(parsed.model, way.attention)
     batch = cases.random_batch(model.config.vocab_size, parsed.rows, parsed.length)
     settings = cases.settings_of("finetune", max_steps=10_000)
-    step = against_torch.torch_training(model, True, settings, batch, dtype=dtype, compile_mode=compile_mode)
+    step = against_torch.torch_step(model, way, settings, batch, dtype)
     figures: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "torch": torch.__version__}
     held: list[Any] = [None]
 
     def run(steps):
         for _ in range(steps):
             held[0] = step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        held[0].block_until_ready()
 
     _warm_up(run, figures)
-    figures["loss"] = held[0].item()
+    figures["loss"] = float(held[0])
     return Prepared(figures, run)
 
 
@@ -172,6 +157,8 @@ def prepare_attention(case: str, dtype: str, variant: str) -> Prepared:
     """
     import jax
     import jax.numpy as jnp
+
+    from benchmarks import programs
 
     rows, length, heads, width = map(int, case.split("x"))
     bias = jnp.zeros((rows, 1, 1, length), jnp.float32)
@@ -199,7 +186,7 @@ def prepare_attention(case: str, dtype: str, variant: str) -> Prepared:
     shape = (rows, length, heads, width)
     arrays = [jax.random.normal(jax.random.key(number), shape, dtype) for number in range(3)]
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    _compile(gradient, arrays, figures)
+    figures |= programs.compile_timed(gradient, arrays)
 
     def run(steps):
         for _ in range(steps):
@@ -216,22 +203,6 @@ KINDS: dict[str, Callable[[str, str, str], Prepared]] = {
     "torch": prepare_torch,
     "attention": prepare_attention,
 }
-
-
-def _compile(function: Any, arguments: Any, figures: dict[str, Any]) -> None:
-    """Compiles a jitted function, whose calls then find the program; seconds and kernels go into figures."""
-    from benchmarks import programs
-
-    times = [time.perf_counter()]
-    traced = function.trace(*arguments)
-    times.append(time.perf_counter())
-    lowered = traced.lower()
-    times.append(time.perf_counter())
-    compiled = lowered.compile()
-    times.append(time.perf_counter())
-    names = ("trace_seconds", "lower_seconds", "compile_seconds")
-    figures |= {name: end - begin for name, begin, end in zip(names, times, times[1:], strict=False)}
-    figures |= programs.describe_program(compiled)
 
 
 def _warm_up(run: Callable[[int], None], figures: dict[str, Any]) -> None:
@@ -294,7 +265,7 @@ def _profile(one: Prepared, steps: int) -> dict[str, Any]:
 def serve(kind: str, case: str, dtype: str, variants: list[str], say: Callable[[Any], None]) -> None:
     """Prepares all variants at the same time, then obeys the lines on standard input."""
     prepared: dict[str, Prepared] = {}
-    report: dict[str, Any] = {"born": BORN, "variants": {}}
+    report: dict[str, Any] = {"variants": {}}
     # torch's compiler works on one model at a time, and is parallel in itself
     workers = 1 if kind == "torch" else len(variants)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -306,7 +277,7 @@ def serve(kind: str, case: str, dtype: str, variants: list[str], say: Callable[[
             except Exception as error:
                 traceback.print_exc()
                 report["variants"][variant] = {"error": _one_line(error)}
-    report["device"] = describe_device(kind)
+    report["device"], report["versions"] = describe_device(kind)
     report["ready_seconds"] = time.time() - BORN
     say(report)
     for line in sys.stdin:
@@ -321,18 +292,18 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def describe_device(kind: str) -> dict[str, Any]:
-    """What this process computes on, and with which versions."""
+def describe_device(kind: str) -> tuple[str, dict[str, str]]:
+    """What this process computes on, and versions."""
     if kind == "torch":
         import torch
         import transformers
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+        return name, {"torch": torch.__version__, "transformers": transformers.__version__}
     import jax
     import jaxlib
 
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return jax.devices()[0].device_kind, {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
 
 
 def write_checkpoint(name: str, folder: str) -> None:
@@ -370,6 +341,10 @@ def main(words: list[str]) -> None:
         print(json.dumps(what), file=mine, flush=True)
 
     kind, case, dtype, *variants = words
+    if kind != "torch":
+        from pats_jax.run import xla_flags
+
+        xla_flags.set_defaults()  # as in the programs
     if kind == "checkpoint":
         write_checkpoint(case, dtype)
         say({})

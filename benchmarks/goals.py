@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -111,36 +111,48 @@ GOALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Draw the results files, and write the table of goals into the docs page."""
+    """Draw the results files of the CPU, and write the tables of goals and of devices into the docs page."""
 
-    results_dir: pathlib.Path = report.RESULTS  # JSON files of the subjects
+    results_dir: pathlib.Path = report.RESULTS  # a folder for each kind of device, with JSON files
     images_dir: pathlib.Path = ROOT / "docs" / "images"  # where the pictures go
     page: pathlib.Path | None = ROOT / "docs" / "performance.md"  # whose part between two comments is written anew
 
     def run(self, console: rich.console.Console) -> int:
-        found = {p.stem: report.read(p) for p in sorted(self.results_dir.glob("*.json")) if _is_subject(p)}
+        from benchmarks import by_device
+
+        folder = self.results_dir / "cpu"
+        found = {p.stem: report.read(p) for p in sorted(folder.glob("*.json")) if _is_subject(p)}
         if not found:
-            raise InputError(f"--results_dir {self.results_dir}: no results; `python -m benchmarks all` writes them")
+            raise InputError(f"--results_dir: no results in {folder}; `python -m benchmarks all` writes them")
         drawn = draw_all(found, self.images_dir)
-        lines = [*goal_lines(found), "", *(f"![{path.stem}](images/{path.name})" for path in drawn), "", *where(found)]
+        table = goal_lines(found, GOALS, "python -m benchmarks {}")
+        lines = [*table, "", *(f"![{path.stem}](images/{path.name})" for path in drawn), "", *where(found)]
         if self.page:
             write_between(self.page, lines, BEGIN, END)
+        elsewhere = by_device.lines(self.results_dir)
+        if self.page and elsewhere:
+            write_between(self.page, elsewhere, by_device.BEGIN, by_device.END)
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
         return 0
 
 
-def goal_lines(found: Found) -> list[str]:
-    """The table of goals in Markdown; a dash where nothing was measured."""
-    lines = ["| | goal | measured | | command |", "| --- | ---: | ---: | --- | --- |"]
-    for goal in GOALS:
+def goal_lines(found: Mapping[str, Any], chosen: Sequence[Goal], source: str) -> list[str]:
+    """A table of goals in Markdown; a dash where nothing was measured.
+
+    Args:
+      found: subject -> what its results file holds.
+      chosen: the goals.
+      source: with the subject in place of ``{}``, where a figure comes from.
+    """
+    lines = ["| | goal | measured | | from |", "| --- | ---: | ---: | --- | --- |"]
+    for goal in chosen:
         try:
             value = goal.value(found[goal.subject])
         except KeyError:
             value = float("nan")
         measured, verdict = ("-", "") if value != value else (f"{value:{goal.form}}", _verdict(value, goal.bound))
         bound = f"{goal.bound:.0%}" if goal.form.endswith("%") else f"{goal.bound:.4g}"
-        command = f"`python -m benchmarks {goal.subject}`"
-        lines.append(f"| {goal.text} | {bound} | {measured} | {verdict} | {command} |")
+        lines.append(f"| {goal.text} | {bound} | {measured} | {verdict} | `{source.format(goal.subject)}` |")
     return lines
 
 

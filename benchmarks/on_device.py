@@ -3,7 +3,8 @@
 Each row is one thing to measure, the most important first; a row starts only while its time is left. After each row,
 and within long ones, everything measured so far is in ``on_device.json``. Processes prepare (load, compile, warm up) at
 the same time and are then timed one after the other, while the others wait; in a first_loss, glue or tests row nothing
-else runs. ``benchmarks/on_device.sh`` installs what a bare CUDA image lacks and calls this.
+else runs. XLA has the flags that the programs set, unless XLA_FLAGS or ``--xla`` say otherwise.
+``benchmarks/on_device.sh`` installs what a bare CUDA image lacks and calls this.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import pathlib
 import queue
+import shlex
 import signal
 import statistics
 import subprocess
@@ -23,6 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import tyro
+
+from benchmarks.names import without_folders
 
 FORMS = ("separate", "stacked", "stacked:unroll2", "stacked:unroll4", "stacked:unroll12")
 SMALLEST = {"base": "bert-tiny:4x16", "large": "bert-tiny:2x16", "minilm": "bert-tiny:4x8"}  # of a rehearsal
@@ -112,7 +116,14 @@ class Session:
 
     def __init__(self, flags: Flags):
         self.flags, self._deadline = flags, time.monotonic() + flags.budget
-        self.found: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": {}}
+        words = map(without_folders, sys.argv[1:])
+        self.found: dict[str, Any] = {
+            "device": None,
+            "versions": {},
+            "date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join(["python", "-m", "benchmarks.on_device", *words]),
+            "rows": {},
+        }
         flags.out.mkdir(parents=True, exist_ok=True)
         self.log = (flags.out / "log.txt").open("a")
         self.env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
@@ -163,8 +174,9 @@ class Session:
             for name in started.keys() - said.keys():
                 started[name].close()
                 said[name] = {"error": "not ready in time, or ended; see log.txt"}
-            for name in said:
-                self.found.setdefault("devices", {}).update({name.split()[0]: said[name].get("device", {})})
+            for one in said.values():
+                self.found["device"] = one.pop("device", self.found["device"])
+                self.found["versions"] |= one.pop("versions", {})
             yield {name: started[name] for name in said if "variants" in said[name]}, said
         finally:
             for worker in started.values():

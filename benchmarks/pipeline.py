@@ -121,8 +121,13 @@ class Prepared:
         self.task, splits = glue.load_data(self.settings)
         self.split = splits["train"]
         self.tokenizer = models.load_tokenizer(settings.model_name_or_path)
+        layers, unroll = runners.default_form(self.runner.platform)
         self.model, params, _ = models.from_pretrained(
-            settings.model_name_or_path, num_labels=self.task.num_labels, regression=self.task.is_regression
+            settings.model_name_or_path,
+            num_labels=self.task.num_labels,
+            regression=self.task.is_regression,
+            layers=layers,
+            unroll=unroll,
         )
         self.params = jax.device_get(params)
         self.tokens = batches.tokenize(self.split, self.tokenizer, settings.max_seq_length)

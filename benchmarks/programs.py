@@ -5,6 +5,7 @@ import gzip
 import json
 import pathlib
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,20 @@ def describe_program(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "bytes_accessed": cost.get("bytes accessed"),
         "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
     }
+
+
+def compile_timed(function: Any, arguments: Any) -> dict[str, Any]:
+    """Compiles a jitted function, whose calls then run this program: seconds, and what `describe_program` says."""
+    times = [time.perf_counter()]
+    traced = function.trace(*arguments)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    compiled = lowered.compile()
+    times.append(time.perf_counter())
+    names = ("trace_seconds", "lower_seconds", "compile_seconds")
+    seconds = {name: end - begin for name, begin, end in zip(names, times[:-1], times[1:], strict=True)}
+    return seconds | describe_program(compiled)
 
 
 def count_kernels(hlo: str) -> collections.Counter[str]:

@@ -16,11 +16,12 @@ import rich.console
 import rich.table
 from typing_extensions import TypedDict
 
+from benchmarks.names import device_folder, without_folders
 from pats_jax import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"  # a folder for each kind of device
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ class Results:
 class Subject(abc.ABC):
     """Something to measure; its fields are its flags."""
 
-    output_file: pathlib.Path | None = None  # the JSON; none: benchmarks/results/SUBJECT.json
+    output_file: pathlib.Path | None = None  # the JSON; none: benchmarks/results/DEVICE/SUBJECT.json
     add: bool = False  # keep what the file holds of other cases
 
     @abc.abstractmethod
@@ -74,6 +75,11 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),  # huge pages make a step on CPU shorter
     }
+
+
+def results_folder() -> pathlib.Path:
+    """Where results of the device that this runs on are stored."""
+    return RESULTS / device_folder(jax.devices()[0].device_kind)
 
 
 def usable_cores() -> int:
@@ -106,12 +112,12 @@ def finish(name: str, results: Results, path: pathlib.Path | None, add: bool, co
     Raises:
       InputError: if what it is to be added to comes from another machine or other versions, or cannot be written.
     """
-    path = path or RESULTS / f"{name}.json"
+    path = path or results_folder() / f"{name}.json"
     written: dict[str, Any] = {
         "subject": name,
         "machine": machine(),
         "versions": run_folder.versions() | results.versions,
-        "command": shlex.join(["python", "-m", "benchmarks", *map(_without_folders, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "benchmarks", *map(without_folders, sys.argv[1:])]),
         "ratios": results.ratios,
         "sizes": results.sizes,
         "measured": results.measured,
@@ -168,12 +174,6 @@ def _joined(old, new, path):
             raise InputError(f"--add: {path} was measured with other {what}: {old[what]}, and now {new[what]}")
     together = {what: old[what] | new[what] for what in ("ratios", "sizes", "measured")}
     return new | together | {"command": f"{old['command']} && {new['command']}"}
-
-
-def _without_folders(argument: str) -> str:
-    """An absolute path's last part, for what is stored is read on other machines; anything else as it is."""
-    path = pathlib.Path(argument)
-    return path.name if path.is_absolute() else argument
 
 
 def _processor() -> str:

@@ -8,8 +8,8 @@ import jax
 import jax.monitoring
 
 from benchmarks import cases, report
-from benchmarks.cases import Case
-from benchmarks.turns import Turns, take_turns
+from benchmarks.cases import Case, Dtype
+from benchmarks.turns import Turns, calls_together, take_turns
 from pats_jax.training import runners
 
 BASE = "finetune"
@@ -41,8 +41,10 @@ class Step(report.Subject):
     """
 
     cases: tuple[str, ...] = ("minilm:32x64", "bert-base:8x128")  # MODEL:ROWSxLENGTH; bert-base and such: random
-    methods: tuple[str, ...] = METHODS  # METHOD[:CHANGE...]; changes: all normal bfloat16 threefry2x32 rbg philox4x32
+    methods: tuple[str, ...] = METHODS  # METHOD[:CHANGE...]; CHANGES and MODEL_CHANGES of benchmarks/cases.py name them
+    dtype: Dtype = "float32"  # of computation
     rounds: int = 12  # timed steps of each method
+    pipelined: int | None = None  # steps timed together, without waiting in between; none: 1 on CPU, else 20
     stage_steps: int = 2  # of DPS, whose first step of a stage that trains a subnetwork is told apart
     together: int = 4  # methods whose states are in memory at the same time, plain AdamW among them
 
@@ -53,31 +55,36 @@ class Step(report.Subject):
         return results
 
     def _measure(self, case: Case, results: report.Results) -> None:
-        model, params, config = cases.load_model(case.model)
+        calls = calls_together(self.pipelined)
+        load = cases.loader(case.model, self.dtype)
+        _, params, config = load(BASE)
         batch = cases.random_batch(config.vocab_size, case.rows, case.length)
         size = cases.size(params)
         table = report.table(
-            f"Step of {case}, {size / 1e6:.1f}M parameters, {self.rounds} rounds",
+            f"Step of {case}, {size / 1e6:.1f}M parameters, {self.dtype}, {self.rounds} rounds of {calls}",
             *("method", "median, s", "examples/s", "to AdamW", "stage's first to others", "state, bytes/parameter"),
-            "compilations",
+            *("compilations", "kernels"),
         )
 
         def start(method):
+            model, params, _ = load(method)
             settings = cases.settings_of(method, update_ratio=self._update_ratio)
             training = cases.Training(model, params, settings, self._total_steps, batch)
-            return Counted(training.start(runners.make_runner())), cases.num_bytes(training.shapes.opt_state)
+            running = training.start(runners.make_runner())
+            return Counted(running), running, cases.num_bytes(training.shapes.opt_state)
 
         base = start(BASE)
         for group in groups([method for method in self.methods if method != BASE], self.together - 1):
             started = {BASE: base} | {method: start(method) for method in group}
-            turns = take_turns({method: run for method, (run, _) in started.items()}, self.rounds)
-            for method, (run, state_bytes) in started.items():
+            turns = take_turns({method: run for method, (run, _, _) in started.items()}, self.rounds, calls=calls)
+            for method, (run, running, state_bytes) in started.items():
                 if method != BASE or f"{case} {BASE}" not in results.measured:
                     figures = self._describe(turns, method, case)
                     figures |= {"state_bytes": state_bytes, "compilations": run.compilations, "parameters": size}
+                    figures |= {"dtype": self.dtype, "pipelined": calls, "program": running.program}
                     results.measured[f"{case} {method}"] = figures
                     table.add_row(*_row(method, figures))
-            del started, run  # the states of this group make room for the next
+            del started, run, running  # the states of this group make room for the next
         for method in self.methods:
             if method != BASE:
                 figures = results.measured[f"{case} {method}"]
@@ -88,7 +95,7 @@ class Step(report.Subject):
 
     def _describe(self, turns: Turns, method: str, case: Case) -> dict[str, Any]:
         usual, first = list(range(self.rounds)), []
-        if method.startswith("dps"):
+        if method.startswith("dps") and calls_together(self.pipelined) == 1:
             first = [number for number in usual if self._starts_subnetwork(number + 1)]
             usual = [number for number in usual if number not in first]
         median = turns.median(method, usual)
@@ -107,7 +114,7 @@ class Step(report.Subject):
 
     @property
     def _total_steps(self):
-        return self.rounds + 1  # one warms up
+        return (self.rounds + 1) * calls_together(self.pipelined)  # one round warms up
 
     @property
     def _update_ratio(self):
@@ -153,4 +160,5 @@ def _row(method, figures):
         f"{start:.2f}" if start else "-",
         f"{figures['state_bytes'] / figures['parameters']:.2f}",
         str(figures["compilations"]),
+        str(figures["program"]["kernels"]),
     )

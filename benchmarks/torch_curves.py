@@ -4,7 +4,7 @@ Both start from the same weights, new head included, and see the same batches in
 train with AdamW (no decay on biases and LayerNorm), gradients clipped to norm 1, and a learning rate that rises and
 falls linearly. So nothing but float32 rounding should tell them apart; exit code 1 says that something does::
 
-    python benchmarks/torch_curves.py --data_dir ../shared/data/glue
+    python -m benchmarks.torch_curves --data_dir ../shared/data/glue
 
 Step times are for information: the two trainings take turns on a machine that may do other work as well.
 """
@@ -31,13 +31,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.report import results_folder
 from pats_jax import glue, models, train_state
 from pats_jax.data import batches, tasks
 from pats_jax.errors import InputError
 from pats_jax.methods import make_optimizer
 from pats_jax.run import run_folder
 from pats_jax.run.settings import Settings
-from pats_jax.training import evaluation, metrics
+from pats_jax.training import evaluation, metrics, shape_costs
 from pats_jax.training.loop import predict_logits
 
 LOSS_BOUND = 1e-2  # between the two losses of any step
@@ -57,7 +58,7 @@ class Flags:
     learning_rate: float = 5e-5  # peak of the schedule
     max_seq_length: int = 128  # tokens; longer texts are cut, pairs longest first
     seed: int = 42  # of the new head and the order of examples
-    results: Path = ROOT / "benchmarks" / "results" / "torch_curves.json"  # file to write
+    results: Path | None = None  # file to write; none: benchmarks/results/DEVICE/torch_curves.json
     plot: Path = ROOT / "docs" / "images" / "torch_curves.png"  # picture to write
 
     def settings(self) -> Settings:
@@ -159,14 +160,17 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
 
     losses: dict[str, list[float]] = {name: [] for name in sides}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    steps = itertools.islice(endless_batches(train, train_labels, settings), flags.steps)
+    epochs = settings.max_steps * settings.per_device_train_batch_size / len(train)
+    cost = shape_costs.shape_cost(params, jax.default_backend(), epochs, training=True)
+    steps = itertools.islice(endless_batches(train, train_labels, settings, cost), flags.steps)
     for batch in track(steps, "training twice", flags.steps, console=console, disable=not console.is_terminal):
         for name, side in sides.items():
             started = time.perf_counter()
             losses[name].append(side.step(batch))
             seconds[name].append(time.perf_counter() - started)
 
-    predictions = {name: predict(side.predict, dev, task) for name, side in sides.items()}
+    cost = shape_costs.shape_cost(params, jax.default_backend(), 1, training=False)
+    predictions = {name: predict(side.predict, dev, task, cost) for name, side in sides.items()}
     scores = {name: metrics.compute_metrics(task, decided, dev_labels) for name, decided in predictions.items()}
     differences = np.abs(np.subtract(losses["pats_jax"], losses["torch"]))
     apart = np.abs(predictions["pats_jax"] - predictions["torch"]) > 1e-3  # another class, or another score
@@ -186,19 +190,24 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
     }
 
 
-def endless_batches(tokens: batches.Tokens, labels: np.ndarray, settings: Settings) -> Iterator[batches.Batch]:
+def endless_batches(
+    tokens: batches.Tokens, labels: np.ndarray, settings: Settings, shape_cost: float
+) -> Iterator[batches.Batch]:
     """Batches in the GLUE program's order, epoch after epoch."""
-    boundaries = batches.bucket_boundaries(tokens.lengths, settings.length_buckets)
+    boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=shape_cost)
     size = settings.per_device_train_batch_size
     for epoch in itertools.count():
         yield from batches.train_batches(tokens, labels, size, boundaries, seed=settings.seed, epoch=epoch)
 
 
-def predict(logits_of: Callable[[batches.Batch], Any], tokens: batches.Tokens, task: tasks.Task) -> np.ndarray:
+def predict(
+    logits_of: Callable[[batches.Batch], Any], tokens: batches.Tokens, task: tasks.Task, shape_cost: float
+) -> np.ndarray:
     """The class or score of every row, (rows,)."""
-    boundaries = batches.bucket_boundaries(tokens.lengths, glue.EVAL_BUCKETS)
-    evaluation = batches.eval_batches(tokens, None, min(64, len(tokens)), boundaries)
-    return glue.decide(predict_logits(lambda _, batch: logits_of(batch), None, evaluation, len(tokens)), task)
+    boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=shape_cost)
+    of_rows = batches.eval_batches(tokens, None, min(64, len(tokens)), boundaries)
+    logits = predict_logits(lambda _, batch: logits_of(batch), None, of_rows, len(tokens))
+    return evaluation.decide(logits, task)
 
 
 def report(results: dict[str, Any], console: Console) -> None:
@@ -253,8 +262,9 @@ def main() -> None:
         sys.exit(2)
     report(results, console)
     draw(results, flags.plot)
-    flags.results.parent.mkdir(parents=True, exist_ok=True)
-    flags.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = flags.results or results_folder() / "torch_curves.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     sys.exit(0 if results["within_bounds"] else 1)
 
 

@@ -14,6 +14,10 @@ from typing import Any
 
 import jax
 
+from pats_jax.errors import InputError
+
+PIPELINED = 20  # calls timed together on an accelerator
+
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
@@ -44,12 +48,24 @@ class Turns:
         return self.seconds[name] if rounds is None else [self.seconds[name][number] for number in rounds]
 
 
+def calls_together(asked: int | None) -> int:
+    """Calls that are timed together: as many as ``--pipelined`` says; without it one on CPU, else `PIPELINED`.
+
+    Raises:
+      InputError: if they are fewer than 1.
+    """
+    if asked is not None and asked < 1:
+        raise InputError(f"--pipelined {asked}: must be at least 1")
+    return asked or (1 if jax.default_backend() == "cpu" else PIPELINED)
+
+
 def take_turns(
     variants: Mapping[str, Callable[[], Any]],
     rounds: int,
     *,
     warm_up: int = 1,
     untimed: int = 0,
+    calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
     """Times each variant once a round, waiting for what it returns.
@@ -59,10 +75,11 @@ def take_turns(
       rounds: rounds that count.
       warm_up: rounds before them, in which things compile.
       untimed: calls of a variant right before its timed one, so that what another did to memory does not count.
+      calls: calls that are timed together, waiting for the last one only, as a training loop does on an accelerator.
       clock: seconds.
 
     Returns:
-      The seconds of every call.
+      The seconds of every call, or of one call on average where several are timed together.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, generator = list(variants), random.Random(0)
@@ -72,9 +89,12 @@ def take_turns(
             for _ in range(untimed):
                 jax.block_until_ready(variants[name]())
             started = clock()
-            jax.block_until_ready(variants[name]())
+            for _ in range(calls):
+                result = variants[name]()
+            jax.block_until_ready(result)
             if number >= 0:
-                seconds[name].append(clock() - started)
+                seconds[name].append((clock() - started) / calls)
+            del result
     return Turns(seconds)
 
 
@@ -83,6 +103,7 @@ def take_turns_in_set_ups(
     set_ups: int,
     rounds: int,
     *,
+    calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Turns:
     """Times each variant once a round, with its arrays put into memory anew several times.
@@ -95,6 +116,7 @@ def take_turns_in_set_ups(
         set-up holds is free before the next one.
       set_ups: how many times all variants are started, in an order drawn anew.
       rounds: rounds that count in each of them, after one that does not.
+      calls: see `take_turns`.
       clock: seconds.
 
     Returns:
@@ -104,7 +126,7 @@ def take_turns_in_set_ups(
     order, generator = list(starts), random.Random(1)
     for _ in range(set_ups):
         generator.shuffle(order)
-        turns = take_turns({name: starts[name]() for name in order}, rounds, clock=clock)
+        turns = take_turns({name: starts[name]() for name in order}, rounds, calls=calls, clock=clock)
         for name in starts:
             seconds[name] += turns.seconds[name]
     return Turns(seconds)

@@ -258,6 +258,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
         unroll=settings.unroll or 0,
+        attention=settings.model_attention,
     )
     methods.check_layers(settings, config.num_hidden_layers)
     modules = pe_modules.chosen_config(settings)

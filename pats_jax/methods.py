@@ -451,7 +451,7 @@ METHODS = {
     "perturbed": Method(
         "noise",
         "adds the noise of pats in the forward pass of each step only",
-        "this project's control for pats",
+        "ours: a control for https://arxiv.org/abs/2210.12403",
         ("noise_scale", "decay", "response", "distribution", "noise_layers", "sensitivity_dtype"),
         layers=_MATRICES,
         state_bytes="8",

@@ -201,9 +201,19 @@ def test_step_tells_methods_and_stages_apart(checkpoint, one_device):
     for name in subject.methods:
         figures = results.measured[f"{key} {name}"]
         assert figures["compilations"] == 1 and len(figures["seconds"]) == 4
+        assert figures["program"]["kernels"] > 0 and figures["program"]["flops"] > 0
         assert figures["examples_per_second"] == pytest.approx(8 / figures["median_seconds"])
     state = {name: results.measured[f"{key} {name}"]["state_bytes"] for name in subject.methods}
     assert state["finetune"] < state["pats"]
+
+
+@pytest.mark.slow  # a subject of the benchmarks as a whole
+def test_step_in_bfloat16_times_several_together(checkpoint, one_device):
+    methods = ("finetune", "dps-dense:stacked")
+    results = step.Step(cases=(f"{checkpoint}:8x8",), methods=methods, rounds=2, dtype="bfloat16", pipelined=3).run()
+    figures = results.measured[f"{checkpoint} 8x8 dps-dense:stacked"]
+    assert len(figures["seconds"]) == 2 and (figures["dtype"], figures["pipelined"]) == ("bfloat16", 3)
+    assert figures["stage_start_ratio"] is None and figures["compilations"] == 1
 
 
 @pytest.mark.slow  # a subject of the benchmarks as a whole
@@ -261,6 +271,7 @@ def test_optimizer_measures_against_the_bytes(checkpoint, monkeypatch):
         growth=(checkpoint,),
         set_ups=2,
         rounds=2,
+        pipelined=3,
     )
     results = subject.run()
     assert set(results.ratios) == {f"{checkpoint} pats:all", f"{checkpoint} pats:all:bfloat16"}
@@ -268,6 +279,11 @@ def test_optimizer_measures_against_the_bytes(checkpoint, monkeypatch):
     assert figures["ratio_by_bytes"] == 1.5  # 12 words to 8
     assert len(figures["seconds"]) == len(figures["base_seconds"]) == 4
     assert figures["bytes"] == 48 * figures["parameters"] and figures["noisy_parameters"] == figures["parameters"]
+    assert figures["least_bytes"] == 44 * figures["parameters"] and figures["pipelined"] == 3
+    least_seconds = figures["least_bytes"] / figures["copy_bytes_per_second"]
+    assert figures["to_memory"] == pytest.approx(figures["median_seconds"] / least_seconds)
+    assert figures["program"]["kernels"] > results.measured[f"{checkpoint} finetune"]["program"]["kernels"] > 0
+    assert results.measured[f"{checkpoint} pats:all:bfloat16"]["least_bytes"] == 40 * figures["parameters"]
     assert results.measured[f"{checkpoint} pats:all:bfloat16"]["bytes"] == 42 * figures["parameters"]
     assert results.measured[f"{checkpoint} finetune"]["bytes"] == 32 * figures["parameters"]
     growth = results.measured[f"growth {checkpoint}"]
@@ -356,15 +372,21 @@ def test_torch_makes_the_same_steps(checkpoint, tmp_path):
     ours = cases.Training(model, params, settings, 4, batch).start(runners.make_runner(num_devices=1))
     expected = [float(ours()[1]["loss"]) for _ in range(4)]
     assert abs(expected[0] - expected[-1]) > 0.01
-    for attention, fused in (("sdpa", True), ("eager", False)):
-        theirs = against_torch.torch_step(str(tmp_path), attention, fused, settings, batch)
-        np.testing.assert_allclose([theirs() for _ in range(4)], expected, atol=1e-4)
+    for way in (against_torch.Way(), against_torch.Way(attention="eager", fused=False)):
+        theirs = against_torch.torch_step(
+            against_torch.load_torch_model(str(tmp_path), way.attention), way, settings, batch
+        )
+        np.testing.assert_allclose([float(theirs()) for _ in range(4)], expected, atol=1e-4)
 
 
 @pytest.mark.parity
 def test_torch_subject_runs(checkpoint):
-    results = against_torch.AgainstTorch(cases=(f"{checkpoint}:8x8",), methods=("finetune",), rounds=1,
-                                         rounds_alone=1).run()  # fmt: skip
+    results = against_torch.AgainstTorch(cases=(f"{checkpoint}:8x8",), methods=("finetune",), rounds=1, rounds_alone=1,
+                                         torch_ways=("eager", "eager:adamw"), dtype="bfloat16",
+                                         pipelined=2).run()  # fmt: skip
+    theirs = results.measured[f"{checkpoint} 8x8 torch"]
+    assert theirs["fastest"] in theirs["median_seconds_alone_by_way"].keys() == {"eager", "eager:adamw"}
+    assert results.measured[f"{checkpoint} 8x8 finetune"]["program"]["kernels"] > 0
     assert set(results.ratios) == {f"{checkpoint} 8x8 finetune"} and "torch" in results.versions
 
 
@@ -500,7 +522,7 @@ def test_subjects_are_chosen(tmp_path, monkeypatch):
 
 def test_goals_are_drawn_and_written(tmp_path):
     results, images, page = tmp_path / "results", tmp_path / "images", tmp_path / "page.md"
-    results.mkdir()
+    (results / "cpu").mkdir(parents=True)
     measured = {
         f"growth {name}": {
             "parameters": n,
@@ -516,8 +538,8 @@ def test_goals_are_drawn_and_written(tmp_path):
     }
     for name, held in write.items():
         held |= {"machine": MACHINE, "versions": {"jax": "0.10.2"}, "sizes": {}, "command": "before"}
-        (results / f"{name}.json").write_text(json.dumps(held))
-    (results / "torch_curves.json").write_text("{}")  # of another program
+        (results / "cpu" / f"{name}.json").write_text(json.dumps(held))
+    (results / "cpu" / "torch_curves.json").write_text("{}")  # of another program
     page.write_text(f"before\n{goals.BEGIN}\nof yesterday\n{goals.END}\nafter\n")
     for _ in range(2):  # the second time nothing changes
         assert goals.Plot(results, images, page).run(silent_console()) == 0
@@ -537,7 +559,7 @@ def test_goals_are_drawn_and_written(tmp_path):
 
 @pytest.mark.parametrize("subject", sorted({goal.subject for goal in goals.GOALS}))
 def test_stored_results_have_the_figure_of_every_goal(subject):
-    path = report.RESULTS / f"{subject}.json"
+    path = report.RESULTS / "cpu" / f"{subject}.json"
     if not path.exists():
         pytest.skip(f"no stored results of {subject}")
     found = report.read(path)

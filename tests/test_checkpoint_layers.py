@@ -134,13 +134,18 @@ def test_an_old_record_without_a_layout_has_separate_layers(tmp_path, monkeypatc
         assert restored(tmp_path / "c", make_state(runner, layers, tx)) is not None
 
 
-def test_another_number_of_layers_is_another_model(tmp_path):
+@pytest.mark.parametrize(("saved", "wanted"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("layers", ["separate", "stacked"])
+def test_another_number_of_layers_is_another_model(tmp_path, layers, saved, wanted):
     tx, runner = OPTIMIZERS["sgd"](), runners.make_runner(num_devices=1)
+
+    def of(number, stacked):
+        params = tiny.random_params(dataclasses.replace(CONFIG, num_hidden_layers=number))
+        create = functools.partial(pats_jax.TrainState.create, apply_fn=None, tx=tx, key=7)
+        return runner.create_state(create, models.stack_layers(params) if stacked else params)
+
     with Checkpoints(tmp_path / "c", keep=None) as checkpoints:
-        checkpoints.save(3, make_state(runner, "separate", tx), {"step": 3})
-    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
-    params = models.stack_layers(tiny.random_params(config))
-    create = functools.partial(pats_jax.TrainState.create, apply_fn=None, tx=tx, key=7)
-    with pytest.raises(InputError, match=r"c/3 belongs to another model or optimizer: .*encoder.layer.1.* differs"):
-        Checkpoints(tmp_path / "c", keep=None).restore(runner.create_state(create, params))
+        checkpoints.save(3, of(saved, layers == "stacked"), {"step": 3})
+    with pytest.raises(InputError, match="c/3 belongs to another model or optimizer: .*layer.* differs"):
+        Checkpoints(tmp_path / "c", keep=None).restore(of(wanted, layers == "separate"))
     assert Checkpoints(tmp_path / "c", keep=None).steps == [3]

@@ -380,12 +380,14 @@ def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, m
     assert fetched - {None} == {5, 10, 12} and waited - {None} == {0, 1}  # in the first step and after it
 
 
-def test_only_the_training_data_is_tokenised_before_training(base, tmp_path, monkeypatch):
+def test_validation_rows_are_tokenised_while_the_step_compiles_and_test_rows_after_training(
+    base, tmp_path, monkeypatch
+):
     tokenised, real, real_fit = [], batches.tokenize, fine_tuning.fit
     monkeypatch.setattr(batches, "tokenize", lambda split, *rest: tokenised.append(len(split)) or real(split, *rest))
 
     def fit(*arguments, **options):
-        assert tokenised == [TRAIN_ROWS]
+        assert tokenised in ([TRAIN_ROWS], [TRAIN_ROWS, 10])
         return real_fit(*arguments, **options)
 
     monkeypatch.setattr(fine_tuning, "fit", fit)

@@ -9,6 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from tensorboardX.proto.event_pb2 import Event
@@ -19,6 +20,7 @@ from pats_jax.errors import InputError
 from pats_jax.run import replacing, run_folder
 from pats_jax.run.journal import Journal, check_tensorboard
 from pats_jax.training.profiling import Profiler, seconds_since_process_start
+from pats_jax.training.runners import MeshRunner
 
 TRAINED = {"step": 2, "loss": 0.5, "learning_rate": 1e-3, "skipped_steps": 0, "timing": {"seconds": 1.5}}
 EVALUATED = {"step": 2, "eval": {"accuracy": 0.75}}
@@ -135,3 +137,17 @@ def test_a_run_shows_itself(tmp_path):
     assert shown["train/loss", 8] == pytest.approx(lines[1]["loss"])
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert replacing.foreign(tmp_path / "run") is None
+
+
+def test_off_the_cpu_norms_are_those_of_logged_steps(tmp_path, monkeypatch):
+    """Every step is logged, so both ways log the same norms; only the second measures none inside the step."""
+    found = {}
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(MeshRunner, "platform", platform)
+        folder = tmp_path / platform
+        settings = {"layers": "separate", "unroll": 1, "length_buckets": 1, "max_steps": 3, "logging_steps": 1}
+        glue.run(tiny.quick_settings(tmp_path, output_dir=str(folder), method="pats", **settings))
+        lines = [line for line in run_folder.read_metrics(folder) if "eval" not in line]
+        found[platform] = [(line["param_norm"], line["update_norm"]) for line in lines]
+    assert len(found["gpu"]) == 3
+    np.testing.assert_allclose(found["gpu"], found["cpu"], rtol=1e-3)

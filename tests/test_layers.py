@@ -13,6 +13,7 @@ import tiny
 
 import pats_jax
 from pats_jax import methods, trees
+from pats_jax.errors import InputError
 from pats_jax.models import layer_axis, stack_layers, unstack_layers
 from pats_jax.models.layout import separate_names
 from pats_jax.transforms import PatsNoiseState
@@ -199,3 +200,15 @@ def test_a_regex_of_one_layer_gives_noise_there_only():
             assert not changed[[0, 2]].any(), path
             if path[-1].key == "kernel":
                 assert changed[1].all(), path
+
+
+def test_a_method_that_trains_some_layers_only_needs_separate_ones(monkeypatch):
+    """Trained and frozen parameters are cut apart leaf by leaf."""
+    own = dataclasses.replace(methods.METHODS["bitfit"], trainable=r"layer\.1\..*bias$|^classifier\.")
+    monkeypatch.setitem(methods.METHODS, "bitfit", own)
+    settings = tiny.Settings(task_name="sst2", method="bitfit")
+    mask = methods.trainable_mask(settings, separate())
+    layer = mask["bert"]["encoder"]["layer"]
+    assert layer["1"]["output"]["dense"]["bias"] is True and layer["0"]["output"]["dense"]["bias"] is False
+    with pytest.raises(InputError, match="^--method bitfit: trains some layers only; set --layers separate$"):
+        methods.trainable_mask(settings, stack_layers(separate()))

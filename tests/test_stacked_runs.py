@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rich.console
 import tiny
 from safetensors.numpy import load_file
 
 from pats_jax import TrainState, glue
 from pats_jax.errors import InputError
-from pats_jax.priming import upstream
+from pats_jax.priming import downstream, upstream
 from pats_jax.priming.few_shot_tuning import Start, load_start
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream import PrimingSettings
@@ -195,3 +196,30 @@ def test_a_tuning_of_the_gym_loads_the_layout_that_is_asked_for(gym):
     for layers, expected in (("auto", "separate"), ("stacked", "stacked")):
         model, _ = load_start(GymSettings(layers=layers, unroll=2, output_dir="unused"), start)
         assert (model.layers, model.unroll) == (expected, 2)
+
+
+@pytest.mark.slow
+def test_a_gym_with_stacked_layers_has_the_same_records(gym, tmp_path):
+    settings = GymSettings(
+        model_name_or_path=str(gym / "model"),
+        data_dir=str(gym / "gym"),
+        partition=str(gym / "partition.json"),
+        kinds=("full", "lora"),
+        tasks=("manners",),
+        samples=(13,),
+        grid=("full=1e-3", "lora=1e-2"),
+        method="pats",
+        max_seq_length=16,
+        max_steps=3,
+        eval_steps=1,
+        lora_rank=2,
+        compilation_cache_dir=str(tmp_path / "compiled"),
+    )
+    for layers in ("separate", "stacked"):
+        changed = dataclasses.replace(settings, output_dir=str(tmp_path / layers), layers=layers)
+        downstream.run(changed, [], rich.console.Console(quiet=True))
+    ours, theirs = (sorted((tmp_path / name / "tunings").glob("*/*.json")) for name in ("stacked", "separate"))
+    assert len(ours) == len(theirs) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        found = [{k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"} for path in (one, other)]
+        assert_same_figures(*found)

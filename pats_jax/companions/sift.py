@@ -54,7 +54,8 @@ def sift(
         in each layer, and ``inner`` sees them as (layers, k), the layers first.
 
     Returns:
-      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner``, bit for bit.
+      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner`` (on a CPU, bit for
+      bit).
 
     Raises:
       ValueError: if rate is outside (0, 1]; from ``update`` without params.

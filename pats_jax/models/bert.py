@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from pats_jax.models.attention import ATTENTIONS, EINSUM, by_platform, is_fused, softmax_weights, weighted_sum
 from pats_jax.models.config import EncoderConfig
 
 # Added to the score of a masked token. Its exponential is exactly 0 in float32, and unlike -inf it leaves a row
@@ -33,6 +34,7 @@ class Form(NamedTuple):
     layers: str
     unroll: int
     gradient_checkpointing: bool
+    attention: str
 
 
 def _gelu(x: Array) -> Array:
@@ -145,6 +147,7 @@ class SelfAttention(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
     def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
@@ -170,10 +173,12 @@ class SelfAttention(nn.Module):
         query = project(queries_from, "query")
         key = project(hidden, "key")
         value = project(hidden, "value")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores + bias).astype(self.dtype)
+        dropout = 0.0 if deterministic else config.attention_probs_dropout_prob
+        if is_fused(self.attention, query, key, dropout=dropout):
+            return by_platform(query, key, value, bias).reshape(queries_from.shape)
+        weights = softmax_weights(query, key, bias)
         weights = nn.Dropout(config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(queries_from.shape)
+        return weighted_sum(weights, value).reshape(queries_from.shape)
 
 
 class ResidualOutput(nn.Module):
@@ -199,10 +204,11 @@ class Attention(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
     def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
-        attended = SelfAttention(self.config, self.dtype, name="self")(
+        attended = SelfAttention(self.config, self.dtype, self.attention, name="self")(
             queries_from, hidden, bias, deterministic=deterministic
         )
         output = ResidualOutput(self.config, self.dtype, name="output")
@@ -226,12 +232,13 @@ class Layer(nn.Module):
 
     config: EncoderConfig
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
     def __call__(self, hidden: Array, bias: Array, deterministic: bool, first_token_only: bool) -> Array:
         """Maps (batch, length, hidden) to the same, or to (batch, 1, hidden) for the first token only."""
         queries_from = hidden[:, :1] if first_token_only else hidden
-        attended = Attention(self.config, self.dtype, name="attention")(
+        attended = Attention(self.config, self.dtype, self.attention, name="attention")(
             queries_from, hidden, bias, deterministic=deterministic
         )
         wide = Intermediate(self.config, self.dtype, name="intermediate")(attended)
@@ -275,7 +282,7 @@ class LayerStack(nn.Module):
     def _layer(self, hidden, bias, variables, key, deterministic, first_token_only, in_loop=False):
         def apply(variables, key, hidden, bias):
             rngs = None if key is None else {"dropout": key}
-            layer = Layer(self.config, self.dtype, parent=None)
+            layer = Layer(self.config, self.dtype, self.form.attention, parent=None)
             return layer.apply(variables, hidden, bias, deterministic, first_token_only, rngs=rngs)
 
         if self.form.gradient_checkpointing:
@@ -320,7 +327,7 @@ class LayerStack(nn.Module):
         return tuple(states)
 
     def _initialize(self, hidden, bias):
-        layer, key = Layer(self.config, self.dtype, parent=None), self.make_rng("params")
+        layer, key = Layer(self.config, self.dtype, EINSUM, parent=None), self.make_rng("params")
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.config.num_hidden_layers))
         drawn = [layer.init(key, hidden, bias, True, False)["params"] for key in keys]
         trees = {str(index): tree for index, tree in enumerate(drawn)}
@@ -418,6 +425,11 @@ class SequenceClassifier(nn.Module):
             `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
             rounding.
         unroll: Layers in one iteration of that scan; 0: all of them, without a loop.
+        attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
+            attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN
+            where it can do it and is faster, from 128 tokens on. For other platforms, and for the one query of
+            ``first_token_only``, einsum is compiled always. cuDNN has neither second derivatives nor a rule for
+            `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
     config: EncoderConfig
@@ -426,12 +438,15 @@ class SequenceClassifier(nn.Module):
     gradient_checkpointing: bool = False
     layers: str = SEPARATE
     unroll: int = 1
+    attention: str = EINSUM
 
     def __post_init__(self):
         if self.layers not in LAYOUTS:
             raise ValueError(f"layers={self.layers!r} is not one of {', '.join(map(repr, LAYOUTS))}")
         if self.unroll < 0:
             raise ValueError(f"unroll={self.unroll} must be at least 0")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention={self.attention!r} is not one of {', '.join(map(repr, ATTENTIONS))}")
         super().__post_init__()
 
     @property
@@ -485,7 +500,7 @@ class SequenceClassifier(nn.Module):
             attention_mask = jnp.ones(shape, jnp.int32)
         if token_type_ids is None:
             token_type_ids = jnp.zeros(shape, jnp.int32)
-        form = Form(self.layers, self.unroll, self.gradient_checkpointing)
+        form = Form(self.layers, self.unroll, self.gradient_checkpointing, self.attention)
         features, states = EncoderModel(config, self.dtype, form, name=config.base_prefix)(
             tokens,
             jnp.asarray(attention_mask),

@@ -49,6 +49,7 @@ def from_pretrained(
     gradient_checkpointing: bool = False,
     layers: str = "separate",
     unroll: int = 1,
+    attention: str = "einsum",
     revision: str | None = None,
 ) -> tuple[SequenceClassifier, Parameters, EncoderConfig]:
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
@@ -79,6 +80,7 @@ def from_pretrained(
         layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
             ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
         unroll: See :class:`SequenceClassifier`.
+        attention: See :class:`SequenceClassifier`.
         revision: The branch, tag or commit of a hub repository.
 
     Returns:
@@ -103,7 +105,12 @@ def from_pretrained(
     config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
     model = SequenceClassifier(
-        config, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing, layers=layers, unroll=unroll
+        config,
+        jnp.dtype(dtype),
+        gradient_checkpointing=gradient_checkpointing,
+        layers=layers,
+        unroll=unroll,
+        attention=attention,
     )
     shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))

@@ -308,7 +308,7 @@ def tune_all(
     tokenizer: Any,
 ) -> None:
     """Runs this process's share of the missing tunings, start by start."""
-    xla_flags.set_defaults()
+    xla_flags.set_defaults(settings.deterministic)
     compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     number, count = parse_share(settings.share)
     for start in starts:

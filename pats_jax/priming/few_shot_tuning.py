@@ -209,6 +209,7 @@ def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
         unroll=settings.unroll or 0,
+        attention=settings.model_attention,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

@@ -74,6 +74,8 @@ class PrimingSettings(TrainingSettings):
             method = methods.get_methods(name)[0]
             if method.objective or method.trainable or method.around:
                 raise InputError(f"--method {name}: not available for priming; it works only with pats-jax glue")
+        if self.attention == "cudnn":
+            raise InputError("--attention cudnn: not available for priming; omit the flag")
         if self.per_device_train_batch_size != TrainingSettings.per_device_train_batch_size or self.train_batch_size:
             raise InputError(
                 "--per_device_train_batch_size, --train_batch_size: use --tasks_per_step, --task_batch_size"
@@ -120,6 +122,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
         gradient_checkpointing=settings.gradient_checkpointing,
         layers=settings.layers,
         unroll=settings.unroll or 0,
+        attention="einsum",  # tasks are mapped over, and meta-learning takes second derivatives
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         **dropout,
     )

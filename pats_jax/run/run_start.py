@@ -111,7 +111,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     """
     settings.check()
     methods.get_methods(settings.method)
-    xla_flags.set_defaults()
+    xla_flags.set_defaults(settings.deterministic)
     compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
     runners.initialize(
         settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds

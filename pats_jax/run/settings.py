@@ -113,8 +113,10 @@ class TrainingSettings:
     profile: bool = False  # profile ten steps with JAX's profiler; the trace goes to output_dir/profile
     dtype: Literal["float32", "bfloat16"] = "float32"  # type for computation; parameters and state stay float32
     gradient_checkpointing: bool = False  # save memory: recompute activations in the backward pass
+    attention: Literal["auto", "einsum", "cudnn"] = "auto"  # cudnn: fused, on NVIDIA GPUs; auto: where it is faster
     layers: Literal["auto", "separate", "stacked"] = "auto"  # encoder layers: arrays each, or a loop over stacked ones
     unroll: int | None = None  # stacked layers: layers in one iteration of the loop; 0: all; none: by the backend
+    deterministic: bool = False  # on a GPU: slower, but the same bits in every run; no change elsewhere
     parallel: Literal["jit", "pmap"] = "jit"  # how devices share the work: jit over a mesh, or pmap
     fsdp: int = 1  # shard parameters and optimizer state over N devices
     num_devices: int | None = None  # use only N devices; if unset, all
@@ -141,8 +143,17 @@ class TrainingSettings:
             raise InputError("--resume and --overwrite cannot be used together")
         if self.peft_pooler and self.peft is None:
             raise InputError("--peft_pooler: needs --peft")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise InputError("--attention cudnn: needs --dtype bfloat16")
+        if self.attention == "cudnn" and self.model_attention != "cudnn":
+            raise InputError("--attention cudnn: not available with --fsdp or --deterministic")
         if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
             raise InputError(f"--process_id {self.process_id}: must be less than --num_processes {self.num_processes}")
+
+    @property
+    def model_attention(self) -> str:
+        """The model's ``attention``: cuDNN's cannot be cut as --fsdp may do, and is not known to keep to one order."""
+        return "einsum" if self.fsdp > 1 or self.deterministic else self.attention
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
@@ -261,6 +272,7 @@ _FREE_ON_RESUME = (
     "report_to",
     "profile",
     "gradient_checkpointing",
+    "attention",
     "layers",
     "unroll",
     "parallel",
@@ -335,6 +347,7 @@ _PATHS = (
 # Flags of the run_glue examples that are not supported here -> what to use instead.
 FOREIGN_FLAGS = {
     "adafactor": "use any Optax optimizer from Python",
+    "attn_implementation": "use --attention",
     "bf16": "use --dtype bfloat16",
     "cache_dir": "set the environment variable HF_HOME",
     "config_name": "the config is read from --model_name_or_path",

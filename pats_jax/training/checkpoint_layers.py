@@ -5,6 +5,7 @@ A state with separate layers has an array for each layer, one with stacked layer
 parameter. Keys are the same in both.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -44,11 +45,31 @@ class OtherLayout:
     def differing_name(self, saved: Collection[str]) -> str | None:
         """A name that shows that the saved arrays are of another state; None if they are this one's.
 
-        A stack may lack layers: those that a mask leaves out have no state of their own.
+        A stack in the optimizer's state may lack layers: those that a mask leaves out have no state of their own.
         """
         known = {name for names in self._names.values() for name in names}
-        missing = {name for name, names in self._names.items() if not set(names) & set(saved)}
-        return min((set(saved) - known) | missing, default=None)
+        differing = set(saved) - known
+        for name, names in self._names.items():
+            absent = set(names) - set(saved)
+            if not name.startswith("opt_state.") or len(absent) == len(names):
+                differing |= absent
+        return min(differing, default=None)
+
+    def differing_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """A name of a saved array, of these shapes, that cannot be this state's; None if all can."""
+        layers = 1 + max((number for number in self._numbers.values() if number is not None), default=0)
+        for name, x in self._arrays.items():
+            if self._is_same(name):
+                fits = shapes[name] == x.shape
+            elif self._numbers[name] is None:
+                size = x.size // x.shape[0]
+                fits = all(math.prod(shapes[source]) == size for source in set(self._names[name]) & set(shapes))
+            else:
+                stack = shapes[self._names[name][0]]
+                fits = stack[0] == layers and math.prod(stack[1:]) == x.size
+            if not fits:
+                return name
+        return None
 
     def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
         """The saved arrays as abstract ones, of these shapes, cut over the devices as the state's own are."""

@@ -317,7 +317,10 @@ class Checkpoints:
         if other is None:
             target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in present.items()}
         else:
-            target = other.targets(self._read(step, lambda reader, item: _shapes(reader.metadata(item))))
+            shapes = self._read(step, lambda reader, item: _shapes(reader.metadata(item)))
+            if name := other.differing_shape(shapes):
+                raise InputError(_of_another_model(self._path(step), name))
+            target = other.targets(shapes)
         arrays = self._read(step, lambda reader, item: reader.restore(item, target))
         for name, value in jax.device_get(_checksums(arrays)).items():
             if int(value) != record.checksums[name]:
@@ -339,8 +342,7 @@ class Checkpoints:
         saved = record.checksums.keys()
         name = min(saved ^ present.keys(), default=None) if other is None else other.differing_name(saved)
         if name or record.key_kinds != kinds:
-            example = name or "a key"
-            raise InputError(f"checkpoint {self._path(step)} belongs to another model or optimizer: {example} differs")
+            raise InputError(_of_another_model(self._path(step), name or "a key"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,6 +424,10 @@ def _of_another_format(path, what, version):
         f"checkpoint {path} {what}, but pats_jax {pats_jax.__version__} reads format {FORMAT}; "
         f"resume with pats_jax {shown(version, quoted=False)}"
     )
+
+
+def _of_another_model(path, name):
+    return f"checkpoint {path} belongs to another model or optimizer: {name} differs"
 
 
 def _agreed(call: Callable[[], Result]) -> Result:

@@ -195,6 +195,10 @@ class CompiledStep:
             self._then = ()
         return result
 
+    def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        """The compiled program for arguments of such shapes, which a call then runs; computes nothing."""
+        return self._compile(jax.tree.map(_abstract, self._deal(state, batch)))
+
     def begin(self, state: TrainState, batch: Batch) -> None:
         """Begins to compile the program of the first step in a thread; `compiling_ahead` must follow, and ends it.
 
@@ -236,7 +240,7 @@ class CompiledStep:
             self._then = ()
 
     def _compile(self, arguments):
-        self._compiled.lower(*arguments).compile()
+        return self._compiled.lower(*arguments).compile()
 
 
 def _compiling_thread():

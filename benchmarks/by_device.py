@@ -1,0 +1,177 @@
+"""Tables of the docs page that set devices side by side, and the goals on an H100, from ``results/DEVICE/*.json``."""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks import goals, report
+from benchmarks.goals import Goal
+from pats_jax import files
+
+BEGIN, END = "<!-- by device: written by `python -m benchmarks plot` -->", "<!-- end of by device -->"
+FIRST, SECOND = "on_device_1", "on_device_2"  # calls of benchmarks.on_device: other forms of the layers; the final one
+BEST = "stacked:unroll0"  # all layers without a loop
+
+Held = dict[str, Any]  # what a file holds
+Value = Callable[[Held], float]
+
+
+def read_rows(folder: pathlib.Path) -> dict[str, Held]:
+    """The files of one device that have rows, by name; those of the subjects have none."""
+    found = {path.stem: files.read_json(path) for path in sorted(folder.glob("*.json"))}
+    return {name: held for name, held in found.items() if isinstance(held, dict) and "rows" in held}
+
+
+def _figure(row: str, variant: str, name: str = "ms") -> Value:
+    return lambda held: held["rows"][row]["variants"][variant][name]
+
+
+def _step(variant: str) -> Value:
+    return _figure("step", f"{variant}:{BEST}")
+
+
+def _update(variant: str) -> Value:
+    return _figure("update", f"{variant}:stacked")
+
+
+def _to_torch(size: str = "") -> Value:
+    return _figure("step", f"{size} finetune:{BEST}".strip(), "to_torch_compile")
+
+
+def _over(kind: Callable[[str], Value], variant: str) -> Value:
+    return lambda held: kind(variant)(held) / kind("finetune")(held)
+
+
+def _added(variant: str) -> Value:
+    return lambda held: _step(variant)(held) - _step("finetune")(held)
+
+
+def _seconds(row: str, name: str) -> Value:
+    """Seconds of a program that ended well; KeyError otherwise."""
+
+    def value(held):
+        figures = held["rows"][row][name]
+        if figures.get("exit", 0) != 0:
+            raise KeyError(name)
+        return figures["seconds"]
+
+    return value
+
+
+GOALS = (
+    Goal("AdamW's step here / torch.compile's, BERT-base, 32 x 128", SECOND, 0.50, _to_torch()),
+    Goal("the same, MiniLM, 32 x 64", SECOND, 0.50, _to_torch("minilm")),
+    Goal("the same, BERT-large, 16 x 128", SECOND, 0.70, _to_torch("large")),
+    Goal("what PATS adds to BERT-base's step, default layers, ms", SECOND, 0.5, _added("pats")),
+    Goal("the same with noise on all leaves, ms", SECOND, 0.9, _added("pats:all")),
+    Goal("AdamW's update alone / memory alone", FIRST, 1.25, _figure("update", "finetune:stacked", "to_memory")),
+    Goal("the same of PATS with noise on all leaves", FIRST, 1.35, _figure("update", "pats:all:stacked", "to_memory")),
+    Goal(
+        "start of the process to the first loss, empty cache, BERT-base, AdamW, s",
+        *(SECOND, 20.0, _seconds("cold", f"finetune:{BEST} empty cache"), ".1f"),
+    ),
+    Goal("the same, PATS, s", SECOND, 25.0, _seconds("cold", f"pats:{BEST} empty cache"), ".1f"),
+    Goal(
+        "`pats-jax glue`, MRPC, MiniLM, 3 epochs, empty cache, s", "glue", 60.0, _seconds("glue", "empty cache"), ".1f"
+    ),
+    Goal("the same command again, s", "glue", 25.0, _seconds("glue", "again"), ".1f"),
+)
+
+# Text; results file and ratio on CPU; results file and ratio on the H100.
+SIDE_BY_SIDE: tuple[tuple[str, str, str, str, Value], ...] = (
+    ("AdamW's step here / torch's, BERT-base", "torch", "bert-base 8x128 finetune", SECOND, _to_torch()),
+    ("the same, MiniLM", "torch", "minilm 32x64 finetune", SECOND, _to_torch("minilm")),
+    ("PATS's step / AdamW's, BERT-base", "step", "bert-base 8x128 pats", SECOND, _over(_step, "pats")),
+    ("the same, noise on all leaves", "step", "bert-base 8x128 pats:all", SECOND, _over(_step, "pats:all")),
+    ("PATS's update alone / AdamW's, BERT-base", "optimizer", "bert-base pats", FIRST, _over(_update, "pats")),
+    ("the same, noise on all leaves", "optimizer", "bert-base pats:all", FIRST, _over(_update, "pats:all")),
+)
+
+
+def lines(results_dir: pathlib.Path) -> list[str]:
+    """All of it in Markdown; nothing where there are no results of an H100.
+
+    Args:
+      results_dir: holds a folder for each kind of device.
+    """
+    found = read_rows(results_dir / "h100")
+    if not found:
+        return []
+    first, second = found[FIRST], found[SECOND]
+    tables = {
+        "Goals on one H100 (bfloat16):": goals.goal_lines(found, GOALS, "benchmarks/results/h100/{}.json"),
+        "The same ratios on both devices:": _side_by_side(results_dir / "cpu", found),
+        "The step, second call (BERT-base unless MiniLM is named):": _steps(second),
+        "The step, first call (BERT-base; the step then also measured the norms of parameters and update):": _steps(
+            first
+        ),
+        "The update alone (BERT-base's 109 million parameters):": _updates(first),
+        "Attention alone, forward and backward, 12 in a row, no dropout:": _attention(first),
+        "Sums in a fixed order, and as they come (BERT-base's AdamW step, without a loop):": _ordered(first),
+        "Trainings of MiniLM in 20 lanes, evaluations included:": _lanes(found["lanes"]),
+    }
+    parts = [line for title, rows in tables.items() for line in (title, "", *rows, "")]
+    return [*parts, _measured_on(found)]
+
+
+def _side_by_side(cpu_folder: pathlib.Path, found: dict[str, Held]) -> Iterator[str]:
+    yield "| | 2 CPU cores, float32 | one H100, bfloat16 |"
+    yield "| --- | ---: | ---: |"
+    for text, subject, name, file, value in SIDE_BY_SIDE:
+        path = cpu_folder / f"{subject}.json"
+        held = report.read(path)["ratios"].get(name) if path.exists() else None
+        yield f"| {text} | {'-' if held is None else f'{held:.3f}'} | {value(found[file]):.3f} |"
+
+
+def _steps(held: Held) -> Iterator[str]:
+    yield "| | ms | / torch.compile | kernels | seconds to compile | temporaries, GB |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, one in held["rows"]["step"]["variants"].items():
+        texts = [f"{one['ms']:.2f}", f"{one['to_torch_compile']:.2f}"]
+        if "kernels" in one:
+            sizes = one["kernels"], one["compile_seconds"], one["temporary_bytes"] / 1e9
+            texts += [f"{sizes[0]:,}", f"{sizes[1]:.0f}", f"{sizes[2]:.2f}"]
+        else:
+            texts += ["", "", ""]
+        yield f"| {name} | {' | '.join(texts)} |"
+
+
+def _updates(held: Held) -> Iterator[str]:
+    yield "| | ms | bytes that it must move, GB | / memory alone | kernels |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for name, one in held["rows"]["update"]["variants"].items():
+        kernels = one.get("kernels", "")
+        yield f"| {name} | {one['ms']:.2f} | {one['bytes'] / 1e9:.2f} | {one['to_memory']:.2f} | {kernels} |"
+
+
+def _attention(held: Held) -> Iterator[str]:
+    yield "| rows x tokens x heads x width | einsum, ms | cuDNN with a mask | cuDNN with lengths |"
+    yield "| --- | ---: | ---: | ---: |"
+    measured = held["rows"]["attention"]["variants"]
+    for shape in dict.fromkeys(name.partition(" ")[0] for name in measured):
+        figures = [f"{measured[f'{shape} {way}']['ms']:.2f}" for way in ("einsum", "cudnn", "cudnn-lengths")]
+        yield f"| {shape} | {' | '.join(figures)} |"
+
+
+def _ordered(held: Held) -> Iterator[str]:
+    yield "| | ms a step | equal bits | kernels |"
+    yield "| --- | ---: | --- | ---: |"
+    for name, one in held["rows"]["deterministic"]["variants"].items():
+        yield f"| {name} | {one['ms']:.2f} | {'yes' if one['equal_bits'] else 'no'} | {one['kernels']:,} |"
+
+
+def _lanes(held: Held) -> Iterator[str]:
+    yield "| task | trainings in the set | lengths | seconds | ms a step and lane |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for one in held["rows"]["lanes"]["sets"]:
+        lengths = ", ".join(map(str, one["lengths"]))
+        yield f"| {one['task']} | {one['count']} | {lengths} | {one['seconds']:.1f} | {one['ms_a_step_and_lane']:.2f} |"
+
+
+def _measured_on(found: dict[str, Held]) -> str:
+    versions: dict[str, str] = {}
+    for held in found.values():
+        versions |= held["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    devices, dates = ({held[name] for held in found.values()} for name in ("device", "date"))
+    return f"Measured on one {', '.join(sorted(devices))}, {', '.join(sorted(dates))}; {packages}."

@@ -1,0 +1,114 @@
+"""Scaled dot-product attention by `jnp.einsum`, or by cuDNN's fused kernel where that is faster.
+
+The kernel does not write the weights, (batch, heads, queries, length), to memory. Measured on an H100, 12 times forward
+and backward in bfloat16 with 12 heads of 64 units: 32 rows of length 128 take 0.99 ms instead of 1.39, 8 rows of length
+512 take 1.71 ms instead of 4.82.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+
+from pats_jax.errors import InputError
+
+Attention = Literal["auto", "einsum", "cudnn"]
+AUTO, EINSUM, CUDNN = ATTENTIONS = get_args(Attention)
+
+_FROM_LENGTH = 128  # what "auto" needs; below, nothing was measured
+_WIDEST_HEAD = 128
+_OLDEST_GPU = 8.0  # compute capability, Ampere
+
+
+def softmax_weights(query: Array, key: Array, bias: Array) -> Array:
+    """Attention weights (batch, heads, queries, length) in the dtype of the queries, from a float32 softmax."""
+    width = query.shape[-1]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores + bias).astype(query.dtype)
+
+
+def weighted_sum(weights: Array, value: Array) -> Array:
+    """The sum of the values (batch, length, heads, width) by weights, (batch, queries, heads, width)."""
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
+    """Attention without dropout, (batch, queries, heads, width): by cuDNN where lowered for CUDA, by einsum elsewhere.
+
+    Args:
+      query: (batch, queries, heads, width).
+      key: (batch, length, heads, width).
+      value: As key.
+      bias: float32 (batch, 1, 1, length): 0 for tokens that are attended to, another number for the others.
+    """
+    # The branch that is not taken costs nothing, but each keeps what the other would need for its backward pass.
+    other = jax.checkpoint(lambda query, key, value, bias: weighted_sum(softmax_weights(query, key, bias), value))
+    return jax.lax.platform_dependent(query, key, value, bias, cuda=fused, default=other)
+
+
+def fused(
+    query: Array, key: Array, value: Array, bias: Array, implementation: Literal["cudnn", "xla"] = CUDNN
+) -> Array:
+    """As `by_platform`, by an implementation of `jax.nn.dot_product_attention`.
+
+    Both put a finite number in the place of masked scores or add one, so a row without any token gives no NaN.
+    """
+    allowed = jnp.broadcast_to(bias == 0, (*bias.shape[:2], query.shape[1], key.shape[1]))
+    allowed = _unmapped(allowed, jax.lax.stop_gradient(query))
+    return jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation=implementation)
+
+
+@custom_vmap
+def _unmapped(allowed: Array, query: Array) -> Array:
+    """``allowed``; its rule refuses `jax.vmap`, for which cuDNN would need a mask as large as the weights."""
+    return allowed
+
+
+@_unmapped.def_vmap
+def _refuse(axis_size, in_batched, allowed, query):
+    raise InputError('attention by cuDNN does not work under jax.vmap; make the model with attention="einsum"')
+
+
+def is_fused(attention: str, query: Array, key: Array, *, dropout: float) -> bool:
+    """Whether `by_platform` is to be used; one query, as in the last layer, is always left to einsum.
+
+    Asks JAX for its devices only if all else fits.
+
+    Args:
+      attention: "auto", "einsum" or "cudnn".
+      query: (batch, queries, heads, width).
+      key: (batch, length, heads, width).
+      dropout: The rate on the weights; 0 if there is none now.
+
+    Raises:
+      InputError: "cudnn" cannot do it.
+    """
+    queries, length = query.shape[1], key.shape[1]
+    if attention == EINSUM or queries == 1 or (attention == AUTO and queries < _FROM_LENGTH):
+        return False
+    reason = _misfit(query.dtype, query.shape[-1], queries, length, dropout) or _missing_gpu()
+    if reason is not None and attention == CUDNN:
+        raise InputError(f'attention="cudnn" {reason}; or use attention="auto"')
+    return reason is None
+
+
+def _misfit(dtype, width, queries, length, dropout) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, not {dtype} (--dtype bfloat16)"
+    if width > _WIDEST_HEAD or width % 8:
+        return f"needs heads of at most {_WIDEST_HEAD} units, a multiple of 8, not {width}"
+    if dropout > 0:
+        return f"cannot drop weights, and attention dropout is {dropout}; set it to 0 (--attention_dropout 0)"
+    if queries % 2 or length % 2:
+        return f"needs even lengths, not {queries} queries and {length} keys; pad the texts by one token"
+    return None
+
+
+def _missing_gpu() -> str | None:
+    """What JAX's first device lacks, or None if it is an NVIDIA GPU with the matrix units that the kernel needs."""
+    device = jax.devices()[0]
+    if "cuda" in device.client.platform_version and float(device.compute_capability) >= _OLDEST_GPU:
+        return None
+    return f"needs an NVIDIA GPU, Ampere or newer; JAX runs on {device.device_kind} here"
