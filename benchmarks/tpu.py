@@ -8,6 +8,8 @@ unrolled, without a loop.
 
 import concurrent.futures
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -133,7 +135,7 @@ class Tpu:
             for cell, figures in zip(again, counted, strict=True):
                 found[cell.name] |= {"error": figures["error"]} if "error" in figures else {"unrolled": figures}
                 say(console, f"{cell.name}, unrolled: {spell(figures)}")
-        results = report.Results(measured=found, ratios=ratios(found), tables=[table(found)])
+        results = report.Results(measured=found, ratios=ratios(found), tables=[table(found)], versions=libtpu_version())
         report.finish("tpu", results, self.output_file, self.add, console)
         if self.page:
             held = report.read(self.output_file)
@@ -143,6 +145,12 @@ class Tpu:
         for line in failed:
             say(console, f"FAILED {line}")
         return 1 if failed else 0
+
+
+def libtpu_version() -> dict[str, str]:
+    """The version of libtpu, where it is installed."""
+    found = importlib.util.find_spec("libtpu")
+    return {"libtpu": importlib.metadata.version("libtpu")} if found else {}
 
 
 EMPTY = {"error": "not chosen"}

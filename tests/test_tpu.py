@@ -6,7 +6,7 @@ import jax
 import pytest
 import rich.console
 
-from benchmarks import tpu
+from benchmarks import goals, report, tpu
 from benchmarks.cases import Case
 from pats_jax.errors import InputError
 
@@ -73,6 +73,13 @@ def test_the_ratios_are_those_of_cpu_time_and_the_table_and_the_page_have_every_
     lines = page.read_text().splitlines()
     assert f"| {' | '.join(row)} |" in lines and "old" not in lines
     assert lines[0] == "before" and lines[-1] == "after" and sum(line.startswith("| adamw |") for line in lines) == 1
+
+
+def test_the_docs_have_the_stored_figures_and_every_step_fits():
+    held = report.read(tpu.Tpu().output_file)["measured"]
+    assert list(held) == [cell.name for cell in tpu.CELLS] and tpu.failures(held) == []
+    page = (goals.ROOT / "docs" / "scaling.md").read_text()
+    assert "\n".join(tpu.markdown(held)) in page
 
 
 def test_unknown_cells_are_refused():
