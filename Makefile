@@ -18,7 +18,7 @@ COUNT ?= 2000
 READERS ?=
 FUZZ := $(BIN)/python -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
 
-.PHONY: demo test slow fuzz parity lint docs bench bench-check curves clean
+.PHONY: demo test slow fuzz parity lint docs bench bench-check tpu curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -33,6 +33,7 @@ slow: $(VENV)/.ready
 	$(PYTEST) -m slow
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity and not slow" $(addprefix tests/test_,$(NUMERICS))
 	$(FUZZ) --count 10000
+	$(MAKE) tpu
 
 fuzz: $(VENV)/.ready
 	$(FUZZ) --count $(COUNT)
@@ -65,6 +66,11 @@ bench-check: $(VENV)/.ready
 	$(KEPT_MEMORY) $(BIN)/python -m benchmarks check --subjects step
 	$(LARGE_PAGES) $(BIN)/python -m benchmarks check --subjects optimizer memory
 
+# Training steps compiled for slices of a TPU, by libtpu, on any machine; one that does not fit fails. In an environment
+# of its own, for where libtpu is installed, JAX looks for chips whenever it starts.
+tpu: $(VENV)-tpu/.ready
+	$(VENV)-tpu/bin/python -m benchmarks tpu --page docs/scaling.md
+
 curves: $(VENV)/.torch
 	$(BIN)/python -m benchmarks.torch_curves $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
@@ -82,6 +88,11 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.docs: $(VENV)/.ready
 	@$(PIP) install --editable '.[docs]'
+	@touch $@
+
+$(VENV)-tpu/.ready: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-tpu
+	@$(VENV)-tpu/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[tpu]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.ready

@@ -25,6 +25,7 @@ from benchmarks.pipeline import Pipeline
 from benchmarks.priming import Priming
 from benchmarks.random_numbers import Random
 from benchmarks.step import Step
+from benchmarks.tpu import Tpu
 from pats_jax.errors import InputError
 from pats_jax.reporting.console import say
 from pats_jax.run import xla_flags
@@ -67,7 +68,7 @@ class All:
 def main(args: list[str] | None = None) -> None:
     """Runs a subject or another command; exits with code 2 and one line on stderr when the input is wrong."""
     chosen = tyro.extras.subcommand_cli_from_dict(
-        SUBJECTS | {"all": All, "check": Check, "plot": Plot},
+        SUBJECTS | {"all": All, "check": Check, "plot": Plot, "tpu": Tpu},
         args=args,
         prog="python -m benchmarks",
         description=__doc__,

@@ -230,8 +230,12 @@ class Training:
         step = runner.compile_step(self._make_step(runner.axis_name), state)
         return Running(step, state, runner.put_ahead(self._batch))
 
-    def _make_step(self, axis_name):
-        norms = jax.default_backend() == "cpu"  # as in the programs
+    def step_of(self, runner: runners.MeshRunner) -> runners.Step:
+        """The pure step for a runner, whose devices need not be those of JAX's default backend."""
+        return self._make_step(runner.axis_name, runner.platform)
+
+    def _make_step(self, axis_name, platform=None):
+        norms = (platform or jax.default_backend()) == "cpu"  # as in the programs
         return train_state.make_train_step(self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms)
 
     def _fisher_mask(self, keep_fraction, mask):

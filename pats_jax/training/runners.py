@@ -95,18 +95,21 @@ def first_says(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def make_runner(kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = None) -> "MeshRunner":
+def make_runner(
+    kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> "MeshRunner":
     """The runner of a run.
 
     Args:
       kind: "jit" over a mesh, or "pmap".
       fsdp: devices that one copy of parameters and optimizer state is spread over; 1: every device has its own.
-      num_devices: use only the first ``num_devices`` devices; None: all devices of all processes.
+      num_devices: use only the first ``num_devices`` devices; None: all of them.
+      devices: those to choose from; None: all devices of all processes.
 
     Raises:
       InputError: if fsdp does not divide the number of devices or is used with pmap, or there are too few devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if num_devices is not None:
         if num_devices > len(devices):
             raise InputError(f"--num_devices {num_devices}: only {len(devices)} available")
@@ -360,11 +363,19 @@ class MeshRunner:
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
         """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
+        compiled = self.jit_step(step, state)
+        return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
+
+    def jit_step(self, step: Step, state: TrainState) -> Any:
+        """The step as JAX compiles it for states like this one and what `batch_shapes` describes."""
         # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
         # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
-        return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
+
+    def batch_shapes(self, batch: Batch) -> Batch:
+        """A global batch as the jitted step takes it, as shapes with their shardings; puts nothing on a device."""
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows) for name, x in batch.items()}
 
     def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> CompiledProgram:
         """Compiles a prediction for this process's rows of a batch; every process gets the result for all rows."""
@@ -410,21 +421,27 @@ class PmapRunner(MeshRunner):
         return batch  # pmap itself deals it out
 
     def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
-        devices = self._local_devices
-        compiled = jax.pmap(
+        def deal(state, batch):
+            return self._narrow(state), {name: x.reshape(self._dealt(x)) for name, x in batch.items()}
+
+        return CompiledStep(self.jit_step(step, state), deal, self.in_turn)
+
+    def jit_step(self, step: Step, state: TrainState) -> Any:
+        return jax.pmap(
             step,
             axis_name=DATA,
             in_axes=(None, 0),
             out_axes=(None, None),
             donate_argnums=0,
-            devices=None if jax.process_count() > 1 else devices,
+            devices=None if jax.process_count() > 1 else self._local_devices,
         )
 
-        def deal(state, batch):
-            dealt = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in batch.items()}
-            return self._narrow(state), dealt
+    def batch_shapes(self, batch: Batch) -> Batch:
+        return {name: jax.ShapeDtypeStruct(self._dealt(x), x.dtype) for name, x in batch.items()}
 
-        return CompiledStep(compiled, deal, self.in_turn)
+    def _dealt(self, x):
+        devices = len(self._local_devices)
+        return devices, x.shape[0] // devices, *x.shape[1:]
 
     def view(self, tree: Any) -> Any:
         return jax.tree.map(functools.partial(_with_sharding, self.replicated), tree)
