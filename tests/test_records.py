@@ -188,6 +188,7 @@ def damages(path):
 def own(home, tmp_path, monkeypatch):
     """A copy of the folders that a test may damage; no command may come so far as to train."""
     monkeypatch.setattr(cli, "_show_warnings_in_a_line", lambda: None)
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as that does
     monkeypatch.setattr(compare, "describe_machine", lambda: {"cores": "2"})
     monkeypatch.setattr(compare, "run_all", None)
     monkeypatch.setattr(downstream, "tune_all", None)
