@@ -154,7 +154,7 @@ def test_programs_for_cuda_call_cudnn_and_no_others_do():
     assert kernels("cuda") == (2, 2)  # the last layer has one query
     assert kernels("cpu") == kernels("tpu") == (0, 0)
     assert kernels("cuda", first_token_only=False) == (3, 3)
-    assert kernels("cuda", layers="stacked") == (1, 1)  # in a loop
+    assert kernels("cuda", layers="stacked") == (2, 1)  # a loop keeps products only
     assert kernels("cuda", layers="stacked", gradient_checkpointing=True) == (2, 1)  # computed again
     assert kernels("cuda", attention="cudnn", length=16) == (2, 2)
 

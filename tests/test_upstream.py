@@ -155,7 +155,9 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     cli.main(["prime", *args, "--partition", watched.partition, "--output_dir", str(tmp_path / "run")])
     assert f"results in {tmp_path / 'run'}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved == dataclasses.replace(watched, output_dir=str(tmp_path / "run")).to_dict()
+    assert (
+        saved == dataclasses.replace(watched, output_dir=str(tmp_path / "run"), layers="separate", unroll=1).to_dict()
+    )
     found, records = results(tmp_path / "run"), lines(tmp_path / "run")
     assert [(line["step"], "eval" in line) for line in records] == [(2, False), (2, True), (4, False), (4, True)]
     assert records[0].keys() >= {"loss", "accuracy", "learning_rate", "padding_share", "grad_norm"}
