@@ -77,8 +77,12 @@ def restored(folder, state):
     return found[0]
 
 
-@pytest.mark.parametrize("target", [{"num_devices": 1}, {"fsdp": 2}], ids=["one device", "fsdp"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "target", [{"num_devices": 1}, pytest.param({"fsdp": 2}, marks=pytest.mark.slow)], ids=["one device", "fsdp"]
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(OPTIMIZERS)]
+)
 @pytest.mark.parametrize("layers", ["separate", "stacked"])
 def test_training_goes_on_in_the_other_layout(tmp_path, name, layers, target):
     """As if it had been in that layout from the start; noise, masks and chosen entries are the same."""

@@ -87,7 +87,7 @@ def assert_close(params, of_run, lane):
             np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=2e-4, err_msg=str(path))
 
 
-@pytest.mark.parametrize("layers", ["separate", "stacked"])
+@pytest.mark.parametrize("layers", ["separate", pytest.param("stacked", marks=pytest.mark.slow)])
 def test_a_lane_is_the_run_alone(home, dataset, layers):
     shared = dict(method="pats+r-drop")
     runs = [
@@ -111,6 +111,7 @@ def test_a_lane_is_the_run_alone(home, dataset, layers):
     assert all(np.abs(kernels[a] - kernels[b]).max() > 1e-2 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_shared(home, dataset):
     runs = [settings(home, seed=seed, method="bitfit") for seed in (0, 1)]
     trained = in_lanes(home, dataset, runs, 4)
@@ -130,6 +131,7 @@ def test_frozen_parameters_are_shared(home, dataset):
             np.testing.assert_allclose(trained.metrics["loss"][number, lane], metrics["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_of_scale_0_is_no_noise(home, dataset):
     runs = [settings(home, seed=5, method="pats", noise_scale=scale) for scale in (0.0, 0.1)]
     plain, _, _ = alone(home, dataset, dataclasses.replace(runs[0], method="finetune"), 15)
@@ -137,6 +139,7 @@ def test_noise_of_scale_0_is_no_noise(home, dataset):
     assert_close(trained.state.params, plain, 0)
 
 
+@pytest.mark.slow
 def test_a_diverging_lane_is_frozen_and_reported(home, dataset):
     def trained(rate):
         runs = [settings(home, seed=seed, method="pats", noise_scale=0.01) for seed in range(8)]

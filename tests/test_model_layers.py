@@ -103,6 +103,7 @@ def test_logits_states_and_gradients_with_the_same_dropout(family, options):
     assert np.abs(other - logits).max() > 1e-3  # the key matters
 
 
+@pytest.mark.slow
 def test_going_on_from_a_hidden_state():
     model, params = SequenceClassifier(BERT, layers="stacked", unroll=2), stack_layers(separate("bert"))
     rest = {name: x for name, x in inputs("bert").items() if name != "input_ids"}
@@ -115,6 +116,7 @@ def test_going_on_from_a_hidden_state():
         assert np.abs(noised - logits).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_to_its_rounding():
     def logits(layers, dtype):
         params = stack_layers(separate("bert")) if layers == "stacked" else separate("bert")

@@ -32,6 +32,7 @@ def flags(tmp_path):
     return ["run", *given]
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_repeated(flags, tmp_path, capsys):
     path = tmp_path / "study" / "runs.jsonl"
     study.main([*flags, "--methods", "plain", "constant"])
@@ -60,6 +61,7 @@ def test_a_finished_training_is_not_repeated(flags, tmp_path, capsys):
     assert "runs.jsonl:1: trained by other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_set_begins_that_would_end_too_late(flags, tmp_path, capsys):
     study.main([*flags, "--max_seconds", "0"])
     assert "sst2: no time for plain" in capsys.readouterr().out
