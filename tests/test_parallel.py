@@ -137,9 +137,8 @@ def separate_layers():
     return runner.to_host(state.params), second_moments(runner, state)
 
 
-@pytest.mark.parametrize(
-    "name", ["one device", "mesh", "pmap", "fsdp", pytest.param("mesh, micro-batches", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one device", "mesh", "pmap", "fsdp", "mesh, micro-batches"])
 def test_stacked_layers_are_separate_ones_by_every_runner(separate_layers, name):
     params, moments = separate_layers
     tx, tolerance = OPTIMIZERS["AdamW"]

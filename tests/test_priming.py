@@ -347,6 +347,7 @@ def test_several_devices_train_as_one_does(algorithm):
         assert float(own["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_micro_batches_of_tasks_are_the_whole_batch(algorithm):
     found, expected = (train(algorithm, accumulation_steps=parts)[0] for parts in (2, 1))
@@ -354,6 +355,7 @@ def test_micro_batches_of_tasks_are_the_whole_batch(algorithm):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_noise_changes_its_own_leaves_only(algorithm):
     step = jax.jit(make_train_step(meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE)))
@@ -364,6 +366,7 @@ def test_noise_changes_its_own_leaves_only(algorithm):
     assert all(map(np.array_equal, jax.tree.leaves(with_noise), jax.tree.leaves(without)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", meta_losses.ALGORITHMS)
 def test_frozen_leaves_stay_in_training(algorithm):
     meta_loss = meta_losses.make_meta_loss(algorithm, loss_fn, inner_learning_rate=RATE, trainable=ONLY_BIASES)
