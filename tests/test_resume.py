@@ -212,6 +212,7 @@ def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "there",
     [
@@ -277,6 +278,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, inte
     assert lines(folder) == lines(whole_here) and (folder / "checkpoints" / "13.damaged").is_dir()
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(base, whole_here, interrupted, caplog):
     """Not when the best model is needed, after the last step: training comes to it once more."""
     folder = interrupted(step=28)
@@ -394,6 +396,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(b
     assert lines(folder) == lines(whole_here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken, error",
     [
