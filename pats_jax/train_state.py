@@ -107,7 +107,8 @@ def make_train_step(
       skip_nonfinite: whether a step with a non-finite loss or gradient norm leaves parameters and optimizer state
         unchanged; only ``state.step`` advances.
       norms: whether ``param_norm`` and ``update_norm`` are measured. An accelerator then reads and writes every
-        parameter once more, 0.6 of 10.7 ms for BERT-base on an H100 (see `global_norms` for now and then).
+        parameter once more: BERT-base's step took 10.7 ms with them and 10.0 without, in two calls on an H100. Use
+        `global_norms` to measure them now and then.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,

@@ -472,15 +472,21 @@ def train(
         params, results["model_step"] = checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
     trained = Trained(params, progress.records, lambda: hooks.save(state, progress))
     if start is not None:  # both now: before the first step nobody waits for it
-        before, after = training.sensitivity(runner.place(start)), training.sensitivity(params)
-        everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
-        results["concentration"] = {
-            "before": concentration.by_tensor(before),
-            "after": concentration.by_tensor(after),
-            "log10_histogram": concentration.log10_histograms(*everything),
-        }
+        results["concentration"], everything = measure_concentration(training, runner.place(start), params)
         trained.draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
     return trained
+
+
+def measure_concentration(training: Training, start: Any, end: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """How concentrated sensitivity is before and after training, for results.json, and all of its values in both."""
+    before, after = training.sensitivity(start), training.sensitivity(end)
+    everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
+    found = {
+        "before": concentration.by_tensor(before),
+        "after": concentration.by_tensor(after),
+        "log10_histogram": concentration.log10_histograms(*everything),
+    }
+    return found, everything
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
