@@ -27,7 +27,7 @@ from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
 from pats_jax.run import model_card, pe_modules, run_folder, run_start
 from pats_jax.run.settings import Settings
-from pats_jax.training import preemption, runners, shape_costs
+from pats_jax.training import diagnosis, preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import GlueTraining, Trained, count_steps, train
@@ -122,6 +122,7 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
                     results["out_of_domain"] = predictor.evaluate_out_of_domain(trained.params, names)
                 if "predict" in settings.phases:
                     files = predictor.predictions(trained.params)
+                examined = examine(predictor, trained, results) if "eval" in settings.phases else None
             except Preempted as error:
                 trained.save()
                 checkpoints.wait()
@@ -129,14 +130,17 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
             params = runner.to_host(trained.params)
 
             # the folder that people read
-            if "eval" in settings.phases:
-                results |= describe_scores(predictor, trained.records)
+            if examined:
+                results |= describe_scores(predictor, trained.records) | {"diagnosis": examined.record()}
             with trained.kept(checkpoints):
                 if runners.is_first():
                     run_folder.check_links(folder)
                     save_model(folder, settings, model, params, tokenizer)
                     if files:
                         write_files(folder / "predictions", files)
+                    if examined:
+                        write_files(folder / "diagnosis", examined.tables())
+                        examined.draw(folder / "plots")
                     trained.draw()
                     draw(folder, task, results, trained.records)
                     model_card.write_fine_tuned(folder, settings.to_dict(), results)
@@ -347,6 +351,15 @@ def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict
         "final": scores[-1],
         "best": max(scores, key=lambda score: score["metrics"][predictor.task.main_metric]),
     }
+
+
+def examine(
+    predictor: Predictor, trained: Trained, results: dict[str, Any]
+) -> diagnosis.Classification | diagnosis.Regression:
+    """The examination of the model that the run keeps on the validation split."""
+    evaluated = next(record["step"] for record in reversed(trained.records) if "eval" in record)
+    step = results.get("model_step")
+    return diagnosis.examine(predictor, trained.params, model_step=step, evaluated_step=evaluated)
 
 
 def default_folder(settings: Settings) -> str:
