@@ -85,8 +85,8 @@ def test_all_that_runs_write_may_be_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    """README.md model/thesis.txt model/old/config.json thesis.tex .DS_Store .git/HEAD plots/mine.png diagnosis/notes.tsv
-    predictions/notes.tsv checkpoints/notes.txt checkpoints/12/notes.txt checkpoints/mine/metadata
+    """README.md model/thesis.txt model/old/config.json thesis.tex .DS_Store .git/HEAD plots/mine.png
+    diagnosis/notes.tsv predictions/notes.tsv checkpoints/notes.txt checkpoints/12/notes.txt checkpoints/mine/metadata
     tensorboard/notes.txt profile/notes.txt notes/ model/notes/""".split(),
 )
 def test_what_no_run_wrote_is_never_lost(name, tmp_path):

@@ -41,7 +41,8 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
-            f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's tokenizer there"
+            f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); save the model with one, as in "
+            "pats_jax.models.save_pretrained(..., tokenizer=tokenizer), or copy the checkpoint's tokenizer files there"
         )
     if not (folder / "tokenizer.json").is_file() and (folder / _SENTENCEPIECE).is_file():
         _check_sentencepiece(folder)
