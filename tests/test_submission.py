@@ -341,9 +341,11 @@ def test_folders_that_are_no_runs_are_skipped_with_a_word(builtin, submit, tmp_p
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "own" / "config.json").write_text('{"task_name": null, "train_file": "a.csv"}')
     others[3].write_text("nothing")
+    unpredicted = write_run(tmp_path / "unpredicted", "cola", {})
     runs, given = builtin
-    assert server_format.check(submit([*others, *runs.values()]), builtin=True) == given
+    assert server_format.check(submit([*others, unpredicted, *runs.values()]), builtin=True) == given
     assert f"skipped, for these are not runs on a GLUE task: {', '.join(map(str, others))}" in caplog.text
+    assert f"skipped, for these have no predictions (made by --do_predict): {unpredicted}" in caplog.text
 
 
 def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, refuses):
@@ -367,7 +369,6 @@ def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, re
     os.mkfifo(model / "config.json")
     bad(model, "config.json: not a regular file")
     bad(write_run(tmp_path / "killed", "cola", {"CoLA.tsv": given}, results=False), "unfinished: it has no results")
-    bad(write_run(tmp_path / "unpredicted", "cola", {}), "no predictions; run it again with --do_predict")
     bad(write_run(tmp_path / "stray", "cola", {"QNLI.tsv": given}), "QNLI.tsv: a run on cola writes no such file")
 
 

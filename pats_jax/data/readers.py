@@ -281,7 +281,7 @@ def cache_alone_if(offline: bool) -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    places = (datasets.config, huggingface_hub.constants) if offline else ()
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants) if offline else ()
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True

@@ -39,13 +39,13 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run with predictions.
+    """A finished run.
 
     Attributes:
       folder: The run's folder, as given.
       task: What it was trained on.
       is_builtin: Whether its data is the built-in data, not GLUE.
-      files: Its prediction files.
+      files: Its prediction files; none if it was made without ``--do_predict``.
     """
 
     folder: pathlib.Path
@@ -118,11 +118,15 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     Raises:
       InputError: No run is left, `read_run` rejects one, or they mix the two kinds of data.
     """
-    found = [read_run(pathlib.Path(folder)) for folder in folders]
-    skipped = [name for name, run in zip(folders, found, strict=True) if run is None]
-    if skipped:
-        logger.warning("skipped, for these are not runs on a GLUE task: %s", ", ".join(skipped))
-    runs = [run for run in found if run is not None]
+    found = [(name, read_run(pathlib.Path(name))) for name in folders]
+    reasons = {
+        "these are not runs on a GLUE task": [name for name, run in found if run is None],
+        "these have no predictions (made by --do_predict)": [name for name, run in found if run and not run.files],
+    }
+    for reason, names in reasons.items():
+        if names:
+            logger.warning("skipped, for %s: %s", reason, ", ".join(names))
+    runs = [run for _, run in found if run and run.files]
     if not runs:
         raise InputError("no runs: name the folders of finished runs on GLUE tasks, made with --do_predict")
     other = next((run for run in runs if run.is_builtin != runs[0].is_builtin), None)
@@ -152,8 +156,6 @@ def read_run(folder: pathlib.Path) -> Run | None:
     if not (folder / "results.json").is_file():
         raise InputError(f"{folder}: unfinished: it has no results.json; finish the run first")
     found = sorted((folder / "predictions").glob("*.tsv"))
-    if not found:
-        raise InputError(f"{folder}: no predictions; run it again with --do_predict")
     own = {*task.prediction_files.values(), *(TASKS["ax"].prediction_files.values() if task.name == "mnli" else ())}
     foreign = next((file for file in found if file.name not in own), None)
     if foreign:
