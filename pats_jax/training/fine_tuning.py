@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.progress
 
 from pats_jax import methods, train_state, trees
 from pats_jax.companions.child_tuning import fisher_mask
@@ -29,6 +28,7 @@ from pats_jax.models.layout import unstack_layers
 from pats_jax.models.peft import PeftClassifier, trainable_mask
 from pats_jax.objectives import with_objectives
 from pats_jax.reporting import plots
+from pats_jax.reporting.progress import StepProgress
 from pats_jax.run.journal import Journal
 from pats_jax.run.settings import Settings, TrainingSettings
 from pats_jax.training import concentration, preemption, runners, shape_costs
@@ -389,6 +389,7 @@ class TrainingHooks(Hooks):
         self._checkpoints.check()
 
     def evaluate(self, state):
+        self._show(status="scoring the validation data")
         return self._evaluator.evaluate(self._training.runner.view(state.all_params))
 
     def save(self, state, progress):
@@ -438,16 +439,15 @@ def train(
         others = training.programs_for_later(evaluator)
         stack.enter_context(training.step.compiling_ahead(state, training.one_of_each_shape(first_step), others))
         data = stack.enter_context(prefetch(training.batches(first_step)))
-        bar = stack.enter_context(progress_bar(console))
-        number = bar.add_task("training", total=rhythm.total_steps, completed=first_step, status="compiling")
+        compile_seconds = shape_costs.compile_seconds(training.shapes.all_params, runner.platform)
+        bar = stack.enter_context(StepProgress(console, rhythm.total_steps, first_step, compile_seconds))
         journal = profiler = None
         if runners.is_first():
             tensorboard = settings.report_to == "tensorboard"
             journal = stack.enter_context(Journal(folder, progress.records, tensorboard=tensorboard))
         if settings.profile:
             profiler = stack.enter_context(Profiler(folder / "profile", first_step, rhythm.total_steps))
-        show = functools.partial(bar.update, number)
-        hooks = TrainingHooks(training, evaluator, checkpoints, show, journal, profiler)
+        hooks = TrainingHooks(training, evaluator, checkpoints, bar.show, journal, profiler)
         state, progress = fit(
             state,
             training.step,
@@ -487,16 +487,3 @@ def measure_concentration(training: Training, start: Any, end: Any) -> tuple[dic
         "log10_histogram": concentration.log10_histograms(*everything),
     }
     return found, everything
-
-
-def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-    """A bar with loss, examples/s and time left; nothing if the console is not a terminal."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[status]}"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
