@@ -132,7 +132,16 @@ def test_the_wheel_trains_and_predicts_in_a_new_environment(tmp_path):
     options["cwd"] = here
     program = user / "bin/pats-jax"
     assert run(program, "--version", **options) == run(user / "bin/python", "-m", "pats_jax", "--version", **options)
-    data = ("--train_file", "train.csv", "--validation_file", "train.csv", "--max_seq_length", "16")
+    data = (
+        "--train_file",
+        "train.csv",
+        "--validation_file",
+        "train.csv",
+        "--max_seq_length",
+        "16",
+        "--per_device_train_batch_size",
+        "8",
+    )
     run(
         program,
         "glue",
