@@ -23,9 +23,9 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from pats_jax import files
 from pats_jax.comparison import comparison_page, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
+from pats_jax.core import files
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import SENSITIVITY_BATCHES, get_methods

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError, shown
 from pats_jax.run import run_folder
 from pats_jax.run.records import ComparedResults, Concentration, Evaluation, Histogram, MetricsLine, Scores

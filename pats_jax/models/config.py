@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pats_jax.core.files import read_json
 from pats_jax.errors import InputError, shown
-from pats_jax.files import read_json
 
 # The model types that we read: the class prefix in "architectures", and what Transformers takes where config.json is
 # silent (it does not write a value that equals its class's default).

@@ -6,8 +6,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from pats_jax.core.files import read_record
 from pats_jax.errors import InputError
-from pats_jax.files import read_record
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.sources import checkpoint_folder
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import rich.console
 
-from pats_jax import files, models
+from pats_jax import models
 from pats_jax.comparison import compare
+from pats_jax.core import files
 from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
@@ -33,9 +34,9 @@ from pats_jax.priming.gym_settings import GymSettings, parse_share
 from pats_jax.priming.upstream import PrimingSettings
 from pats_jax.reporting.console import say
 from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, xla_flags
+from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
-from pats_jax.run.settings import read_config
 from pats_jax.training import preemption
 
 # What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the
@@ -62,21 +63,24 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     folder = pathlib.Path(str(settings.output_dir))
     if not settings.report_only:
         gym, partition = load_partitioned_gym(
-            settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
+            settings.data.data_dir,
+            settings.data.partition,
+            shots=settings.data.shots,
+            share_sources=settings.data.share_sources,
         )
         names = tuple(dict.fromkeys(settings.tasks)) or partition.test
         missing = [name for name in names if name not in partition.test]
         if missing:
             raise InputError(f"--tasks {missing[0]}: not among the target tasks {', '.join(partition.test)}")
         tasks = [gym[name] for name in names]
-        option_scoring.check_tasks(settings.head, tasks)
+        option_scoring.check_tasks(settings.tuning.head, tasks)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
         check_folder(folder, settings, starts)
-        tokenizer = models.load_tokenizer(settings.model_name_or_path)
-        folder_of_model = models.checkpoint_folder(settings.model_name_or_path, check_weights=False)
+        tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
+        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
         config = models.EncoderConfig.from_folder(folder_of_model)
-        option_scoring.check_tokens(settings.head, tokenizer, config, tasks)
+        option_scoring.check_tokens(settings.tuning.head, tokenizer, config, tasks)
         with hold(folder, settings.share) as locks:
             open_folder(folder, settings, starts)
             if settings.jobs > 1:
@@ -102,7 +106,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
       InputError: a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
         target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
-    model = settings.model_name_or_path
+    model = settings.model.model_name_or_path
     starts = [Start("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
     folders: dict[str, str] = {}
     for name in settings.primed:
@@ -129,13 +133,13 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
     results = files.read_record(folder / "results.json", PrimedResults)
-    if results["head"] != settings.head:
-        raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.head}")
-    base, model = results["model_name_or_path"], settings.model_name_or_path
+    if results["head"] != settings.tuning.head:
+        raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.tuning.head}")
+    base, model = results["model_name_or_path"], settings.model.model_name_or_path
     if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
         raise InputError(f"{where}: was primed from {shown(base, quoted=False)}, not from --model_name_or_path {model}")
     learnt = {task for task in results["upstream_tasks"] if task in tasks}
-    if not settings.share_sources:
+    if not settings.data.share_sources:
         learnt |= {task for task in results["upstream_tasks"] if source_set(task) in map(source_set, tasks)}
     if learnt:
         raise InputError(f"{where}: was trained on {min(learnt)}, which is a target task or shares its dataset")
@@ -146,7 +150,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
         raise InputError(f"{where}: contains a {kind} adapter; add {kind} to --kinds")
     if kind is not None:
         theirs = read_config(str(folder / "config.json"), PrimingSettings)
-        differing = pe_modules.differing_flags(settings.with_peft(kind), theirs)
+        differing = pe_modules.differing_flags(settings.adapter(kind), theirs.adapter)
         if differing:
             raise InputError(f"{where}: was primed with a different {kind} adapter: {', '.join(differing)}")
     return results
@@ -156,8 +160,11 @@ def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[St
     """Writes the folder's config.json, unless another share already has; raises like `check_folder`."""
     with FolderLock(folder, name=".lock-config", patience=10.0):
         check_folder(folder, settings, starts)
-        if not (folder / "config.json").exists():
-            files.write_json(folder / "config.json", _fixed(settings))
+        path = folder / "config.json"
+        theirs = read_config(str(path), GymSettings).to_dict() if path.exists() else {}
+        ours = _fixed(settings)
+        if not ours.keys() <= theirs.keys():  # of kinds that were not tuned before
+            files.write_json(path, theirs | ours)
 
 
 def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
@@ -172,7 +179,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[S
     ours = _fixed(settings)
     if os.path.lexists(path):
         theirs = read_config(str(path), GymSettings).to_dict()
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
         if differing:
             changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--output_dir {folder}: contains tunings with different settings: {changes}")
@@ -193,7 +200,7 @@ def check_records(
 ) -> None:
     """Raises InputError if an existing tuning used other learning rates or another start."""
     for start in starts:
-        rates = list(settings.learning_rates(start.kind))
+        rates = list(settings.tuning.learning_rates(start.kind))
         for _, _, path in places(settings, start, tasks, folder):
             if not os.path.lexists(path):
                 continue
@@ -308,8 +315,8 @@ def tune_all(
     tokenizer: Any,
 ) -> None:
     """Runs this process's share of the missing tunings, start by start."""
-    xla_flags.set_defaults(settings.deterministic)
-    compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
+    xla_flags.set_defaults(settings.compiler.deterministic)
+    compilation_cache.keep_compiled_programs(settings.compiler.compilation_cache_dir)
     number, count = parse_share(settings.share)
     for start in starts:
         own = places(settings, start, tasks, folder)[number - 1 :: count]

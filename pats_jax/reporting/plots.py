@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.reporting.console import visible
 
 _LONGEST_NAME = 40  # characters

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run import replacing
 from pats_jax.run.records import GlueResults, MetricsLine, PrimedResults

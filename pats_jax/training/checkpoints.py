@@ -41,7 +41,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import pats_jax
-from pats_jax import files, random
+from pats_jax import random
+from pats_jax.core import files
 from pats_jax.errors import InputError, shown
 from pats_jax.train_state import TrainState, parameter_name
 from pats_jax.training.checkpoint_layers import OtherLayout, layers_of

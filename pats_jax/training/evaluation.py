@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pats_jax import models
+from pats_jax.core.files import make_folder, write_text
 from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
-from pats_jax.files import make_folder, write_text
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
 from pats_jax.training import metrics

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from pats_jax.core.settings import check_fields, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
 from pats_jax.models.config import EncoderConfig
@@ -46,7 +47,7 @@ class PeftConfig(abc.ABC):
         saved_fields: How it treats the fields of ``adapter_config.json``.
     """
 
-    train_pooler: bool = False
+    train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
 
     kind: ClassVar[str]
     summary: ClassVar[str]
@@ -55,6 +56,9 @@ class PeftConfig(abc.ABC):
     merges: ClassVar[bool] = False
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
+
+    def __post_init__(self):
+        check_fields(self, prefix="")
 
     @property
     def virtual_tokens(self) -> int:
@@ -121,12 +125,6 @@ def own_variable(module: nn.Module, name: str) -> Any:
     return module.get_variable(COLLECTION, name)
 
 
-def check(what: str, value: Any, holds: bool, expected: str) -> None:
-    """Raises InputError unless ``holds``."""
-    if not holds:
-        raise InputError(f"{what} {shown(value)}: must be {expected}")
-
-
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
     """The paths of the linear layers whose names, joined by dots, match a regex.
 
@@ -144,11 +142,6 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
     return found
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether a setting is a whole number of at least so much; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
-from pats_jax.files import write_json
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pats_jax.core.settings import setting
 from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
@@ -49,8 +50,12 @@ class Ia3Config(PeftConfig):
         input_layers: Those whose inputs are; a layer that both match is rescaled at its input.
     """
 
-    output_layers: str = r"\.self\.(key|value)$"
-    input_layers: str = r"\.\d+\.output\.dense$"
+    output_layers: str = setting(
+        r"\.self\.(key|value)$", "IA3: regex of linear layers whose outputs are rescaled", flag="ia3_output_layers"
+    )
+    input_layers: str = setting(
+        r"\.\d+\.output\.dense$", "IA3: regex of linear layers whose inputs are rescaled", flag="ia3_input_layers"
+    )
 
     kind: ClassVar[str] = "ia3"
     summary: ClassVar[str] = "trained scales for keys, values and wide feed-forward units"

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import Embeddings, Encoder
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
@@ -33,6 +34,13 @@ _PREFIX = "prefix"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixConfig(VirtualTokensConfig):
     """The prefix's settings: its length."""
+
+    length: int = setting(
+        20,
+        "prefix tuning: number of virtual tokens; each takes one position from the text",
+        at_least(1, 8192),
+        flag="prefix_length",
+    )
 
     kind: ClassVar[str] = "prefix"
     summary: ClassVar[str] = "trained keys and values before the text's own, in every layer"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from typing_extensions import TypedDict
 
+from pats_jax.core.files import parse_json, parse_record, read_bytes
 from pats_jax.errors import InputError, shown
-from pats_jax.files import parse_json, parse_record, read_bytes
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.patterns import compile_pattern
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, PeftConfig, check, is_whole
+from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.saved import TASK, CommonFields, FieldRules, SavedModules
 
 EMBEDDINGS = ("prompt_embeddings",)  # PEFT's name for it, and ours
@@ -39,14 +39,10 @@ class VirtualTokensConfig(PeftConfig):
         length: Number of virtual tokens; each takes one position from the text.
     """
 
-    length: int = 20
+    length: int
 
     prefix: ClassVar[str] = "base_model."
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT)
-
-    def __post_init__(self):
-        what = f"{self.kind}_length"
-        check(what, self.length, is_whole(self.length, 1), "a positive whole number")
 
     @property
     def virtual_tokens(self) -> int:
