@@ -481,6 +481,6 @@ def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
 if __name__ == "__main__":
     import sys
 
-    from pats_jax.cli import main
+    from pats_jax.programs.cli import main
 
     main(["glue", *sys.argv[1:]])

@@ -483,7 +483,7 @@ def test_cores_are_dealt_out():
 GRID = """
 import sys
 from jax._src import xla_bridge
-from pats_jax import cli
+from pats_jax.programs import cli
 from pats_jax.comparison import compare
 compare.describe_machine = lambda: {}
 compare.glue_command = lambda run, root, flags: [sys.executable, "-S", "-c", "print('no luck'); raise SystemExit(1)"]

@@ -19,12 +19,14 @@ import rich.console
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, models
+from pats_jax import models
 from pats_jax.data import load_gym
 from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 from pats_jax.priming import downstream, few_shot_tuning, option_scoring, upstream
 from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs import cli
 from pats_jax.run import run_folder
 from pats_jax.training import metrics
 
@@ -47,7 +49,7 @@ def home(tmp_path_factory):
     home = tiny.write_gym_home(tmp_path_factory.mktemp("home"))
     (home / "short.json").write_text(json.dumps(tiny.PARTITION | {"train": ["weather", "voice"], "dev": []}))
     quick = {name: value for name, value in QUICK.items() if name not in ("eval_steps", "per_device_train_batch_size")}
-    settings = upstream.PrimingSettings(
+    settings = PrimingSettings(
         model_name_or_path=str(home / "model"),
         data_dir=str(home / "gym"),
         partition=str(home / "short.json"),
@@ -244,7 +246,7 @@ def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, bes
     run(base, tmp_path / "gym", kinds=("full", "lora"), **one)
     for kind, after in zip(("full", "lora"), best_params, strict=True):
         config = peft.LoraConfig(rank=2) if kind == "lora" else None
-        _, before = option_scoring.load_scorer(base.model_name_or_path, "embedding", config, key=base.seed)
+        _, before = option_scoring.load_scorer(base.model.model_name_or_path, "embedding", config, key=base.seed)
         before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
         names = {path: jax.tree_util.keystr(path, simple=True, separator=".") for path in before}
         moved = {name for path, name in names.items() if not np.array_equal(before[path], after[path])}
@@ -388,9 +390,7 @@ def test_many_processes(base, whole, home, tmp_path):
     root = str(pathlib.Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     args = arguments(base, output_dir=tmp_path / "gym", jobs=2, tasks=("manners",))
-    done = subprocess.run(
-        [sys.executable, "-m", "pats_jax.cli", *args], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "pats_jax", *args], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "report: " in done.stdout, done.stderr
     found = records(tmp_path / "gym")
     assert found.keys() == {("direct-lora", "manners", seed) for seed in tiny.SEEDS}

@@ -191,7 +191,7 @@ def test_a_run_keeps_a_gym_out(tmp_path):
 
 GRID = """
 import sys
-from pats_jax import cli
+from pats_jax.programs import cli
 from pats_jax.comparison import compare
 compare.describe_machine = lambda: {}
 compare.glue_command = lambda run, root, flags: [sys.executable, "-S", "-c", sys.argv[1]]

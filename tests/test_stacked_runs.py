@@ -16,7 +16,7 @@ from pats_jax.errors import InputError
 from pats_jax.priming import downstream, upstream
 from pats_jax.priming.few_shot_tuning import Start, load_start
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import run_folder
 from pats_jax.training.loop import Hooks, Rhythm, fit
 

@@ -396,7 +396,7 @@ def open_log(path: pathlib.Path, *, fresh: bool = False) -> BinaryIO:
 
 def glue_command(run: Run, root: pathlib.Path, flags: list[str]) -> list[str]:
     """The command line of a run."""
-    return [sys.executable, "-m", "pats_jax.cli", "glue", *flags, *flags_of(run, root), "--resume"]
+    return [sys.executable, "-m", "pats_jax", "glue", *flags, *flags_of(run, root), "--resume"]
 
 
 def outcome(run: Run, root: pathlib.Path) -> str:

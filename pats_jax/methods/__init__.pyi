@@ -23,5 +23,5 @@ from .settings import (
 from .table import (
     METHODS as METHODS,
     as_table as as_table,
-    method_classes as method_classes,
+    get_methods as get_methods,
 )

@@ -66,7 +66,7 @@ class _Methods(Mapping[str, type[Method]]):
 METHODS: Mapping[str, type[Method]] = _Methods()
 
 
-def method_classes(names: str) -> tuple[type[Method], ...]:
+def get_methods(names: str) -> tuple[type[Method], ...]:
     """The methods of ``--method``: one name, or several joined by ``+``.
 
     Raises:
@@ -100,7 +100,7 @@ METHOD_CHOICE = Choice(
         About("a method listed by `pats-jax methods`, or several joined with +", is_basic=True),
     ),
     kinds=lambda: METHODS,
-    chosen=method_classes,
+    chosen=get_methods,
     name=joined_names,
 )
 

@@ -267,7 +267,7 @@ def run_jobs(settings: GymSettings, args: Sequence[str], locks: Sequence[FolderL
       Preempted: this process was asked to stop; the others were stopped too.
     """
     folder, first, last = pathlib.Path(str(settings.output_dir)), *parse_share(settings.share)
-    command = [sys.executable, "-m", "pats_jax.cli", "gym", *args, "--jobs", "1", "--share"]
+    command = [sys.executable, "-m", "pats_jax", "gym", *args, "--jobs", "1", "--share"]
     logs = [folder / f"job{number + 1}.log" for number in range(settings.jobs)]
     processes: list[subprocess.Popen] = []
     failed: list[int] = []

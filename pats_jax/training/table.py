@@ -80,6 +80,18 @@ class TableSource:
         self.batch_size *= runner.num_devices
         self.plan = self._plan(epoch=0)
 
+    def with_boundaries(self, boundaries: list[int]) -> "TableSource":
+        """The same rows in batches of other lengths."""
+        return TableSource(
+            self._settings,
+            self._runner,
+            self._tokens,
+            self._labels,
+            boundaries,
+            self._loss_without_dropout,
+            self._seed,
+        )
+
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, Counts]]:
         """See `Source`."""
         lengths = self._tokens.lengths
