@@ -204,8 +204,7 @@ def test_a_regex_of_one_layer_gives_noise_there_only():
 
 def test_a_method_that_trains_some_layers_only_needs_separate_ones(monkeypatch):
     """Trained and frozen parameters are cut apart leaf by leaf."""
-    own = dataclasses.replace(methods.METHODS["bitfit"], trainable=r"layer\.1\..*bias$|^classifier\.")
-    monkeypatch.setitem(methods.METHODS, "bitfit", own)
+    monkeypatch.setattr(methods.METHODS["bitfit"], "trainable", r"layer\.1\..*bias$|^classifier\.")
     settings = tiny.Settings(task_name="sst2", method="bitfit")
     mask = methods.trainable_mask(settings.methods, separate())
     layer = mask["bert"]["encoder"]["layer"]

@@ -14,6 +14,7 @@ import tiny
 import pats_jax
 from pats_jax import methods, train_state, trees
 from pats_jax.companions.dps import DpsDenseState, DpsMixState
+from pats_jax.core.settings import entries
 from pats_jax.errors import InputError
 from pats_jax.run.settings import Settings
 
@@ -36,7 +37,7 @@ def tree(seed, shape=(6, 4)):
 
 def updates_of(settings, params, gradients, total_steps):
     """The updates of each step, parameters held still."""
-    tx = methods.make_optimizer(settings.optimizer, settings.methods, total_steps, params)
+    tx = make_optimizer(settings, total_steps, params)
     state, update = tx.init(params), jax.jit(tx.update)
     for grads in gradients:
         updates, state = update(grads, state, params)
