@@ -13,7 +13,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # after the flags
+import process_state
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def process_is_put_back():
+    """A program that a test calls may set what it likes."""
+    with process_state.put_back():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
