@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import huggingface_hub
@@ -35,15 +34,9 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def settings_of_the_process(monkeypatch):
-    """What `main` sets for its process is put back."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+def advice_of_transformers(monkeypatch):
+    """`main` sets a variable, which is put back."""
     monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
-    level = logging.getLogger("pats_jax").level
-    yield
-    logging.getLogger("pats_jax").setLevel(level)
 
 
 @dataclasses.dataclass
