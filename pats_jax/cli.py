@@ -136,8 +136,7 @@ def prime(args: list[str]) -> None:
 
 def gym(args: list[str]) -> None:
     """Tune on the target tasks of a few-shot gym, and report what priming gains."""
-    kind = _module("priming.gym_settings").GymSettings
-    parsed = _module("run.settings").parse(args, "pats-jax gym", kind)
+    parsed = _module("priming.gym_settings").parse(args)
     _module("priming.downstream").run(parsed, args, _stdout())
 
 

@@ -3,23 +3,16 @@
 This process starts no JAX backend, so accelerators are free for the runs.
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
 import os
 import pathlib
-import platform
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import rich.console
 import rich.progress
 
@@ -31,19 +24,17 @@ from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
 from pats_jax.reporting.console import parse_flags, say
 from pats_jax.reporting.report_page import aligned
-from pats_jax.run import run_folder, settings as run_settings
+from pats_jax.run import run_folder, settings as run_settings, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import GridFile
 from pats_jax.run.settings import Settings, read_config
-from pats_jax.training import preemption
+from pats_jax.run.workers import Ended, Job, Workers, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.1
 
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid(WorkerSettings):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
     All other flags are those of `pats-jax glue`, and apply to every run.
@@ -53,7 +44,6 @@ class Grid:
     methods: tuple[str, ...] = ()  # as --method of `pats-jax glue`; finetune is the baseline if listed
     tasks: tuple[str, ...] = ()  # cola sst2 mrpc stsb qqp mnli qnli rte wnli
     seeds: tuple[int, ...] = ()  # run each method on each task with each of these seeds
-    jobs: int = 1  # number of parallel runs, which share the cores
     report_only: bool = False  # run nothing; report on the finished runs in output_dir
 
     def runs(self) -> list[Run]:
@@ -62,6 +52,8 @@ class Grid:
             Run(task, method, seed) for seed, task, method in itertools.product(self.seeds, self.tasks, self.methods)
         ]
 
+
+_ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --executor dask for several machines"
 
 # Flags of a run that the grid sets itself -> what to use instead.
 _REFUSED = {
@@ -73,9 +65,9 @@ _REFUSED = {
     "test_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
     "overwrite": "finished runs are kept; to repeat a run, delete its folder",
     "resume": "not needed; a grid always resumes",
-    "coordinator_address": "a grid runs on one machine",
-    "num_processes": "a grid runs on one machine; use --jobs for parallel runs",
-    "process_id": "a grid runs on one machine",
+    "coordinator_address": _ONE_PROCESS,
+    "num_processes": _ONE_PROCESS,
+    "process_id": _ONE_PROCESS,
 }
 
 
@@ -102,9 +94,9 @@ def run(args: list[str], console: rich.console.Console) -> None:
         settings = dataclasses.replace(settings, sensitivity_batches=SENSITIVITY_BATCHES)
     flags = flags + check_runs_of_before(grid, settings)
     check_place(root, grid)
-    with FolderLock(root) as lock:
-        record_start(root, grid, command)
-        failures = run_all(grid, flags, command, console, lock)
+    with workers.hold(root) as lock, workers.connect(grid, lock) as fleet:
+        record_start(root, grid, command, fleet.machines())
+        failures = run_all(grid, flags, command, console, fleet)
         for failed, reason in failures.items():
             logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
         if len(failures) < len(grid.runs()):
@@ -144,8 +136,7 @@ def check(grid: Grid, flags: list[str]) -> Settings:
             raise InputError(f"--{name} is missing")
         if len(set(values)) < len(values):
             raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
-    run_settings.check_value("jobs", grid.jobs, lambda x: x >= 1, "at least 1")
-    run_settings.check_value("jobs", grid.jobs, lambda x: x <= 1000, "at most 1000")
+    grid.check_workers()
     for method in grid.methods:
         get_methods(method)
     for name in grid.tasks:
@@ -224,11 +215,11 @@ def report_lock(root: pathlib.Path) -> FolderLock:
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
-def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
-    """Adds the grid, the command and the machine to grid.json, which records every start."""
+def record_start(root: pathlib.Path, grid: Grid, command: str, machines: list[dict[str, str]]) -> None:
+    """Adds the grid, the command and the machines to grid.json, which records every start."""
     before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
     runs = [dataclasses.asdict(run) for run in grid.runs()]
-    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": [describe_machine()]}
+    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": machines}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
     files.write_json(root / "grid.json", merged)
 
@@ -255,18 +246,6 @@ def recorded_runs(root: pathlib.Path) -> list[Run]:
     """The runs in grid.json; none if there is no such file."""
     grid = read_grid(root)
     return [Run(**run) for run in grid["runs"]] if grid else []
-
-
-def describe_machine() -> dict[str, str]:
-    """Describes the machine: system, processor, usable cores, and JAX's devices."""
-    source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "devices of JAX": asked.stdout.strip() or "unknown",
-    }
 
 
 def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
@@ -299,18 +278,8 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 # running
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A running process, its cores (None: all), and its start time by `time.perf_counter`."""
-
-    run: Run
-    process: subprocess.Popen
-    cores: set[int] | None
-    since: float
-
-
 def run_all(
-    grid: Grid, flags: list[str], command: str, console: rich.console.Console, lock: FolderLock
+    grid: Grid, flags: list[str], command: str, console: rich.console.Console, fleet: Workers
 ) -> dict[Run, str]:
     """Runs what is not finished, and returns why each failed run failed.
 
@@ -319,34 +288,25 @@ def run_all(
       flags: those of all runs.
       command: the command that resumes the grid.
       console: for progress.
-      lock: the grid's; its runs hold it too, as they may outlive this process.
+      fleet: the workers, which start the runs.
 
     Raises:
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
     root, runs = pathlib.Path(grid.output_dir), grid.runs()
-    waiting = collections.deque(run for run in runs if not is_finished(run, root))
-    slots, jobs = collections.deque(shares_of_cores(grid.jobs)), list[Job]()
+    run_of = {job_of(run, root, flags): run for run in runs if not is_finished(run, root)}
     failures: dict[Run, str] = {}
-    if len(waiting) < len(runs):
-        say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
-    with note_signals() as asked, progress(console, len(waiting)) as show:
-        try:
-            while (waiting or jobs) and asked.signal_number is None:
-                while waiting and slots:
-                    jobs.append(start(waiting.popleft(), root, flags, slots.popleft(), lock))
-                    show(jobs, 0)
-                for job in [job for job in jobs if job.process.poll() is not None]:
-                    jobs.remove(job)
-                    slots.append(job.cores)
-                    reason = failure(job.run, root, job.process.returncode)
-                    if reason:
-                        failures[job.run] = reason
-                    say(console, f"{outcome(job.run, root)} ({time.perf_counter() - job.since:.0f} s)")
-                    show(jobs, 1)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            end([job.process for job in jobs])
+    if len(run_of) < len(runs):
+        say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
+    with workers.note_signals() as asked, progress(console, len(run_of)) as show:
+        with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
+            for job, ended in all_ended:
+                run = run_of[job]
+                why = failure(run, root, job, ended)
+                if why:
+                    failures[run] = why
+                say(console, f"{outcome(run, root)} ({ended.seconds:.0f} s)")
+                show((), 1)
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
@@ -360,43 +320,16 @@ def is_finished(run: Run, root: pathlib.Path) -> bool:
     return run_folder.read_results(run.folder(root)) is not None
 
 
-def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None, lock: FolderLock) -> "Job":
-    """Starts a run in its own process group: Ctrl-C then reaches only this process, which passes it on once."""
+def job_of(run: Run, root: pathlib.Path, flags: list[str]) -> Job:
+    """The process of a run."""
+    results = run.folder(root) / "results.json"
     log = log_file(root, run)
-    files.make_folder(log.parent)
-    in_order = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the log ends with the last line written
-    with open_log(log) as file:
-        process = subprocess.Popen(
-            glue_command(run, root, flags),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=in_order,
-            process_group=0,
-            pass_fds=lock.descriptors,
-        )
-    if cores is not None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.sched_setaffinity(process.pid, cores)
-    return Job(run, process, cores, time.perf_counter())
+    return Job(run.name, tuple(glue_arguments(run, root, flags)), str(log.absolute()), (str(results.absolute()),))
 
 
-def open_log(path: pathlib.Path, *, fresh: bool = False) -> BinaryIO:
-    """Opens a file for output of processes, which is appended or replaces the content; no link is followed.
-
-    Raises:
-      InputError: the system refuses.
-    """
-    try:
-        how = os.O_TRUNC if fresh else os.O_APPEND
-        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666), "wb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def glue_command(run: Run, root: pathlib.Path, flags: list[str]) -> list[str]:
-    """The command line of a run."""
-    return [sys.executable, "-m", "pats_jax.cli", "glue", *flags, *flags_of(run, root), "--resume"]
+def glue_arguments(run: Run, root: pathlib.Path, flags: list[str]) -> list[str]:
+    """The command line of a run, after the name of Python."""
+    return ["-m", "pats_jax.cli", "glue", *flags, *flags_of(run, root), "--resume"]
 
 
 def outcome(run: Run, root: pathlib.Path) -> str:
@@ -405,50 +338,15 @@ def outcome(run: Run, root: pathlib.Path) -> str:
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
-def failure(run: Run, root: pathlib.Path, code: int) -> str | None:
-    """Why a run failed, from the last line of its log; None if it succeeded."""
-    if code == 0 and is_finished(run, root):
-        return None
-    lines = log_file(root, run).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    how = f"killed by signal {-code}: " if code < 0 else ""
-    return how + last.removeprefix("pats-jax: error: ")
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks processes to stop and waits until they have saved; kills them if the wait is interrupted."""
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.wait()
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def shares_of_cores(jobs: int) -> list[set[int] | None]:
-    """A set of cores for each job; None if there are fewer cores than jobs, or the system cannot pin processes."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if jobs == 1 or len(cores) < jobs:
-        return [None] * jobs
-    return [{int(core) for core in share} for share in np.array_split(cores, jobs)]
+def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> str | None:
+    """Why a run failed; None if it succeeded."""
+    why = workers.reason(job, ended)
+    return why if why or is_finished(run, root) else workers.last_line(log_file(root, run))
 
 
 @contextlib.contextmanager
-def note_signals() -> Iterator[preemption.Preemption]:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (unless `nohup` ignores it)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    asked = preemption.Preemption()
-    with preemption.noting(asked, numbers):
-        yield asked
-
-
-@contextlib.contextmanager
-def progress(console: rich.console.Console, total: int) -> Iterator[Callable[[Sequence["Job"], int], None]]:
-    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended)``.
+def progress(console: rich.console.Console, total: int) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended=0)``.
 
     The time left is known once a run has ended.
     """
@@ -465,11 +363,4 @@ def progress(console: rich.console.Console, total: int) -> Iterator[Callable[[Se
     ) as bar:
         number = bar.add_task("runs", total=total, status="")
         bar.advance(number, 0)  # the speed counts from here
-        yield lambda jobs, ended: bar.update(number, advance=ended, status=", ".join(job.run.name for job in jobs))
-
-
-def _processor():
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+        yield lambda jobs, ended=0: bar.update(number, advance=ended, status=", ".join(job.name for job in jobs))

@@ -6,8 +6,10 @@ from typing import Any, Literal
 from pats_jax import methods
 from pats_jax.data.gym import SHOTS
 from pats_jax.errors import InputError, shown
+from pats_jax.run import settings
 from pats_jax.run.records import Tuned
 from pats_jax.run.settings import FLOAT32_MAX, TrainingSettings, check_value
+from pats_jax.run.workers import WorkerSettings
 
 # Common values for each kind, not tuned.
 LEARNING_RATES = {
@@ -21,8 +23,8 @@ LEARNING_RATES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class GymSettings(TrainingSettings):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GymSettings(WorkerSettings, TrainingSettings):
     """Tune primed and unprimed models on few-shot target tasks, and report what priming gains."""
 
     max_seq_length: int = 64  # tokens; longer inputs are truncated
@@ -42,14 +44,13 @@ class GymSettings(TrainingSettings):
     head: Literal["embedding", "pair", "mlm", "classes"] = "embedding"  # how to score the options
     grid: tuple[str, ...] = ()  # learning rates to try, such as lora=3e-4,1e-3; the best on dev is kept
     max_test_rows: int | None = None  # test on N random rows of each task; if unset, all
-    jobs: int = 1  # number of processes, which share the cores and the tunings
-    share: str = "1/1"  # run only part I of N equal parts, such as 2/3, without a report; for several machines
     report_only: bool = False  # tune nothing; report on the finished tunings in output_dir
 
     def check(self) -> None:
         super().check()
-        for name in ("max_steps", "jobs", "max_test_rows"):
+        for name in ("max_steps", "max_test_rows"):
             check_value(name, getattr(self, name), lambda x: x >= 1, "at least 1")
+        self.check_workers()
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise InputError(f"--kinds {' '.join(self.kinds)}: list at least one kind, each only once")
         for name in ("overwrite", "resume"):
@@ -65,7 +66,6 @@ class GymSettings(TrainingSettings):
             raise InputError("--no_direct: nothing is left to tune; set --primed")
         if not self.output_dir:
             raise InputError("--output_dir is missing")
-        parse_share(self.share)
         for name in self.method.split("+"):
             method = methods.get_methods(name)[0]
             if method.objective or method.trainable or method.start:
@@ -96,17 +96,16 @@ class GymSettings(TrainingSettings):
         return dataclasses.replace(self, peft=kind)
 
 
-def parse_share(text: str) -> tuple[int, int]:
-    """``2/3`` as (2, 3).
+def parse(args: list[str]) -> GymSettings:
+    """The settings of the command line.
 
     Raises:
-      InputError: it is not of this form.
+      InputError: on a bad value, or a flag of earlier versions.
+      SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
     """
-    first, _, last = text.partition("/")
-    numbers = first.isdecimal() and last.isdecimal() and len(text) <= 20  # Python reads no more than 4300 digits
-    if not (numbers and 1 <= int(first) <= int(last)):
-        raise InputError(f"--share {shown(text, quoted=False)}: write I/N with 1 <= I <= N")
-    return int(first), int(last)
+    if any(arg.partition("=")[0] == "--share" for arg in args):
+        raise InputError("--share: use --jobs on one machine, and --executor dask --scheduler ADDRESS on several")
+    return settings.parse(args, "pats-jax gym", GymSettings)
 
 
 # Shared training flags that a tuning does not read -> what to use instead.
@@ -114,5 +113,5 @@ _NOT_HERE = {
     "learning_rate": "use --grid, which sets the learning rates of each kind",
     "train_batch_size gradient_accumulation_steps": "each step takes one batch of --per_device_train_batch_size rows",
     "early_stopping_patience load_best_model_at_end": "a tuning runs all its steps and keeps the best by dev score",
-    "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs or --share",
+    "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs, or --executor dask",
 }
