@@ -13,6 +13,7 @@ from pats_jax.models import peft
 from pats_jax.models.settings import ModelSettings
 from pats_jax.run.records import Tuned
 from pats_jax.run.settings import TunedModel
+from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.training.settings import (
     BatchSettings,
     DeviceSettings,
@@ -100,7 +101,7 @@ KINDS_CHOICE = Choice(
 _NOT_NEEDED = "not needed: the same command keeps finished tunings and runs the others"
 _ONE_BATCH = "each step takes one batch of --per_device_train_batch_size rows"
 _ALL_STEPS = "a tuning runs all its steps and keeps the best by dev score"
-_ONE_DEVICE = "a tuning runs on one device; use --jobs or --share"
+_ONE_DEVICE = "a tuning runs on one device; use --jobs, or --executor dask for several machines"
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -110,6 +111,7 @@ class GymSettings(TunedModel):
     choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE, "adapters": KINDS_CHOICE}
     elsewhere: ClassVar[Mapping[str, str]] = {
         "peft": "use --kinds",
+        "share": "use --jobs on one machine, and --executor dask --scheduler ADDRESS on several",
         "learning_rate": "use --grid, which sets the learning rates of each kind",
         **dict.fromkeys(("overwrite", "resume"), _NOT_NEEDED),
         **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), _ONE_BATCH),
@@ -131,14 +133,13 @@ class GymSettings(TunedModel):
     direct: bool = setting(True, "also tune from the unprimed model")
     tasks: tuple[str, ...] = setting((), "target tasks; if unset, all those of the partition", is_basic=True)
     samples: tuple[int, ...] = setting((), "seeds of the few-shot samples; if unset, all")
-    jobs: int = setting(1, "number of processes, which share the cores and the tunings", at_least(1, 1000))
-    share: str = setting("1/1", "run only part I of N equal parts, such as 2/3, without a report; for several machines")
     report_only: bool = setting(False, "tune nothing; report on the finished tunings in output_dir")
     adapters: "tuple[WholeModel | peft.PeftConfig, ...]" = ()  # of --kinds
     model: ModelSettings = ModelSettings(max_seq_length=64)
     optimizer: AdamWSettings = AdamWSettings()
     data: GymDataSettings = GymDataSettings()
     tuning: TuningSettings = TuningSettings()
+    workers: WorkerSettings = WorkerSettings()
 
     @property
     def kinds(self) -> tuple[Tuned, ...]:
@@ -157,20 +158,6 @@ class GymSettings(TunedModel):
             raise InputError("--no_direct: nothing is left to tune; set --primed")
         if not self.output_dir:
             raise InputError("--output_dir is missing")
-        parse_share(self.share)
         for method in self.methods:
             if method.has("objective") or method.trainable or method.has("start"):
                 raise InputError(f"--method {method.name}: works only with pats-jax glue; gym takes optimizer methods")
-
-
-def parse_share(text: str) -> tuple[int, int]:
-    """``2/3`` as (2, 3).
-
-    Raises:
-      InputError: it is not of this form.
-    """
-    first, _, last = text.partition("/")
-    numbers = first.isdecimal() and last.isdecimal() and len(text) <= 20  # Python reads no more than 4300 digits
-    if not (numbers and 1 <= int(first) <= int(last)):
-        raise InputError(f"--share {shown(text, quoted=False)}: write I/N with 1 <= I <= N")
-    return int(first), int(last)

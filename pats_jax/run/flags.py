@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -12,6 +12,8 @@ from pats_jax.core.settings import Composed, Entry, as_json, converted, entries,
 from pats_jax.errors import InputError, shown
 from pats_jax.reporting.console import parse_flags
 from pats_jax.run.settings import Program
+
+Part = TypeVar("Part", bound=Composed)
 
 
 def _parse_yes_or_no(words: list[str]) -> bool | None:
@@ -125,9 +127,8 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
     saved = {} if path is None else _given(path, kind)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
         saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
-    values = vars_of(parse_flags(parser(kind, saved), args=args, prog=prog))
-    known = kind.all_entries()
-    values = {flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in values.items()}
+    values = vars_of(parse_flags(parser(kind, defaults=saved), args=args, prog=prog))
+    known, values = kind.all_entries(), _with_paths(values, kind)
     read = {flag: value for flag, value in values.items() if flag in read_by(kind, values)}
     for flag, value in read.items():
         known[flag].check(value)
@@ -137,31 +138,74 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
     return settings
 
 
-def show_help(prog: str, kind: type[Composed], *, everything: bool) -> None:
-    """Prints the flags of a program, by group, and exits: the most used ones, or all."""
+def parse_part(args: list[str], prog: str, kind: type[Part], others: type[Composed]) -> tuple[Part, list[str]]:
+    """Reads the settings of a program that hands its other flags on to runs of another program.
+
+    Args:
+      args: the arguments.
+      prog: the program's name.
+      kind: the settings that it reads itself.
+      others: the settings of the runs.
+
+    Returns:
+      Its settings, and the arguments for the runs.
+
+    Raises:
+      InputError: on a flag that the program sets itself in its runs, or a bad value.
+      SystemExit: as for `parse`.
+    """
+    given = flag_names(args)
+    if {"help", "h", "help_all"} & set(given):
+        show_help(prog, kind, others, everything="help_all" in given)
+    _refuse_foreign(given, prog, kind, others)
+    parsed, left = parse_flags(
+        parser(kind, defaults={}, has_config=False), args=args, prog=prog, return_unknown_args=True
+    )
+    known = kind.all_entries()
+    values = {
+        flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in vars_of(parsed).items()
+    }
+    settings = kind(**values)
+    settings.check()
+    return settings, left
+
+
+def show_help(prog: str, *kinds: type[Composed], everything: bool) -> None:
+    """Prints the flags of a program, by group, and exits: the most used ones, or all.
+
+    Args:
+      prog: the program's name.
+      *kinds: its settings, and those of the runs that it starts.
+      everything: whether to show all.
+    """
     hint = "" if everything else "  --help_all shows all flags."
-    flags = parser(kind, {}, basic=not everything)
+    flags, kind = parser(*kinds, defaults={}, basic=not everything), kinds[0]
     parse_flags(flags, args=["--help"], prog=prog, description=f"{(kind.__doc__ or '').strip()}{hint}")
 
 
-def parser(kind: type[Composed], defaults: dict[str, Any], *, basic: bool = False) -> type:
+def parser(*kinds: type[Composed], defaults: dict[str, Any], basic: bool = False, has_config: bool = True) -> type:
     """A class that tyro parses: the settings of a program, in its groups.
 
     Args:
-      kind: the program's settings.
+      *kinds: the program's settings; of further ones what the first does not have or refuse.
       defaults: values that count where a flag is not given.
       basic: only the settings that ``--help`` shows.
+      has_config: whether there is a flag ``--config``, which is none of the settings.
     """
-    groups = [("", [("config", _CONFIG, dataclasses.field(default=None))])] if not basic else []
-    for title, known in kind.groups(basic=basic).items():
-        fields = [_flag(entry, defaults) for entry in known.values() if entry.about.is_basic or not basic]
-        if fields:
-            groups.append((title, fields))
+    fields: dict[str, list[tuple[str, Any, Any]]] = {}
+    if has_config and not basic:
+        fields["saved"] = [("config", _CONFIG, dataclasses.field(default=None))]
+    taken = set(kinds[0].elsewhere)
+    for kind in kinds:
+        for title, known in kind.groups(basic=basic).items():
+            own = [e for e in known.values() if (e.about.is_basic or not basic) and e.flag not in taken]
+            fields.setdefault(title, []).extend(_flag(entry, defaults) for entry in own)
+            taken |= {entry.flag for entry in own}
     made = []
-    for title, fields in groups:
-        name = title.replace(" ", "_") or "saved"
-        group: Any = dataclasses.make_dataclass(name, fields, frozen=True)
-        made.append((name, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())))
+    for title, of_group in fields.items():
+        if of_group:
+            group: Any = dataclasses.make_dataclass(title, of_group, frozen=True)
+            made.append((title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())))
     return dataclasses.make_dataclass("Flags", made, frozen=True)
 
 
@@ -217,8 +261,8 @@ def _is_flag(arg):
     return arg.startswith("--") or arg == "-h"
 
 
-def _refuse_foreign(given, prog, kind):
-    known = kind.all_entries()
+def _refuse_foreign(given, prog, kind, others=None):
+    known = kind.all_entries() | (others.all_entries() if others else {})
     for name in given:
         if name in kind.elsewhere:
             raise InputError(f"--{name}: {kind.elsewhere[name]}")
@@ -278,6 +322,12 @@ def read_values(path: str, kind: type[Composed]) -> dict[str, Any]:
         if asked:
             raise InputError(f"{path}: {key} is {as_json(value)}; it must be {asked}")
     return values
+
+
+def _with_paths(values, kind):
+    """The values with ``~`` expanded in every path."""
+    known = kind.all_entries()
+    return {flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in values.items()}
 
 
 def _as_path(flag, value):
