@@ -29,7 +29,7 @@ from pats_jax.reporting.console import say
 from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
-from pats_jax.training import fine_tuning, preemption, runners, shape_costs
+from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import Training
 from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
@@ -193,15 +193,22 @@ def described_layers(settings: Settings) -> str:
     return (noisy or [Pats()])[0].noise_layers
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Finish:
-    """What follows a training: scores and predictions on the devices, then the folder."""
+    """What follows a training: scores and predictions on the devices, then the folder.
+
+    Attributes:
+      files: predictions by file name, once they are made.
+      examined: what the model gets wrong, once it is known.
+    """
 
     start: run_start.Start[Settings]
     task: tasks.Task
     model: Any
     tokenizer: Any
     predictor: Predictor
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    examined: diagnosis.Classification | diagnosis.Regression | None = None
 
     def use(self, trained: Trained) -> dict[str, Any]:
         """Evaluates and predicts; gives what results.json holds of it. May raise `Preempted`."""
@@ -214,8 +221,11 @@ class Finish:
             names = settings.data.out_of_domain
             found["out_of_domain"] = self.predictor.evaluate_out_of_domain(trained.params, names)
         if "predict" in settings.phases:
-            self.files.update(self.predictor.predictions(trained.params))
-        return found | (describe_scores(self.predictor, trained.records) if "eval" in settings.phases else {})
+            self.files = self.predictor.predictions(trained.params)
+        if "eval" in settings.phases:
+            self.examined = examine(self.predictor, trained)
+            found |= describe_scores(self.predictor, trained.records) | {"diagnosis": self.examined.record()}
+        return found
 
     def write(self, trained: Trained, params: Any, results: dict[str, Any]) -> None:
         """Writes model, predictions, plots and card."""
@@ -223,14 +233,12 @@ class Finish:
         save_model(folder, settings, self.model, params, self.tokenizer)
         if self.files:
             write_files(folder / "predictions", self.files)
+        if self.examined:
+            write_files(folder / "diagnosis", self.examined.tables())
+            self.examined.draw(folder / "plots")
         trained.draw()
         draw(folder, self.task, results, trained.records)
         model_card.write_fine_tuned(folder, settings.to_dict(), results)
-
-    @functools.cached_property
-    def files(self) -> dict[str, str]:
-        """Predictions by file name."""
-        return {}
 
 
 # data
@@ -438,6 +446,13 @@ def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict
         "final": scores[-1],
         "best": max(scores, key=lambda score: score["metrics"][predictor.task.main_metric]),
     }
+
+
+def examine(predictor: Predictor, trained: Trained) -> diagnosis.Classification | diagnosis.Regression:
+    """The examination of the model that the run keeps on the validation split."""
+    evaluated = next(record["step"] for record in reversed(trained.records) if "eval" in record)
+    step = trained.facts.get("model_step")
+    return diagnosis.examine(predictor, trained.params, model_step=step, evaluated_step=evaluated)
 
 
 def default_folder(settings: Settings) -> str:

@@ -11,6 +11,7 @@ from flax import serialization
 from flax.training import train_state
 
 from pats_jax import random, trees
+from pats_jax.errors import InputError
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
@@ -196,10 +197,15 @@ def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic:
       deterministic: whether dropout is off; the key is not used then.
 
     Returns:
-      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`.
+      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``
+      and ``labels``, and where there are any, ``attention_mask``, ``token_type_ids`` and ``weights`` of the rows.
+
+    Raises:
+      InputError: from `loss_fn`, if a batch has no labels.
     """
 
     def loss_fn(params, batch, key):
+        check_labels(batch)
         rngs = None if deterministic else {"dropout": key}
         logits = apply_fn({"params": params}, **model_inputs(batch), deterministic=deterministic, rngs=rngs)
         return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
@@ -234,6 +240,15 @@ def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def parameter_name(path: tuple) -> str:
     """A parameter's path in the tree, as one name: ``bert.encoder.layer.0.output.dense.kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def check_labels(batch: Batch) -> None:
+    """Raises InputError if a batch has no labels to learn from."""
+    if "labels" not in batch:
+        raise InputError(
+            f"the batch has no labels, only {', '.join(batch) or 'nothing'}; add the classes or scores of its rows: "
+            'batch | {"labels": labels}'
+        )
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -433,12 +433,10 @@ def test_names_and_texts_of_predict_and_builtin_that_are_no_paths(shell):
         ["predict", "m", "--file", "~nosuchuser/t.txt"],
         ["predict", "m", "--file", "t.txt", "--output_file", "x" * 300],
         ["submission", "~nosuchuser", "--output_dir", "x"],
-        ["builtin", "--directory", "x" * 5000],
+        ["builtin", "x" * 5000],
     ):
         shell.refuses(args=flags)
-    shell.refuses(
-        "--tasks news: no such task", args=["builtin", "--directory", str(shell.folder / "b"), "--tasks", "news"]
-    )
+    shell.refuses("--tasks news: no such task", args=["builtin", str(shell.folder / "b"), "--tasks", "news"])
 
 
 def test_a_layer_that_the_model_does_not_have(shell):

@@ -94,8 +94,9 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
         "tensorboard",
         "profile",
     }
-    assert {path.name for path in (noisy / "plots").iterdir()} == {"loss.png", "score.png", "sensitivity.png"}
-    assert {path.name for path in (noisy / "predictions").iterdir()} == {"SST-2.tsv"}
+    pictures = {path.stem for path in (noisy / "plots").iterdir()}
+    assert pictures == {"loss", "score", "sensitivity", "confusion", "reliability"}
+    assert {path.name for path in (noisy / "predictions").rglob("*.tsv")} == {"SST-2.tsv"}
     assert replacing.foreign(noisy) is None
     saved = json.loads((noisy / "config.json").read_text())
     known = {flag: entry.about for flag, entry in Settings.all_entries().items()}
@@ -262,7 +263,8 @@ def test_evaluation_alone_of_a_trained_model_into_a_run_that_is_replaced(base, p
     (*_, last) = run_folder.read_metrics(plain)
     assert record == {"step": 0, "eval": last["eval"]} and results["final"]["metrics"] == last["eval"]
     assert results["eval_examples"] == 10 and "steps" not in results
-    assert not (tmp_path / "run" / "plots").exists() and not (tmp_path / "run" / "predictions").exists()
+    assert {path.stem for path in (tmp_path / "run" / "plots").iterdir()} == {"confusion", "reliability"}
+    assert not (tmp_path / "run" / "predictions").exists()
 
 
 def test_progress_on_a_terminal(base, tmp_path):

@@ -9,7 +9,7 @@ import jax
 import process_state
 import pytest
 
-from pats_jax import cli
+from pats_jax.programs import cli
 
 
 def state():

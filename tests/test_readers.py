@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
+from pats_jax.data import readers
 from pats_jax.data.readers import Split, load_files, load_task, read_file, read_glue, read_hub, read_texts
 from pats_jax.data.tasks import TASKS
 from pats_jax.errors import InputError
@@ -318,6 +319,7 @@ def hub(tmp_path, monkeypatch):
         return load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr(readers, "reaches_hub", lambda path: True)
     return add
 
 
@@ -363,9 +365,29 @@ def test_without_a_network_the_ways_to_work_offline_are_named(monkeypatch, error
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(readers, "reaches_hub", lambda path: True)
     with pytest.raises(InputError, match=r"--data_dir to builtin .*TSV files, or set HF_HUB_OFFLINE=1") as caught:
         load_task("rte")
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_cache_is_looked_in(monkeypatch, tmp_path):
+    """By the real libraries: no name is found, and neither waits to ask again."""
+    import socket
+    import time
+
+    def nowhere(*args, **kwargs):
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    before, started = datasets.config.HF_HUB_OFFLINE, time.perf_counter()
+    with pytest.raises(InputError, match=r"nyu-mll/glue could not be .* \(it does not answer, and the cache"):
+        load_task("rte")
+    assert time.perf_counter() - started < 10
+    assert datasets.config.HF_HUB_OFFLINE == before
 
 
 # --- people's own files -----------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ WRITTEN = """
 metrics.jsonl results.json.new model/config.json model/model.safetensors model/tokenizer.json model/vocab.txt
 adapter/adapter_config.json adapter/adapter_model.safetensors adapter/config.json adapter/tokenizer_config.json
 .model-1a2b3c4d/model.safetensors plots/loss.png plots/sensitivity.png.new predictions/MNLI-mm.tsv predictions/test.tsv
+predictions/probabilities/MNLI-mm.tsv diagnosis/classes.tsv diagnosis/largest_losses.tsv plots/confusion.png
 tensorboard/events.out.tfevents.1795713147.host profile/plugins/profile/2026_11_26/host.trace.json.gz
 checkpoints/12/_CHECKPOINT_METADATA checkpoints/12/state/d/ff472730927114ae8d87f3a4d35529ca
 checkpoints/12/state/ocdbt.process_0/manifest.ocdbt checkpoints/12/state/array_metadatas/process_0
@@ -85,7 +86,7 @@ def test_all_that_runs_write_may_be_replaced(tmp_path):
 @pytest.mark.parametrize(
     "name",
     """README.md model/thesis.txt model/old/config.json thesis.tex .DS_Store .git/HEAD plots/mine.png
-    predictions/notes.tsv checkpoints/notes.txt checkpoints/12/notes.txt checkpoints/mine/metadata
+    diagnosis/notes.tsv predictions/notes.tsv checkpoints/notes.txt checkpoints/12/notes.txt checkpoints/mine/metadata
     tensorboard/notes.txt profile/notes.txt notes/ model/notes/""".split(),
 )
 def test_what_no_run_wrote_is_never_lost(name, tmp_path):

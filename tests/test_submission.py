@@ -14,6 +14,7 @@ import tiny
 from pats_jax import glue
 from pats_jax.data import TASKS, read_glue
 from pats_jax.data.builtin import generate
+from pats_jax.errors import InputError
 from pats_jax.programs import cli, submission
 from pats_jax.run.settings import Settings
 
@@ -331,6 +332,22 @@ def test_built_in_data_and_glue_do_not_mix(builtin, official, refuses):
         refuses(runs, message, flags=["--placeholders"])
 
 
+def test_folders_that_are_no_runs_are_skipped_with_a_word(builtin, submit, tmp_path, caplog):
+    """As of `runs/*`, where grids, gyms, primed models, runs on own data and notes lie beside runs."""
+    others = [tmp_path / name for name in ("compare", "model", "own", "notes.txt")]
+    for folder in others[:3]:
+        folder.mkdir()
+    (tmp_path / "compare" / "grid.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "own" / "config.json").write_text('{"task_name": null, "train_file": "a.csv"}')
+    others[3].write_text("nothing")
+    unpredicted = write_run(tmp_path / "unpredicted", "cola", {})
+    runs, given = builtin
+    assert server_format.check(submit([*others, unpredicted, *runs.values()]), builtin=True) == given
+    assert f"skipped, for these are not runs on a GLUE task: {', '.join(map(str, others))}" in caplog.text
+    assert f"skipped, for these have no predictions (made by --do_predict): {unpredicted}" in caplog.text
+
+
 def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, refuses):
     good, given = builtin[0]["rte"], builtin[1]["RTE.tsv"]
 
@@ -338,13 +355,8 @@ def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, re
         refuses([good, folder], folder, message, flags=["--placeholders"])
 
     bad(tmp_path / "none", "none: no such folder")
-    (tmp_path / "empty").mkdir()
-    bad(tmp_path / "empty", "not the folder of a run: it has no config.json")
-    bad(good / "config.json", "no such folder")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "bert"}')
-    bad(model, "not the folder of a run: its config.json names no task")
     (model / "config.json").write_text("[")
     bad(model, "config.json: Invalid JSON")
     (model / "config.json").write_text("[]")
@@ -352,18 +364,18 @@ def test_folders_that_are_no_finished_run_with_predictions(builtin, tmp_path, re
     (model / "config.json").write_text('{"task_name": ["rte"]}')
     bad(model, "config.json: task_name: Input should be a valid string")
     (model / "config.json").write_text('{"task_name": "../../rte"}')
-    bad(model, "not a run on a GLUE task (task_name '../../rte')")
+    bad(model, "config.json: there is no GLUE task '../../rte'")
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
     bad(model, "config.json: not a regular file")
-    bad(write_run(tmp_path / "own", None, {"test.tsv": given}), "not a run on a GLUE task (task_name None)")
     bad(write_run(tmp_path / "killed", "cola", {"CoLA.tsv": given}, results=False), "unfinished: it has no results")
-    bad(write_run(tmp_path / "unpredicted", "cola", {}), "no predictions; run it again with --do_predict")
     bad(write_run(tmp_path / "stray", "cola", {"QNLI.tsv": given}), "QNLI.tsv: a run on cola writes no such file")
 
 
-def test_no_run_at_all(refuses):
+def test_no_run_at_all(refuses, tmp_path, capsys):
     refuses([], "no runs: name the folders", flags=["--placeholders"])
+    with pytest.raises(InputError, match="no runs: name the folders"):
+        submission.read_runs([str(tmp_path)])
 
 
 # where it goes

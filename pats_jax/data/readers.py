@@ -16,11 +16,12 @@ The files of one task have their columns by one rule: those of the training file
 is told in ``labels``. CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,14 +247,49 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
     """
     import datasets
 
+    silent = not datasets.config.HF_HUB_OFFLINE and not reaches_hub(path)
     try:
-        return datasets.load_dataset(path=path, **arguments)
+        with cache_alone_if(silent):
+            return datasets.load_dataset(path=path, **arguments)
     except Exception as error:  # no network, no cache, a broken download: each layer below raises its own kind
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if silent:
+            reason = "it does not answer, and the cache does not hold the set"
         raise InputError(
             f"{path} could not be loaded from the hub ({reason}); to work offline, set {instead}, or set "
             "HF_HUB_OFFLINE=1 and use a filled cache"
         ) from error
+
+
+def reaches_hub(path: str) -> bool:
+    """Whether the hub answers a question about a set, whatever its answer is; asks once."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except errors.HfHubHTTPError:
+        return True
+    except (errors.HTTPError, OSError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def cache_alone_if(offline: bool) -> Iterator[None]:
+    """Has ``datasets`` look in its cache alone; without a network it would ask the hub for half a minute."""
+    import datasets
+    import huggingface_hub
+
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants) if offline else ()
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _hub_split(task: Task, columns: dict[str, list]) -> Split:

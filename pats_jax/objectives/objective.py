@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax import trees
-from pats_jax.train_state import Batch, LossFn, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.train_state import Batch, LossFn, check_labels, losses, make_loss_fn, model_inputs, weighted_mean
 from pats_jax.trees import check_number
 
 
@@ -125,6 +125,7 @@ def with_objectives(
     wants_states = any(objective.needs_hidden_states for objective in objectives)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
+        check_labels(batch)
         inputs = model_inputs(batch)
         states: tuple = ()
         if wants_states:

@@ -154,7 +154,10 @@ def submission(args: list[str]) -> None:
 
 def builtin(args: list[str]) -> None:
     """Write the built-in data (generated, not GLUE) as TSV files in GLUE's layout."""
-    _call(_module("data").write_builtin, args, "pats-jax builtin", {"directory": "--directory"}, builtin.__doc__)
+    import tyro
+
+    paths, options = {"directory": "directory"}, {"config": (tyro.conf.PositionalRequiredArgs,)}
+    _call(_module("data").write_builtin, args, "pats-jax builtin", paths, builtin.__doc__, **options)
 
 
 def methods(args: list[str]) -> None:
@@ -180,10 +183,10 @@ def _stdout():
     return rich.console.Console()
 
 
-def _call(function, args, prog, paths, description):
+def _call(function, args, prog, paths, description, **options):
     """Calls a function with the values of its flags; paths: argument -> its name in error messages."""
     path_of_flag = _module("run.flags").path_of_flag
-    flags = console.parse_flags(function, args=args, prog=prog, description=description)
+    flags = console.parse_flags(function, args=args, prog=prog, description=description, **options)
     given = inspect.signature(function).bind(*flags.args, **flags.keywords)
     for argument, name in paths.items():
         value = given.arguments.get(argument)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import jax
 import numpy as np
-import scipy.special
 import tyro
 
 from pats_jax import models
@@ -19,7 +18,7 @@ from pats_jax.models import peft
 from pats_jax.run import compilation_cache, xla_flags
 from pats_jax.train_state import make_predict_step
 from pats_jax.training import runners, shape_costs
-from pats_jax.training.evaluation import DAMAGED, check_finite, sequence_length, to_tsv
+from pats_jax.training.evaluation import DAMAGED, check_finite, probability_table, sequence_length, to_tsv
 from pats_jax.training.loop import predict_logits
 
 logger = logging.getLogger(__name__)
@@ -111,9 +110,4 @@ def as_table(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) 
     if names is None:
         scores = (f"{score:.4f}" for score in logits[:, 0])
         return to_tsv(("index", "prediction"), zip(ids, scores, strict=True))
-    probabilities = scipy.special.softmax(logits, axis=1)
-    rows = (
-        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
-        for index, row in zip(ids, probabilities, strict=True)
-    )
-    return to_tsv(("index", "prediction", *names), rows)
+    return probability_table(ids, logits, names)

@@ -39,13 +39,13 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run with predictions.
+    """A finished run.
 
     Attributes:
       folder: The run's folder, as given.
       task: What it was trained on.
       is_builtin: Whether its data is the built-in data, not GLUE.
-      files: Its prediction files.
+      files: Its prediction files; none if it was made without ``--do_predict``.
     """
 
     folder: pathlib.Path
@@ -113,14 +113,22 @@ def write_submission(
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """The runs in some folders, all on GLUE or all on the built-in data.
+    """The runs in some folders, all on GLUE or all on the built-in data; what is no run on a task is skipped.
 
     Raises:
-      InputError: No folder was given, `read_run` rejects one, or they mix the two kinds of data.
+      InputError: No run is left, `read_run` rejects one, or they mix the two kinds of data.
     """
-    if not folders:
-        raise InputError("no runs: name the folders of finished runs, made with --do_predict")
-    runs = [read_run(pathlib.Path(folder)) for folder in folders]
+    found = [(name, read_run(pathlib.Path(name))) for name in folders]
+    reasons = {
+        "these are not runs on a GLUE task": [name for name, run in found if run is None],
+        "these have no predictions (made by --do_predict)": [name for name, run in found if run and not run.files],
+    }
+    for reason, names in reasons.items():
+        if names:
+            logger.warning("skipped, for %s: %s", reason, ", ".join(names))
+    runs = [run for _, run in found if run and run.files]
+    if not runs:
+        raise InputError("no runs: name the folders of finished runs on GLUE tasks, made with --do_predict")
     other = next((run for run in runs if run.is_builtin != runs[0].is_builtin), None)
     if other:
         builtin, real = (runs[0], other) if runs[0].is_builtin else (other, runs[0])
@@ -130,43 +138,38 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def read_run(folder: pathlib.Path) -> Run:
-    """The run in a folder.
+def read_run(folder: pathlib.Path) -> Run | None:
+    """The run in a folder; None if there is no run on a GLUE task, as in the folder of a grid or a gym.
 
     Raises:
       InputError: No folder of a run, a run on other data than GLUE's tasks, one that has not finished or has no
         predictions, or one with a file that is not its own.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(f"{folder}: no such folder; name the folders of finished runs")
-    config = _read_config(folder)
-    name = config.get("task_name")
-    task = TASKS.get((name or "").lower())
+    task_name, data_dir = _read_config(folder)
+    if task_name is None:
+        return None
+    task = TASKS.get(task_name.lower())
     if task is None:
-        raise InputError(f"{folder}: not a run on a GLUE task (task_name {shown(name)}); omit it")
+        raise InputError(f"{folder}: config.json: there is no GLUE task {shown(task_name)}")
     if not (folder / "results.json").is_file():
         raise InputError(f"{folder}: unfinished: it has no results.json; finish the run first")
     found = sorted((folder / "predictions").glob("*.tsv"))
-    if not found:
-        raise InputError(f"{folder}: no predictions; run it again with --do_predict")
     own = {*task.prediction_files.values(), *(TASKS["ax"].prediction_files.values() if task.name == "mnli" else ())}
     foreign = next((file for file in found if file.name not in own), None)
     if foreign:
         raise InputError(
             f"{shown(str(foreign), 400, quoted=False)}: a run on {task.name} writes no such file; remove it"
         )
-    return Run(folder, task, config.get("data_dir") == "builtin", found)
+    return Run(folder, task, data_dir == "builtin", found)
 
 
-def _read_config(folder: pathlib.Path) -> SubmittedConfig:
-    """The settings in config.json; a saved model also has a file of that name, but without a task."""
+def _read_config(folder):
+    """Task and data of a run by its config.json, which saved models and other programs' runs have too."""
     path = folder / "config.json"
-    if not os.path.lexists(path):
-        raise InputError(f"{folder}: not the folder of a run: it has no config.json")
-    config = files.read_record(path, SubmittedConfig)
-    if "task_name" not in config:
-        raise InputError(f"{folder}: not the folder of a run: its config.json names no task")
-    return config
+    config = files.read_record(path, SubmittedConfig) if os.path.lexists(path) else SubmittedConfig()
+    return config.get("task_name"), config.get("data_dir")
 
 
 # files

@@ -4,6 +4,7 @@ import io
 import itertools
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,65 @@ def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) 
             axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=weights, color=color, alpha=0.6, label=label)
         axes.legend()
     axes.set_xscale("log")
+    _save(figure, path)
+
+
+def plot_confusion(path: pathlib.Path, counts: np.ndarray, names: Sequence[str]) -> None:
+    """How many rows of each class are given which: colours are shares of a class, numbers are rows.
+
+    With more than 12 classes the numbers are left out, with more than 40 the names.
+
+    Args:
+      path: the PNG file to write.
+      counts: (classes, classes), the true class first.
+      names: of the classes.
+    """
+    figure, axes = _figure("Confusion matrix", "predicted class", "true class")
+    size = len(names)
+    figure.set_size_inches(*(max(4.0, 2.0 + 0.45 * min(size, 20)),) * 2)
+    axes.grid(False)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if size <= 40:
+        short = [_name(name, 20) for name in names]
+        axes.set_xticks(range(size), short, rotation=90 if size > 4 else 0)
+        axes.set_yticks(range(size), short)
+    if size <= 12:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color)
+    _save(figure, path)
+
+
+def plot_reliability(path: pathlib.Path, confidence: np.ndarray, accuracy: np.ndarray, rows: np.ndarray) -> None:
+    """Accuracy by confidence, which lie on the diagonal if the probabilities are calibrated; the size is of the rows.
+
+    Args:
+      path: the PNG file to write.
+      confidence: mean of the largest probability in each bin, (bins,).
+      accuracy: the share of its rows that are right, (bins,).
+      rows: their number, (bins,).
+    """
+    title = "Reliability: above the line too timid, below too sure"
+    figure, axes = _figure(title, "largest probability, mean of a bin", "share of its rows that are right")
+    axes.plot([0, 1], [0, 1], color=_BEFORE, linestyle="--")
+    axes.plot(confidence, accuracy, color=_AFTER, alpha=0.5)
+    axes.scatter(confidence, accuracy, 20 + 280 * rows / rows.max(), color=_AFTER, alpha=0.7)
+    axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.03))
+    _save(figure, path)
+
+
+def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray) -> None:
+    """Predicted minus true score by true score, a dot a row.
+
+    Args:
+      path: the PNG file to write.
+      labels: true scores, (rows,).
+      residuals: (rows,).
+    """
+    figure, axes = _figure("Residuals on the validation data", "true score", "predicted minus true score")
+    axes.axhline(0, color=_BEFORE, linestyle="--")
+    axes.plot(labels, residuals, "o", color=_AFTER, alpha=0.4, markersize=4)
     _save(figure, path)
 
 

@@ -50,6 +50,73 @@ class AccuracyScores(TypedDict):
     metrics: Accuracy
 
 
+Share = Annotated[float, annotated_types.Interval(ge=0, le=1)]
+
+
+class ScoreInterval(TypedDict):
+    """A bootstrap interval, see `diagnosis.Interval`."""
+
+    low: Score
+    high: Score
+    level: Share
+    resamples: Count
+
+
+class ClassRecord(TypedDict):
+    """How one class is recognised, see `diagnosis.ClassFigures`."""
+
+    label: str
+    precision: Share
+    recall: Share
+    f1: Share
+    support: Count
+    predicted: Count
+
+
+class MajorityClass(TypedDict):
+    """The most frequent class of the validation rows, its share, and the scores of always giving it."""
+
+    label: str
+    share: Share
+    metrics: dict[str, Score]
+
+
+class MeanAnswer(TypedDict):
+    """The mean score of the validation rows, and the errors of always giving it."""
+
+    value: float
+    loss: float
+    mean_absolute_error: float
+
+
+class Examined(TypedDict):
+    """What the examinations of classes and of scores share: rows, main score and its interval, loss."""
+
+    rows: Count
+    metric: str
+    score: Score
+    interval: ScoreInterval
+    loss: float
+
+
+class ClassificationDiagnosis(Examined):
+    """The examination of a classifier, see `diagnosis.Classification`."""
+
+    macro_f1: Share
+    micro_f1: Share
+    calibration_error: Share
+    classes: list[ClassRecord]
+    majority_class: MajorityClass
+
+
+class RegressionDiagnosis(Examined):
+    """The examination of a model that gives scores, see `diagnosis.Regression`."""
+
+    mean_absolute_error: float
+    explained_variance: float
+    mean_answer: MeanAnswer
+
+
 class GlueResults(TypedDict):
     """Results of any run of `pats-jax glue`, as its summary prints them."""
 
@@ -59,6 +126,7 @@ class GlueResults(TypedDict):
     peft: NotRequired[str | None]
     final: NotRequired[Evaluation]
     out_of_domain: NotRequired[dict[str, AccuracyScores]]
+    diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis]
 
 
 class PrimedResults(TypedDict):

@@ -44,15 +44,16 @@ _FILES = [
     rf"(model|\.model-[^/]+)/{_any_of((_CONFIG, 'model.safetensors', *_TOKENIZER.split()))}",
     r"(adapter|\.adapter-[^/]+)/"
     + _any_of((_CONFIG, "adapter_config.json", "adapter_model.safetensors", *_TOKENIZER.split())),
-    rf"predictions/{_any_of((*_PREDICTIONS, 'test.tsv'))}",
-    r"plots/(loss|score|sensitivity)\.png",
+    rf"predictions/(probabilities/)?{_any_of((*_PREDICTIONS, 'test.tsv'))}",
+    r"diagnosis/(classes|confusion|reliability|largest_losses|largest_residuals|validation)\.tsv",
+    r"plots/(loss|score|sensitivity|confusion|reliability|residuals)\.png",
     r"checkpoints/([\w.-]+/)+(_\w+|metadata|metrics|record\.json|descriptor\.pbtxt|commit_success\.txt|manifest\.ocdbt|process_\d+"
     r"|d/[0-9a-f]+)(\.__lock)?",
     r"tensorboard/events\.out\.tfevents\.[^/]+",
     r"profile/plugins/profile/[^/]+/[^/]+\.(pb|json|gz)",
 ]
 _FOLDERS = [
-    r"model|\.model-[^/]+|adapter|\.adapter-[^/]+|predictions|plots|tensorboard",
+    r"model|\.model-[^/]+|adapter|\.adapter-[^/]+|predictions(/probabilities)?|diagnosis|plots|tensorboard",
     r"checkpoints(/[\w.-]*\d[\w.-]*(/.+)?)?",
     r"profile(/plugins(/profile(/[^/]+)?)?)?",
 ]

@@ -24,6 +24,7 @@ ENTRIES = (
     "adapter",
     "checkpoints",
     "predictions",
+    "diagnosis",
     "plots",
     "tensorboard",
     "profile",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.special
 
 from pats_jax import models
 from pats_jax.core.files import make_folder, write_text
@@ -38,6 +39,7 @@ class Predictor:
       order: for each class of the task its place in the model's head, (classes,); None: the same order.
       shape_cost: see `shape_costs`, for one pass.
       evaluations: how often the validation data is scored.
+      last_logits: of the last evaluation, by split.
     """
 
     predict: CompiledProgram
@@ -50,6 +52,7 @@ class Predictor:
     order: np.ndarray | None = None
     shape_cost: float = 0.0
     evaluations: int = 1
+    last_logits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def logits(self, params: Any, name: str) -> np.ndarray:
         """Logits (rows, num_labels) of a split, in the order of the task's classes.
@@ -82,7 +85,12 @@ class Predictor:
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The task's metrics on the validation split; those of MNLI's mismatched split end in ``_mm``."""
-        return self._scores(lambda name: decide(self.logits(params, name), self.task))
+
+        def answer(name):
+            self.last_logits[name] = self.logits(params, name)
+            return decide(self.last_logits[name], self.task)
+
+        return self._scores(answer)
 
     def evaluate_majority(self) -> dict[str, float]:
         """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels."""
@@ -111,16 +119,31 @@ class Predictor:
         return scores
 
     def predictions(self, params: Any) -> dict[str, str]:
-        """The files for the GLUE server, by name: a header, then index, tab and prediction for each row."""
+        """The files for the GLUE server, by name: a header, then index, tab and prediction for each row.
+
+        Beside each file of classes is ``probabilities/FILE``, with a column for each class.
+        """
         files = {}
         for name in ("test", "test_mismatched", "ax"):
             if name not in self.splits:
                 continue
             task = tasks.get_task("ax") if name == "ax" else self.task
-            answers = decide(self.logits(params, name), task)
-            rows = zip(self.splits[name].ids, map(task.format_prediction, answers), strict=True)
-            files[task.prediction_files["test" if name == "ax" else name]] = to_tsv(("index", "prediction"), rows)
+            logits, ids = self.logits(params, name), self.splits[name].ids
+            rows = zip(ids, map(task.format_prediction, decide(logits, task)), strict=True)
+            file = task.prediction_files["test" if name == "ax" else name]
+            files[file] = to_tsv(("index", "prediction"), rows)
+            if task.labels is not None:
+                files[f"probabilities/{file}"] = probability_table(ids, logits, task.labels)
         return files
+
+
+def probability_table(ids: Sequence[str], logits: np.ndarray, names: Sequence[str]) -> str:
+    """A TSV with the columns ``index`` and ``prediction``, by name, and one for the probability of each class."""
+    rows = (
+        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
+        for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True)
+    )
+    return to_tsv(("index", "prediction", *names), rows)
 
 
 def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -152,9 +175,9 @@ DAMAGED = "the checkpoint is damaged, or training had diverged; use another"
 
 
 def write_files(folder: pathlib.Path, texts: dict[str, str]) -> None:
-    """Writes texts, by file name, to a folder, which is created if missing."""
-    make_folder(folder)
+    """Writes texts, by file name, to a folder; folders are created if missing."""
     for name, text in texts.items():
+        make_folder((folder / name).parent)
         write_text(folder / name, text)
 
 

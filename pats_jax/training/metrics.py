@@ -87,6 +87,104 @@ def compute_metrics(
     return scores
 
 
+def bootstrap_interval(
+    names: Sequence[str], predictions: np.ndarray, labels: np.ndarray, level: float, resamples: int, seed: int = 0
+) -> tuple[float, float]:
+    """The percentile interval of a score, or of the mean of several, when rows are drawn anew with replacement.
+
+    A score of classes depends on a resample only through the number of rows with each pair of label and prediction,
+    which is multinomial; so that is drawn.
+
+    Args:
+      names: Names of metrics.
+      predictions: Class indices or scores, (rows,).
+      labels: The true ones, (rows,).
+      level: The share of the resamples' scores that is between the ends.
+      resamples: How many are drawn.
+      seed: Of the draw.
+
+    Returns:
+      Its two ends; twice the score itself where there is one row.
+    """
+    rng = np.random.default_rng(seed)
+    if len(labels) == 1:
+        score = float(np.mean([METRICS[name](predictions, labels) for name in names]))
+        return score, score
+    if set(names) <= _CORRELATIONS.keys():
+        drawn = _resampled_correlations(names, predictions, labels, resamples, rng)
+    else:
+        pairs, rows = np.unique(np.stack([labels, predictions]), axis=1, return_counts=True)
+        counts = rng.multinomial(len(labels), rows / len(labels), size=resamples)
+        drawn = np.mean([scores_of_counts(name, pairs[0], pairs[1], counts) for name in names], axis=0)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def scores_of_counts(name: str, labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """A score of classes for many tables of counts at once.
+
+    Args:
+      name: Name of the metric.
+      labels: True class of each cell of the table, (cells,).
+      predictions: Predicted class of each cell, (cells,).
+      counts: Rows in each cell, (tables, cells).
+
+    Returns:
+      (tables,); 0 where the metric is not defined.
+    """
+    classes = np.arange(max(labels.max(), predictions.max(), 1) + 1)
+    hit = (labels == predictions)[:, None]
+    true, given = labels[:, None] == classes, predictions[:, None] == classes
+    hits, true, given = (counts @ cells.astype(float) for cells in (hit & true, true, given))  # (tables, classes)
+    total, right = counts.sum(1), hits.sum(1)
+    if name == "accuracy":
+        return right / total
+    if name == "matthews_correlation":
+        squares = (total**2 - (true**2).sum(1)) * (total**2 - (given**2).sum(1))
+        return _quotient(right * total - (true * given).sum(1), np.sqrt(squares))
+    by_class = _quotient(2 * hits, true + given)
+    if name == "f1":
+        return by_class[:, 1]
+    if name == "macro_f1":
+        return by_class.sum(1) / (true + given > 0).sum(1)
+    raise ValueError(f"{name} is not a score of classes")
+
+
+def _resampled_correlations(names, predictions, labels, resamples, rng):
+    """The mean of correlations, (resamples,); 0 for one that is not defined."""
+    pairs = np.stack([predictions, labels]).astype(np.float64)
+    size = max(1, _MOST_VALUES // len(labels))  # resamples at a time
+    parts = []
+    for start in range(0, resamples, size):
+        drawn = pairs[:, rng.integers(len(labels), size=(min(size, resamples - start), len(labels)))]
+        parts.append(np.mean([_CORRELATIONS[name](*drawn) for name in names], axis=0))
+    return np.concatenate(parts)
+
+
+_MOST_VALUES = 2**22
+
+
+def _pearson_rows(a, b):
+    """Linear correlation of each row of two arrays (resamples, rows)."""
+    a, b = (values - values.mean(axis=1, keepdims=True) for values in (a, b))
+    return _quotient((a * b).sum(1), np.sqrt((a**2).sum(1) * (b**2).sum(1)))
+
+
+def _spearman_rows(a, b):
+    """The same of ranks."""
+    from scipy.stats import rankdata
+
+    return _pearson_rows(rankdata(a, axis=1), rankdata(b, axis=1))
+
+
+_CORRELATIONS = {"pearson": _pearson_rows, "spearmanr": _spearman_rows}
+
+
+def _quotient(above, below):
+    """above / below, and 0 where below is."""
+    return np.divide(above, below, out=np.zeros(np.shape(above)), where=below > 0)
+
+
 def _correlation(correlate: Callable, predictions: np.ndarray, labels: np.ndarray) -> float:
     if _constant(predictions) or _constant(labels):
         return 0.0

@@ -1,0 +1,336 @@
+"""What a model gets right and wrong on labelled rows: figures by class, calibration, an interval, the costliest rows.
+
+A run of `pats-jax glue` examines the model that it keeps on its validation data: `examine` gives everything, ``record``
+is what results.json has of it, and ``tables`` are the files of the run's folder ``diagnosis/``.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from pats_jax.data.readers import Split
+from pats_jax.data.tasks import Task
+from pats_jax.reporting import plots
+from pats_jax.training import metrics
+from pats_jax.training.evaluation import Predictor, decide, to_tsv, true_labels
+
+LEVEL = 0.95
+RESAMPLES = 1000
+BINS = 15  # of confidence, as Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), take them
+COSTLIEST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A bootstrap interval of a score: what other rows of the same kind may give the same model.
+
+    It says nothing of other seeds of training.
+    """
+
+    low: float
+    high: float
+    level: float = LEVEL
+    resamples: int = RESAMPLES
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFigures:
+    """How one class is recognised; a figure that divides by 0 is 0.
+
+    Attributes:
+      label: its name.
+      precision: the share of the rows given this class that have it.
+      recall: the share of its rows that are given it.
+      f1: harmonic mean of the two.
+      support: its rows.
+      predicted: the rows that are given it.
+    """
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    predicted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """The rows whose largest probability is in (low, high]: its mean, and the share that is right; 0 without rows."""
+
+    low: float
+    high: float
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """The examination of a classifier.
+
+    Attributes:
+      split: the rows.
+      names: of the classes.
+      logits: (rows, classes) float32.
+      scores: the task's metrics.
+      main_metric: the one that counts.
+      interval: of that.
+    """
+
+    split: Split
+    names: tuple[str, ...]
+    logits: np.ndarray
+    scores: dict[str, float]
+    main_metric: str
+    interval: Interval
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class indices, (rows,)."""
+        return true_labels(self.split)
+
+    @property
+    def answers(self) -> np.ndarray:
+        """The class with the largest logit, (rows,)."""
+        return np.argmax(self.logits, axis=1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 (rows, classes)."""
+        return scipy.special.softmax(self.logits.astype(np.float64), axis=1)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Cross-entropy of each row, float64 (rows,)."""
+        log = scipy.special.log_softmax(self.logits.astype(np.float64), axis=1)
+        return -log[np.arange(len(log)), self.labels]
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Rows by true class and given class, (classes, classes)."""
+        from sklearn.metrics import confusion_matrix
+
+        return confusion_matrix(self.labels, self.answers, labels=np.arange(len(self.names)))
+
+    @property
+    def classes(self) -> list[ClassFigures]:
+        """The figures of each class."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        every = np.arange(len(self.names))
+        columns = precision_recall_fscore_support(self.labels, self.answers, labels=every, zero_division=0.0)
+        predicted = np.bincount(self.answers, minlength=len(every))
+        return [
+            ClassFigures(name, float(p), float(r), float(f), int(s), int(n))
+            for name, p, r, f, s, n in zip(self.names, *columns, predicted, strict=True)
+        ]
+
+    @property
+    def bins(self) -> list[Bin]:
+        """The rows by confidence."""
+        return confidence_bins(self.probabilities, self.labels)
+
+    def record(self) -> dict[str, Any]:
+        """As `records.ClassificationDiagnosis`."""
+        from sklearn.metrics import f1_score
+
+        most_frequent = int(np.argmax(np.bincount(self.labels)))
+        constant = np.full(len(self.labels), most_frequent)
+        always = metrics.compute_metrics(
+            [name for name in self.scores if name in metrics.METRICS], constant, self.labels
+        )
+        return {
+            "rows": len(self.labels),
+            "metric": self.main_metric,
+            "score": self.scores[self.main_metric],
+            "interval": dataclasses.asdict(self.interval),
+            "loss": float(np.mean(self.losses)),
+            "macro_f1": metrics.macro_f1(self.answers, self.labels),
+            "micro_f1": float(f1_score(self.labels, self.answers, average="micro")),
+            "calibration_error": calibration_error(self.bins),
+            "classes": [dataclasses.asdict(one) for one in self.classes],
+            "majority_class": {
+                "label": self.names[most_frequent],
+                "share": float(np.mean(self.labels == most_frequent)),
+                "metrics": always | {"macro_f1": metrics.macro_f1(constant, self.labels)},
+            },
+        }
+
+    def draw(self, folder: pathlib.Path) -> None:
+        """Draws the confusion matrix and the reliability of probabilities."""
+        plots.plot_confusion(folder / "confusion.png", self.confusion, self.names)
+        bins = [(one.confidence, one.accuracy, one.rows) for one in self.bins if one.rows]
+        plots.plot_reliability(folder / "reliability.png", *map(np.array, zip(*bins, strict=True)))
+
+    def tables(self) -> dict[str, str]:
+        """The files of ``diagnosis/`` by name."""
+        label_of = [self.names[label] for label in self.labels]
+        answer_of = [self.names[answer] for answer in self.answers]
+        losses, probabilities = self.losses, self.probabilities
+        worst = np.argsort(-losses, kind="stable")[:COSTLIEST]
+        texts = _texts(self.split)
+        return {
+            "classes.tsv": to_tsv(
+                [field.name for field in dataclasses.fields(ClassFigures)],
+                ([_cell(value) for value in dataclasses.astuple(one)] for one in self.classes),
+            ),
+            "confusion.tsv": to_tsv(
+                ("label", *(f"predicted {name}" for name in self.names)),
+                ([name, *map(str, counts)] for name, counts in zip(self.names, self.confusion, strict=True)),
+            ),
+            "reliability.tsv": to_tsv(
+                [field.name for field in dataclasses.fields(Bin)],
+                ([_cell(value) for value in dataclasses.astuple(one)] for one in self.bins),
+            ),
+            "largest_losses.tsv": to_tsv(
+                ("index", "label", "prediction", "loss", "probability_of_label", *texts),
+                (
+                    [self.split.ids[row], label_of[row], answer_of[row], f"{losses[row]:.4f}"]
+                    + [f"{probabilities[row, self.labels[row]]:.4f}", *(column[row] for column in texts.values())]
+                    for row in worst
+                ),
+            ),
+            "validation.tsv": to_tsv(
+                ("index", "label", "prediction", "loss", *self.names),
+                (
+                    [id, label, answer, f"{loss:.4f}", *(f"{p:.4f}" for p in row)]
+                    for id, label, answer, loss, row in zip(
+                        self.split.ids, label_of, answer_of, losses, probabilities, strict=True
+                    )
+                ),
+            ),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """The examination of a model that gives scores; attributes as those of `Classification`.
+
+    Attributes:
+      answers: (rows,) float32.
+    """
+
+    split: Split
+    answers: np.ndarray
+    scores: dict[str, float]
+    main_metric: str
+    interval: Interval
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The true scores, (rows,)."""
+        return true_labels(self.split)
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """Given minus true score, float64 (rows,)."""
+        return self.answers.astype(np.float64) - self.labels
+
+    def record(self) -> dict[str, Any]:
+        """As `records.RegressionDiagnosis`."""
+        from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
+        labels, answers = self.labels.astype(np.float64), self.answers.astype(np.float64)
+        mean = np.full(len(labels), labels.mean())
+        return {
+            "rows": len(labels),
+            "metric": self.main_metric,
+            "score": self.scores[self.main_metric],
+            "interval": dataclasses.asdict(self.interval),
+            "loss": float(mean_squared_error(labels, answers)),
+            "mean_absolute_error": float(mean_absolute_error(labels, answers)),
+            "explained_variance": float(r2_score(labels, answers)) if np.ptp(labels) else 0.0,
+            "mean_answer": {
+                "value": float(mean[0]),
+                "loss": float(mean_squared_error(labels, mean)),
+                "mean_absolute_error": float(mean_absolute_error(labels, mean)),
+            },
+        }
+
+    def draw(self, folder: pathlib.Path) -> None:
+        """Draws the residuals."""
+        plots.plot_residuals(folder / "residuals.png", self.labels, self.residuals)
+
+    def tables(self) -> dict[str, str]:
+        """The files of ``diagnosis/`` by name."""
+        residuals, texts = self.residuals, _texts(self.split)
+        worst = np.argsort(-np.abs(residuals), kind="stable")[:COSTLIEST]
+        header = ("index", "label", "prediction", "residual")
+
+        def line(row):
+            values = (self.labels[row], self.answers[row], residuals[row])
+            return [self.split.ids[row], *(f"{value:.4f}" for value in values)]
+
+        return {
+            "largest_residuals.tsv": to_tsv(
+                (*header, *texts), ([*line(row), *(column[row] for column in texts.values())] for row in worst)
+            ),
+            "validation.tsv": to_tsv(header, map(line, range(len(residuals)))),
+        }
+
+
+def examine(
+    predictor: Predictor, params: Any, *, model_step: int | None, evaluated_step: int
+) -> Classification | Regression:
+    """Examines a model on the split ``validation``.
+
+    Args:
+      predictor: has task and splits.
+      params: the parameters that the run keeps.
+      model_step: the step that they are of; None if they were not trained.
+      evaluated_step: the step of the last evaluation, whose logits are used again where it is the same.
+    """
+    split, task = predictor.splits["validation"], predictor.task
+    logits = predictor.last_logits.get("validation") if model_step in (None, evaluated_step) else None
+    return examine_logits(predictor.logits(params, "validation") if logits is None else logits, split, task)
+
+
+def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classification | Regression:
+    """Examines a model by its logits (rows, num_labels) on labelled rows.
+
+    Raises:
+      InputError: the rows have no labels.
+    """
+    answers, labels = decide(logits, task), true_labels(split)
+    scores = metrics.compute_metrics(task.metrics, answers, labels)
+    interval = Interval(*metrics.bootstrap_interval(task.metrics, answers, labels, LEVEL, RESAMPLES))
+    if task.labels is None:
+        return Regression(split, answers, scores, task.main_metric, interval)
+    return Classification(split, task.labels, logits, scores, task.main_metric, interval)
+
+
+def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = BINS) -> list[Bin]:
+    """Rows by their largest probability, in bins of equal width.
+
+    Args:
+      probabilities: (rows, classes).
+      labels: class indices, (rows,).
+      count: number of bins.
+    """
+    confidence, right = probabilities.max(axis=1), np.argmax(probabilities, axis=1) == labels
+    edges = np.linspace(0.0, 1.0, count + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, count - 1)
+    rows = np.bincount(place, minlength=count)
+    means = [np.bincount(place, values, count) / np.maximum(rows, 1) for values in (confidence, right)]
+    table = zip(edges[:-1], edges[1:], rows, *means, strict=True)
+    return [Bin(float(low), float(high), int(n), float(c), float(a)) for low, high, n, c, a in table]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: the mean over rows of |accuracy - confidence| of a row's bin."""
+    return sum(one.rows * abs(one.accuracy - one.confidence) for one in bins) / sum(one.rows for one in bins)
+
+
+def _texts(split):
+    """Name -> texts, of a row's one or two."""
+    texts = {"sentence1": split.sentence1, "sentence2": split.sentence2}
+    return {name: column for name, column in texts.items() if column is not None}
+
+
+def _cell(value):
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
