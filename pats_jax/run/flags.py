@@ -205,7 +205,8 @@ def parser(*kinds: type[Composed], defaults: dict[str, Any], basic: bool = False
     for title, of_group in fields.items():
         if of_group:
             group: Any = dataclasses.make_dataclass(title, of_group, frozen=True)
-            made.append((title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())))
+            flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[misc]
+            made.append((title, flat, dataclasses.field(default=group())))
     return dataclasses.make_dataclass("Flags", made, frozen=True)
 
 
