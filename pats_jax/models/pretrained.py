@@ -120,17 +120,21 @@ def from_pretrained(
         new = ", ".join(map(convert.tensor_name, matched.new))
         hint = "" if own_labels is None else "; train the head before you use it"
         logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
-    tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
-    loaded = {
-        path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
-        for path, name in matched.sources.items()
-    }
+    loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
     if layers == STACKED:
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
+
+
+def _read_parameters(files, sources, shapes, folder):
+    """The parameters that are in files: path -> array, for ``sources``: path -> the tensor's name."""
+    tensors = weights.read_tensors({name: files[name] for name in sources.values()})
+    return {
+        path: convert.to_parameter(path, shapes[path], tensors[name], source=folder) for path, name in sources.items()
+    }
 
 
 def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
