@@ -145,10 +145,7 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         elif accumulation_steps == 1:
             return means(params, frozen, batch, key)
-        sums = functools.partial(weighted_sums, params, frozen)
-        totals, weight = (
-            sums(batch, key) if accumulation_steps == 1 else _accumulate(sums, batch, key, accumulation_steps)
-        )
+        totals, weight = _accumulate(functools.partial(weighted_sums, params, frozen), batch, key, accumulation_steps)
         if axis_name is not None:
             totals, weight = jax.lax.psum((totals, weight), axis_name)
         return jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
@@ -176,14 +173,16 @@ def make_train_step(
 def _are_finite(metrics):
     """Whether loss and norms are finite.
 
-    Parameters that are not give no finite loss; but asked for their norm here, XLA knows that it is computed before they
-    are overwritten, and need not copy them.
+    Parameters that are not give no finite loss; but asked for their norm here, XLA knows that it is computed before
+    they are overwritten, and need not copy them.
     """
     return jnp.all(jnp.isfinite(jnp.stack([metrics[n] for n in ("loss", "grad_norm", "param_norm") if n in metrics])))
 
 
 def _accumulate(sums, batch, key, accumulation_steps):
     """The sum of ``sums(micro_batch, key)`` over the micro-batches of a batch, each with a key of its own."""
+    if accumulation_steps == 1:
+        return sums(batch, key)
 
     def add(total, numbered):
         index, micro_batch = numbered
