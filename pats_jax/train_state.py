@@ -126,14 +126,7 @@ def make_train_step(
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
 
-    def loss_of_trained(params, frozen, batch, key):
-        return loss_fn(trees.combine(params, frozen), batch, key)
-
-    value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
-
-    def means(params, frozen, batch, key):
-        (loss, metrics), grads = value_and_grad(params, frozen, batch, key)
-        return {"loss": loss, **metrics}, grads
+    means = _means_of(loss_fn)
 
     def weighted_sums(params, frozen, batch, key):
         weight = _total_weight(batch)
@@ -158,16 +151,33 @@ def make_train_step(
         if norms:
             metrics["param_norm"] = optax.tree.norm(state.params)
         if skip_nonfinite:
-            finite = _are_finite(metrics)
-            metrics["skipped"] = 1.0 - finite
-            params, opt_state, update_norm = _update_if(finite, state, grads)
-        else:
-            params, opt_state, update_norm = _update(state, grads)
+            metrics["skipped"] = 1.0 - _are_finite(metrics)
+        params, opt_state, update_norm = _update_unless(metrics.get("skipped"), state, grads)
         if norms:
             metrics["update_norm"] = update_norm
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step
+
+
+def _means_of(loss_fn):
+    """``means(params, frozen, batch, key) -> (metrics with the loss, gradient of the trained parameters)``."""
+
+    def loss_of_trained(params, frozen, batch, key):
+        return loss_fn(trees.combine(params, frozen), batch, key)
+
+    value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
+
+    def means(params, frozen, batch, key):
+        (loss, metrics), grads = value_and_grad(params, frozen, batch, key)
+        return {"loss": loss, **metrics}, grads
+
+    return means
+
+
+def _update_unless(skipped, state, grads):
+    """As `_update`; where ``skipped`` is 1, the state as it was."""
+    return _update(state, grads) if skipped is None else _update_if(skipped == 0, state, grads)
 
 
 def _are_finite(metrics):
