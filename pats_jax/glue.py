@@ -17,6 +17,7 @@ import numpy as np
 import rich.console
 
 from pats_jax import methods, models, objectives, train_state
+from pats_jax.core.files import JsonObject
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.data.labels import class_names
 from pats_jax.data.tables import check_characters
@@ -37,7 +38,7 @@ from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings, console: rich.console.Console | None = None) -> dict[str, Any]:
+def run(settings: Settings, console: rich.console.Console | None = None) -> JsonObject:
     """Runs the program.
 
     Args:
@@ -63,7 +64,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
             return carry_out(start, loading)
 
 
-def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> dict[str, Any]:
+def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> JsonObject:
     """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
     settings, runner = start.settings, start.runner
 
@@ -210,7 +211,7 @@ class Finish:
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     examined: diagnosis.Classification | diagnosis.Regression | None = None
 
-    def use(self, trained: Trained) -> dict[str, Any]:
+    def use(self, trained: Trained) -> JsonObject:
         """Evaluates and predicts; gives what results.json holds of it. May raise `Preempted`."""
         settings, found = self.start.settings, {}
         if "train" not in settings.phases and "eval" in settings.phases:
@@ -227,7 +228,7 @@ class Finish:
             found |= describe_scores(self.predictor, trained.records) | {"diagnosis": self.examined.record()}
         return found
 
-    def write(self, trained: Trained, params: Any, results: dict[str, Any]) -> None:
+    def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
         """Writes model, predictions, plots and card."""
         settings, folder = self.start.settings, self.start.folder
         save_model(folder, settings, self.model, params, self.tokenizer)
@@ -420,7 +421,7 @@ def save_model(
     models.save_pretrained(folder / "model", params=params, config=model.config, tokenizer=tokenizer)
 
 
-def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str, Any]:
+def describe_run(settings: Settings, task: tasks.Task, params: Any) -> JsonObject:
     """What results.json records before training."""
     return {
         "model_name_or_path": settings.model.model_name_or_path,
@@ -437,7 +438,7 @@ def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str,
     }
 
 
-def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict[str, Any]:
+def describe_scores(predictor: Predictor, records: list[JsonObject]) -> JsonObject:
     """The final and the best logged evaluation, and the score of a constant answer."""
     scores = [{"step": record["step"], "metrics": record["eval"]} for record in records if "eval" in record]
     return {
@@ -472,7 +473,7 @@ def describe_data(settings: Settings) -> str:
     return f"{settings.data.task_name} from {settings.data.data_dir or 'nyu-mll/glue'}"
 
 
-def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def draw(folder: pathlib.Path, task: tasks.Task, results: JsonObject, records: list[JsonObject]) -> None:
     """Plots loss and score from the lines of metrics.jsonl."""
     if "steps" not in results:
         return
@@ -482,7 +483,7 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], record
         plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
 
 
-def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
+def summary(results: JsonObject, folder: pathlib.Path) -> str:
     """The run in two lines."""
     kind = f"{results['peft']}, " if results.get("peft") else ""
     title = f"{kind}{results['method']} on {results['data']}"

@@ -272,7 +272,7 @@ def check_labels(batch: Batch) -> None:
         )
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
+def model_inputs(batch: Batch) -> Batch:
     """The entries of a batch that a model takes."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 

@@ -29,6 +29,8 @@ from pats_jax.errors import InputError, shown
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 _INT32_MAX = 2**31 - 1
 
+Flat = dict[str, Any]  # flag -> value
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -326,7 +328,7 @@ class Composed(Group):
         return found
 
     @classmethod
-    def renamed(cls, saved: dict[str, Any]) -> dict[str, Any]:
+    def renamed(cls, saved: Flat) -> Flat:
         """What config.json holds, of this version or an earlier one, under the present names."""
         return saved
 
@@ -354,7 +356,7 @@ class Composed(Group):
         for group in self._all_groups():
             group.check()
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Flat:
         """Flag -> value, of all settings; of the groups of choice those that are chosen."""
         found = {flag: getattr(self, entry.name) for flag, entry in entries(type(self)).items()}
         for field in dataclasses.fields(self):
@@ -367,7 +369,7 @@ class Composed(Group):
                     found |= {flag: getattr(group, e.name) for flag, e in entries(type(group)).items()}
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Flat:
         """Every setting of the run; those of a single start of the program, such as --resume, are left out."""
         known = self.all_entries()
         return {flag: value for flag, value in self.flat().items() if not known[flag].about.of_one_start}

@@ -20,6 +20,7 @@ from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.convert import Parameters
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.sources import checkpoint_folder
@@ -27,7 +28,6 @@ from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
-Parameters = dict[str, Any]
 
 MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
 

@@ -16,6 +16,7 @@ import numpy as np
 import rich.console
 
 from pats_jax import methods, models
+from pats_jax.core.files import JsonObject
 from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.errors import InputError
@@ -32,7 +33,7 @@ from pats_jax.training.metrics import accuracy
 _DEV_ROWS = 64  # of every dev task
 
 
-def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> dict[str, Any]:
+def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> JsonObject:
     """Runs the stage; see `pats_jax.glue.run` for the exceptions.
 
     Returns:
@@ -45,7 +46,7 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
         return carry_out(start)
 
 
-def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
+def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
     """The part of `run` after settings and devices are checked."""
     settings, runner = start.settings, start.runner
     gym, partition = load_partitioned_gym(
@@ -102,7 +103,7 @@ def load_scorer(settings: PrimingSettings) -> tuple[Any, Any]:
     )
 
 
-def describe_run(settings: PrimingSettings, upstream_tasks: Sequence[str], params: Any) -> dict[str, Any]:
+def describe_run(settings: PrimingSettings, upstream_tasks: Sequence[str], params: Any) -> JsonObject:
     """What results.json records before training."""
     return {
         "model_name_or_path": settings.model.model_name_or_path,
@@ -378,7 +379,7 @@ def default_folder(settings: PrimingSettings) -> str:
     return f"runs/prime-{settings.upstream.algorithm}-{settings.upstream.train}{kind}-seed{settings.seed}"
 
 
-def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
+def summary(results: JsonObject, folder: pathlib.Path) -> str:
     """The stage in two lines."""
     kind = f" ({results['peft']})" if results["peft"] else ""
     title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pats_jax.core.settings import POSITIVE, Group, at_least, setting
+from pats_jax.core.settings import POSITIVE, Flat, Group, at_least, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
@@ -95,7 +95,7 @@ class PrimingSettings(TrainingSettings):
         return self
 
     @classmethod
-    def renamed(cls, saved: dict[str, Any]) -> dict[str, Any]:
+    def renamed(cls, saved: Flat) -> Flat:
         """As config.json is now: the first version wrote task_batch_size as query_batch_size."""
         if "query_batch_size" not in saved:
             return saved

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pats_jax.core import files
-from pats_jax.core.settings import Composed, Entry, as_json, converted, entries, spelled
+from pats_jax.core.settings import Composed, Entry, Flat, as_json, converted, entries, spelled
 from pats_jax.errors import InputError, shown
 from pats_jax.reporting.console import parse_flags
 from pats_jax.run.settings import Program
@@ -183,7 +183,7 @@ def show_help(prog: str, *kinds: type[Composed], everything: bool) -> None:
     parse_flags(flags, args=["--help"], prog=prog, description=f"{(kind.__doc__ or '').strip()}{hint}")
 
 
-def parser(*kinds: type[Composed], defaults: dict[str, Any], basic: bool = False, has_config: bool = True) -> type:
+def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_config: bool = True) -> type:
     """A class that tyro parses: the settings of a program, in its groups.
 
     Args:
@@ -213,22 +213,22 @@ def parser(*kinds: type[Composed], defaults: dict[str, Any], basic: bool = False
 _CONFIG = Annotated[str | None, tyro.conf.arg(metavar="JSON", help="read settings from a saved run's config.json")]
 
 
-def _flag(entry: Entry, defaults: dict[str, Any]) -> tuple[str, Any, Any]:
+def _flag(entry: Entry, defaults: Flat) -> tuple[str, Any, Any]:
     kind: Any = Annotated[entry.type, _YES_OR_NO] if entry.type == bool | None else entry.type
     documented = Annotated[kind, tyro.conf.arg(help=entry.about.help)]
     return entry.flag, documented, dataclasses.field(default=defaults.get(entry.flag, entry.default))
 
 
-def vars_of(parsed: Any) -> dict[str, Any]:
+def vars_of(parsed: Any) -> Flat:
     """Flag -> value, of an instance of a class made by `parser`."""
-    found: dict[str, Any] = {}
+    found: Flat = {}
     for group in vars(parsed).values():
         found |= vars(group)
     found.pop("config", None)
     return found
 
 
-def read_by(kind: type[Composed], values: dict[str, Any]) -> set[str]:
+def read_by(kind: type[Composed], values: Flat) -> set[str]:
     """The flags that count under these values: those of groups of choice only where they are chosen."""
     read = set(kind.all_entries())
     for choice in kind.choices.values():
@@ -302,7 +302,7 @@ def read_config(path: str, kind: type[Program]) -> Program:
     return kind(**{flag: value for flag, value in values.items() if flag in read_by(kind, values)})
 
 
-def read_values(path: str, kind: type[Composed]) -> dict[str, Any]:
+def read_values(path: str, kind: type[Composed]) -> Flat:
     """What `read_config` makes the settings of: flag -> value, those of groups that are not chosen included."""
     saved = files.read_json(path)
     if not isinstance(saved, dict):

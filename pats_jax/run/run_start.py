@@ -5,11 +5,12 @@ import dataclasses
 import logging
 import os
 import pathlib
-from typing import Any, Generic
+from typing import Generic
 
 import jax
 import rich.console
 
+from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError
 from pats_jax.run import compilation_cache, replacing, run_folder, xla_flags
 from pats_jax.run.flags import read_config
@@ -40,7 +41,7 @@ class Start(Generic[Kind]):
     folder: pathlib.Path
     console: rich.console.Console
     resuming: bool
-    finished: dict[str, Any] | None
+    finished: JsonObject | None
     lock: FolderLock
 
     def __enter__(self) -> "Start[Kind]":
@@ -68,7 +69,7 @@ class Start(Generic[Kind]):
         if not is_open:
             raise InputError(f"--output_dir {self.folder}: process 0 cannot use it; see its message")
 
-    def finish(self, results: dict[str, Any]) -> None:
+    def finish(self, results: JsonObject) -> None:
         """Writes results.json, which marks the run as finished, and removes the run that it replaces; for process 0."""
         run_folder.write_results(self.folder, results)
         replacing.discard(self.folder)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pats_jax import train_state
+from pats_jax.core.files import JsonObject
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError, Preempted
 from pats_jax.reporting import plots
@@ -37,7 +38,7 @@ class TrainingFacts(TypedDict, total=False):
     trained_parameters: int
     steps: int
     model_step: int
-    concentration: dict[str, Any]
+    concentration: JsonObject
     timing: dict[str, float | None]
 
 
@@ -96,11 +97,11 @@ class Job:
     training: Training | None
     evaluator: Evaluator
     params: Any
-    use: Callable[[Trained], dict[str, Any]]
-    write: Callable[[Trained, Any, dict[str, Any]], None]
+    use: Callable[[Trained], JsonObject]
+    write: Callable[[Trained, Any, JsonObject], None]
 
 
-def carry_out(start: Start, job: Job, results: dict[str, Any], asked: preemption.Preemption) -> dict[str, Any]:
+def carry_out(start: Start, job: Job, results: JsonObject, asked: preemption.Preemption) -> JsonObject:
     """Trains, uses what was trained, and writes the folder.
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from pats_jax import methods, train_state, trees
+from pats_jax.core.files import JsonObject
 from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.training import concentration, runners
 from pats_jax.training.loop import Rhythm
@@ -237,7 +238,7 @@ def first_of_each(numbered: Iterator[tuple[Any, Callable[[], Any]]], kinds: int)
 
 def measure_concentration(
     measure: Callable[[Any], dict[str, np.ndarray]], start: Any, end: Any
-) -> tuple[dict[str, Any], list[np.ndarray]]:
+) -> tuple[JsonObject, list[np.ndarray]]:
     """How concentrated sensitivity is before and after training, for results.json, and all of its values in both."""
     before, after = measure(start), measure(end)
     everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]

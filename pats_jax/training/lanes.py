@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax import methods, objectives, random, train_state, transforms, trees
+from pats_jax.core.settings import Flat
 from pats_jax.data import batches
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
@@ -56,7 +57,7 @@ class LaneSettings(Protocol):
     @property
     def loop(self) -> LoopSettings: ...
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Flat:
         """Every setting by its flag."""
 
     def replace(self, **changes: Any) -> Self:
@@ -228,7 +229,7 @@ class LaneProgram:
 
     def _settings(self, lane):
         """The settings of one lane: traced numbers, and a key for the seed."""
-        own: dict[str, Any] = {name: lane[name] for name in LANE_NUMBERS if name in lane}
+        own: Flat = {name: lane[name] for name in LANE_NUMBERS if name in lane}
         own["seed"] = random.key_from_data(lane["words"], random.NAME)
         return self.settings.replace(**own)
 

@@ -178,7 +178,7 @@ class _Loop:
         self.state, self.progress = state, progress
         self._rhythm, self._hooks, self._clock = rhythm, hooks, _Clock()
         self._fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
-        self._pending: list[dict[str, Any]] = []  # ... and those that may still be on the device
+        self._pending: list[Record] = []  # ... and those that may still be on the device
         self._saved_at = progress.step
 
     def step(self, train_step, batches):

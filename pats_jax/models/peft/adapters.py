@@ -20,11 +20,12 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import ResidualOutput
 from pats_jax.models.config import EncoderConfig
@@ -99,7 +100,7 @@ class AdapterConfig(PeftConfig):
         inner = _ACTIVATIONS[self.place](h @ down["kernel"] + down["bias"])
         return inner @ up["kernel"] + up["bias"]
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {"size": self.size, "place": self.place}
 
     @classmethod

@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.convert import ParameterPath
+from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import FieldRules, SavedModules
 
@@ -81,7 +82,7 @@ class PeftConfig(abc.ABC):
     def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         """What changes the forward pass (see `flax.linen.intercept_methods`); each module's share is `own_variable`."""
 
-    def variables(self, tree: dict[str, Any], config: EncoderConfig, stacked: bool) -> dict[str, Any]:
+    def variables(self, tree: Parameters, config: EncoderConfig, stacked: bool) -> Parameters:
         """The small tree as a collection of variables, whose paths are those of the modules that it changes."""
         return tree
 
@@ -94,7 +95,7 @@ class PeftConfig(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         """Its own fields of ``adapter_config.json``."""
 
     @classmethod

@@ -15,13 +15,14 @@ References:
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import setting
 from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
@@ -95,7 +96,7 @@ class Ia3Config(PeftConfig):
             raise ValueError(f"{'.'.join(zeros[0])} contains a zero: the original weights cannot be recovered")
         return base | _rescaled(base, tree, operator.truediv)
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {
             "fan_in_fan_out": False,
             "target_modules": sorted(".".join(path[:-1]) for path in tree),

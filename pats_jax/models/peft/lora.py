@@ -12,12 +12,13 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import POSITIVE, PROBABILITY, at_least, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
@@ -137,7 +138,7 @@ class LoraConfig(PeftConfig):
             changed[*path, "kernel"] = base[*path, "kernel"] + scale * product
         return base | changed
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return _PLAIN | {
             "r": self.rank,
             "lora_alpha": self.alpha,

@@ -13,11 +13,12 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
@@ -68,5 +69,5 @@ class PromptConfig(VirtualTokensConfig):
 
         return prepend
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return super().to_dict(tree, config) | {"prompt_tuning_init": "SAMPLE_VOCAB"}

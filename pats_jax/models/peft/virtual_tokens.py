@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, PeftConfig
@@ -53,7 +54,7 @@ class VirtualTokensConfig(PeftConfig):
         """The fields that a saved file must have as the model has them."""
         return {"token_dim": model.hidden_size, "num_transformer_submodules": 1}
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {
             "num_virtual_tokens": self.length,
             "token_dim": config.hidden_size,
