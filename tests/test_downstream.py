@@ -50,7 +50,11 @@ def home(tmp_path_factory):
     """Model, gym and partition; and two folders of `pats-jax prime`: the model primed, and LoRA modules."""
     home = tiny.write_gym_home(tmp_path_factory.mktemp("home"))
     (home / "short.json").write_text(json.dumps(tiny.PARTITION | {"train": ["weather", "voice"], "dev": []}))
-    quick = {name: value for name, value in QUICK.items() if name not in ("eval_steps", "per_device_train_batch_size")}
+    quick = {
+        name: value
+        for name, value in QUICK.items()
+        if name not in ("eval_steps", "per_device_train_batch_size", "lora_rank")
+    }
     settings = PrimingSettings(
         model_name_or_path=str(home / "model"),
         data_dir=str(home / "gym"),
@@ -62,7 +66,7 @@ def home(tmp_path_factory):
         **quick,
     )
     upstream.run(dataclasses.replace(settings, output_dir=str(home / "plm")))
-    upstream.run(dataclasses.replace(settings, output_dir=str(home / "pe"), train="pe", peft="lora"))
+    upstream.run(dataclasses.replace(settings, output_dir=str(home / "pe"), train="pe", peft="lora", lora_rank=2))
     return home
 
 

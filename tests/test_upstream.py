@@ -24,6 +24,7 @@ from pats_jax.run import run_folder, training_run
 from pats_jax.training import preemption, runners
 
 META = ("maml", "fomaml", "reptile")
+LORA = {"lora_rank": 2}
 QUICK = {
     "max_seq_length": 16,
     "max_steps": 4,
@@ -38,7 +39,6 @@ QUICK = {
     "eval_steps": 2,
     "save_steps": 0,
     "num_devices": 1,
-    "lora_rank": 2,
 }
 
 
@@ -104,9 +104,11 @@ def moved(before, after):
 def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, train):
     """All of the encoder, or all modules; never the pooler and the classifier, which are no part of this head."""
     kind = "lora" if "pe" in train else None
-    found = run(one_shape, tmp_path, algorithm=algorithm, train=train, peft=kind)
-    config = dataclasses.replace(one_shape, peft=kind).adapter
-    model, start = option_scoring.load_scorer(one_shape.model_name_or_path, "embedding", config, key=one_shape.seed)
+    found = run(one_shape, tmp_path, algorithm=algorithm, train=train, peft=kind, **LORA if kind else {})
+    config = dataclasses.replace(one_shape, peft=kind, **LORA if kind else {}).adapter
+    model, start = option_scoring.load_scorer(
+        one_shape.model.model_name_or_path, "embedding", config, key=one_shape.seed
+    )
     sizes = {"plm": 0, "pe": 2 * 2 * 2 * 16 if kind else 0}
     assert (tmp_path / "model").exists() == ("plm" in train) and (tmp_path / "adapter").exists() == ("pe" in train)
     if "plm" in train:
@@ -119,7 +121,7 @@ def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, tr
         sizes["plm"] = sum(before[name].size for name in encoder)
         loaded, params, _ = models.from_pretrained(tmp_path / "model", num_labels=1)
     else:
-        loaded, params, _ = models.from_pretrained(one_shape.model_name_or_path, num_labels=1, key=one_shape.seed)
+        loaded, params, _ = models.from_pretrained(one_shape.model.model_name_or_path, num_labels=1, key=one_shape.seed)
     if kind:
         _, params = peft.load_peft(tmp_path / "adapter", loaded, params)
         assert jax.tree.structure(params) == jax.tree.structure(start)
@@ -152,8 +154,8 @@ def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
 
 def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     args = tiny.flags(**{name: value for name, value in dataclasses.asdict(watched).items() if name in QUICK})
-    args += ["--model_name_or_path", watched.model_name_or_path, "--data_dir", watched.data_dir]
-    cli.main(["prime", *args, "--partition", watched.partition, "--output_dir", str(tmp_path / "run")])
+    args += ["--model_name_or_path", watched.model.model_name_or_path, "--data_dir", watched.data.data_dir]
+    cli.main(["prime", *args, "--partition", watched.data.partition, "--output_dir", str(tmp_path / "run")])
     assert f"results in {tmp_path / 'run'}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (
@@ -168,7 +170,9 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     assert found["upstream_tasks"] == ["weather", "voice"]
     assert found["train_examples"] == 2 * 2 * (6 + 5) and found["steps"] == found["model_step"] == 4
     assert (tmp_path / "run" / "plots" / "loss.png").exists()
-    error = tiny.refused(capsys, "prime", *args, "--partition", watched.partition, "--output_dir", tmp_path / "run")
+    error = tiny.refused(
+        capsys, "prime", *args, "--partition", watched.data.partition, "--output_dir", tmp_path / "run"
+    )
     assert "not empty" in error
     cli.main(["prime", "--config", str(tmp_path / "run" / "config.json"), "--resume"])
     assert "already finished: mtl of plm on 2 tasks" in capsys.readouterr().out
@@ -194,6 +198,7 @@ def eventful(watched):
         watched,
         train="plm+pe",
         peft="lora",
+        lora_rank=2,
         method="pats",
         noise_scale=0.1,
         max_steps=6,
@@ -422,7 +427,7 @@ def test_two_devices_compute_what_one_does(watched, tmp_path):
 
 
 def test_noisytune_is_for_the_pretrained_weights_alone(base):
-    settings = dataclasses.replace(base, train="plm+pe", peft="lora", method="noisytune")
+    settings = dataclasses.replace(base, train="plm+pe", peft="lora", lora_rank=2, method="noisytune")
     training, plain = make_source(settings), make_source(dataclasses.replace(settings, method="finetune"))
     before, after = (dict(jax.tree_util.tree_leaves_with_path(t.state.all_params)) for t in (plain, training))
     names = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
