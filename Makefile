@@ -29,7 +29,7 @@ test: $(VENV)/.ready
 # Tests of what the numbers are, which `make slow` repeats with all of XLA's optimisations.
 NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py layers.py
 
-slow: $(VENV)/.ready
+slow: $(VENV)/.dask
 	$(PYTEST) -m slow
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity and not slow" $(addprefix tests/test_,$(NUMERICS))
 	$(FUZZ) --count 10000
@@ -98,6 +98,10 @@ $(VENV)/.docs: $(VENV)/.ready
 
 $(VENV)/.package: $(VENV)/.ready
 	@$(PIP) install --editable '.[package]'
+	@touch $@
+
+$(VENV)/.dask: $(VENV)/.ready
+	@$(PIP) install --editable '.[dask]'
 	@touch $@
 
 $(VENV)-tpu/.ready: pyproject.toml

@@ -200,14 +200,14 @@ def torch_step(
     ]
     optimizer = torch.optim.AdamW(
         groups,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
+        lr=settings.optimizer.learning_rate,
+        betas=(settings.optimizer.adam_beta1, settings.optimizer.adam_beta2),
+        eps=settings.optimizer.adam_epsilon,
+        weight_decay=settings.optimizer.weight_decay,
         fused=way.fused,
     )
-    warmup_steps = math.ceil(settings.max_steps * settings.warmup_ratio)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.max_steps)
+    warmup_steps = math.ceil(settings.length.max_steps * settings.optimizer.warmup_ratio)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.length.max_steps)
     names = ("input_ids", "attention_mask", "token_type_ids", "labels")
     inputs = {name: torch.from_numpy(batch[name]).to(device).long() for name in names}
     forward = torch.compile(model, mode=way.compile_mode) if way.compile_mode else model
@@ -216,7 +216,7 @@ def torch_step(
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = forward(**inputs).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.data.readers import Split, load_task
 from pats_jax.data.tasks import TASKS, Task
 from pats_jax.errors import InputError

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import goals, report
 from benchmarks.goals import Goal
-from pats_jax import files
+from pats_jax.core import files
 
 BEGIN, END = "<!-- by device: written by `python -m benchmarks plot` -->", "<!-- end of by device -->"
 FIRST, SECOND = "on_device_1", "on_device_2"  # calls of benchmarks.on_device: other forms of the layers; the final one

@@ -17,7 +17,6 @@ from pats_jax.companions.child_tuning import fisher_mask
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.config import EncoderConfig
-from pats_jax.run import pe_modules
 from pats_jax.run.settings import Settings
 from pats_jax.training import runners
 
@@ -168,7 +167,7 @@ def noisy_share(params: Any, variant: str) -> float:
     """Share of the parameters that PATS puts noise on."""
     if not is_pats(variant):
         return 0.0
-    mask = methods.layer_mask(params, settings_of(variant).noise_layers)
+    mask = methods.layer_mask(params, settings_of(variant).flat()["noise_layers"])
     sizes = jax.tree.map(lambda keep, p: p.size * np.mean(keep), mask, params)  # of stacked layers, some may be chosen
     return sum(jax.tree.leaves(sizes)) / size(params)
 
@@ -201,15 +200,25 @@ class Training:
     """
 
     def __init__(self, model: Any, params: Any, settings: Settings, total_steps: int, batch: dict[str, np.ndarray]):
-        modules = pe_modules.chosen_config(settings)
+        modules = settings.adapter
         if modules:
             model, params = peft.add_peft(model, params, modules, key=0)
-        self._model, self._params, self._settings = model, methods.starting_params(settings, params), settings
-        self._trainable = peft.trainable_mask(model, params) if modules else methods.trainable_mask(settings, params)
+        self._model, self._settings = model, settings
+        self._params = methods.starting_params(settings.methods, params, settings.seed)
+        self._trainable = (
+            peft.trainable_mask(model, params) if modules else methods.trainable_mask(settings.methods, params)
+        )
         self.trained = params if self._trainable is None else trees.partition(self._trainable, params)[0]
         self._batch = batch
-        self.tx = methods.make_optimizer(settings, total_steps, self.trained, self._fisher_mask)
-        loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings))
+        self.tx = methods.make_optimizer(
+            settings.optimizer,
+            settings.methods,
+            total_steps,
+            self.trained,
+            seed=settings.seed,
+            fisher=self._fisher_mask,
+        )
+        loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings.methods))
         self._loss_fn = loss_fn
         self.step = self._make_step(None)
 

@@ -152,7 +152,7 @@ def program_seconds(folder: pathlib.Path, cache: pathlib.Path, data_dir: str | N
     arguments += ["--compilation_cache_dir", str(cache)]
     journal.unlink(missing_ok=True)
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pats_jax.cli", "glue", *arguments]
+    command = [sys.executable, "-m", "pats_jax", "glue", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (journal.exists() and journal.stat().st_size):
             time.sleep(0.005)

@@ -5,7 +5,7 @@ import sys
 
 from typing_extensions import TypedDict
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run.records import Scores
 

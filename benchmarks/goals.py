@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 
 from benchmarks import report
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

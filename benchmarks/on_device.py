@@ -365,7 +365,7 @@ def glue(session: Session, row: dict[str, Any]) -> None:
     """`pats-jax glue` on MRPC with MiniLM, three epochs, with an empty cache and once more."""
     flags, carried = session.flags, session.flags.carried.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pats_jax.cli", "glue", "--task_name", "mrpc"]
+        words = [sys.executable, "-m", "pats_jax", "glue", "--task_name", "mrpc"]
         words += ["--data_dir", str(carried / "glue"), "--model_name_or_path", str(carried / "minilm")]
         words += ["--compilation_cache_dir", str(pathlib.Path(folder) / "compiled")]
         if flags.rehearse:

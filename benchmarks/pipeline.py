@@ -21,6 +21,7 @@ from pats_jax.data import batches
 from pats_jax.run.settings import Settings
 from pats_jax.training import fine_tuning, runners
 from pats_jax.training.loop import Hooks, Rhythm, fit
+from pats_jax.training.table import TableSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +56,17 @@ class Pipeline(report.Subject):
             max_seq_length=self.max_seq_length,
             per_device_train_batch_size=self.batch_size,
         )
-        settings = dataclasses.replace(settings, task_name=task_name)
+        settings = settings.replace(task_name=task_name)
         return Prepared(settings)
 
     def _throughput(self, prepared: "Prepared", results: report.Results) -> None:
-        training, rows = prepared.training(), len(prepared.split)
-        plan = training.plan
-        made = [next_batch for next_batch, _ in itertools.islice(training.batches(0), len(plan))]
+        side, rows = prepared.side(), len(prepared.split)
+        source, plan = side.source, side.source.plan
+        made = [next_batch for next_batch, _ in itertools.islice(source.batches(0), len(plan))]
         stages: dict[str, Callable[[], Any]] = {
             "tokenise": lambda: batches.tokenize(prepared.split, prepared.tokenizer, self.max_seq_length),
-            "batch": lambda: [batch for batch, _ in itertools.islice(training.batches(0), len(plan))],
-            "host to device": lambda: [training.runner.put(batch) for batch in made],
+            "batch": lambda: [batch for batch, _ in itertools.islice(source.batches(0), len(plan))],
+            "host to device": lambda: [side.training.runner.put(batch) for batch in made],
         }
         turns = take_turns(stages, self.rounds)
         table = report.table(f"{self.epoch_task}, {rows} rows", "stage", "rows/s", "microseconds/step")
@@ -76,10 +77,10 @@ class Pipeline(report.Subject):
         results.tables.append(table)
 
     def _padding(self, prepared: "Prepared", results: report.Results) -> None:
-        sides = {"bucketed": prepared.training(), "padded": prepared.training(self.max_seq_length)}
-        counts = {name: collections.Counter(length for _, length in side.plan) for name, side in sides.items()}
+        sides = {"bucketed": prepared.side(), "padded": prepared.side(self.max_seq_length)}
+        counts = {name: collections.Counter(length for _, length in side.source.plan) for name, side in sides.items()}
         lengths = sorted(counts["bucketed"] | counts["padded"])
-        run = step_by_length(prepared, sides["padded"])
+        run = step_by_length(sides["padded"])
         turns = take_turns({str(length): functools.partial(run, length) for length in lengths}, self.rounds)
         table = report.table(f"An epoch of {self.epoch_task}", "", "padding", "seconds, from its steps", "seconds, run")
         for name, side in sides.items():
@@ -89,7 +90,7 @@ class Pipeline(report.Subject):
             figures["median_epoch_seconds"] = statistics.median(planned)
             figures["steps_by_length"] = dict(sorted(counts[name].items()))
             if self.whole_epoch:
-                figures["whole_epoch_seconds"] = run_epoch(side, len(side.plan))[0]
+                figures["whole_epoch_seconds"] = run_epoch(side, len(side.source.plan))[0]
             results.measured[f"{self.epoch_task} {name}"] = figures
             whole = f"{figures['whole_epoch_seconds']:.1f}" if self.whole_epoch else "-"
             shown = (f"{figures['padding_share']:.1%}", f"{figures['median_epoch_seconds']:.1f}", whole)
@@ -101,9 +102,9 @@ class Pipeline(report.Subject):
         results.tables.append(table)
 
     def _waiting(self, prepared: "Prepared", results: report.Results) -> None:
-        training = prepared.training()
-        run_epoch(training, self.waiting_steps, warm_up=True)
-        seconds, waited = run_epoch(training, self.waiting_steps)
+        side = prepared.side()
+        run_epoch(side, self.waiting_steps, warm_up=True)
+        seconds, waited = run_epoch(side, self.waiting_steps)
         figures = {"steps": self.waiting_steps, "seconds": seconds, "waiting_seconds": waited}
         figures["waiting_share"] = waited / seconds
         results.measured[f"{self.waiting_task} waiting"] = figures
@@ -117,78 +118,85 @@ class Prepared:
 
     def __init__(self, settings: Settings):
         self.runner = runners.make_runner()
-        self.settings = settings.with_batch_size(self.runner.num_devices)
+        self.settings = settings.over(self.runner.num_devices)
         self.task, splits = glue.load_data(self.settings)
         self.split = splits["train"]
-        self.tokenizer = models.load_tokenizer(settings.model_name_or_path)
+        self.tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
         layers, unroll = runners.default_form(self.runner.platform)
         self.model, params, _ = models.from_pretrained(
-            settings.model_name_or_path,
+            settings.model.model_name_or_path,
             num_labels=self.task.num_labels,
             regression=self.task.is_regression,
             layers=layers,
             unroll=unroll,
         )
         self.params = jax.device_get(params)
-        self.tokens = batches.tokenize(self.split, self.tokenizer, settings.max_seq_length)
+        self.tokens = batches.tokenize(self.split, self.tokenizer, settings.model.max_seq_length)
 
-    def training(self, padded_to: int | None = None) -> fine_tuning.GlueTraining:
+    def side(self, padded_to: int | None = None) -> "Side":
         """The GLUE program's training of it, bucketed, or with every row padded to one length."""
-        made = fine_tuning.GlueTraining(
+        training, source = glue.make_training(
             self.settings, self.runner, self.task, self.split, self.tokens, self.model, self.params
         )
         if padded_to:
-            made.boundaries = [padded_to]
-            made.plan = made._plan(epoch=0)
-        return made
+            source = source.with_boundaries([padded_to])
+        return Side(training, source, training.create_state(), self.tokens, self.split.labels)
 
 
-def step_by_length(prepared: Prepared, training: fine_tuning.GlueTraining) -> Callable[[int], Any]:
+@dataclasses.dataclass
+class Side:
+    """A training and where it is."""
+
+    training: fine_tuning.Training
+    source: TableSource
+    state: Any
+    tokens: batches.Tokens
+    labels: np.ndarray
+
+
+def step_by_length(side: Side) -> Callable[[int], Any]:
     """A function that makes one step on a batch of real rows padded to a length."""
-    held = [training.state]
 
     @functools.cache
     def batch(length):
-        lengths = prepared.tokens.lengths
+        lengths, size = side.tokens.lengths, side.source.batch_size
         rows = np.flatnonzero(lengths <= length)
-        rows = rows[np.argsort(lengths[rows])][-training.batch_size :]
-        labels = training.labels
-        return batches.fill_batch(prepared.tokens, labels, rows, training.batch_size, length)
+        rows = rows[np.argsort(lengths[rows])][-size:]
+        return batches.fill_batch(side.tokens, side.labels, rows, size, length)
 
     def run(length):
-        held[0], metrics = training.step(held[0], batch(length))
-        training.state = held[0]
+        side.state, metrics = side.training.step(side.state, batch(length))
         return metrics
 
     return run
 
 
-def padding_share(training: fine_tuning.GlueTraining) -> float:
+def padding_share(side: Side) -> float:
     """Share of the computed tokens of an epoch that are padding or filler."""
-    computed = sum(training.batch_size * length for _, length in training.plan)
-    return 1 - int(training.tokens.lengths.sum()) / computed
+    computed = sum(side.source.batch_size * length for _, length in side.source.plan)
+    return 1 - int(side.tokens.lengths.sum()) / computed
 
 
-def run_epoch(training: fine_tuning.GlueTraining, steps: int, warm_up: bool = False) -> tuple[float, float]:
+def run_epoch(side: Side, steps: int, warm_up: bool = False) -> tuple[float, float]:
     """Trains by the program's own loop, without evaluation.
 
     Args:
-      training: its state moves on.
+      side: its state moves on.
       steps: how many.
       warm_up: whether only one step of each shape is made, so that all is compiled.
 
     Returns:
       Seconds, and those of them in which the device had nothing to do between two steps.
     """
-    source = training.batches(0)
+    training, source = side.training, side.source.batches(0)
     if warm_up:
         source = one_of_each_shape(itertools.islice(source, steps))
-        steps = len({length for _, length in training.plan[:steps]})
+        steps = len({length for _, length in side.source.plan[:steps]})
     watched = Watched(training.step)
-    rhythm = Rhythm(total_steps=steps, logging_steps=training.settings.logging_steps, eval_steps=steps)
+    rhythm = Rhythm(total_steps=steps, logging_steps=training.settings.loop.logging_steps, eval_steps=steps)
     started = time.perf_counter()
-    training.state, _ = fit(training.state, watched, source, rhythm, _Silent())
-    jax.block_until_ready(training.state)
+    side.state, _ = fit(side.state, watched, source, rhythm, _Silent())
+    jax.block_until_ready(side.state)
     seconds = time.perf_counter() - started
     return seconds, watched.waiting_seconds()
 

@@ -13,8 +13,7 @@ from benchmarks.turns import take_turns
 from pats_jax import methods, train_state
 from pats_jax.models import peft
 from pats_jax.priming import meta_losses, option_scoring
-from pats_jax.priming.upstream import PrimingSettings
-from pats_jax.run import pe_modules
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.training import runners
 
 BASE = "fomaml"
@@ -84,20 +83,20 @@ class Upstream:
         algorithm, _, kind = variant.partition(":")
         model, params, config = cases.load_model(case.model)
         model = model.clone(first_token_only=False)
-        settings = PrimingSettings(algorithm=algorithm, peft=kind or None, train="pe" if kind else "plm")  # type: ignore[arg-type]
-        modules = pe_modules.chosen_config(settings)
+        settings = PrimingSettings(algorithm=algorithm, peft=kind or None, train="pe" if kind else "plm")
+        modules = settings.adapter
         if modules:
             model, params = peft.add_peft(model, params, modules, key=0)
         self._model, self.params = model, params
-        self._trainable = option_scoring.trainable_mask(params, settings.train, settings.head)
+        self._trainable = option_scoring.trainable_mask(params, settings.upstream.train, settings.upstream.head)
         loss_fn = meta_losses.make_meta_loss(
             algorithm,
-            option_scoring.make_option_loss(option_scoring.get_head(settings.head), model),
-            inner_learning_rate=settings.inner_learning_rate,
+            option_scoring.make_option_loss(option_scoring.get_head(settings.upstream.head), model),
+            inner_learning_rate=settings.upstream.inner_learning_rate,
             trainable=self._trainable,
         )
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, params)
-        self._tx = methods.make_optimizer(settings, 1000, trained)
+        self._tx = methods.make_optimizer(settings.optimizer, settings.methods, 1000, trained)
         self.step = train_state.make_train_step(loss_fn, accumulation_steps=micro_batches, skip_nonfinite=True)
         self.batch = random_tasks(config.vocab_size, tasks, case.rows, case.length)
 

@@ -17,7 +17,7 @@ import rich.table
 from typing_extensions import TypedDict
 
 from benchmarks.names import device_folder, without_folders
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 

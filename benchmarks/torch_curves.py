@@ -65,7 +65,7 @@ class Flags:
         """The same as settings of the GLUE program, which supply all that has no flag here."""
         if min(self.steps, self.batch_size) < 1:
             raise InputError(f"--steps {self.steps}, --batch_size {self.batch_size}: must be at least 1")
-        shared = {field.name for field in dataclasses.fields(Settings)} & vars(self).keys()
+        shared = Settings.all_entries().keys() & vars(self).keys()
         settings = Settings(
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
@@ -79,7 +79,7 @@ class OurTraining:
     """The project's own steps."""
 
     def __init__(self, model: Any, params: Any, task: tasks.Task, settings: Settings):
-        tx = make_optimizer(settings, settings.max_steps, params)
+        tx = make_optimizer(settings.optimizer, settings.methods, settings.length.max_steps, params, seed=settings.seed)
         self.state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=settings.seed)
         loss_fn = train_state.make_loss_fn(model.apply, regression=task.is_regression)
         self._step = jax.jit(train_state.make_train_step(loss_fn), donate_argnums=0)
@@ -100,19 +100,21 @@ class TorchTraining:
 
     def __init__(self, folder: str, settings: Settings):
         self.model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).train()
-        self.max_grad_norm = settings.max_grad_norm
+        self.max_grad_norm = settings.optimizer.max_grad_norm
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
+            lr=settings.optimizer.learning_rate,
+            betas=(settings.optimizer.adam_beta1, settings.optimizer.adam_beta2),
+            eps=settings.optimizer.adam_epsilon,
+            weight_decay=settings.optimizer.weight_decay,
         )
-        warmup_steps = math.ceil(settings.max_steps * settings.warmup_ratio)
-        self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, warmup_steps, settings.max_steps)
+        warmup_steps = math.ceil(settings.length.max_steps * settings.optimizer.warmup_ratio)
+        self.schedule = transformers.get_linear_schedule_with_warmup(
+            self.optimizer, warmup_steps, settings.length.max_steps
+        )
 
     def step(self, batch: batches.Batch) -> float:
         """Trains on a batch, its filler rows left out; gives its loss before the update."""
@@ -140,9 +142,9 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
     """Trains twice, step by step in turn; returns what the results file holds."""
     settings = flags.settings()
     task, splits = glue.load_data(settings)
-    tokenizer = models.load_tokenizer(settings.model_name_or_path)
+    tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
     model, params, config = models.from_pretrained(
-        settings.model_name_or_path,
+        settings.model.model_name_or_path,
         num_labels=task.num_labels,
         regression=task.is_regression,
         key=settings.seed,
@@ -150,7 +152,7 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
         attention_dropout=0.0,
         classifier_dropout=0.0,
     )
-    max_length = evaluation.sequence_length(settings.max_seq_length, model)
+    max_length = evaluation.sequence_length(settings.model.max_seq_length, model)
     train, dev = (batches.tokenize(splits[name], tokenizer, max_length) for name in ("train", "validation"))
     train_labels, dev_labels = (np.asarray(splits[name].labels) for name in ("train", "validation"))
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +162,7 @@ def compare(flags: Flags, console: Console) -> dict[str, Any]:
 
     losses: dict[str, list[float]] = {name: [] for name in sides}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    epochs = settings.max_steps * settings.per_device_train_batch_size / len(train)
+    epochs = settings.length.max_steps * settings.batches.per_device_train_batch_size / len(train)
     cost = shape_costs.shape_cost(params, jax.default_backend(), epochs, training=True)
     steps = itertools.islice(endless_batches(train, train_labels, settings, cost), flags.steps)
     for batch in track(steps, "training twice", flags.steps, console=console, disable=not console.is_terminal):
@@ -195,7 +197,7 @@ def endless_batches(
 ) -> Iterator[batches.Batch]:
     """Batches in the GLUE program's order, epoch after epoch."""
     boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=shape_cost)
-    size = settings.per_device_train_batch_size
+    size = settings.batches.per_device_train_batch_size
     for epoch in itertools.count():
         yield from batches.train_batches(tokens, labels, size, boundaries, seed=settings.seed, epoch=epoch)
 

@@ -4,7 +4,6 @@ The task is generated English in the form of a GLUE task, not GLUE itself. One s
 learn, not which is better: the README links to what was measured on real data.
 """
 
-import dataclasses
 import pathlib
 import shutil
 import time
@@ -37,9 +36,9 @@ def main(settings: Settings = SETTINGS, folder: pathlib.Path = FOLDER) -> dict[s
     shutil.rmtree(folder, ignore_errors=True)
     results, seconds = {}, {}
     for name, method in METHODS.items():
-        console.print(f"[bold]{name}[/bold] on {glue.describe_data(settings)}: {settings.model_name_or_path}")
+        console.print(f"[bold]{name}[/bold] on {glue.describe_data(settings)}: {settings.model.model_name_or_path}")
         started = time.perf_counter()
-        run = dataclasses.replace(settings, method=method, output_dir=str(folder / method))
+        run = settings.replace(method=method, output_dir=str(folder / method))
         results[name] = glue.run(run, console)
         seconds[name] = time.perf_counter() - started
     metric = results["AdamW"]["main_metric"]

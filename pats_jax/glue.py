@@ -10,32 +10,35 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import shlex
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
 
-from pats_jax import methods, models, train_state
+from pats_jax import methods, models, objectives, train_state
+from pats_jax.core.files import JsonObject
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.data.labels import class_names
 from pats_jax.data.tables import check_characters
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError
+from pats_jax.methods.pats import Noise, Pats
 from pats_jax.models import labels, peft
+from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start
+from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
-from pats_jax.training import diagnosis, preemption, runners, shape_costs
-from pats_jax.training.checkpoints import Checkpoints
+from pats_jax.run.training_run import Trained
+from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
-from pats_jax.training.fine_tuning import GlueTraining, Trained, count_steps, train
+from pats_jax.training.fine_tuning import Training
+from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
 
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings, console: rich.console.Console | None = None) -> dict[str, Any]:
+def run(settings: Settings, console: rich.console.Console | None = None) -> JsonObject:
     """Runs the program.
 
     Args:
@@ -53,7 +56,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
     settings.check()
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         # Transformers, which the tokenizer needs, is imported while the devices start and the model is loaded
-        loading = background.submit(models.load_tokenizer, settings.model_name_or_path)
+        loading = background.submit(models.load_tokenizer, settings.model.model_name_or_path)
         with run_start.begin(settings, default_folder(settings), console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
@@ -61,92 +64,182 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> dict
             return carry_out(start, loading)
 
 
-def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> dict[str, Any]:
+def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> JsonObject:
     """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
-    settings, runner, folder, console = start.settings, start.runner, start.folder, start.console
+    settings, runner = start.settings, start.runner
 
     # data and model
     task, splits = load_data(settings)
     model, params, config = load_model(settings, task, splits)
-    tokenizer = loading.result()
-    max_length = sequence_length(settings.max_seq_length, model)
-    tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
-    for split in splits.values():
-        batches.check_room(split, tokenizer, max_length)
-        batches.check_types(batches.largest_type(split, tokenizer), config.type_vocab_size)
-    tokenize = functools.cache(lambda name: tokenize_split(name, splits[name], tokenizer, model, max_length))
-    # a text that the tokenizer or the model cannot take must not cost a finished training its model
-    if not batches.takes_any_text(tokenizer) or batches.largest_id(tokenizer) >= config.vocab_size:
-        for name in splits:
-            tokenize(name)
+    texts = Texts.check(splits, loading.result(), model, settings.model.max_seq_length)
     order = None if task.labels is None else labels.match_labels(task.labels, list(config.id2label.values()))
     results = describe_run(settings, task, params)
 
+    # train, evaluating on the way; predict; write the folder that people read
     with preemption.watch() as asked:
-        cost = shape_costs.shape_cost(params, runner.platform, 1, training=False)
         training = None
         if "train" in splits:
-            of_head = in_order_of_head(splits["train"], order)
-            training = GlueTraining(settings, runner, task, of_head, tokenize("train"), model, params)
-            if settings.length_buckets is None:
-                settings = dataclasses.replace(settings, length_buckets=len(training.boundaries))
-                start = dataclasses.replace(start, settings=settings)  # a resumed run reads what was chosen
+            split, tokens = in_order_of_head(splits["train"], order), texts.tokens("train")
+            training, source = make_training(settings, runner, task, split, tokens, model, params)
+            if settings.batches.length_buckets is None:  # a resumed run reads what was chosen
+                settings = settings.replace(length_buckets=len(source.boundaries))
+                start = dataclasses.replace(start, settings=settings)
         predictor = Predictor(
             runner.compile_predict(train_state.make_predict_step(model.apply)),
             runner,
             task,
             splits,
-            tokenize,
-            settings.per_device_eval_batch_size,
+            texts.tokens,
+            settings.batches.per_device_eval_batch_size,
             asked.check,
             order,
-            cost,
+            shape_costs.shape_cost(params, runner.platform, 1, training=False),
             1 if training is None else training.rhythm.evaluations,
         )
-        checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
-        start.open_folder()
-
-        # train, evaluating on the way; predict
-        files: dict[str, str] = {}
-        with checkpoints:
-            trained = Trained(runner.place(params) if training is None else params, [])
-            try:
-                if training:
-                    trained = train(training, predictor, checkpoints, folder, results, console, asked)
-                elif "eval" in settings.phases:
-                    trained.records.append({"step": 0, "eval": predictor.evaluate(trained.params)})
-                    if runners.is_first():
-                        run_folder.write_metrics(folder, trained.records)
-                if settings.out_of_domain:
-                    names = settings.out_of_domain
-                    results["out_of_domain"] = predictor.evaluate_out_of_domain(trained.params, names)
-                if "predict" in settings.phases:
-                    files = predictor.predictions(trained.params)
-                examined = examine(predictor, trained, results) if "eval" in settings.phases else None
-            except Preempted as error:
-                trained.save()
-                checkpoints.wait()
-                raise Preempted(how_to_go_on(folder, training is not None), error.signal_number) from None
-            params = runner.to_host(trained.params)
-
-            # the folder that people read
-            if examined:
-                results |= describe_scores(predictor, trained.records) | {"diagnosis": examined.record()}
-            with trained.kept(checkpoints):
-                if runners.is_first():
-                    run_folder.check_links(folder)
-                    save_model(folder, settings, model, params, tokenizer)
-                    if files:
-                        write_files(folder / "predictions", files)
-                    if examined:
-                        write_files(folder / "diagnosis", examined.tables())
-                        examined.draw(folder / "plots")
-                    trained.draw()
-                    draw(folder, task, results, trained.records)
-                    model_card.write_fine_tuned(folder, settings.to_dict(), results)
-                    start.finish(results)
-    say(console, summary(results, folder))
+        finish = Finish(start, task, model, texts.tokenizer, predictor)
+        placed = runner.place(params) if training is None else None
+        job = training_run.Job("glue", training, predictor, placed, finish.use, finish.write)
+        results = training_run.carry_out(start, job, results, asked)
+    say(start.console, summary(results, start.folder))
     return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a run, checked against tokenizer and model, and tokenized when they are first asked for."""
+
+    splits: dict[str, readers.Split]
+    tokenizer: Any
+    model: models.SequenceClassifier
+    max_length: int
+
+    @classmethod
+    def check(
+        cls, splits: dict[str, readers.Split], tokenizer: Any, model: models.SequenceClassifier, max_seq_length: int
+    ) -> "Texts":
+        """The texts of these splits.
+
+        Raises:
+          InputError: a text cannot be one of the model's.
+        """
+        max_length = sequence_length(max_seq_length, model)
+        tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
+        for split in splits.values():
+            batches.check_room(split, tokenizer, max_length)
+            batches.check_types(batches.largest_type(split, tokenizer), model.config.type_vocab_size)
+        texts = cls(splits, tokenizer, model, max_length)
+        # a text that the tokenizer or the model cannot take must not cost a finished training its model
+        if not batches.takes_any_text(tokenizer) or batches.largest_id(tokenizer) >= model.config.vocab_size:
+            for name in splits:
+                texts.tokens(name)
+        return texts
+
+    def tokens(self, name: str) -> batches.Tokens:
+        """The tokens of a split."""
+        if name not in self._tokens:
+            self._tokens[name] = tokenize_split(name, self.splits[name], self.tokenizer, self.model, self.max_length)
+        return self._tokens[name]
+
+    @functools.cached_property
+    def _tokens(self) -> dict[str, batches.Tokens]:
+        return {}
+
+
+def make_training(
+    settings: Settings,
+    runner: runners.MeshRunner,
+    task: tasks.Task,
+    split: readers.Split,
+    tokens: batches.Tokens,
+    model: Any,
+    params: Any,
+) -> tuple[Training, TableSource]:
+    """The training on a split, with labels numbered as in the head, and the source of its batches."""
+    steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
+    rows = steps * (settings.batches.train_batch_size or 1)
+    boundaries = bucket_boundaries(settings.batches, runner, params, tokens.lengths, rows)
+    plain = train_state.make_loss_fn(model.apply, regression=task.is_regression, deterministic=True)
+    source = TableSource(settings.batches, runner, tokens, split.labels, boundaries, plain, settings.seed)
+    num_layers = model.config.num_hidden_layers
+    separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
+    noisy = methods.layer_mask(separate, described_layers(settings))
+    params = runner.place(methods.starting_params(settings.methods, params, settings.seed))
+    if isinstance(model, peft.PeftClassifier):
+        trainable = peft.trainable_mask(model, params)
+    else:
+        trainable = methods.trainable_mask(settings.methods, params)
+    terms = methods.chosen_objectives(settings.methods)
+    num_batches = methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods)
+    training = fine_tuning.make_training(
+        settings,
+        source,
+        runner,
+        model,
+        params,
+        objectives.with_objectives(model.apply, *terms, regression=task.is_regression),
+        trainable,
+        metric=task.main_metric,
+        evaluates="eval" in settings.phases,
+        total_steps=steps,
+        eval_steps=len(source.plan),
+        accumulation_steps=settings.batches.gradient_accumulation_steps,
+        measure=source.sensitivity_measure(num_batches, num_layers, noisy),
+    )
+    return training, source
+
+
+def described_layers(settings: Settings) -> str:
+    """The regex of the parameters whose sensitivity results.json describes: those that get noise, or would."""
+    noisy = [method for method in settings.methods if isinstance(method, Noise)]
+    return (noisy or [Pats()])[0].noise_layers
+
+
+@dataclasses.dataclass
+class Finish:
+    """What follows a training: scores and predictions on the devices, then the folder.
+
+    Attributes:
+      files: predictions by file name, once they are made.
+      examined: what the model gets wrong, once it is known.
+    """
+
+    start: run_start.Start[Settings]
+    task: tasks.Task
+    model: Any
+    tokenizer: Any
+    predictor: Predictor
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    examined: diagnosis.Classification | diagnosis.Regression | None = None
+
+    def use(self, trained: Trained) -> JsonObject:
+        """Evaluates and predicts; gives what results.json holds of it. May raise `Preempted`."""
+        settings, found = self.start.settings, {}
+        if "train" not in settings.phases and "eval" in settings.phases:
+            trained.records.append({"step": 0, "eval": self.predictor.evaluate(trained.params)})
+            if runners.is_first():
+                run_folder.write_metrics(self.start.folder, trained.records)
+        if settings.data.out_of_domain:
+            names = settings.data.out_of_domain
+            found["out_of_domain"] = self.predictor.evaluate_out_of_domain(trained.params, names)
+        if "predict" in settings.phases:
+            self.files = self.predictor.predictions(trained.params)
+        if "eval" in settings.phases:
+            self.examined = examine(self.predictor, trained)
+            found |= describe_scores(self.predictor, trained.records) | {"diagnosis": self.examined.record()}
+        return found
+
+    def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
+        """Writes model, predictions, plots and card."""
+        settings, folder = self.start.settings, self.start.folder
+        save_model(folder, settings, self.model, params, self.tokenizer)
+        if self.files:
+            write_files(folder / "predictions", self.files)
+        if self.examined:
+            write_files(folder / "diagnosis", self.examined.tables())
+            self.examined.draw(folder / "plots")
+        trained.draw()
+        draw(folder, self.task, results, trained.records)
+        model_card.write_fine_tuned(folder, settings.to_dict(), results)
 
 
 # data
@@ -155,23 +248,23 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
 def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]:
     """The task and the splits that the phases need, cut to the first ``max_*_samples`` rows."""
     names = [name for phase, name in _SPLITS.items() if phase in settings.phases]
-    if settings.task_name:
-        task = tasks.get_task(settings.task_name)
-        if settings.do_regression not in (None, task.is_regression):
+    if settings.data.task_name:
+        task = tasks.get_task(settings.data.task_name)
+        if settings.data.do_regression not in (None, task.is_regression):
             kind = "scores" if task.is_regression else "classes"
             raise InputError(f"--do_regression: the labels of --task_name {task.name} are {kind}; omit the flag")
-        splits = readers.load_task(task, settings.data_dir, splits=names)
+        splits = readers.load_task(task, settings.data.data_dir, splits=names)
         if task.name == "mnli" and "predict" in settings.phases:
-            splits |= load_diagnostic(settings.data_dir)
+            splits |= load_diagnostic(settings.data.data_dir)
     else:
         task, splits = load_own_data(settings, names)
-    if settings.low_resource:
+    if settings.data.low_resource:
         train = splits["train"]
-        rows = low_resource.stratified_rows(true_labels(train), settings.low_resource, settings.seed)
+        rows = low_resource.stratified_rows(true_labels(train), settings.data.low_resource, settings.seed)
         splits["train"] = train.take(rows)
-    limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples}
+    limits = {"train": settings.data.max_train_samples, "validation": settings.data.max_eval_samples}
     limited = {
-        name: split.first(limits.get(name.removesuffix("_mismatched"), settings.max_predict_samples))
+        name: split.first(limits.get(name.removesuffix("_mismatched"), settings.data.max_predict_samples))
         for name, split in splits.items()
     }
     return task, limited | load_out_of_domain(settings, task)
@@ -179,19 +272,19 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
 
 def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, readers.Split]]:
     """The same for ``--train_file`` and the like; without training, the labels are those of the checkpoint's head."""
-    paths = {name: getattr(settings, f"{name}_file") for name in names}
+    paths = {name: getattr(settings.data, f"{name}_file") for name in names}
     for name, path in paths.items():
         if path is None:
             raise InputError(f"--{name}_file is missing; this run needs {' and '.join(names)} data")
     if "train" in names:
-        splits = readers.load_files(paths, regression=settings.do_regression)
+        splits = readers.load_files(paths, regression=settings.data.do_regression)
         return tasks.own_task(splits["train"].label_names), splits
-    config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model_name_or_path))
+    config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model.model_name_or_path))
     of_head = tuple(config.id2label.values())
     for name in of_head:
-        check_characters(name, f"{settings.model_name_or_path}: a name in id2label")
+        check_characters(name, f"{settings.model.model_name_or_path}: a name in id2label")
     is_regression = config.num_labels == 1
-    if settings.do_regression not in (None, is_regression):
+    if settings.data.do_regression not in (None, is_regression):
         kind = "gives scores" if is_regression else f"has {len(of_head)} classes"
         raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; omit the flag")
     if is_regression:
@@ -226,13 +319,13 @@ def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]
 
 def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, readers.Split]:
     """The sets of ``--out_of_domain`` by name, cut like the validation split."""
-    if not settings.out_of_domain:
+    if not settings.data.out_of_domain:
         return {}
     if labels.match_labels(task.labels or (), out_of_domain.THREE_CLASSES) is None:
         raise InputError(f"--out_of_domain: needs a model with the classes {', '.join(out_of_domain.THREE_CLASSES)}")
-    folder, data_dir = settings.out_of_domain_dir, settings.data_dir
-    found = {name: out_of_domain.load_out_of_domain(name, folder, data_dir) for name in settings.out_of_domain}
-    return {name: split.first(settings.max_eval_samples) for name, split in found.items()}
+    folder, data_dir = settings.data.out_of_domain_dir, settings.data.data_dir
+    found = {name: out_of_domain.load_out_of_domain(name, folder, data_dir) for name in settings.data.out_of_domain}
+    return {name: split.first(settings.data.max_eval_samples) for name, split in found.items()}
 
 
 _SPLITS = {"train": "train", "eval": "validation", "predict": "test"}
@@ -251,30 +344,31 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
     settings = settings.with_layers(*runners.default_form(jax.default_backend()))
     model, params, config = models.from_pretrained(
-        settings.model_name_or_path,
+        settings.model.model_name_or_path,
         num_labels=task.num_labels,
-        dtype=settings.dtype,
+        dtype=settings.model.dtype,
         regression=task.is_regression,
         id2label=dict(enumerate(task.labels)) if task.labels else None,
         key=settings.seed,
-        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
+        ignore_mismatched_sizes=settings.model.ignore_mismatched_sizes,
         strict_labels="train" not in splits,
         **dropout_rates(settings, splits),
-        gradient_checkpointing=settings.gradient_checkpointing,
-        layers=settings.layers,
-        unroll=settings.unroll or 0,
+        gradient_checkpointing=settings.model.gradient_checkpointing,
+        layers=settings.model.layers,
+        unroll=settings.model.unroll or 0,
         attention=settings.model_attention,
     )
-    methods.check_layers(settings, config.num_hidden_layers)
-    modules = pe_modules.chosen_config(settings)
+    for method in settings.methods:
+        method.check_model(config.num_hidden_layers)
+    modules = settings.adapter
     if modules:
-        if not modules.train_pooler and models.lacks_pooler(settings.model_name_or_path):
+        if not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
             raise InputError(
                 f"--peft {settings.peft}: the checkpoint has no pooler, so a new one must be trained and saved; "
                 "set --peft_pooler"
             )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
-        pe_modules.check_methods(settings, params)
+        pe_modules.check_methods(settings.peft, settings.methods, params)
     return model, params, config
 
 
@@ -303,8 +397,10 @@ def in_order_of_head(split: readers.Split, order: np.ndarray | None) -> readers.
 
 def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> methods.DropoutRates:
     """The rates for `models.from_pretrained`: as set, else 0 if the method's authors use none, else None."""
-    steps = count_steps(settings, len(splits["train"])) if "train" in splits else None
-    return methods.dropout_rates(settings, steps)
+    steps = None
+    if "train" in splits:
+        steps = count_steps(settings.length, settings.batches.train_batch_size, len(splits["train"]))
+    return methods.dropout_rates(settings.model, settings.methods, steps)
 
 
 # results
@@ -315,7 +411,7 @@ def save_model(
 ) -> None:
     """Writes ``model/``; with an adapter ``adapter/``, and ``model/`` too if it can be merged into the weights."""
     if isinstance(model, peft.PeftClassifier):
-        name = settings.model_name_or_path
+        name = settings.model.model_name_or_path
         peft.save_peft(
             folder / "adapter", model=model, params=params, base_model_name_or_path=name, tokenizer=tokenizer
         )
@@ -325,11 +421,11 @@ def save_model(
     models.save_pretrained(folder / "model", params=params, config=model.config, tokenizer=tokenizer)
 
 
-def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str, Any]:
+def describe_run(settings: Settings, task: tasks.Task, params: Any) -> JsonObject:
     """What results.json records before training."""
     return {
-        "model_name_or_path": settings.model_name_or_path,
-        "task_name": settings.task_name,
+        "model_name_or_path": settings.model.model_name_or_path,
+        "task_name": settings.data.task_name,
         "data": describe_data(settings),
         "method": settings.method,
         "peft": settings.peft,
@@ -342,7 +438,7 @@ def describe_run(settings: Settings, task: tasks.Task, params: Any) -> dict[str,
     }
 
 
-def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict[str, Any]:
+def describe_scores(predictor: Predictor, records: list[JsonObject]) -> JsonObject:
     """The final and the best logged evaluation, and the score of a constant answer."""
     scores = [{"step": record["step"], "metrics": record["eval"]} for record in records if "eval" in record]
     return {
@@ -353,33 +449,31 @@ def describe_scores(predictor: Predictor, records: list[dict[str, Any]]) -> dict
     }
 
 
-def examine(
-    predictor: Predictor, trained: Trained, results: dict[str, Any]
-) -> diagnosis.Classification | diagnosis.Regression:
+def examine(predictor: Predictor, trained: Trained) -> diagnosis.Classification | diagnosis.Regression:
     """The examination of the model that the run keeps on the validation split."""
     evaluated = next(record["step"] for record in reversed(trained.records) if "eval" in record)
-    step = results.get("model_step")
+    step = trained.facts.get("model_step")
     return diagnosis.examine(predictor, trained.params, model_step=step, evaluated_step=evaluated)
 
 
 def default_folder(settings: Settings) -> str:
     """``runs/TASK-METHOD-seedSEED``; with an adapter ``runs/TASK-KIND-METHOD-seedSEED``."""
-    file = settings.train_file or settings.validation_file or settings.test_file
-    name = settings.task_name or pathlib.Path(str(file)).stem
+    file = settings.data.own_file
+    name = settings.data.task_name or pathlib.Path(str(file)).stem
     kind = f"{settings.peft}-" if settings.peft else ""
     return f"runs/{name}-{kind}{settings.method}-seed{settings.seed}"
 
 
 def describe_data(settings: Settings) -> str:
     """Describes the data; the built-in data is never called GLUE."""
-    if not settings.task_name:
-        return str(settings.train_file or settings.validation_file or settings.test_file)
-    if settings.data_dir == "builtin":
-        return f"built-in data in the form of {settings.task_name} (generated, not GLUE)"
-    return f"{settings.task_name} from {settings.data_dir or 'nyu-mll/glue'}"
+    if not settings.data.task_name:
+        return str(settings.data.own_file)
+    if settings.data.data_dir == "builtin":
+        return f"built-in data in the form of {settings.data.task_name} (generated, not GLUE)"
+    return f"{settings.data.task_name} from {settings.data.data_dir or 'nyu-mll/glue'}"
 
 
-def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def draw(folder: pathlib.Path, task: tasks.Task, results: JsonObject, records: list[JsonObject]) -> None:
     """Plots loss and score from the lines of metrics.jsonl."""
     if "steps" not in results:
         return
@@ -389,13 +483,7 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: dict[str, Any], record
         plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
 
 
-def how_to_go_on(folder: pathlib.Path, saved: bool) -> str:
-    """The message after an interruption, with the command that resumes the run."""
-    config = shlex.quote(str(folder / "config.json"))
-    return f"interrupted{' and saved' if saved else ''}; to resume, run: pats-jax glue --config {config} --resume"
-
-
-def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
+def summary(results: JsonObject, folder: pathlib.Path) -> str:
     """The run in two lines."""
     kind = f"{results['peft']}, " if results.get("peft") else ""
     title = f"{kind}{results['method']} on {results['data']}"
@@ -409,6 +497,6 @@ def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
 if __name__ == "__main__":
     import sys
 
-    from pats_jax.cli import main
+    from pats_jax.programs.cli import main
 
     main(["glue", *sys.argv[1:]])

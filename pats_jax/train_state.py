@@ -1,6 +1,7 @@
 """The training state and the training, loss and prediction functions: pure, the same under jit, pmap and a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,43 @@ def make_train_step(
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
 
+    means = _means_of(loss_fn)
+
+    def weighted_sums(params, frozen, batch, key):
+        weight = _total_weight(batch)
+        # filler alone has no mean: its sum is 0 even where the loss divides 0 by 0
+        return jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0), means(params, frozen, batch, key)), weight
+
+    def global_means(params, frozen, batch, key):
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        elif accumulation_steps == 1:
+            return means(params, frozen, batch, key)
+        totals, weight = _accumulate(functools.partial(weighted_sums, params, frozen), batch, key, accumulation_steps)
+        if axis_name is not None:
+            totals, weight = jax.lax.psum((totals, weight), axis_name)
+        return jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
+
+    def step(state, batch):
+        params = trees.forward_params(state.opt_state, state.params)
+        key = jax.random.fold_in(state.key, state.step)
+        metrics, grads = global_means(params, state.frozen, batch, key)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        if norms:
+            metrics["param_norm"] = optax.tree.norm(state.params)
+        if skip_nonfinite:
+            metrics["skipped"] = 1.0 - _are_finite(metrics)
+        params, opt_state, update_norm = _update_unless(metrics.get("skipped"), state, grads)
+        if norms:
+            metrics["update_norm"] = update_norm
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def _means_of(loss_fn):
+    """``means(params, frozen, batch, key) -> (metrics with the loss, gradient of the trained parameters)``."""
+
     def loss_of_trained(params, frozen, batch, key):
         return loss_fn(trees.combine(params, frozen), batch, key)
 
@@ -134,53 +172,36 @@ def make_train_step(
         (loss, metrics), grads = value_and_grad(params, frozen, batch, key)
         return {"loss": loss, **metrics}, grads
 
-    def weighted_sums(params, frozen, batch, key):
-        weight = _total_weight(batch)
-        # filler alone has no mean: its sum is 0 even where the loss divides 0 by 0
-        return jax.tree.map(lambda x: jnp.where(weight > 0, x * weight, 0), means(params, frozen, batch, key)), weight
+    return means
 
-    def accumulated_sums(params, frozen, batch, key):
-        def add(total, numbered):
-            index, micro_batch = numbered
-            sums = weighted_sums(params, frozen, micro_batch, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, sums), None
 
-        micro_batches = jax.tree.map(lambda x: _deal(x, accumulation_steps), batch)
-        first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(weighted_sums, params, frozen, first, key)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zero, (jnp.arange(accumulation_steps), micro_batches))[0]
+def _update_unless(skipped, state, grads):
+    """As `_update`; where ``skipped`` is 1, the state as it was."""
+    return _update(state, grads) if skipped is None else _update_if(skipped == 0, state, grads)
 
-    def step(state, batch):
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        params = trees.forward_params(state.opt_state, state.params)
-        if axis_name is None and accumulation_steps == 1:
-            metrics, grads = means(params, state.frozen, batch, key)
-        else:
-            sums = weighted_sums if accumulation_steps == 1 else accumulated_sums
-            totals, weight = sums(params, state.frozen, batch, key)
-            if axis_name is not None:
-                totals, weight = jax.lax.psum((totals, weight), axis_name)
-            metrics, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30).astype(x.dtype), totals)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        if norms:
-            metrics["param_norm"] = optax.tree.norm(state.params)
-        if skip_nonfinite:
-            # Parameters that are not finite give no finite loss; but asked for their norm here, XLA knows that it is
-            # computed before they are overwritten, and need not copy them.
-            measured = [metrics[name] for name in ("loss", "grad_norm", "param_norm") if name in metrics]
-            finite = jnp.all(jnp.isfinite(jnp.stack(measured)))
-            metrics["skipped"] = 1.0 - finite
-            params, opt_state, update_norm = _update_if(finite, state, grads)
-        else:
-            params, opt_state, update_norm = _update(state, grads)
-        if norms:
-            metrics["update_norm"] = update_norm
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return step
+def _are_finite(metrics):
+    """Whether loss and norms are finite.
+
+    Parameters that are not give no finite loss; but asked for their norm here, XLA knows that it is computed before
+    they are overwritten, and need not copy them.
+    """
+    return jnp.all(jnp.isfinite(jnp.stack([metrics[n] for n in ("loss", "grad_norm", "param_norm") if n in metrics])))
+
+
+def _accumulate(sums, batch, key, accumulation_steps):
+    """The sum of ``sums(micro_batch, key)`` over the micro-batches of a batch, each with a key of its own."""
+    if accumulation_steps == 1:
+        return sums(batch, key)
+
+    def add(total, numbered):
+        index, micro_batch = numbered
+        return jax.tree.map(jnp.add, total, sums(micro_batch, jax.random.fold_in(key, index))), None
+
+    micro_batches = jax.tree.map(lambda x: _deal(x, accumulation_steps), batch)
+    shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], micro_batches), key)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zero, (jnp.arange(accumulation_steps), micro_batches))[0]
 
 
 def global_norms(before: Any, after: Any) -> Metrics:
@@ -251,7 +272,7 @@ def check_labels(batch: Batch) -> None:
         )
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
+def model_inputs(batch: Batch) -> Batch:
     """The entries of a batch that a model takes."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 

@@ -179,17 +179,8 @@ def pats_noise(
     sensitivity_dtype = jnp.dtype(jnp.float32 if sensitivity_dtype is None else sensitivity_dtype)
 
     def init(params):
-        kept = trees.resolve_layer_mask(mask, params)
-        noisy = trees.cut_to(kept, params)
-        _warn_of_rounding(noisy)
-        axes = trees.resolve_layer_axis(layer_axis, params)
-        return PatsNoiseState(
-            count=jnp.zeros([], jnp.int32),
-            stored_key=random.StoredKey.of(key),
-            decay_power=jnp.ones([], jnp.float32),
-            sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
-            initial_std=trees.map_held(_initial_std, noisy, axes, kept),
-        )
+        kept, axes = trees.resolve_layer_mask(mask, params), trees.resolve_layer_axis(layer_axis, params)
+        return _first_state(params, kept, axes, key, sensitivity_dtype)
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
@@ -223,6 +214,18 @@ def pats_noise(
         return treedef.unflatten(u for u, _ in results), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _first_state(params, kept, axes, key, sensitivity_dtype):
+    noisy = trees.cut_to(kept, params)
+    _warn_of_rounding(noisy)
+    return PatsNoiseState(
+        count=jnp.zeros([], jnp.int32),
+        stored_key=random.StoredKey.of(key),
+        decay_power=jnp.ones([], jnp.float32),
+        sensitivity=jax.tree.map(lambda p: jnp.zeros_like(p, sensitivity_dtype), noisy),
+        initial_std=trees.map_held(_initial_std, noisy, axes, kept),
+    )
 
 
 def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformationExtraArgs:

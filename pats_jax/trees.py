@@ -7,7 +7,7 @@ A transform holds state for the leaves that its mask takes: a tree like params w
 import functools
 import numbers
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -351,7 +351,7 @@ def std(leaf: jax.Array) -> jax.Array:
 # arguments; each failure is a ValueError of one line
 
 
-def choose(argument: str, name: Any, table: dict[str, Any]) -> Any:
+def choose(argument: str, name: Any, table: Mapping[str, Any]) -> Any:
     """The table's entry of that name."""
     if name not in table:
         raise ValueError(f"{argument}={name!r} is not one of {', '.join(map(repr, table))}")

@@ -19,7 +19,7 @@ import tiny
 from pats_jax import models, random
 from pats_jax.errors import InputError
 from pats_jax.models import attention, bert
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run.settings import Settings
 
 ROWS, LENGTH, HEADS, WIDTH = 3, 12, 2, 8

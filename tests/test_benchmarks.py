@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import gc
 import json
-import logging
 import math
 import re
 import statistics
@@ -43,15 +42,6 @@ from pats_jax.errors import InputError
 from pats_jax.training import runners
 
 MACHINE = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2, "processor": "x", "system": "y"}
-
-
-@pytest.fixture(autouse=True)
-def _log_level():
-    """`main` makes the library's log quieter, which other modules' tests read."""
-    logger = logging.getLogger("pats_jax")
-    before = logger.level
-    yield
-    logger.setLevel(before)
 
 
 @pytest.fixture(scope="module")

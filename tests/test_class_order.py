@@ -11,11 +11,12 @@ import sklearn.metrics
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, glue, models
+from pats_jax import glue, models
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
 from pats_jax.models import labels, peft
+from pats_jax.programs import cli
 from pats_jax.training import evaluation, runners
 
 ORDER = (2, 1, 0)  # of the head below: its class i is the task's class ORDER[i]
@@ -195,9 +196,7 @@ def test_names_that_are_matched(ours, theirs, found):
 
 def load(base, model, **changes):
     """The task, its splits and the model's config, as the program loads them."""
-    settings = dataclasses.replace(base, model_name_or_path=str(model), out_of_domain=None, **changes).with_batch_size(
-        1
-    )
+    settings = dataclasses.replace(base, model_name_or_path=str(model), out_of_domain=None, **changes).over(1)
     task, splits = glue.load_data(settings)
     return task, splits, glue.load_model(settings, task, splits)[2]
 
@@ -225,7 +224,9 @@ def test_a_head_with_other_names_is_trained_with_a_warning_and_not_evaluated(bas
 
 def test_a_new_head_by_the_flag(base, tmp_path, capsys, caplog):
     model = save_head(tmp_path / "model", ("yes", "no"))
-    flags = tiny.flags(model_name_or_path=model, task_name="mnli", data_dir=base.data_dir, output_dir=tmp_path / "run")
+    flags = tiny.flags(
+        model_name_or_path=model, task_name="mnli", data_dir=base.data.data_dir, output_dir=tmp_path / "run"
+    )
     assert "has 2 labels, but 3 are needed; set --ignore_mismatched_sizes" in tiny.refused(capsys, "glue", *flags)
     _, _, config = load(base, model, do_train=True, ignore_mismatched_sizes=True)
     assert tuple(config.id2label.values()) == tasks.get_task("mnli").labels

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import huggingface_hub
@@ -18,8 +17,8 @@ import pytest
 import tiny
 
 import pats_jax
-from pats_jax import cli
 from pats_jax.errors import InputError, Preempted
+from pats_jax.programs import cli
 from pats_jax.training import preemption
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,15 +35,9 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def settings_of_the_process(monkeypatch):
-    """What `main` sets for its process is put back."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+def advice_of_transformers(monkeypatch):
+    """`main` sets a variable, which is put back."""
     monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
-    level = logging.getLogger("pats_jax").level
-    yield
-    logging.getLogger("pats_jax").setLevel(level)
 
 
 @dataclasses.dataclass
@@ -327,7 +320,7 @@ def python(*args, **changes):
 def test_a_hub_that_cannot_be_reached(shell):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(shell.folder / "cache")}
     flags = shell.flags(model_name_or_path="org/none")
-    done, _ = python("-m", "pats_jax.cli", "glue", *flags, **nowhere)
+    done, _ = python("-m", "pats_jax", "glue", *flags, **nowhere)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("pats-jax: error: org/none: ") and done.stderr.count("\n") == 1, done.stderr
     assert "the hub cannot be reached" in done.stderr and "to work offline" in done.stderr
@@ -467,7 +460,7 @@ def test_signals_are_noted_once_there_is_something_to_save():
 WAITING = """
 import signal, time
 import pats_jax.programs.predict
-from pats_jax.cli import main
+from pats_jax.programs.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its child
 pats_jax.programs.predict.read_texts = lambda file: (print("reading", flush=True), time.sleep(60))
 main()
@@ -497,7 +490,7 @@ def test_a_reader_that_has_seen_enough(shell):
     texts = shell.write("texts.txt", "ann is warm\n" * 3)
     reading, writing = os.pipe()
     os.close(reading)
-    command = ["-m", "pats_jax.cli", "predict", shell.home / "three", "--file", texts, "--max_seq_length", "16"]
+    command = ["-m", "pats_jax", "predict", shell.home / "three", "--file", texts, "--max_seq_length", "16"]
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True
     )
@@ -509,9 +502,9 @@ def test_help_and_version_answer_in_under_a_second():
     """Beyond `import jax`, in processor time, which a busy machine stretches less than the clock's."""
     _, base = python("-c", "import jax")
     for args, words in (
-        (["-m", "pats_jax.cli", "--version"], [pats_jax.__version__]),
-        (["-m", "pats_jax.cli", "--help"], list(cli.COMMANDS)),
-        (["-m", "pats_jax.cli", "glue", "--help"], ["--method", "--noise_scale"]),
+        (["-m", "pats_jax", "--version"], [pats_jax.__version__]),
+        (["-m", "pats_jax", "--help"], list(cli.COMMANDS)),
+        (["-m", "pats_jax", "glue", "--help"], ["--method", "--noise_scale"]),
         (["-m", "pats_jax.glue", "--help"], ["--model_name_or_path", "--task_name", "--output_dir"]),
     ):
         done, seconds = python(*args)
@@ -557,8 +550,8 @@ def test_without_a_command_the_usage_is_shown(capsys):
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import pats_jax, pats_jax.cli
-assert not {"jax", "flax", "numpy"} & sys.modules.keys(), "pats_jax.cli loads them"
+import pats_jax, pats_jax.programs.cli
+assert not {"jax", "flax", "numpy"} & sys.modules.keys(), "pats_jax.programs.cli loads them"
 for module in pkgutil.walk_packages(pats_jax.__path__, "pats_jax."):
     importlib.import_module(module.name)
 heavy = {"orbax", "transformers", "datasets", "sklearn", "matplotlib", "torch", "pandas"} & sys.modules.keys()

@@ -25,11 +25,11 @@ import pytest
 import tiny
 from packaging.requirements import Requirement
 
-from pats_jax import cli
 from pats_jax.comparison import compare
 from pats_jax.data import write_builtin
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.programs import cli
 from pats_jax.programs.predict import predict_file
 from pats_jax.programs.submission import write_submission
 from pats_jax.reporting import console

@@ -6,7 +6,6 @@ import html.parser
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import signal
@@ -23,7 +22,7 @@ from pats_jax.comparison import compare, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
-from pats_jax.run import run_folder
+from pats_jax.run import run_folder, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
 
@@ -347,10 +346,10 @@ class Home:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     def command(run, root, flags):
-        return [sys.executable, "-S", "-c", STAND_IN, str(tmp_path), str(run.folder(root)), str(run.seed)]
+        return ["-S", "-c", STAND_IN, str(tmp_path), str(run.folder(root)), str(run.seed)]
 
-    monkeypatch.setattr(compare, "glue_command", command)
-    monkeypatch.setattr(compare, "describe_machine", lambda: {"cores": "2"})
+    monkeypatch.setattr(compare, "glue_arguments", command)
+    monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
     return Home(tmp_path)
 
 
@@ -446,6 +445,8 @@ def test_a_planted_link_is_not_followed(name, home):
         ("--task-name=sst2", "--task_name: use --tasks"),
         ("--overwrite", "--overwrite: finished runs are kept"),
         ("--jobs 0", "--jobs 0: must be at least 1"),
+        ("--scheduler tcp://here:8786", "--scheduler: needs --executor dask"),
+        ("--num_processes 2", "use --jobs for parallel runs, or --executor dask for several machines"),
         ("--methods pats pats", "--methods pats pats: list each only once"),
         ("--methods pats none", "no such method"),
         ("--tasks news", "no such task"),
@@ -468,25 +469,16 @@ def test_wrong_flags_are_refused_before_anything_is_run(flags, message, tmp_path
     assert not (tmp_path / "grid").exists()
 
 
-def test_cores_are_dealt_out():
-    shares = compare.shares_of_cores(1)
-    assert shares == [None]
-    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("this machine has one core, or pins no processes")
-    first, second = compare.shares_of_cores(2)
-    assert first and second and not first & second and first | second == os.sched_getaffinity(0)
-    assert compare.shares_of_cores(10_000) == [None] * 10_000
-
-
 # the process
 
 GRID = """
 import sys
 from jax._src import xla_bridge
-from pats_jax import cli
+from pats_jax.programs import cli
 from pats_jax.comparison import compare
-compare.describe_machine = lambda: {}
-compare.glue_command = lambda run, root, flags: [sys.executable, "-S", "-c", "print('no luck'); raise SystemExit(1)"]
+from pats_jax.run import workers
+workers.describe_machine = lambda: {}
+compare.glue_arguments = lambda run, root, flags: ["-S", "-c", "print('no luck'); raise SystemExit(1)"]
 try:
     cli.main(["compare", *sys.argv[1:]])
 finally:

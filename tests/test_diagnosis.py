@@ -12,9 +12,9 @@ import tiny
 from sklearn.metrics import f1_score, matthews_corrcoef, mean_absolute_error, mean_squared_error
 
 from pats_jax import glue
+from pats_jax.core.files import parse_record
 from pats_jax.data import load_task, tasks
 from pats_jax.data.readers import Split
-from pats_jax.files import parse_record
 from pats_jax.run import replacing
 from pats_jax.run.records import GlueResults
 from pats_jax.training import diagnosis, metrics

@@ -1,6 +1,7 @@
 """`pats-jax gym` on a random checkpoint and a handful of tasks: what a tuning is, where it starts, what is kept."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -19,13 +20,16 @@ import rich.console
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, models
+from pats_jax import models
 from pats_jax.data import load_gym
 from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 from pats_jax.priming import downstream, few_shot_tuning, option_scoring, upstream
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.run import run_folder
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs import cli
+from pats_jax.run import folder_lock, run_folder
+from pats_jax.run.folder_lock import FolderLock
 from pats_jax.training import metrics
 
 RATES = {"full": 2e-3, "lora": 2e-2, "bitfit": 1e-2}
@@ -46,8 +50,12 @@ def home(tmp_path_factory):
     """Model, gym and partition; and two folders of `pats-jax prime`: the model primed, and LoRA modules."""
     home = tiny.write_gym_home(tmp_path_factory.mktemp("home"))
     (home / "short.json").write_text(json.dumps(tiny.PARTITION | {"train": ["weather", "voice"], "dev": []}))
-    quick = {name: value for name, value in QUICK.items() if name not in ("eval_steps", "per_device_train_batch_size")}
-    settings = upstream.PrimingSettings(
+    quick = {
+        name: value
+        for name, value in QUICK.items()
+        if name not in ("eval_steps", "per_device_train_batch_size", "lora_rank")
+    }
+    settings = PrimingSettings(
         model_name_or_path=str(home / "model"),
         data_dir=str(home / "gym"),
         partition=str(home / "short.json"),
@@ -58,7 +66,7 @@ def home(tmp_path_factory):
         **quick,
     )
     upstream.run(dataclasses.replace(settings, output_dir=str(home / "plm")))
-    upstream.run(dataclasses.replace(settings, output_dir=str(home / "pe"), train="pe", peft="lora"))
+    upstream.run(dataclasses.replace(settings, output_dir=str(home / "pe"), train="pe", peft="lora", lora_rank=2))
     return home
 
 
@@ -145,7 +153,7 @@ def test_the_report_has_the_average_relative_gain_of_the_records(whole):
 def test_a_report_can_be_made_again(base, whole, tmp_path, capsys):
     folder = shutil.copytree(whole, tmp_path / "gym")
     shutil.rmtree(folder / "report")
-    args = tiny.flags(output_dir=folder, report_only=True, share="1/2")
+    args = tiny.flags(output_dir=folder, report_only=True)
     cli.main(["gym", *args])
     assert (folder / "report" / "report.html").exists() and "report: " in capsys.readouterr().out
     assert "has no finished tunings" in tiny.refused(capsys, "gym", *tiny.flags(output_dir=tmp_path), *args[2:])
@@ -244,7 +252,7 @@ def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, bes
     run(base, tmp_path / "gym", kinds=("full", "lora"), **one)
     for kind, after in zip(("full", "lora"), best_params, strict=True):
         config = peft.LoraConfig(rank=2) if kind == "lora" else None
-        _, before = option_scoring.load_scorer(base.model_name_or_path, "embedding", config, key=base.seed)
+        _, before = option_scoring.load_scorer(base.model.model_name_or_path, "embedding", config, key=base.seed)
         before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
         names = {path: jax.tree_util.keystr(path, simple=True, separator=".") for path in before}
         moved = {name for path, name in names.items() if not np.array_equal(before[path], after[path])}
@@ -312,12 +320,35 @@ def test_pats_is_an_optimizer_here_too(base, tmp_path, best_params, later_is_bet
 # what is kept, and what goes on
 
 
-def test_two_shares_make_what_one_process_makes(base, whole, tmp_path):
-    run(base, tmp_path / "gym", share="1/2")
-    assert len(records(tmp_path / "gym")) == 2 and not (tmp_path / "gym" / "report").exists()
-    run(base, tmp_path / "gym", share="2/2")
-    assert records(tmp_path / "gym") == {key: one for key, one in records(whole).items() if key[0] == "direct-lora"}
-    assert not (tmp_path / "gym" / "report").exists()
+def test_a_process_of_many_makes_its_tunings_only(base, whole, tmp_path, monkeypatch):
+    """They come by standard input, and are those that one process makes; the report is left to the first process."""
+    folder, names = tmp_path / "gym", ["direct-lora/manners-13", "direct-lora/choice-21"]
+    with FolderLock(folder) as lock:
+        for name, value in folder_lock.handed_on(lock).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names)))
+        made = run(base, folder)
+    assert {f"{start}/{task}-{seed}" for start, task, seed in made} == set(names)
+    assert all(record == records(whole)[key] for key, record in made.items())
+    assert not (folder / "report").exists()
+
+
+@pytest.mark.parametrize("executor", ["local", "dask"])
+def test_tunings_are_dealt_out(executor, base, tmp_path, monkeypatch):
+    """Each to one job; on a cluster a job's tunings are of one start, which is loaded once."""
+    monkeypatch.setattr(downstream, "_TUNINGS_OF_A_JOB", 3)
+    settings = dataclasses.replace(base, kinds=("full", "lora"), executor=executor, output_dir=str(tmp_path), jobs=5)
+    tasks = [load_gym(base.data_dir)[name] for name in tiny.PARTITION["test"]]
+    starts = downstream.find_starts(settings, tiny.PARTITION["test"])
+    tunings = [one for start in starts for one in downstream.tunings_of(settings, start, tasks, tmp_path)]
+    jobs = downstream.jobs_of(settings, ["--some", "flags"], tunings)
+    names = [job.stdin.splitlines() for job in jobs]
+    assert sorted(sum(names, [])) == sorted(tuning.name for tuning in tunings) and len(tunings) == 8
+    assert [len(part) for part in names] == ([2, 2, 2, 1, 1] if executor == "local" else [3, 1, 3, 1])
+    for job, part in zip(jobs, names, strict=True):
+        assert job.results == tuple(str(tmp_path / "tunings" / f"{name}.json") for name in part)
+        assert job.arguments[-2:] == ("--some", "flags")
+        assert executor == "local" or len({name.split("/")[0] for name in part}) == 1
 
 
 def test_a_finished_tuning_is_never_made_again(base, whole, tmp_path, monkeypatch):
@@ -388,9 +419,7 @@ def test_many_processes(base, whole, home, tmp_path):
     root = str(pathlib.Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     args = arguments(base, output_dir=tmp_path / "gym", jobs=2, tasks=("manners",))
-    done = subprocess.run(
-        [sys.executable, "-m", "pats_jax.cli", *args], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "pats_jax", *args], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "report: " in done.stdout, done.stderr
     found = records(tmp_path / "gym")
     assert found.keys() == {("direct-lora", "manners", seed) for seed in tiny.SEEDS}
@@ -403,7 +432,7 @@ def test_a_job_that_fails_is_named(base, tmp_path, monkeypatch):
     script = tmp_path / "job"
     script.write_text(
         f"#!{sys.executable}\nimport sys, time\n"
-        "if sys.argv[-1] == '2/2':\n    sys.exit('pats-jax: error: it burns')\ntime.sleep(60)\n"
+        "if 'manners-13' not in sys.stdin.read():\n    sys.exit('pats-jax: error: it burns')\ntime.sleep(60)\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
@@ -511,7 +540,8 @@ def refused(base, tmp_path, capsys, **changes):
         ({"output_dir": None}, "--output_dir is missing"),
         ({"tasks": ("manners", "voice")}, "--tasks voice: not among the target tasks manners, choice"),
         ({"samples": (7,)}, "manners: no sample of seed 7; there are 13, 21"),
-        *(({"share": share}, f"--share {share}: write I/N") for share in ("0/2", "3/2", "2", "a/b", "1/2/3", "²/3")),
+        ({"share": "1/2"}, "--share: use --jobs on one machine, and --executor dask"),
+        ({"executor": "dask"}, "--executor dask: set --scheduler"),
         *(({"grid": (grid,)}, f"--grid {grid}: write KIND") for grid in ("lora", "lora=", "nose=1", "lora=1,-1")),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"max_steps": -1}, "--max_steps -1: must be at least 1"),

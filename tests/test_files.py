@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from pats_jax import errors, files
+from pats_jax import errors
+from pats_jax.core import files
 from pats_jax.errors import InputError
 
 

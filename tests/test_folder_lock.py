@@ -1,4 +1,4 @@
-"""One program at a time in a folder: real processes, those that a killed one leaves, and shares of one gym."""
+"""One program at a time in a folder: real processes, and those that a killed one leaves."""
 
 import errno
 import fcntl
@@ -13,8 +13,7 @@ import rich.console
 
 from pats_jax.comparison import compare
 from pats_jax.errors import InputError
-from pats_jax.priming import downstream
-from pats_jax.run import folder_lock, run_start
+from pats_jax.run import folder_lock, run_start, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
 
@@ -140,61 +139,38 @@ def test_a_run_that_another_has_finished_meanwhile_is_not_made_again(tmp_path):
         assert start.finished["seed"] == 1, "to read a finished run nobody needs the lock"
 
 
-# shares of a gym
-
-
-@pytest.mark.parametrize(
-    "first, second, together",
-    [
-        ("1/2", "2/2", True),
-        ("1/2", "2/4", True),
-        ("1/3", "2/3", True),
-        ("1/2", "1/2", False),
-        ("1/1", "1/1", False),
-        ("1/1", "2/3", False),
-        ("1/2", "3/4", False),
-        ("2/3", "1/2", False),
-    ],
-)
-def test_shares_with_no_tuning_in_common_go_together(first, second, together, tmp_path):
-    """Whether they have one is found by counting: share i of n makes tunings i, i + n, ..."""
-    (i, n), (j, m) = (map(int, share.split("/")) for share in (first, second))
-    assert together == (not set(range(i, 100, n)) & set(range(j, 100, m)))
-    with downstream.hold(tmp_path, first):
-        if together:
-            with downstream.hold(tmp_path, second):
-                assert not is_free(tmp_path), "no run may begin there"
-        else:
-            with pytest.raises(InputError), downstream.hold(tmp_path, second):
-                pass
-    assert is_free(tmp_path) and not list(tmp_path.iterdir())
+# gyms
 
 
 def test_processes_of_one_gym_know_that_it_is_theirs(tmp_path, monkeypatch):
-    with downstream.hold(tmp_path, "1/1") as (lock, _):
-        assert not folder_lock.is_handed_on(tmp_path)
-        for name, value in folder_lock.handed_on(lock).items():
-            monkeypatch.setenv(name, value)
-        with downstream.hold(tmp_path, "1/2") as locks:
-            assert not locks
-        assert not folder_lock.is_handed_on(tmp_path / "another")
-    with downstream.hold(tmp_path, "1/2") as locks:
-        assert len(locks) == 2, "it is not held any more"
+    """By the folder's own lock, or by that of their job."""
+    with workers.hold(tmp_path) as lock, FolderLock(tmp_path, name=".lock-job-3") as own:
+        for held in (lock, own):
+            monkeypatch.delenv("PATS_JAX_LOCK", raising=False)
+            assert not folder_lock.is_handed_on(tmp_path)
+            for name, value in folder_lock.handed_on(held).items():
+                monkeypatch.setenv(name, value)
+            assert folder_lock.is_handed_on(tmp_path) and not folder_lock.is_handed_on(tmp_path / "another")
+    assert not folder_lock.is_handed_on(tmp_path), "it is not held any more"
 
 
-def test_a_run_keeps_a_gym_out(tmp_path):
-    with FolderLock(tmp_path), pytest.raises(InputError, match=AT_WORK), downstream.hold(tmp_path, "1/2"):
+@pytest.mark.parametrize("name", [".lock", ".lock-job-0"])
+def test_another_program_and_a_job_of_a_killed_one_keep_a_gym_out(name, tmp_path):
+    with FolderLock(tmp_path, name=name), pytest.raises(InputError, match=AT_WORK), workers.hold(tmp_path):
         pass
+    with workers.hold(tmp_path):
+        assert not is_free(tmp_path)
 
 
 # grids
 
 GRID = """
 import sys
-from pats_jax import cli
+from pats_jax.programs import cli
 from pats_jax.comparison import compare
-compare.describe_machine = lambda: {}
-compare.glue_command = lambda run, root, flags: [sys.executable, "-S", "-c", sys.argv[1]]
+from pats_jax.run import workers
+workers.describe_machine = lambda: {}
+compare.glue_arguments = lambda run, root, flags: ["-S", "-c", sys.argv[1]]
 cli.main(["compare", *sys.argv[2:]])
 """
 

@@ -15,12 +15,14 @@ import scipy.stats
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue, methods
+from pats_jax import glue, methods
 from pats_jax.data import batches, load_task, tasks
 from pats_jax.errors import InputError
-from pats_jax.run import replacing, run_folder, settings
+from pats_jax.programs import cli
+from pats_jax.run import replacing, run_folder, training_run
+from pats_jax.run.flags import read_by
 from pats_jax.run.settings import Settings
-from pats_jax.training import concentration, evaluation, fine_tuning, runners
+from pats_jax.training import concentration, evaluation, runners
 
 TRAIN_ROWS, STEPS = 22, 12  # of SST-2: 4 epochs of 3 batches, the last one of 6 rows
 
@@ -97,7 +99,9 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
     assert {path.name for path in (noisy / "predictions").rglob("*.tsv")} == {"SST-2.tsv"}
     assert replacing.foreign(noisy) is None
     saved = json.loads((noisy / "config.json").read_text())
-    assert saved.keys() == {field.name for field in dataclasses.fields(Settings)} - set(settings._OF_ONE_START)
+    known = {flag: entry.about for flag, entry in Settings.all_entries().items()}
+    read = read_by(Settings, saved)
+    assert saved.keys() == {flag for flag, about in known.items() if flag in read and not about.of_one_start}
     assert saved["output_dir"] == str(noisy)
     tokenizer = json.loads((noisy / "model" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == saved["max_seq_length"] == 16  # by which `predict` cuts
@@ -136,14 +140,14 @@ def test_results(noisy):
 @pytest.mark.parametrize("runner", [{}, {"num_devices": 8, "fsdp": 2}, {"num_devices": 8, "parallel": "pmap"}], ids=str)
 def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(base, tmp_path, monkeypatch, runner):
     """It is measured at the end, from a copy: here also at the start, exactly the same."""
-    real, measured = fine_tuning.fit, []
+    real, measured = training_run.fit, []
 
     def fit(state, step, batches, rhythm, hooks, **options):
         training = hooks._training
         measured.append(concentration.by_tensor(training.sensitivity(training.runner.view(state.all_params))))
         return real(state, step, batches, rhythm, hooks, **options)
 
-    monkeypatch.setattr(fine_tuning, "fit", fit)
+    monkeypatch.setattr(training_run, "fit", fit)
     results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
     assert results["concentration"]["before"] == measured[0] != results["concentration"]["after"]
 
@@ -195,7 +199,7 @@ OF_A_RUN = ("create_state", "step", "_figures", "predict")
 
 
 def test_score_and_predictions_are_those_of_the_saved_model(base, noisy):
-    splits = load_task("sst2", base.data_dir, splits=("validation", "test"))
+    splits = load_task("sst2", base.data.data_dir, splits=("validation", "test"))
     answers = reference_logits(noisy, splits["validation"]).argmax(1)
     assert len(set(answers)) == 2, "a model that always says the same proves nothing"
     results = json.loads((noisy / "results.json").read_text())
@@ -355,7 +359,7 @@ def _compilations():
 
 def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, monkeypatch):
     """Every fetch of a number stalls the device; it is to happen at logging steps (and to wait for the first step)."""
-    array, real_step, real_fit = type(jnp.zeros(())), fine_tuning.TrainingHooks.on_step, fine_tuning.fit
+    array, real_step, real_fit = type(jnp.zeros(())), training_run.TrainingHooks.on_step, training_run.fit
     value, step, fetched, waited = array._value, [None], set(), set()
 
     def on_step(self, number, state):
@@ -374,8 +378,8 @@ def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, m
         return value.fget(self)
 
     monkeypatch.setattr(array, "_value", property(fetch))
-    monkeypatch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
-    monkeypatch.setattr(fine_tuning, "fit", fit)
+    monkeypatch.setattr(training_run.TrainingHooks, "on_step", on_step)
+    monkeypatch.setattr(training_run, "fit", fit)
     with monkeypatch.context() as patch:
         real_wait = jax.block_until_ready
         patch.setattr(jax, "block_until_ready", lambda x: waited.add(step[0]) or real_wait(x))
@@ -386,14 +390,14 @@ def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, m
 def test_validation_rows_are_tokenised_while_the_step_compiles_and_test_rows_after_training(
     base, tmp_path, monkeypatch
 ):
-    tokenised, real, real_fit = [], batches.tokenize, fine_tuning.fit
+    tokenised, real, real_fit = [], batches.tokenize, training_run.fit
     monkeypatch.setattr(batches, "tokenize", lambda split, *rest: tokenised.append(len(split)) or real(split, *rest))
 
     def fit(*arguments, **options):
         assert tokenised in ([TRAIN_ROWS], [TRAIN_ROWS, 10])
         return real_fit(*arguments, **options)
 
-    monkeypatch.setattr(fine_tuning, "fit", fit)
+    monkeypatch.setattr(training_run, "fit", fit)
     run(base, tmp_path / "run", max_steps=4, eval_steps=2, do_train=True, do_eval=True, do_predict=True)
     assert tokenised == [TRAIN_ROWS, 10, 7]
 
@@ -441,7 +445,7 @@ def test_own_data_keeps_its_labels(base, tmp_path):
 def test_bitfit_leaves_all_but_biases_and_head_as_they_were(base, tmp_path):
     trained = run(base, tmp_path / "run", method="bitfit", load_best_model_at_end=True, save_steps=4)
     assert trained["num_parameters"] > 1000
-    before = load_file(f"{base.model_name_or_path}/model.safetensors")
+    before = load_file(f"{base.model.model_name_or_path}/model.safetensors")
     for name, tensor in weights(tmp_path / "run").items():
         if not name.startswith("classifier"):
             assert np.array_equal(tensor, before[name]) == (not name.endswith("bias")), name
@@ -466,13 +470,11 @@ def test_objectives_are_added_to_the_loss_and_logged(base, tmp_path):
 
 def test_dropout_is_off_where_the_methods_authors_do_without(base):
     splits = {"train": range(100)}
-    off = glue.dropout_rates(dataclasses.replace(base, method="mixout").with_batch_size(1), splits)
+    off = glue.dropout_rates(dataclasses.replace(base, method="mixout").over(1), splits)
     assert off == {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
-    typed = glue.dropout_rates(
-        dataclasses.replace(base, method="mixout", hidden_dropout=0.2).with_batch_size(1), splits
-    )
+    typed = glue.dropout_rates(dataclasses.replace(base, method="mixout", hidden_dropout=0.2).over(1), splits)
     assert typed == {"hidden_dropout": 0.2, "attention_dropout": 0.0, "classifier_dropout": None}
-    plain = glue.dropout_rates(base.with_batch_size(1), splits)
+    plain = glue.dropout_rates(base.over(1), splits)
     assert set(plain.values()) == {None}
 
 
@@ -495,7 +497,7 @@ def test_a_training_that_diverges_stops_and_says_where(base, tmp_path):
 
 
 def test_answers_that_are_not_finite_are_no_scores(base):
-    split = load_task("sst2", base.data_dir, splits=("validation",))["validation"]
+    split = load_task("sst2", base.data.data_dir, splits=("validation",))["validation"]
     tokens = batches.tokenize(split, tiny.tokenizer(), 16)
     lost = evaluation.Predictor(
         lambda params, batch: np.full((8, 2), np.nan),

@@ -13,9 +13,10 @@ import scipy.special
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue, methods, models, pats_noise, trees
+from pats_jax import glue, methods, models, pats_noise, trees
 from pats_jax.errors import InputError
 from pats_jax.models import peft
+from pats_jax.programs import cli
 from pats_jax.run import pe_modules
 from pats_jax.run.settings import Settings
 
@@ -25,10 +26,11 @@ SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length":
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny.quick_settings(tmp_path_factory.mktemp("glue"), num_train_epochs=2, **SMALL)
+    return tiny.quick_settings(tmp_path_factory.mktemp("glue"), num_train_epochs=2)
 
 
 def run(base, folder, **changes):
+    changes = tiny.read_flags(Settings, **SMALL | changes)
     return glue.run(dataclasses.replace(base, output_dir=str(folder), **changes))
 
 
@@ -68,7 +70,7 @@ def test_lora_with_pats(base, tmp_path, texts, capsys, caplog):
 
 
 def _folders(base, tmp_path):
-    return tiny.Path(base.model_name_or_path), tmp_path / "run" / "model"
+    return tiny.Path(base.model.model_name_or_path), tmp_path / "run" / "model"
 
 
 def _lines(path):
@@ -109,17 +111,16 @@ def test_resumed_is_bitwise_the_whole_run(base, tmp_path):
 
 def with_modules(**changes):
     """Settings, and the parameters of a tiny model with the modules that they choose."""
-    settings = Settings(**SMALL | changes)
+    settings = Settings(**tiny.read_flags(Settings, **SMALL | changes))
     model, params = models.SequenceClassifier(tiny.CONFIG), tiny.random_params(tiny.CONFIG)
-    return settings, *peft.add_peft(model, params, pe_modules.chosen_config(settings), key=0)
+    return settings, *peft.add_peft(model, params, settings.adapter, key=0)
 
 
-def test_a_flag_of_another_kind_changes_nothing():
-    assert pe_modules.chosen_config(Settings(lora_rank=3, adapter_size=5)) is None
-    plain = pe_modules.chosen_config(Settings(peft="lora"))
-    assert pe_modules.chosen_config(Settings(peft="lora", adapter_size=5, prompt_length=3)) == plain
+def test_a_flag_of_another_kind_is_refused():
+    with pytest.raises(InputError, match="--adapter_size: not a setting of --peft lora; omit it"):
+        Settings(peft="lora", adapter_size=5)
     for kind in KINDS:
-        assert pe_modules.chosen_config(Settings(peft=kind)) == peft.KINDS[kind](), "flags have the configs' defaults"
+        assert Settings(peft=kind).adapter == peft.KINDS[kind](), "flags have the configs' defaults"
 
 
 @pytest.mark.parametrize("kind", ("lora", "adapters"))
@@ -133,7 +134,7 @@ def test_methods_that_go_with_matrices(kind, method):
     def fisher(keep_fraction, mask):
         return jax.tree.map(lambda p: np.ones(p.shape, bool), trained)
 
-    tx = methods.make_optimizer(settings, 60, trained, fisher)
+    tx = methods.make_optimizer(settings.optimizer, settings.methods, 60, trained, seed=settings.seed, fisher=fisher)
     shapes = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], trained)
     assert jax.tree.structure(shapes) == jax.tree.structure(trained)
 
@@ -161,7 +162,9 @@ def test_noise_on_a_prompt_when_asked():
     settings, model, params = with_modules(peft="prompt", method="pats", noise_layers="prompt_embeddings")
     pe_modules.check_methods(settings, params)
     trained, _ = trees.partition(peft.trainable_mask(model, params), params)
-    (state,) = trees.find_states(methods.make_optimizer(settings, 60, trained).init(trained), type(pats_state()))
+    (state,) = trees.find_states(
+        methods.make_optimizer(settings.optimizer, settings.methods, 60, trained).init(trained), type(pats_state())
+    )
     assert [x.shape for x in jax.tree.leaves(state.sensitivity)] == [(4, 16)]
 
 

@@ -10,11 +10,12 @@ import tiny
 import tokenizers
 import transformers
 
-from pats_jax import cli, glue, models
+from pats_jax import glue, models
 from pats_jax.data import batches
 from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
-from pats_jax.run import settings
+from pats_jax.programs import cli
+from pats_jax.run import flags
 from pats_jax.run.settings import Settings
 
 
@@ -137,4 +138,4 @@ def test_a_saved_run_with_a_null_byte(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"train_file": "a\0b.csv"}))
     with pytest.raises(InputError, match=r"train_file is 'a\\x00b.csv'; it must be text without null bytes"):
-        settings.parse(["--config", str(config)], "pats-jax glue", Settings)
+        flags.parse(["--config", str(config)], "pats-jax glue", Settings)

@@ -46,7 +46,7 @@ def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **progr
     """Trains all runs in lanes."""
     model, params, config = load(home, 0, layers)
     own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
-    arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0], steps, 64)
+    arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0].optimizer, steps, 64)
     lane_program = lanes.LaneProgram(model.apply, runs[0], steps, **program)
     compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)
     state = compiled.init(params, own, arrays, rates)
@@ -64,9 +64,9 @@ def dataset(data):
 def alone(home, data, run, steps):
     """The same run by the library's own parts: the parameters at the end, losses, logits of the dev rows."""
     model, params, _ = load(home, run.seed)
-    tx = methods.make_optimizer(run, steps, params)
+    tx = methods.make_optimizer(run.optimizer, run.methods, steps, params, seed=run.seed)
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=run.seed)
-    loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(run))
+    loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(run.methods))
     step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True))
     found, epoch = [], 0
     while len(found) < steps:
@@ -119,8 +119,9 @@ def test_frozen_parameters_are_shared(home, dataset):
     assert layer["kernel"] is None and layer["bias"].shape == (2, 16)
     for lane, run in enumerate(runs):
         model, params, _ = load(home, run.seed)
-        trainable = methods.trainable_mask(run, params)
-        tx = methods.make_optimizer(run, 4, train_state.trees.partition(trainable, params)[0])
+        trainable = methods.trainable_mask(run.methods, params)
+        trained, _ = train_state.trees.partition(trainable, params)
+        tx = methods.make_optimizer(run.optimizer, run.methods, 4, trained, seed=run.seed)
         state = train_state.TrainState.create(
             apply_fn=model.apply, params=params, tx=tx, key=run.seed, trainable=trainable
         )

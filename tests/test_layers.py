@@ -183,11 +183,11 @@ def test_an_axis_that_a_leaf_lacks(axis):
 def test_a_regex_of_one_layer_gives_noise_there_only():
     settings = tiny.Settings(task_name="sst2", method="pats", noise_layers=r"encoder\.layer\.1\.", learning_rate=1.0)
     params = stack_layers(separate())
-    tx = methods.make_optimizer(settings, 10, params)
+    tx = methods.make_optimizer(settings.optimizer, settings.methods, 10, params, seed=settings.seed)
     state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # the learning rate, and with it the noise, starts from 0
         updates, state = tx.update(zeros, state, params)
-    plain = methods.make_optimizer(dataclasses.replace(settings, method="finetune"), 10, params)
+    plain = methods.make_optimizer(settings.optimizer, (), 10, params)
     expected, plain_state = plain.update(zeros, plain.init(params), params)
     expected, _ = plain.update(zeros, plain_state, params)
     for (path, ours), theirs in zip(
@@ -204,11 +204,10 @@ def test_a_regex_of_one_layer_gives_noise_there_only():
 
 def test_a_method_that_trains_some_layers_only_needs_separate_ones(monkeypatch):
     """Trained and frozen parameters are cut apart leaf by leaf."""
-    own = dataclasses.replace(methods.METHODS["bitfit"], trainable=r"layer\.1\..*bias$|^classifier\.")
-    monkeypatch.setitem(methods.METHODS, "bitfit", own)
+    monkeypatch.setattr(methods.METHODS["bitfit"], "trainable", r"layer\.1\..*bias$|^classifier\.")
     settings = tiny.Settings(task_name="sst2", method="bitfit")
-    mask = methods.trainable_mask(settings, separate())
+    mask = methods.trainable_mask(settings.methods, separate())
     layer = mask["bert"]["encoder"]["layer"]
     assert layer["1"]["output"]["dense"]["bias"] is True and layer["0"]["output"]["dense"]["bias"] is False
     with pytest.raises(InputError, match="^--method bitfit: trains some layers only; set --layers separate$"):
-        methods.trainable_mask(settings, stack_layers(separate()))
+        methods.trainable_mask(settings.methods, stack_layers(separate()))

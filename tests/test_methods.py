@@ -14,6 +14,7 @@ import tiny
 import pats_jax
 from pats_jax import methods, train_state, trees
 from pats_jax.companions.dps import DpsDenseState, DpsMixState
+from pats_jax.core.settings import entries
 from pats_jax.errors import InputError
 from pats_jax.run.settings import Settings
 
@@ -36,7 +37,7 @@ def tree(seed, shape=(6, 4)):
 
 def updates_of(settings, params, gradients, total_steps):
     """The updates of each step, parameters held still."""
-    tx = methods.make_optimizer(settings, total_steps, params)
+    tx = make_optimizer(settings, total_steps, params)
     state, update = tx.init(params), jax.jit(tx.update)
     for grads in gradients:
         updates, state = update(grads, state, params)
@@ -46,7 +47,7 @@ def updates_of(settings, params, gradients, total_steps):
 @pytest.mark.parametrize("total, ratio, steps", [(3, 0.2, 1), (10, 0.1, 1), (11, 0.1, 2), (100, 0.07, 8), (5, 0.0, 0)])
 def test_warmup_has_as_many_steps_as_in_transformers(total, ratio, steps):
     """Rounded up. (100 * 0.07 is a little above 7 in floating point: 8 there, too.)"""
-    schedule = methods.learning_rate_schedule(Settings(learning_rate=1.0, warmup_ratio=ratio), total)
+    schedule = methods.learning_rate_schedule(Settings(learning_rate=1.0, warmup_ratio=ratio).optimizer, total)
     rates = [float(schedule(step)) for step in range(total)]
     assert rates.index(max(rates)) == steps
 
@@ -54,7 +55,7 @@ def test_warmup_has_as_many_steps_as_in_transformers(total, ratio, steps):
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.37, 1.0])
 def test_schedule_is_the_closed_formula(warmup_ratio):
     total = 50
-    schedule = methods.learning_rate_schedule(Settings(learning_rate=3e-4, warmup_ratio=warmup_ratio), total)
+    schedule = methods.learning_rate_schedule(Settings(learning_rate=3e-4, warmup_ratio=warmup_ratio).optimizer, total)
     warmup = -int(-total * warmup_ratio // 1)  # rounded up
     for step in (0, 1, 4, 5, 6, 18, 19, 30, 49):
         share = step / warmup if step < warmup else (total - step) / (total - warmup)
@@ -125,7 +126,7 @@ def test_noise_scale_zero_is_plain_fine_tuning_bit_by_bit():
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_noise_is_on_attention_and_feed_forward_matrices(model_type):
     config = dataclasses.replace(tiny.CONFIG, model_type=model_type, num_hidden_layers=2)
-    mask = methods.layer_mask(tiny.random_params(config), Settings().noise_layers)
+    mask = methods.layer_mask(tiny.random_params(config), methods.METHODS["pats"]().noise_layers)
     chosen = {train_state.parameter_name(path) for path, keep in jax.tree_util.tree_leaves_with_path(mask) if keep}
     parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
     parts += ("intermediate.dense", "output.dense")
@@ -146,14 +147,14 @@ def test_layers_of_ones_own_choice():
 def test_layers_that_do_not_exist(pattern, message):
     with pytest.raises(InputError, match=message) as caught:
         methods.layer_mask(tree(0), pattern)
-    assert str(caught.value).startswith(f"--noise_layers {pattern!r}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"noise_layers {pattern!r}: ") and "\n" not in str(caught.value)
 
 
 def test_an_unknown_method_is_refused_by_name():
     with pytest.raises(
         InputError, match="--method sgd: no such method; choose one of finetune, pats, perturbed, dps-dense"
     ):
-        methods.make_optimizer(Settings(method="sgd"), 10, tree(0))
+        make_optimizer(Settings(method="sgd"), 10, tree(0))
 
 
 # the companions
@@ -173,13 +174,18 @@ def fisher(keep_fraction, mask):
     return pats_jax.fisher_mask(quadratic, MODEL, [0.0, 1.0], keep_fraction, mask=mask)
 
 
+def make_optimizer(settings, total_steps, params):
+    """The optimizer that the program makes for some settings."""
+    return methods.make_optimizer(settings.optimizer, settings.methods, total_steps, params, seed=settings.seed)
+
+
 def make_state(**changes):
     """The state that the program makes of a small BERT for some settings."""
     settings = Settings(**{"learning_rate": 0.05, "warmup_ratio": 0.0, "weight_decay": 0.0} | changes)
-    params = methods.starting_params(settings, MODEL)
-    trainable = methods.trainable_mask(settings, params)
+    params = methods.starting_params(settings.methods, MODEL, settings.seed)
+    trainable = methods.trainable_mask(settings.methods, params)
     trained = params if trainable is None else trees.partition(trainable, params)[0]
-    tx = methods.make_optimizer(settings, 60, trained, fisher)
+    tx = methods.make_optimizer(settings.optimizer, settings.methods, 60, trained, seed=settings.seed, fisher=fisher)
     return pats_jax.TrainState.create(apply_fn=None, params=params, tx=tx, key=0, trainable=trainable)
 
 
@@ -227,7 +233,7 @@ def test_every_method_trains_what_it_should(name):
 def test_every_method_says_where_it_comes_from_and_what_it_reads():
     for method in methods.METHODS.values():
         assert method.summary and "https://" in method.source
-        assert all(flag in Settings.__dataclass_fields__ for flag in method.flags)
+        assert all(entry.about.help for entry in entries(method).values())
 
 
 def test_the_table_of_methods_has_all_of_them():
@@ -263,7 +269,15 @@ def test_methods_compose():
     kernel = ("bert", "encoder", "layer", "0", "intermediate", "dense", "kernel")
     noisy, quiet = (functools.reduce(lambda node, key: node[key], kernel, s.params) for s in (both, one))
     assert np.any(noisy != quiet) and trees.find_states(both.opt_state, pats_jax.PatsNoiseState)
-    assert methods.statistics(Settings(method="pats+dps-dense"), lambda count: 5e-5, both.opt_state)["noise_norm"] > 0
+    assert (
+        methods.statistics(
+            Settings(method="pats+dps-dense").methods,
+            lambda count: 5e-5,
+            Settings(method="pats+dps-dense").optimizer.learning_rate,
+            both.opt_state,
+        )["noise_norm"]
+        > 0
+    )
     order = [moved(make_state(method=names, noise_scale=0.1), 2)[1].params for names in ("pats+sage", "sage+pats")]
     assert all(map(np.array_equal, *map(jax.tree.leaves, order)))
 
@@ -304,23 +318,30 @@ def test_objectives_go_with_everything_and_have_their_settings():
         if name != "finetune":
             others = {"r3f", "r-drop", "smart", "lnsr"} - {name}
             methods.get_methods("+".join([name, *others]))
-    chosen = methods.chosen_objectives(Settings(method="lnsr+dps-dense+r-drop", lnsr_lambda=0.3, r_drop_alpha=4.0))
+    chosen = methods.chosen_objectives(
+        Settings(method="lnsr+dps-dense+r-drop", lnsr_lambda=0.3, r_drop_alpha=4.0).methods
+    )
     assert [(objective.name, objective.weight) for objective in chosen] == [("lnsr", 0.3), ("r_drop", 4.0)]
-    assert methods.chosen_objectives(Settings(method="pats")) == []
+    assert methods.chosen_objectives(Settings(method="pats").methods) == []
 
 
 def test_noisytune_changes_every_tensor_once_before_training():
     settings = Settings(method="noisytune+pats", noise_intensity=0.2, seed=3)
-    started = methods.starting_params(settings, MODEL)
+    started = methods.starting_params(settings.methods, MODEL, settings.seed)
     for before, after in zip(*map(jax.tree.leaves, (MODEL, started)), strict=True):
         assert np.abs(after - before).max() <= 0.1 * before.std() + 1e-6
-    assert all(map(np.array_equal, *map(jax.tree.leaves, (started, methods.starting_params(settings, MODEL)))))
-    assert methods.starting_params(Settings(method="pats"), MODEL) is MODEL
+    assert all(
+        map(
+            np.array_equal,
+            *map(jax.tree.leaves, (started, methods.starting_params(settings.methods, MODEL, settings.seed))),
+        )
+    )
+    assert methods.starting_params((), MODEL, 0) is MODEL
 
 
 def test_a_stage_without_a_step_is_an_error():
     with pytest.raises(InputError, match=r"--update_ratio 0.05: gives stages of 0 steps; increase it"):
-        methods.make_optimizer(Settings(method="dps-dense"), 10, MODEL)
+        make_optimizer(Settings(method="dps-dense"), 10, MODEL)
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -337,11 +358,11 @@ def test_weight_decay_moves_what_is_left_out_unless_it_is_frozen(freeze):
 @pytest.mark.parametrize("name", ["finetune", "pats", "child-f"])
 def test_freezing_where_nothing_is_left_out(name):
     with pytest.raises(InputError, match="--freeze_unselected: "):
-        methods.make_optimizer(Settings(method=name, freeze_unselected=True), 60, MODEL)
+        make_optimizer(Settings(method=name, freeze_unselected=True), 60, MODEL)
 
 
 def test_who_turns_dropout_off():
-    without = {name for name in methods.METHODS if methods.turns_dropout_off(Settings(method=name), 100)}
+    without = {name for name in methods.METHODS if methods.turns_dropout_off(Settings(method=name).methods, 100)}
     assert without == {"dps-dense", "dps-mix", "mixout"}
-    assert not methods.turns_dropout_off(Settings(method="dps-dense"), 2000)
-    assert methods.turns_dropout_off(Settings(method="pats+mixout"), 2000)
+    assert not methods.turns_dropout_off(Settings(method="dps-dense").methods, 2000)
+    assert methods.turns_dropout_off(Settings(method="pats+mixout").methods, 2000)

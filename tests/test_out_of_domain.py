@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from pats_jax import cli, glue
+from pats_jax import glue
 from pats_jax.data import read_file, readers, stratified_rows
 from pats_jax.data.out_of_domain import NAMES, load_out_of_domain
 from pats_jax.errors import InputError
-from pats_jax.run import settings
+from pats_jax.programs import cli
+from pats_jax.run import flags, settings
 from pats_jax.run.settings import Settings
 from pats_jax.training.evaluation import fold
 
@@ -329,20 +330,20 @@ def test_folding_by_hand():
 )
 def test_settings_that_make_no_sense(flags, message):
     with pytest.raises(InputError) as caught:
-        settings.parse(["--task_name", "MNLI", *flags], "x", settings.Settings)
+        flags.parse(["--task_name", "MNLI", *flags], "x", settings.Settings)
     assert str(caught.value) == message
 
 
 def test_the_list_is_kept_in_the_saved_settings(tmp_path):
-    given = settings.parse(
+    given = flags.parse(
         ["--task_name", "mnli", "--out_of_domain", "snli", "rte", "--low_resource", "8"], "x", settings.Settings
     )
-    assert given.out_of_domain == ["snli", "rte"]
+    assert given.data.out_of_domain == ["snli", "rte"]
     path = write(tmp_path / "config.json", json.dumps(given.to_dict()))
-    assert settings.read_config(str(path), settings.Settings) == given
+    assert flags.read_config(str(path), settings.Settings) == given
     path = write(tmp_path / "config.json", json.dumps({**given.to_dict(), "out_of_domain": ["snli", "cola"]}))
     with pytest.raises(InputError, match=r'out_of_domain is \["snli", "cola"\]; it must be a list'):
-        settings.read_config(str(path), settings.Settings)
+        flags.read_config(str(path), settings.Settings)
 
 
 # a run

@@ -14,7 +14,7 @@ import pytest
 from pats_jax import glue
 from pats_jax.data import load_files, read_file
 from pats_jax.errors import InputError
-from pats_jax.run import settings
+from pats_jax.run import flags
 from pats_jax.run.settings import Settings
 
 
@@ -222,20 +222,20 @@ def test_long_labels_are_cut_in_messages(tmp_path, caplog):
     ],
 )
 def test_the_flag_as_people_type_it(typed, expected):
-    parsed = settings.parse(["--train_file", "x.csv", *typed], "pats-jax glue", Settings)
-    assert parsed.do_regression is expected and parsed.do_train == ("--do_train" in typed)
+    parsed = flags.parse(["--train_file", "x.csv", *typed], "pats-jax glue", Settings)
+    assert parsed.data.do_regression is expected and parsed.do_train == ("--do_train" in typed)
 
 
 @pytest.mark.parametrize("value", [True, False, None])
 def test_the_flag_in_a_saved_run(tmp_path, value):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(Settings(train_file="x.csv", do_regression=value).to_dict()))
-    assert settings.parse(["--config", str(config)], "pats-jax glue", Settings).do_regression is value
-    parsed = settings.parse(["--config", str(config), "--do_regression", "false"], "pats-jax glue", Settings)
-    assert parsed.do_regression is False
+    assert flags.parse(["--config", str(config)], "pats-jax glue", Settings).do_regression is value
+    parsed = flags.parse(["--config", str(config), "--do_regression", "false"], "pats-jax glue", Settings)
+    assert parsed.data.do_regression is False
     config.write_text(json.dumps({"do_regression": "false"}))
     with pytest.raises(InputError, match="do_regression is 'false'"):
-        settings.read_config(str(config), Settings)
+        flags.read_config(str(config), Settings)
 
 
 def test_the_flag_must_not_say_otherwise_than_the_task(tmp_path):

@@ -14,7 +14,8 @@ import scipy.special
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, models
+from pats_jax import models
+from pats_jax.programs import cli
 
 NAMES = ("so so", "good", "bad")
 

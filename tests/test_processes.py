@@ -56,7 +56,7 @@ def launch(base, devices, environment=None, **changes):
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(base["data_dir"]).parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "pats_jax.cli", "glue", *flags]
+    command = [sys.executable, "-m", "pats_jax", "glue", *flags]
     return subprocess.Popen(command, env=os.environ | xla | (environment or {}), text=True, stderr=subprocess.PIPE)
 
 

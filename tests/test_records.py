@@ -14,14 +14,14 @@ import pytest
 import rich.console
 import tiny
 
-from pats_jax import cli
 from pats_jax.comparison import compare, seed_statistics
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.priming import downstream
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.meta_losses import ALGORITHMS
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs import cli
 from pats_jax.reporting import plots
 from pats_jax.run import records, run_folder
 from pats_jax.run.settings import Settings

@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import model_card, replacing, run_folder, run_start
 from pats_jax.run.settings import Settings
 

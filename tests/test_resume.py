@@ -25,8 +25,7 @@ from safetensors.numpy import load_file
 
 from pats_jax import glue
 from pats_jax.errors import InputError
-from pats_jax.run import replacing, run_folder
-from pats_jax.training import fine_tuning
+from pats_jax.run import replacing, run_folder, training_run
 from pats_jax.training.checkpoints import Checkpoints
 
 STEPS = 60
@@ -60,11 +59,11 @@ def flags(settings):
 def start(settings, arguments=None, **options):
     """The run as a user starts it, in a process of its own that reuses compiled programs."""
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(settings.model_name_or_path).parent / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(settings.model.model_name_or_path).parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-m", "pats_jax.cli", "glue", *(arguments or flags(settings))]
+    command = [sys.executable, "-m", "pats_jax", "glue", *(arguments or flags(settings))]
     return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
 
 
@@ -80,7 +79,7 @@ def whole(base, tmp_path_factory):
     settings = dataclasses.replace(base, output_dir=str(folder), save_total_limit=100)  # all: flags cannot say None
     code, error = finish(start(settings))
     assert code == 0, error
-    return pathlib.Path(settings.output_dir)
+    return pathlib.Path(settings.folder.output_dir)
 
 
 def final_state(folder):
@@ -170,7 +169,7 @@ def whole_here(base, tmp_path_factory):
 
 def interrupt(base, folder, step=13, **changes):
     """Runs up to a step, where Ctrl-C comes; gives the folder."""
-    real = fine_tuning.TrainingHooks.on_step
+    real = training_run.TrainingHooks.on_step
 
     def on_step(self, number, state):
         real(self, number, state)
@@ -178,7 +177,7 @@ def interrupt(base, folder, step=13, **changes):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
+        patch.setattr(training_run.TrainingHooks, "on_step", on_step)
         with pytest.raises(glue.Preempted) as caught:
             run(base, folder, **changes)
     assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
@@ -344,7 +343,7 @@ def test_120_random_damages_of_checkpoints(saved, tmp_path, caplog, capfd):
         hit = rng.choice([newest, newest, best])
         what = damage.at_random(rng, here / str(hit), folder / "checkpoints")
         try:
-            arrays, progress = Checkpoints(here, None).restore(state, fine_tuning.Progress)
+            arrays, progress = Checkpoints(here, None).restore(state, training_run.Progress)
         except InputError as refusal:
             assert str(here) in str(refusal) and "\n" not in str(refusal), what
             outcomes["refused"] += 1

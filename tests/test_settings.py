@@ -1,7 +1,6 @@
 """Settings: from flags, from a saved run, and every value that makes no sense."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -13,17 +12,23 @@ import numpy as np
 import pytest
 
 from pats_jax import errors, methods
+from pats_jax.core.settings import entries
 from pats_jax.errors import InputError
+from pats_jax.models import peft
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.priming.upstream import PrimingSettings
-from pats_jax.run import settings
-from pats_jax.run.settings import FOREIGN_FLAGS, Settings
-from pats_jax.training.fine_tuning import count_steps
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs import cli
+from pats_jax.run import flags
+from pats_jax.run.flags import FOREIGN_FLAGS
+from pats_jax.run.settings import Settings, resuming
+from pats_jax.training.table import count_steps
+from tests import tiny
 
 
-def parse(*args):
-    return settings.parse(["--task_name", "rte", *args], "pats-jax glue", settings.Settings)
+def parse(*args, kind=Settings, **options):
+    own = ["--task_name", "rte"] if kind is Settings else ["--output_dir", "x"] if kind is GymSettings else []
+    return flags.parse([*own, *args], "pats-jax test", kind, **options)
 
 
 @contextlib.contextmanager
@@ -51,7 +56,7 @@ def test_flags_as_people_know_them():
     assert parsed == Settings(
         task_name="rte", do_train=True, learning_rate=2e-5, max_steps=7, per_device_train_batch_size=4
     )
-    assert parse("--method", "pats", "--response", "exponential", "--hidden-dropout", "0").hidden_dropout == 0.0
+    assert parse("--method", "pats", "--response", "exponential", "--hidden-dropout", "0").model.hidden_dropout == 0.0
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_flags_of_run_glue_without_meaning_here_are_refused_by_name(flag):
 
 
 def test_what_we_name_instead_exists():
-    fields = {field.name for field in dataclasses.fields(Settings)}
+    fields = {*Settings.all_entries(), "config"}
     assert not fields & FOREIGN_FLAGS.keys()
     for advice in FOREIGN_FLAGS.values():
         ours = {word.strip(",;.").removeprefix("--") for word in advice.split() if word.startswith("--")}
@@ -110,17 +115,18 @@ WRONG = [
 @pytest.mark.parametrize("name, saved", [("train_batch_size", 64), ("length_buckets", 3), ("sensitivity_batches", 8)])
 def test_what_a_run_chose_is_taken_over_where_it_is_unset(name, saved):
     settings = parse("--task_name", "rte")
-    of_before = dataclasses.replace(settings, **{name: saved})
-    assert getattr(settings, name) is None
-    assert getattr(settings.resuming(of_before), name) == saved
+    of_before = settings.replace(**{name: saved})
+    assert settings.flat()[name] is None
+    assert resuming(settings, of_before).flat()[name] == saved
     with pytest.raises(errors.InputError, match=f"{name} was {saved} and is 5"):
-        dataclasses.replace(settings, **{name: 5}).resuming(of_before)
+        resuming(settings.replace(**{name: 5}), of_before)
 
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_numbers_that_make_no_sense(name, value):
+    own = [f"--method={METHOD_OF[name]}"] if name in METHOD_OF else []
     with refused(f"--{name} {errors.shown(value, quoted=False)}"[:60], ": must be "):
-        parse(f"--{name}={value}")
+        parse(*own, f"--{name}={value}")
 
 
 @pytest.mark.parametrize(
@@ -129,49 +135,70 @@ def test_numbers_that_make_no_sense(name, value):
     + [("seed", "0"), ("seed", str(2**63 - 1)), ("sensitivity_batches", "0"), ("max_steps", "-1"), ("max_steps", "1")],
 )
 def test_numbers_at_the_edge_of_sense(name, value):
-    assert getattr(parse(f"--{name}={value}"), name) == pytest.approx(float(value))
+    own = [f"--method={METHOD_OF[name]}"] if name in METHOD_OF else []
+    assert parse(*own, f"--{name}={value}").flat()[name] == pytest.approx(float(value))
 
 
 KINDS = {Settings: {"task_name": "rte"}, PrimingSettings: {}, GymSettings: {"output_dir": "x"}}
+METHOD_OF = {flag: name for name, method in methods.METHODS.items() for flag in entries(method)}
+CHOOSES = {"method": METHOD_OF} | {
+    "peft": {flag: kind for kind, config in peft.KINDS.items() for flag in entries(config)}
+}
 NUMBERS = [
-    (kind, field.name)
+    (kind, entry)
     for kind in KINDS
-    for field in dataclasses.fields(kind)
-    if field.type in (int, float, "int", "float", int | None, float | None)
+    for entry in kind.all_entries().values()
+    if entry.type in (int, float, int | None, float | None)
 ]
 
 
-@pytest.mark.parametrize("kind, name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
-def test_no_number_is_beyond_all_sense(kind, name):
+def chosen_for(kind, flag):
+    """What chooses the method or the adapter that reads a flag."""
+    found = {choice: owners[flag] for choice, owners in CHOOSES.items() if flag in owners}
+    if kind is GymSettings and "peft" in found:
+        return {"kinds": (found["peft"],)}
+    return found | ({"train": "pe"} if kind is PrimingSettings and "peft" in found else {})
+
+
+@pytest.mark.parametrize("kind, entry", NUMBERS, ids=lambda x: getattr(x, "flag", getattr(x, "__name__", x)))
+def test_no_number_is_beyond_all_sense(kind, entry):
     """What passes is finite, fits 32 bits (the seed: 63) and is below what memory or a lifetime would end at."""
-    whole = type(getattr(kind, name)) is int or "int" in str(kind.__annotations__.get(name, ""))
+    whole, name = entry.type in (int, int | None), entry.flag
     values = [-1, 0, 10**30, 2**31] if whole else [-1.0, 0.0, 1e308, 1e39, float("nan"), float("inf"), -float("inf")]
     for value in values:
         try:
-            kind(**KINDS[kind] | {name: value}).check()
+            settings = kind(**KINDS[kind] | chosen_for(kind, name) | {name: value})
+            if set(chosen_for(kind, name).get("method", "").split("+")) <= READ_BY_ALL:
+                settings.check()
+            else:
+                entry.check(value)
         except InputError as error:
-            assert str(error).startswith("--") and len(str(error)) < 300 and "\n" not in str(error)
+            assert name in str(error) and len(str(error)) < 300 and "\n" not in str(error)
         else:
             assert value in (-1, 0) or name == "seed", (name, value)
             assert value == 0 or name in ("max_steps", "seed"), (name, value)
 
 
+# The others work with `pats-jax glue` alone, which the checks of the other programs say first.
+READ_BY_ALL = {"", "pats", "perturbed", "dps-dense", "dps-mix", "sage", "child-f", "child-d", "mixout", "l2-sp"}
+
+
 def test_epochs_without_end_are_refused_before_any_step():
     with refused("--num_train_epochs 1e+308: must be at most"):
         parse("--num_train_epochs", "1e308")
-    assert count_steps(parse("--num_train_epochs", "2.5", "--train_batch_size", "32"), 320) == 25
+    assert count_steps(parse("--num_train_epochs", "2.5").length, 32, 320) == 25
     with refused("--num_train_epochs 1e+06: gives 1e+12 steps"):
-        count_steps(parse("--num_train_epochs", "1e6", "--train_batch_size", "1"), 10**6)
+        count_steps(parse("--num_train_epochs", "1e6").length, 1, 10**6)
 
 
 def test_a_task_is_no_path():
     with refused("--task_name: '../../x' cannot be part of a path"):
-        settings.parse(["--task_name", "../../x"], "pats-jax glue", settings.Settings)
+        flags.parse(["--task_name", "../../x"], "pats-jax glue", Settings)
 
 
 def test_where_the_data_come_from_must_be_clear():
     with refused("no data: set --task_name", "--task_name", "--train_file"):
-        settings.parse([], "pats-jax glue", settings.Settings)
+        flags.parse([], "pats-jax glue", Settings)
     with refused("--task_name", "--train_file", "cannot be used with"):
         parse("--train_file", "a.csv")
 
@@ -180,12 +207,14 @@ def test_where_the_data_come_from_must_be_clear():
 
 
 def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
-    saved = Settings(task_name="cola", learning_rate=1, do_train=True, eval_steps=5, response="reciprocal")
+    saved = Settings(
+        task_name="cola", learning_rate=1.0, do_train=True, eval_steps=5, method="pats", response="reciprocal"
+    )
     path = save(tmp_path, saved.to_dict())
     assert "config" not in saved.to_dict()
-    assert settings.parse(["--config", path], "x", settings.Settings) == dataclasses.replace(saved, config=path)
-    again = settings.parse([f"--config={path}", "--seed", "7", "--no_do_train"], "x", settings.Settings)
-    assert again == dataclasses.replace(saved, config=path, seed=7, do_train=False)
+    assert flags.parse(["--config", path], "x", Settings) == saved
+    again = flags.parse([f"--config={path}", "--seed", "7", "--no_do_train"], "x", Settings)
+    assert again == saved.replace(seed=7, do_train=False)
 
 
 @pytest.mark.parametrize(
@@ -230,33 +259,151 @@ def test_config_files_that_are_wrong(content, parts, tmp_path):
 @pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
 def test_every_number_of_a_config_file_has_a_range(kind, tmp_path):
     """What no computation survives is refused whatever the setting: infinities, and more than 32 bits of steps."""
-    for field in dataclasses.fields(kind):
-        is_sequence = typing.get_origin(field.type) in (list, tuple)
-        types = () if is_sequence else (field.type, *typing.get_args(field.type))
+    for name, entry in kind.all_entries().items():
+        types = () if typing.get_origin(entry.type) in (list, tuple) else (entry.type, *typing.get_args(entry.type))
         for value in [math.nan, math.inf, -math.inf, 10**400] if float in types else [10**30] if int in types else []:
-            with refused(f"{field.name} is ", "; it must be "):
-                settings.read_config(save(tmp_path, {field.name: value}), kind)
+            with refused(f"{name} is ", "; it must be "):
+                flags.read_config(save(tmp_path, {name: value}), kind)
 
 
 @pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
 def test_every_setting_comes_back_as_it_was(kind, tmp_path):
-    saved = kind()
+    saved = kind(method="pats+mixout", noise_scale=0.5)
     if kind is GymSettings:
-        saved = kind(primed=("a",), kinds=("lora", "full"), tasks=("b",), samples=(1, 2), grid=("lora=1",))
+        saved = kind(primed=("a",), kinds=("lora", "full"), lora_rank=3, tasks=("b",), samples=(1, 2), grid=("lora=1",))
     if kind is Settings:
-        saved = kind(out_of_domain=["mnli", "rte"], hidden_dropout=0.1)
-    assert settings.read_config(save(tmp_path, dataclasses.asdict(saved)), kind) == saved
+        saved = saved.replace(out_of_domain=["mnli", "rte"], hidden_dropout=0.1, peft="ia3")
+    assert flags.read_config(save(tmp_path, saved.to_dict()), kind) == saved
+
+
+@pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
+def test_flags_and_settings_are_two_ways_to_write_the_same(kind):
+    first = kind(**KINDS[kind])
+    changes = {"seed": 7, "method": "pats", "noise_scale": 0.25, "attention_dropout": 0.0, "deterministic": True}
+    if kind is Settings:
+        changes |= {"out_of_domain": ["mnli"], "save_total_limit": None, "do_regression": False, "peft": "lora"}
+    for given in (first, first.replace(**changes)):
+        assert flags.parse(flags.as_flags(given), "x", kind) == given
+
+
+# methods and adapters
+
+
+def test_a_flag_that_no_chosen_method_reads_is_refused_by_name():
+    with refused("--noise_scale: not a setting of --method finetune; omit it"):
+        parse("--noise_scale", "0.1")
+    with refused("--lora_rank: not a setting of a run without --peft; omit it"):
+        parse("--lora_rank", "4")
+    with refused("--freeze_unselected: not a setting of --method child-f"):
+        parse("--method", "child-f", "--freeze_unselected")
+    assert parse("--noise_scale", "0.1", others_read=frozenset({"noise_scale"})).method == "finetune"
+    with refused("--drop_fraction: not a setting of --method pats"):
+        Settings(method="pats", drop_fraction=0.1)
+
+
+@pytest.mark.parametrize("kind", [PrimingSettings, GymSettings])
+def test_a_flag_that_a_program_does_not_read_is_refused_by_name(kind):
+    for flag in sorted((kind.former | kind.elsewhere.keys()) - kind.all_entries().keys()):
+        with refused(f"--{flag}: "):
+            parse(f"--{flag}=1", kind=kind)
+
+
+def test_methods_that_share_a_flag_share_its_definition():
+    owners = {}
+    for method in methods.METHODS.values():
+        for flag, entry in entries(method).items():
+            assert owners.setdefault(flag, entry) == entry
+    assert {"keep_fraction", "noise_scale", "freeze_unselected"} <= owners.keys()
+    assert not owners.keys() & {flag for config in peft.KINDS.values() for flag in entries(config)}
+
+
+def test_the_methods_of_a_run_are_objects_with_their_own_settings():
+    given = Settings(method="pats+dps-dense", noise_scale=0.1, keep_fraction=0.4)
+    pats, dps = given.methods
+    assert (pats.noise_scale, dps.keep_fraction, given.method) == (0.1, 0.4, "pats+dps-dense")
+    assert given.replace(seed=1).methods == given.methods
+    assert given.replace(method="pats").methods == (pats,)
+    assert Settings(methods=(pats, dps)) == given
+
+
+MINE = """
+import dataclasses
+from typing import ClassVar
+
+import optax
+
+from pats_jax.core.settings import at_least, setting
+from pats_jax.methods import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrink(Method):
+    name: ClassVar = "shrink"
+    kind: ClassVar = "scaling"
+    summary: ClassVar = "scales the gradient"
+    source: ClassVar = "ours"
+
+    shrink_factor: float = setting(0.5, "Shrink: factor of the gradient", at_least(0))
+
+    def first(self, context):
+        return optax.scale(self.shrink_factor)
+"""
+
+
+@pytest.mark.parametrize("factor", ["1.0", "0.0"])
+def test_another_package_adds_a_method_with_a_flag_of_its_own(factor, tmp_path, monkeypatch):
+    """By an entry point, as an installed package has it; then it is in the table and in ``--method``."""
+    (tmp_path / "shrinking.py").write_text(MINE)
+    metadata = tmp_path / "shrinking-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: shrinking\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[pats_jax.methods]\nshrink = shrinking:Shrink\n")
+    base = tiny.quick_settings(tmp_path, method="pats", noise_scale=0.0, weight_decay=0.0, max_steps=2, do_train=True)
+    args = [*flags.as_flags(base), "--method=shrink", f"--shrink_factor={factor}", f"--output_dir={tmp_path / 'run'}"]
+    args = [arg for arg in args if arg != "--method=pats" and not arg.startswith("--noise_scale")]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forget_methods()
+    try:
+        cli.main(["glue", *args])
+    finally:
+        monkeypatch.undo()
+        forget_methods()
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["method"], saved["shrink_factor"]) == ("shrink", float(factor))
+    norms = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (norms[-1]["update_norm"] < 1e-3) == (factor == "0.0")
+
+
+def forget_methods():
+    """Makes METHODS look for methods again."""
+    vars(methods.METHODS).pop("_found", None)
+
+
+@pytest.mark.parametrize("program", ["glue", "prime", "gym"])
+def test_help_shows_what_people_set_and_help_all_everything(program, capsys):
+    kind = {"glue": Settings, "prime": PrimingSettings, "gym": GymSettings}[program]
+    shown = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as caught:
+            flags.parse([flag], f"pats-jax {program}", kind)
+        assert caught.value.code in (0, None)
+        shown[flag] = set(re.findall(r"--([a-z0-9_]+)", capsys.readouterr().out))
+    known = kind.all_entries()
+    basic = {flag for flag, entry in known.items() if entry.about.is_basic}
+    assert 10 <= len(basic) <= 20 and basic <= shown["--help"]
+    assert not (shown["--help"] & known.keys()) - basic
+    assert known.keys() <= shown["--help_all"]
 
 
 def test_a_config_file_of_the_first_upstream_stage_loads(tmp_path):
     """Its query_batch_size has another name now, and the sizes of a batch followed from tasks_per_step."""
     old = {"algorithm": "maml", "tasks_per_step": 8, "query_batch_size": 5, "train_batch_size": 8}
     path = save(tmp_path, {**old, "per_device_train_batch_size": 2})
-    found = settings.read_config(path, PrimingSettings)
+    found = flags.read_config(path, PrimingSettings)
     assert found == PrimingSettings(algorithm="maml", tasks_per_step=8, task_batch_size=5)
     found.check()
     with refused("unknown setting 'query_batch_size'"):
-        settings.read_config(save(tmp_path, {"query_batch_size": 5}), Settings)
+        flags.read_config(save(tmp_path, {"query_batch_size": 5}), Settings)
 
 
 def test_config_files_that_cannot_be_read(tmp_path):
@@ -271,40 +418,40 @@ def test_config_files_that_cannot_be_read(tmp_path):
 
 def test_the_global_batch_is_the_product_of_rows_devices_and_micro_batches():
     given = Settings(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    assert given.with_batch_size(8).train_batch_size == 96
-    moved = given.with_batch_size(8).with_batch_size(2)
-    assert (moved.train_batch_size, moved.per_device_train_batch_size) == (96, 16)
+    assert given.over(8).batches.train_batch_size == 96
+    moved = given.over(8).over(2)
+    assert (moved.batches.train_batch_size, moved.batches.per_device_train_batch_size) == (96, 16)
     with pytest.raises(InputError, match="--train_batch_size 96: cannot be split evenly across 5 devices"):
-        given.with_batch_size(8).with_batch_size(5)
+        given.over(8).over(5)
 
 
 def test_a_typed_batch_size_counts_more_than_a_saved_product(tmp_path):
-    saved = Settings(task_name="rte", per_device_train_batch_size=4).with_batch_size(8)
+    saved = Settings(task_name="rte", per_device_train_batch_size=4).over(8)
     (tmp_path / "config.json").write_text(json.dumps(saved.to_dict()))
-    assert settings.parse(["--config", str(tmp_path / "config.json")], "x", settings.Settings).train_batch_size == 32
-    typed = settings.parse(
-        ["--config", str(tmp_path / "config.json"), "--per_device_train_batch_size", "2"], "x", settings.Settings
+    assert flags.parse(["--config", str(tmp_path / "config.json")], "x", Settings).batches.train_batch_size == 32
+    typed = flags.parse(
+        ["--config", str(tmp_path / "config.json"), "--per_device_train_batch_size", "2"], "x", Settings
     )
-    assert typed.with_batch_size(8).train_batch_size == 16
+    assert typed.over(8).batches.train_batch_size == 16
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "typed, message",
     [
         (["--resume", "--overwrite"], "--resume and --overwrite cannot be used together"),
         (["--load_best_model_at_end", "--do_train"], "need --do_train and --do_eval"),
         (["--early_stopping_patience", "2", "--do_eval"], "need --do_train and --do_eval"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, message):
+def test_flags_that_do_not_go_together(typed, message):
     with pytest.raises(InputError, match=message):
-        settings.parse(["--task_name", "rte", *flags], "x", settings.Settings)
+        flags.parse(["--task_name", "rte", *typed], "x", Settings)
 
 
 # paths
 
 
-PATHS = [name for name in settings._PATHS if hasattr(Settings, name) and name != "config"]
+PATHS = [name for name, entry in Settings.all_entries().items() if entry.about.is_path]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -318,13 +465,13 @@ def test_paths_that_no_system_has_are_refused_by_their_flag(name):
         ("a\0b", "null byte"),
     ):
         with refused(f"--{name}", reason):
-            settings.parse([*own, f"--{name}={value}"], "x", Settings)
+            flags.parse([*own, f"--{name}={value}"], "x", Settings)
 
 
 def test_a_home_folder_is_what_the_shell_makes_of_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    assert parse("--output_dir=~/runs/x").output_dir == "/home/ann/runs/x"
-    assert parse("--output_dir=./~x").output_dir == "./~x"
+    assert parse("--output_dir=~/runs/x").folder.output_dir == "/home/ann/runs/x"
+    assert parse("--output_dir=./~x").folder.output_dir == "./~x"
 
 
 def test_paths_of_a_config_file_are_checked_like_flags(tmp_path):
@@ -338,7 +485,7 @@ def test_paths_of_a_config_file_are_checked_like_flags(tmp_path):
 def test_a_regex_that_would_take_forever_is_refused_in_time():
     params = {"a" * 60 + "b": np.zeros(1)}
     since = time.monotonic()
-    with refused("--noise_layers '(a|aa)+$': takes too long to match"):
+    with refused("noise_layers '(a|aa)+$': takes too long to match"):
         methods.layer_mask(params, "(a|aa)+$")
     assert time.monotonic() - since < 20  # of which it computes for one
 
@@ -348,7 +495,8 @@ def test_regexes_mean_what_they_mean_to_python():
         f"bert.encoder.layer.{n}.{part}" for n in (0, 11) for part in ("attention.self.query", "output.LayerNorm")
     ]
     names = [*(f"{layer}.{leaf}" for layer in layers for leaf in ("kernel", "bias", "scale")), "classifier.kernel", ""]
-    defaults = [value for value in vars(Settings()).values() if isinstance(value, str) and "\\" in value]
+    known = Settings.all_entries().values()
+    defaults = [e.default for e in known if isinstance(e.default, str) and "\\" in e.default]
     patterns = [*defaults, *(method.layers for method in methods.METHODS.values()), r"^bert(?!.*LayerNorm)", "[0-9]{2}"]
     assert len(defaults) >= 4
     for pattern in patterns:

@@ -89,14 +89,14 @@ def chosen(folder):
 def test_a_run_keeps_the_number_that_it_chose_whatever_the_rates_are_when_it_is_resumed(base, tmp_path, monkeypatch):
     """Two lengths; one of them when compiling is dear, two when it is free."""
     run, plans = tmp_path / "run", []
-    real = glue.GlueTraining
+    real = glue.make_training
 
     def training(*args):
         made = real(*args)
-        plans.append([(rows.tolist(), length) for rows, length in made.plan])
+        plans.append([(rows.tolist(), length) for rows, length in made[1].plan])
         return made
 
-    monkeypatch.setattr(glue, "GlueTraining", training)
+    monkeypatch.setattr(glue, "make_training", training)
     settings = dataclasses.replace(base, output_dir=str(run))
     glue.run(settings)
     assert chosen(run) == 1

@@ -16,8 +16,9 @@ from pats_jax.errors import InputError
 from pats_jax.priming import downstream, upstream
 from pats_jax.priming.few_shot_tuning import Start, load_start
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import run_folder
+from pats_jax.run.settings import Settings
 from pats_jax.training.loop import Hooks, Rhythm, fit
 
 LAYERS = 2
@@ -46,13 +47,14 @@ def cases(names):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stacked")
-    settings = tiny.quick_settings(folder, max_steps=6, learning_rate=1e-3, logging_steps=2, update_ratio=0.3, **SMALL)
+    settings = tiny.quick_settings(folder, max_steps=6, learning_rate=1e-3, logging_steps=2)
     tiny.save_checkpoint(folder / "checkpoint", num_hidden_layers=LAYERS, hidden_dropout_prob=0.1)
     return settings
 
 
 def run(base, folder, layers, **changes):
-    settings = dataclasses.replace(base, output_dir=str(folder / layers), layers=layers, **changes)
+    own = tiny.read_flags(Settings, **SMALL | {"update_ratio": 0.3} | changes)
+    settings = dataclasses.replace(base, output_dir=str(folder / layers), layers=layers, **own)
     results = glue.run(settings)
     assert json.loads((folder / layers / "config.json").read_text())["layers"] == layers
     return results
@@ -184,7 +186,7 @@ def test_priming(gym, tmp_path, algorithm, train):
         task_batch_size=4,
         save_steps=0,
         num_devices=1,
-        lora_rank=2,
+        **({"lora_rank": 2} if "pe" in train else {}),
     )
     for layers in ("separate", "stacked"):
         upstream.run(dataclasses.replace(settings, output_dir=str(tmp_path / layers), layers=layers))

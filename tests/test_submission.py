@@ -11,11 +11,11 @@ import pytest
 import server_format
 import tiny
 
-from pats_jax import cli, glue
+from pats_jax import glue
 from pats_jax.data import TASKS, read_glue
 from pats_jax.data.builtin import generate
 from pats_jax.errors import InputError
-from pats_jax.programs import submission
+from pats_jax.programs import cli, submission
 from pats_jax.run.settings import Settings
 
 HEADER = "index\tprediction\n"

@@ -12,17 +12,19 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from pats_jax import cli, models
+from pats_jax import models
 from pats_jax.data import load_gym
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 from pats_jax.priming import option_scoring, upstream
-from pats_jax.priming.upstream import PrimingSettings
-from pats_jax.run import pe_modules, run_folder
-from pats_jax.training import fine_tuning, preemption, runners
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs import cli
+from pats_jax.run import run_folder, training_run
+from pats_jax.training import preemption, runners
 
 META = ("maml", "fomaml", "reptile")
+LORA = {"lora_rank": 2}
 QUICK = {
     "max_seq_length": 16,
     "max_steps": 4,
@@ -37,7 +39,6 @@ QUICK = {
     "eval_steps": 2,
     "save_steps": 0,
     "num_devices": 1,
-    "lora_rank": 2,
 }
 
 
@@ -103,9 +104,11 @@ def moved(before, after):
 def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, train):
     """All of the encoder, or all modules; never the pooler and the classifier, which are no part of this head."""
     kind = "lora" if "pe" in train else None
-    found = run(one_shape, tmp_path, algorithm=algorithm, train=train, peft=kind)
-    config = pe_modules.chosen_config(dataclasses.replace(one_shape, peft=kind))
-    model, start = option_scoring.load_scorer(one_shape.model_name_or_path, "embedding", config, key=one_shape.seed)
+    found = run(one_shape, tmp_path, algorithm=algorithm, train=train, peft=kind, **LORA if kind else {})
+    config = dataclasses.replace(one_shape, peft=kind, **LORA if kind else {}).adapter
+    model, start = option_scoring.load_scorer(
+        one_shape.model.model_name_or_path, "embedding", config, key=one_shape.seed
+    )
     sizes = {"plm": 0, "pe": 2 * 2 * 2 * 16 if kind else 0}
     assert (tmp_path / "model").exists() == ("plm" in train) and (tmp_path / "adapter").exists() == ("pe" in train)
     if "plm" in train:
@@ -118,7 +121,7 @@ def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, tr
         sizes["plm"] = sum(before[name].size for name in encoder)
         loaded, params, _ = models.from_pretrained(tmp_path / "model", num_labels=1)
     else:
-        loaded, params, _ = models.from_pretrained(one_shape.model_name_or_path, num_labels=1, key=one_shape.seed)
+        loaded, params, _ = models.from_pretrained(one_shape.model.model_name_or_path, num_labels=1, key=one_shape.seed)
     if kind:
         _, params = peft.load_peft(tmp_path / "adapter", loaded, params)
         assert jax.tree.structure(params) == jax.tree.structure(start)
@@ -138,10 +141,10 @@ def tensors_of(folder):
 def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
     base = one_shape
     run(base, tmp_path / "plm", head="pair", max_steps=2)
-    _, start = option_scoring.load_scorer(base.model_name_or_path, "pair", None, key=base.seed)
+    _, start = option_scoring.load_scorer(base.model.model_name_or_path, "pair", None, key=base.seed)
     after = tensors(tmp_path / "plm")
     tokenizer = json.loads((tmp_path / "plm" / "model" / "tokenizer_config.json").read_text())
-    assert tokenizer["model_max_length"] == base.max_seq_length
+    assert tokenizer["model_max_length"] == base.model.max_seq_length
     assert not np.array_equal(after["classifier.weight"].T, start["classifier"]["kernel"])
     assert not np.array_equal(after["bert.pooler.dense.weight"].T, start["bert"]["pooler"]["dense"]["kernel"])
     run(base, tmp_path / "pe", head="pair", train="pe", peft="bitfit", max_steps=2)
@@ -151,8 +154,8 @@ def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
 
 def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     args = tiny.flags(**{name: value for name, value in dataclasses.asdict(watched).items() if name in QUICK})
-    args += ["--model_name_or_path", watched.model_name_or_path, "--data_dir", watched.data_dir]
-    cli.main(["prime", *args, "--partition", watched.partition, "--output_dir", str(tmp_path / "run")])
+    args += ["--model_name_or_path", watched.model.model_name_or_path, "--data_dir", watched.data.data_dir]
+    cli.main(["prime", *args, "--partition", watched.data.partition, "--output_dir", str(tmp_path / "run")])
     assert f"results in {tmp_path / 'run'}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (
@@ -167,7 +170,9 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
     assert found["upstream_tasks"] == ["weather", "voice"]
     assert found["train_examples"] == 2 * 2 * (6 + 5) and found["steps"] == found["model_step"] == 4
     assert (tmp_path / "run" / "plots" / "loss.png").exists()
-    error = tiny.refused(capsys, "prime", *args, "--partition", watched.partition, "--output_dir", tmp_path / "run")
+    error = tiny.refused(
+        capsys, "prime", *args, "--partition", watched.data.partition, "--output_dir", tmp_path / "run"
+    )
     assert "not empty" in error
     cli.main(["prime", "--config", str(tmp_path / "run" / "config.json"), "--resume"])
     assert "already finished: mtl of plm on 2 tasks" in capsys.readouterr().out
@@ -175,7 +180,7 @@ def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
 
 def test_the_primed_model_has_the_dropout_of_its_checkpoint(base, home, tmp_path):
     off = {"hidden_dropout": 0.3, "attention_dropout": 0.2}
-    model, params = option_scoring.load_scorer(base.model_name_or_path, "embedding", None, key=1, **off)
+    model, params = option_scoring.load_scorer(base.model.model_name_or_path, "embedding", None, key=1, **off)
     assert model.config.hidden_dropout_prob == 0.3
     upstream.save(tmp_path, dataclasses.replace(base, **off), model, params, tiny.tokenizer())
     start, primed = map(models.EncoderConfig.from_folder, (home / "model", tmp_path / "model"))
@@ -193,6 +198,7 @@ def eventful(watched):
         watched,
         train="plm+pe",
         peft="lora",
+        lora_rank=2,
         method="pats",
         noise_scale=0.1,
         max_steps=6,
@@ -230,7 +236,7 @@ def test_a_resumed_run_is_bitwise_the_whole_one(eventful, whole, tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(eventful, whole, tmp_path, monkeypatch, capsys):
-    real, folder = fine_tuning.TrainingHooks.on_step, tmp_path / "run"
+    real, folder = training_run.TrainingHooks.on_step, tmp_path / "run"
 
     def on_step(self, number, state):
         real(self, number, state)
@@ -238,7 +244,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(eventful, whole, tmp_path
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning.TrainingHooks, "on_step", on_step)
+        patch.setattr(training_run.TrainingHooks, "on_step", on_step)
         with pytest.raises(
             Preempted, match="interrupted and saved; to resume, run: pats-jax prime --config "
         ) as caught:
@@ -286,14 +292,14 @@ def tensors_at(folder, step):
 # the batches
 
 
-def make_training(settings, tasks=None):
-    gym = load_gym(settings.data_dir)
+def make_source(settings, tasks=None):
+    gym = load_gym(settings.data.data_dir)
     tasks = [gym[name] for name in tiny.PARTITION["train"]] if tasks is None else tasks
     runner = runners.make_runner(num_devices=1)
-    model, params = option_scoring.load_scorer(
-        settings.model_name_or_path, settings.head, pe_modules.chosen_config(settings), key=settings.seed
+    model, _ = option_scoring.load_scorer(
+        settings.model.model_name_or_path, settings.upstream.head, settings.adapter, key=settings.seed
     )
-    return upstream.UpstreamTraining(settings.with_batch_size(1), runner, tasks, tiny.tokenizer(), model, params)
+    return upstream.UpstreamSource(settings.over(1), runner, tasks, tiny.tokenizer(), model)
 
 
 def drawn(training, first, count):
@@ -304,13 +310,13 @@ def drawn(training, first, count):
 @pytest.mark.parametrize("algorithm", ("mtl", "maml"))
 def test_a_batch_is_a_function_of_seed_and_step(base, algorithm):
     settings = dataclasses.replace(base, algorithm=algorithm)
-    training = make_training(settings)
+    training = make_source(settings)
     first = drawn(training, 0, 5)
     for ours, again in zip(drawn(training, 3, 2), first[3:], strict=True):
         assert ours.keys() == again.keys() and all(np.array_equal(ours[name], again[name]) for name in ours)
     inputs = "query_input_ids" if algorithm == "mtl" else "support_input_ids"
     assert not np.array_equal(first[0][inputs], first[1][inputs])
-    other = drawn(make_training(dataclasses.replace(settings, seed=1)), 0, 5)
+    other = drawn(make_source(dataclasses.replace(settings, seed=1)), 0, 5)
     assert any(
         a[inputs].shape != b[inputs].shape or not np.array_equal(a[inputs], b[inputs])
         for a, b in zip(first, other, strict=True)
@@ -320,9 +326,9 @@ def test_a_batch_is_a_function_of_seed_and_step(base, algorithm):
 @pytest.mark.parametrize("algorithm", ("mtl", *META))
 def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
     """The words of the batches are rows of the upstream tasks, all of them in time, and of no other task."""
-    gym = load_gym(base.data_dir)
+    gym = load_gym(base.data.data_dir)
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2)
-    training = make_training(settings)
+    training = make_source(settings)
     parts = ("train",) if algorithm == "reptile" else ("train", "dev")
     upstream_inputs = {
         row.input
@@ -343,8 +349,8 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
 
 
 def test_options_too_many_are_cut_and_the_right_one_kept(base):
-    training = make_training(dataclasses.replace(base, max_options=2))
-    gym = load_gym(base.data_dir)
+    training = make_source(dataclasses.replace(base, max_options=2))
+    gym = load_gym(base.data.data_dir)
     pairs = {
         (row.input, row.output)
         for name in tiny.PARTITION["train"]
@@ -369,7 +375,7 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
     long = " ".join(tiny.GOOD + tiny.BAD)
     rows = tuple(Row("ann is warm .", (*tiny.GOOD, *tiny.BAD, long), number) for number in range(2))
     task = FewShotTask("many", None, (Sample(13, rows, rows),))
-    training = make_training(dataclasses.replace(base, max_options=2), [task])
+    training = make_source(dataclasses.replace(base, max_options=2), [task])
     (shape,) = {batch["query_option_input_ids"].shape for batch in drawn(training, 0, 40)}
     assert shape[-1] >= 10
 
@@ -381,8 +387,8 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
 def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
     """Against the formulas: the parameters as they are, or after the inner steps on the training rows."""
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2, inner_learning_rate=0.02)
-    training = make_training(settings)
-    gym = load_gym(base.data_dir)
+    training = make_source(settings)
+    gym = load_gym(base.data.data_dir)
     tasks = [gym[name] for name in names]
     score = upstream.UpstreamScore(training, tasks, preemption.Preemption())
     params = jax.tree.map(np.asarray, training.state.all_params)
@@ -421,8 +427,8 @@ def test_two_devices_compute_what_one_does(watched, tmp_path):
 
 
 def test_noisytune_is_for_the_pretrained_weights_alone(base):
-    settings = dataclasses.replace(base, train="plm+pe", peft="lora", method="noisytune")
-    training, plain = make_training(settings), make_training(dataclasses.replace(settings, method="finetune"))
+    settings = dataclasses.replace(base, train="plm+pe", peft="lora", lora_rank=2, method="noisytune")
+    training, plain = make_source(settings), make_source(dataclasses.replace(settings, method="finetune"))
     before, after = (dict(jax.tree_util.tree_leaves_with_path(t.state.all_params)) for t in (plain, training))
     names = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
     assert names and not any("peft" in name for name in names)

@@ -12,7 +12,7 @@ import rich.console
 from pats_jax.errors import InputError
 from pats_jax.priming import downstream
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import run_start, xla_flags
 from pats_jax.run.settings import Settings
 from pats_jax.run.xla_flags import set_defaults, with_defaults

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from pats_jax import models
 from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.run.flags import read_by
 from pats_jax.run.settings import Settings
 
 GOOD = ("warm", "bright", "kind", "calm")
@@ -109,6 +110,12 @@ def reference_logits(
     tokenize = models.load_tokenizer(model_folder)
     encoded = tokenize(first, second, padding=True, truncation=True, max_length=max_length, return_tensors="np")
     return np.asarray(jax.jit(lambda batch: model.apply({"params": params}, **batch))(dict(encoded)))
+
+
+def read_flags(kind, **given) -> dict:
+    """Those of some settings that count: of methods and adapters only what is chosen."""
+    unread = kind.all_entries().keys() - read_by(kind, given)
+    return {name: value for name, value in given.items() if name not in unread}
 
 
 def quick_settings(folder: Path, **changes) -> Settings:

@@ -14,8 +14,8 @@ import scipy.stats
 
 from benchmarks.study import data, grid, run
 from pats_jax.comparison.seed_statistics import paired_difference
+from pats_jax.core.files import write_json, write_text
 from pats_jax.errors import InputError
-from pats_jax.files import write_json, write_text
 
 Scores = dict[tuple[str, float], dict[str, dict[int, float]]]  # (method, scale) -> task -> seed -> score
 

@@ -22,6 +22,7 @@ from pats_jax.errors import InputError
 from pats_jax.run.settings import Settings
 from pats_jax.training import lanes
 from pats_jax.training.concentration import concentration
+from pats_jax.training.settings import BatchSettings
 
 EVAL_ROWS = 64
 SAMPLED = 61  # sensitivity is summed up over every 61st entry of each tensor: a prime, so no column of a matrix repeats
@@ -140,10 +141,10 @@ class Engine:
         self._capacity = max(self.steps(task) for task in group.tasks)
         first = grid.Training(next(iter(group.tasks)), program, 0.0, 1e-4, 0)
         settings = settings_of(first, flags.dtype)
-        self.batch_size = settings.per_device_train_batch_size
+        self.batch_size = settings.batches.per_device_train_batch_size
         model = model.clone(config=smaller, dtype=jnp.dtype(flags.dtype))
         self._program = lanes.LaneProgram(model.apply, settings, self._capacity, RESPONSES_OF_PROGRAM[program])
-        self._rates = functools.cache(lambda steps: lanes.rate_table(settings, steps, self._capacity))
+        self._rates = functools.cache(lambda steps: lanes.rate_table(settings.optimizer, steps, self._capacity))
         arguments = self._arguments([first] * flags.lanes)
         self._compiled = lanes.CompiledLanes(self._program, self._params, *arguments)
         self._frozen = self._program.split(self._params)[1]
@@ -165,7 +166,7 @@ class Engine:
         return most if most > 0 else self.flags.epochs * self._epoch(rows)
 
     def _epoch(self, rows):
-        return -(-rows // Settings.per_device_train_batch_size)
+        return -(-rows // BatchSettings().per_device_train_batch_size)
 
     def train(self, trainings: Sequence[grid.Training]) -> list[dict[str, Any]]:
         """Trains a set of lanes of one task; gives what is written of each, ``sensitivity`` still to be summed up."""

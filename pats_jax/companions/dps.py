@@ -244,47 +244,59 @@ def dps_mix(
     def update(updates, state, params=None):
         trees.require_params("dps_mix", params)
         second, start = _stage(state.count, stage_steps)
-
-        def sum_up(old, g, row):
-            return _sum_of_stage(old, finite_square(g) * row, second, start)
-
-        def score(gradients, appearances):
-            frequency = jnp.maximum(appearances, 1.0)
-            penalty = jnp.where(stage_steps < 50, 1.0, jnp.exp(-frequency / stage_steps))
-            return jnp.where(second & start, gradients / frequency * penalty, gradients)
-
-        appearances = trees.map_held(lambda f, m: _sum_of_stage(f, m, second, start), state.appearances, state.rows)
-        scores = trees.map_held(score, trees.map_held(sum_up, state.scores, updates, state.rows), appearances)
+        scores, appearances = _mix_scores(state, updates, stage_steps)
         axes = trees.held_layer_axes(layer_axis, updates, scores)
         threshold = _threshold_of_stage(scores, axes, state.threshold, keep_fraction, second, start)
         selected = selected_entries(scores, threshold)
         updates = trees.replace_held(lambda g, m, row: g * (m & row), updates, selected, state.rows)
-
-        # What the coming step needs. At the first step of stage II the target is W itself, and so is W_eff whatever m:
-        # a mix that keeps everything.
         count = optax.safe_increment(state.count)
-        next_second, next_start = _stage(count, stage_steps)
-
-        def target(old, pretrained, now):
-            return jnp.where(next_second, jnp.where(second & start, now, old), pretrained)
-
         drawn = trees.draw_rows(state.key, count, state.rows, keep_fraction, axes)
-        forward = ForwardMix(
-            target=trees.map_held(target, state.forward.target, state.pretrained, params),
-            kept=trees.map_held(lambda m, row: jnp.where(next_second, m, row), selected, drawn),
-            keep_fraction=jnp.where(next_second & next_start, 1.0, jnp.asarray(keep_fraction, jnp.float32)),
-        )
+        next_second, _ = _stage(count, stage_steps)
         new_state = state._replace(
             count=count,
             scores=scores,
             appearances=appearances,
             threshold=threshold,
             rows=trees.map_held(lambda row: row | next_second, drawn),
-            forward=forward,
+            forward=_next_mix(state, params, selected, drawn, stage_steps, keep_fraction),
         )
         return updates, new_state
 
     return optax.GradientTransformation(init, update)
+
+
+def _mix_scores(state, updates, stage_steps):
+    """The sums of squared gradients and of appearances of DPS Mix; at the first step of stage II its scores."""
+    second, start = _stage(state.count, stage_steps)
+
+    def sum_up(old, g, row):
+        return _sum_of_stage(old, finite_square(g) * row, second, start)
+
+    def score(gradients, appearances):
+        frequency = jnp.maximum(appearances, 1.0)
+        penalty = jnp.where(stage_steps < 50, 1.0, jnp.exp(-frequency / stage_steps))
+        return jnp.where(second & start, gradients / frequency * penalty, gradients)
+
+    appearances = trees.map_held(lambda f, m: _sum_of_stage(f, m, second, start), state.appearances, state.rows)
+    return trees.map_held(score, trees.map_held(sum_up, state.scores, updates, state.rows), appearances), appearances
+
+
+def _next_mix(state, params, selected, drawn, stage_steps, keep_fraction):
+    """What the forward pass of the step after a state's own mixes.
+
+    At the first step of stage II the target is W itself, and so is W_eff whatever m: a mix that keeps everything.
+    """
+    second, start = _stage(state.count, stage_steps)
+    next_second, next_start = _stage(optax.safe_increment(state.count), stage_steps)
+
+    def target(old, pretrained, now):
+        return jnp.where(next_second, jnp.where(second & start, now, old), pretrained)
+
+    return ForwardMix(
+        target=trees.map_held(target, state.forward.target, state.pretrained, params),
+        kept=trees.map_held(lambda m, row: jnp.where(next_second, m, row), selected, drawn),
+        keep_fraction=jnp.where(next_second & next_start, 1.0, jnp.asarray(keep_fraction, jnp.float32)),
+    )
 
 
 def _stage(count, stage_steps):

@@ -3,80 +3,89 @@
 This process starts no JAX backend, so accelerators are free for the runs.
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
 import os
 import pathlib
-import platform
 import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
-import numpy as np
 import rich.console
 import rich.progress
 
-from pats_jax import files
 from pats_jax.comparison import comparison_page, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
+from pats_jax.core import files
+from pats_jax.core.settings import Composed, entries, setting
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
-from pats_jax.reporting.console import parse_flags, say
+from pats_jax.reporting.console import say
 from pats_jax.reporting.report_page import aligned
-from pats_jax.run import run_folder, settings as run_settings
+from pats_jax.run import flags, run_folder, workers
+from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import GridFile
-from pats_jax.run.settings import Settings, read_config
-from pats_jax.training import preemption
+from pats_jax.run.settings import Settings, resuming
+from pats_jax.run.worker_settings import WorkerSettings
+from pats_jax.run.workers import Ended, Job, Workers
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.1
+
+_ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --executor dask for several machines"
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
+@dataclasses.dataclass(frozen=True, init=False)
+class Grid(Composed):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
     All other flags are those of `pats-jax glue`, and apply to every run.
     """
 
-    output_dir: str  # folder of the grid; repeat the same command to resume it
-    methods: tuple[str, ...] = ()  # as --method of `pats-jax glue`; finetune is the baseline if listed
-    tasks: tuple[str, ...] = ()  # cola sst2 mrpc stsb qqp mnli qnli rte wnli
-    seeds: tuple[int, ...] = ()  # run each method on each task with each of these seeds
-    jobs: int = 1  # number of parallel runs, which share the cores
-    report_only: bool = False  # run nothing; report on the finished runs in output_dir
+    title: ClassVar[str] = "grid"
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "method": "use --methods",
+        "task_name": "use --tasks",
+        "seed": "use --seeds",
+        **dict.fromkeys(
+            ("train_file", "validation_file", "test_file"), "a grid compares GLUE tasks; use --tasks and --data_dir"
+        ),
+        "overwrite": "finished runs are kept; to repeat a run, delete its folder",
+        "resume": "not needed; a grid always resumes",
+        **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
+    }
+
+    output_dir: str | None = setting(
+        None, "folder of the grid; repeat the same command to resume it", is_path=True, is_basic=True
+    )
+    methods: tuple[str, ...] = setting(
+        (), "as --method of `pats-jax glue`; finetune is the baseline if listed", is_basic=True
+    )
+    tasks: tuple[str, ...] = setting((), "cola sst2 mrpc stsb qqp mnli qnli rte wnli", is_basic=True)
+    seeds: tuple[int, ...] = setting((), "run each method on each task with each of these seeds", is_basic=True)
+    report_only: bool = setting(False, "run nothing; report on the finished runs in output_dir", is_basic=True)
+    workers: WorkerSettings = WorkerSettings()
+
+    def check(self) -> None:
+        super().check()
+        if not self.output_dir:
+            raise InputError("--output_dir is missing")
+        for name in () if self.report_only else ("methods", "tasks", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"--{name} is missing")
+            if len(set(values)) < len(values):
+                raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
 
     def runs(self) -> list[Run]:
         """Seed by seed, so an unfinished grid has all methods for its first seeds."""
         return [
             Run(task, method, seed) for seed, task, method in itertools.product(self.seeds, self.tasks, self.methods)
         ]
-
-
-# Flags of a run that the grid sets itself -> what to use instead.
-_REFUSED = {
-    "method": "use --methods",
-    "task_name": "use --tasks",
-    "seed": "use --seeds",
-    "train_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
-    "validation_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
-    "test_file": "a grid compares GLUE tasks; use --tasks and --data_dir",
-    "overwrite": "finished runs are kept; to repeat a run, delete its folder",
-    "resume": "not needed; a grid always resumes",
-    "coordinator_address": "a grid runs on one machine",
-    "num_processes": "a grid runs on one machine; use --jobs for parallel runs",
-    "process_id": "a grid runs on one machine",
-}
 
 
 def run(args: list[str], console: rich.console.Console) -> None:
@@ -90,21 +99,17 @@ def run(args: list[str], console: rich.console.Console) -> None:
       InputError: on invalid input, before anything runs; or after the report, if some runs failed.
       Preempted: if the grid was asked to stop; its runs have been saved.
     """
-    grid, flags = parse(args)
-    root = pathlib.Path(grid.output_dir)
+    grid, others = parse(args)
+    root = pathlib.Path(str(grid.output_dir))
     if grid.report_only:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
-    settings = check(grid, flags)
-    if settings.sensitivity_batches is None:  # the report shows it for every method
-        flags = [*flags, "--sensitivity_batches", str(SENSITIVITY_BATCHES)]
-        settings = dataclasses.replace(settings, sensitivity_batches=SENSITIVITY_BATCHES)
-    flags = flags + check_runs_of_before(grid, settings)
+    shared = as_before(grid, check(grid, others))
     check_place(root, grid)
-    with FolderLock(root) as lock:
-        record_start(root, grid, command)
-        failures = run_all(grid, flags, command, console, lock)
+    with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
+        record_start(root, grid, command, fleet.machines())
+        failures = run_all(grid, shared, command, console, fleet)
         for failed, reason in failures.items():
             logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
         if len(failures) < len(grid.runs()):
@@ -121,86 +126,78 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
 
     Raises:
       InputError: if these include a flag that the grid sets itself.
-      SystemExit: from the parser itself, with code 2, or 0 after ``--help``.
+      SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
-    grid, flags = parse_flags(Grid, args=args, prog="pats-jax compare", return_unknown_args=True)
-    grid = dataclasses.replace(grid, output_dir=run_settings.path_of_flag("--output_dir", grid.output_dir))
-    for flag in flags:
-        name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
-        if flag.startswith("--") and name in _REFUSED:
-            raise InputError(f"--{name}: {_REFUSED[name]}")
-    return grid, flags
+    return flags.parse_part(args, "pats-jax compare", Grid, Settings)
 
 
-def check(grid: Grid, flags: list[str]) -> Settings:
-    """Checks the grid and gives the settings of its first run.
+Shared = dict[str, Settings]  # method -> the settings of its runs, but for task, seed and folder
+
+
+def check(grid: Grid, others: list[str]) -> Shared:
+    """Checks the grid, and gives the settings that its runs share.
 
     Raises:
       InputError: on anything wrong in the grid.
     """
-    for name in ("methods", "tasks", "seeds"):
-        values = getattr(grid, name)
-        if not values:
-            raise InputError(f"--{name} is missing")
-        if len(set(values)) < len(values):
-            raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
-    run_settings.check_value("jobs", grid.jobs, lambda x: x >= 1, "at least 1")
-    run_settings.check_value("jobs", grid.jobs, lambda x: x <= 1000, "at most 1000")
-    for method in grid.methods:
-        get_methods(method)
     for name in grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
-    root, runs = pathlib.Path(grid.output_dir), grid.runs()
-    first = run_settings.parse([*flags, *flags_of(runs[0], root)], "pats-jax compare", Settings)
-    if not {"train", "eval"} <= first.phases:
-        raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
-    for run in runs:
-        settings_of(run, root, first).check()
-    return first
+    of_any = frozenset(flag for names in grid.methods for kind in get_methods(names) for flag in entries(kind))
+    shared = {}
+    for method in grid.methods:
+        own = ["--task_name", grid.tasks[0], "--method", method, "--seed", str(grid.seeds[0])]
+        settings = flags.parse([*others, *own], "pats-jax compare", Settings, of_any)
+        if not {"train", "eval"} <= settings.phases:
+            raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
+        if settings.length.sensitivity_batches is None:  # the report shows it for every method
+            settings = settings.replace(sensitivity_batches=SENSITIVITY_BATCHES)
+        shared[method] = settings
+    for run in grid.runs():
+        settings_of(run, pathlib.Path(str(grid.output_dir)), shared).check()
+    return shared
 
 
-def check_runs_of_before(grid: Grid, settings: Settings) -> list[str]:
-    """Checks existing runs against the settings, and returns flags that make new runs match them.
+def as_before(grid: Grid, shared: Shared) -> Shared:
+    """The settings that make new runs match those that exist.
 
     If there are runs, new ones use the same number of rows per step, whatever the devices are now.
 
     Raises:
       InputError: if a run has different settings; the message names both.
     """
-    root, flags = pathlib.Path(grid.output_dir), []
+    root, rows = pathlib.Path(str(grid.output_dir)), None
     for run in dict.fromkeys([*recorded_runs(root), *grid.runs()]):
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
         saved = read_config(str(path), Settings)
+        settings = settings_of(run, root, shared | {run.method: shared.get(run.method) or _alike(shared, saved)})
         try:
-            settings_of(run, root, settings).resuming(saved)
+            resuming(settings, saved)
         except InputError as error:
             raise InputError(f"{run.name}: {error}") from None
-        if settings.train_batch_size is None:
+        if settings.batches.train_batch_size is None:
             for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-                if getattr(settings, name) != getattr(saved, name):
+                before, now = getattr(saved.batches, name), getattr(settings.batches, name)
+                if before != now:
                     raise InputError(
-                        f"{run.name}: {name} was {getattr(saved, name)} and is {getattr(settings, name)}; to split "
-                        f"a step differently, also set --train_batch_size {saved.train_batch_size}"
+                        f"{run.name}: {name} was {before} and is {now}; to split "
+                        f"a step differently, also set --train_batch_size {saved.batches.train_batch_size}"
                     )
-            flags = ["--train_batch_size", str(saved.train_batch_size)]
-    return flags
+            rows = saved.batches.train_batch_size
+    return shared if rows is None else {name: one.replace(train_batch_size=rows) for name, one in shared.items()}
 
 
-def settings_of(run: Run, root: pathlib.Path, settings: Settings) -> Settings:
-    """The settings of a run: the shared ones and its own."""
-    return dataclasses.replace(
-        settings, task_name=run.task, method=run.method, seed=run.seed, output_dir=str(run.folder(root))
-    )
+def _alike(shared, saved):
+    """The shared settings with the methods of a saved run, which the grid no longer lists."""
+    return next(iter(shared.values())).replace(methods=saved.methods)
 
 
-def flags_of(run: Run, root: pathlib.Path) -> list[str]:
-    """The flags that are specific to a run."""
-    own = {"task_name": run.task, "method": run.method, "seed": run.seed, "output_dir": run.folder(root)}
-    return [part for name, value in own.items() for part in (f"--{name}", str(value))]
+def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
+    """The settings of a run: the shared ones of its method and its own."""
+    return shared[run.method].replace(task_name=run.task, seed=run.seed, output_dir=str(run.folder(root)))
 
 
 # the grid's folder
@@ -224,11 +221,11 @@ def report_lock(root: pathlib.Path) -> FolderLock:
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
-def record_start(root: pathlib.Path, grid: Grid, command: str) -> None:
-    """Adds the grid, the command and the machine to grid.json, which records every start."""
+def record_start(root: pathlib.Path, grid: Grid, command: str, machines: list[dict[str, str]]) -> None:
+    """Adds the grid, the command and the machines to grid.json, which records every start."""
     before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
     runs = [dataclasses.asdict(run) for run in grid.runs()]
-    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": [describe_machine()]}
+    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": machines}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
     files.write_json(root / "grid.json", merged)
 
@@ -255,18 +252,6 @@ def recorded_runs(root: pathlib.Path) -> list[Run]:
     """The runs in grid.json; none if there is no such file."""
     grid = read_grid(root)
     return [Run(**run) for run in grid["runs"]] if grid else []
-
-
-def describe_machine() -> dict[str, str]:
-    """Describes the machine: system, processor, usable cores, and JAX's devices."""
-    source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "devices of JAX": asked.stdout.strip() or "unknown",
-    }
 
 
 def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
@@ -299,54 +284,33 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 # running
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A running process, its cores (None: all), and its start time by `time.perf_counter`."""
-
-    run: Run
-    process: subprocess.Popen
-    cores: set[int] | None
-    since: float
-
-
-def run_all(
-    grid: Grid, flags: list[str], command: str, console: rich.console.Console, lock: FolderLock
-) -> dict[Run, str]:
+def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> dict[Run, str]:
     """Runs what is not finished, and returns why each failed run failed.
 
     Args:
       grid: what to run.
-      flags: those of all runs.
+      shared: the settings of the runs.
       command: the command that resumes the grid.
       console: for progress.
-      lock: the grid's; its runs hold it too, as they may outlive this process.
+      fleet: the workers, which start the runs.
 
     Raises:
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
-    root, runs = pathlib.Path(grid.output_dir), grid.runs()
-    waiting = collections.deque(run for run in runs if not is_finished(run, root))
-    slots, jobs = collections.deque(shares_of_cores(grid.jobs)), list[Job]()
+    root, runs = pathlib.Path(str(grid.output_dir)), grid.runs()
+    run_of = {job_of(run, root, shared): run for run in runs if not is_finished(run, root)}
     failures: dict[Run, str] = {}
-    if len(waiting) < len(runs):
-        say(console, f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished")
-    with note_signals() as asked, progress(console, len(waiting)) as show:
-        try:
-            while (waiting or jobs) and asked.signal_number is None:
-                while waiting and slots:
-                    jobs.append(start(waiting.popleft(), root, flags, slots.popleft(), lock))
-                    show(jobs, 0)
-                for job in [job for job in jobs if job.process.poll() is not None]:
-                    jobs.remove(job)
-                    slots.append(job.cores)
-                    reason = failure(job.run, root, job.process.returncode)
-                    if reason:
-                        failures[job.run] = reason
-                    say(console, f"{outcome(job.run, root)} ({time.perf_counter() - job.since:.0f} s)")
-                    show(jobs, 1)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            end([job.process for job in jobs])
+    if len(run_of) < len(runs):
+        say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
+    with workers.note_signals() as asked, progress(console, len(run_of)) as show:
+        with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
+            for job, ended in all_ended:
+                run = run_of[job]
+                why = failure(run, root, job, ended)
+                if why:
+                    failures[run] = why
+                say(console, f"{outcome(run, root)} ({ended.seconds:.0f} s)")
+                show((), 1)
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
@@ -360,43 +324,16 @@ def is_finished(run: Run, root: pathlib.Path) -> bool:
     return run_folder.read_results(run.folder(root)) is not None
 
 
-def start(run: Run, root: pathlib.Path, flags: list[str], cores: set[int] | None, lock: FolderLock) -> "Job":
-    """Starts a run in its own process group: Ctrl-C then reaches only this process, which passes it on once."""
+def job_of(run: Run, root: pathlib.Path, shared: Shared) -> Job:
+    """The process of a run."""
+    results = run.folder(root) / "results.json"
     log = log_file(root, run)
-    files.make_folder(log.parent)
-    in_order = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the log ends with the last line written
-    with open_log(log) as file:
-        process = subprocess.Popen(
-            glue_command(run, root, flags),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=in_order,
-            process_group=0,
-            pass_fds=lock.descriptors,
-        )
-    if cores is not None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.sched_setaffinity(process.pid, cores)
-    return Job(run, process, cores, time.perf_counter())
+    return Job(run.name, tuple(glue_arguments(run, root, shared)), str(log.absolute()), (str(results.absolute()),))
 
 
-def open_log(path: pathlib.Path, *, fresh: bool = False) -> BinaryIO:
-    """Opens a file for output of processes, which is appended or replaces the content; no link is followed.
-
-    Raises:
-      InputError: the system refuses.
-    """
-    try:
-        how = os.O_TRUNC if fresh else os.O_APPEND
-        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o666), "wb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def glue_command(run: Run, root: pathlib.Path, flags: list[str]) -> list[str]:
-    """The command line of a run."""
-    return [sys.executable, "-m", "pats_jax.cli", "glue", *flags, *flags_of(run, root), "--resume"]
+def glue_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
+    """The command line of a run, after the name of Python."""
+    return ["-m", "pats_jax", "glue", *flags.as_flags(settings_of(run, root, shared)), "--resume"]
 
 
 def outcome(run: Run, root: pathlib.Path) -> str:
@@ -405,50 +342,15 @@ def outcome(run: Run, root: pathlib.Path) -> str:
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
-def failure(run: Run, root: pathlib.Path, code: int) -> str | None:
-    """Why a run failed, from the last line of its log; None if it succeeded."""
-    if code == 0 and is_finished(run, root):
-        return None
-    lines = log_file(root, run).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    how = f"killed by signal {-code}: " if code < 0 else ""
-    return how + last.removeprefix("pats-jax: error: ")
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks processes to stop and waits until they have saved; kills them if the wait is interrupted."""
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.wait()
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def shares_of_cores(jobs: int) -> list[set[int] | None]:
-    """A set of cores for each job; None if there are fewer cores than jobs, or the system cannot pin processes."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if jobs == 1 or len(cores) < jobs:
-        return [None] * jobs
-    return [{int(core) for core in share} for share in np.array_split(cores, jobs)]
+def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> str | None:
+    """Why a run failed; None if it succeeded."""
+    why = workers.reason(job, ended)
+    return why if why or is_finished(run, root) else workers.last_line(log_file(root, run))
 
 
 @contextlib.contextmanager
-def note_signals() -> Iterator[preemption.Preemption]:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (unless `nohup` ignores it)."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    asked = preemption.Preemption()
-    with preemption.noting(asked, numbers):
-        yield asked
-
-
-@contextlib.contextmanager
-def progress(console: rich.console.Console, total: int) -> Iterator[Callable[[Sequence["Job"], int], None]]:
-    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended)``.
+def progress(console: rich.console.Console, total: int) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended=0)``.
 
     The time left is known once a run has ended.
     """
@@ -465,11 +367,4 @@ def progress(console: rich.console.Console, total: int) -> Iterator[Callable[[Se
     ) as bar:
         number = bar.add_task("runs", total=total, status="")
         bar.advance(number, 0)  # the speed counts from here
-        yield lambda jobs, ended: bar.update(number, advance=ended, status=", ".join(job.run.name for job in jobs))
-
-
-def _processor():
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+        yield lambda jobs, ended=0: bar.update(number, advance=ended, status=", ".join(job.name for job in jobs))

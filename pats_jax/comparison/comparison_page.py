@@ -4,8 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-from pats_jax import files
 from pats_jax.comparison import seed_statistics
+from pats_jax.core import files
 from pats_jax.reporting import plots
 from pats_jax.reporting.report_page import Page, code, plain
 

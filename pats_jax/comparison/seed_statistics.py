@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError, shown
 from pats_jax.run import run_folder
+from pats_jax.run.flags import read_config
 from pats_jax.run.records import ComparedResults, Concentration, Evaluation, Histogram, MetricsLine, Scores
-from pats_jax.run.settings import Settings, read_config
+from pats_jax.run.settings import Settings, resuming
 
 CONFIDENCE = 0.95
 FIGURES: tuple[Literal["gini", "entropy", "top_10_percent_share"], ...] = ("gini", "entropy", "top_10_percent_share")
@@ -176,9 +177,10 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, Any]:
     """
     first = finished[0].settings
     for one in finished[1:]:
-        own = {name: getattr(one.settings, name) for name in _PER_RUN}
+        theirs = one.settings.flat()
         try:
-            dataclasses.replace(first, **own).resuming(one.settings)
+            ours = first.replace(methods=one.settings.methods, **{name: theirs[name] for name in _PER_RUN})
+            resuming(ours, one.settings)
         except InputError as error:
             raise InputError(f"{one.run.name} cannot be compared with {finished[0].run.name}: {error}") from None
     return {name: value for name, value in first.to_dict().items() if name not in _PER_RUN}

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pats_jax.core.files import checked_name
 from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task, chosen_names
 from pats_jax.data.tables import check_characters, json_lines, listed, read_text, read_tsv
 from pats_jax.errors import InputError, shown
-from pats_jax.files import checked_name
 
 SHOTS = 16
 # More outputs than this are no classes; the most that a classification task of CrossFit has are discovery's 174.

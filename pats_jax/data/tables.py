@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from pats_jax.core.files import parse_json, read_bytes
 from pats_jax.errors import InputError, shown
-from pats_jax.files import parse_json, read_bytes
 
 INDEX_COLUMNS = ("index", "idx", "id")
 

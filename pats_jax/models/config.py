@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pats_jax.core.files import JsonObject, read_json
 from pats_jax.errors import InputError, shown
-from pats_jax.files import read_json
 
 # The model types that we read: the class prefix in "architectures", and what Transformers takes where config.json is
 # silent (it does not write a value that equals its class's default).
 _ROBERTA_DEFAULTS = {"pad_token_id": 1}
-_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+_FAMILIES: dict[str, tuple[str, JsonObject]] = {
     "bert": ("Bert", {}),
     "roberta": ("Roberta", {"vocab_size": 50265, **_ROBERTA_DEFAULTS}),
     "xlm-roberta": ("XLMRoberta", _ROBERTA_DEFAULTS),
@@ -125,7 +125,7 @@ class EncoderConfig:
             raise InputError(f"{path}: not a JSON object")
         return cls.from_dict(values, str(path))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
         own = {name: getattr(self, name) for name in [entry.name for entry in fields(self)] if name != "extra"}
         return {
@@ -158,7 +158,7 @@ def _check_structure(values: Mapping[str, Any], source: str) -> None:
         raise InputError(f"{source}: architectures must be a list of class names, got {shown(classes)}")
 
 
-def _read_labels(rest: dict[str, Any], source: str) -> dict[int, str]:
+def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
     """Takes the labels out of ``rest``: from ``id2label``, else as many as ``num_labels`` says, else two."""
     count = rest.pop("num_labels", rest.pop("_num_labels", None))
     rest.pop("label2id", None)

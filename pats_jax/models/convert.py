@@ -7,7 +7,7 @@ Everything here works on names and NumPy arrays; files are read in ``weights.py`
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 
 ParameterPath = tuple[str, ...]
+Parameters = dict[str, Any]  # nested dicts of arrays, whose paths mirror the tensors' names
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}

@@ -20,6 +20,7 @@ from pats_jax.errors import InputError
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import ACTIVATION_FUNCTIONS, LayerNorm
 from pats_jax.models.config import EncoderConfig
+from pats_jax.models.convert import Parameters
 from pats_jax.models.sources import checkpoint_folder
 
 
@@ -40,7 +41,7 @@ class MaskedLanguageModelHead(nn.Module):
         return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias
 
 
-def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: str | None = None) -> dict[str, Any]:
+def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: str | None = None) -> Parameters:
     """Loads the masked-language-model head of a checkpoint, for :func:`mlm_logits`.
 
     The decoder's matrix is not among the parameters: it is the word embeddings, which the encoder has.

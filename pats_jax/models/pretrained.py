@@ -15,11 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
-from pats_jax.files import write_json
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.convert import Parameters
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.sources import checkpoint_folder
@@ -27,7 +28,6 @@ from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
-Parameters = dict[str, Any]
 
 MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
 
@@ -120,17 +120,21 @@ def from_pretrained(
         new = ", ".join(map(convert.tensor_name, matched.new))
         hint = "" if own_labels is None else "; train the head before you use it"
         logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
-    tensors = weights.read_tensors({name: files[name] for name in matched.sources.values()})
-    loaded = {
-        path: convert.to_parameter(path, shapes[path], tensors[name], source=str(folder))
-        for path, name in matched.sources.items()
-    }
+    loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
     if layers == STACKED:
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
+
+
+def _read_parameters(files, sources, shapes, folder):
+    """The parameters that are in files: path -> array, for ``sources``: path -> the tensor's name."""
+    tensors = weights.read_tensors({name: files[name] for name in sources.values()})
+    return {
+        path: convert.to_parameter(path, shapes[path], tensors[name], source=folder) for path, name in sources.items()
+    }
 
 
 def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pats_jax import files
+from pats_jax.core import files
+from pats_jax.core.files import JsonObject
 
 NO_LENGTH = int(1e30)  # Transformers' model_max_length where a folder names none
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 _ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
 _SPECIAL: dict[str, dict[str, str]] = {"BertTokenizer": _BERT, "RobertaTokenizer": _ROBERTA}
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, JsonObject] = {
     "BertTokenizer": {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None},
     "RobertaTokenizer": {"add_prefix_space": False, "trim_offsets": True, "errors": "replace"},
 }

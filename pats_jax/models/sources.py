@@ -5,8 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
+from pats_jax.core.files import checked_name
 from pats_jax.errors import InputError, shown
-from pats_jax.files import checked_name
 from pats_jax.models.weights import INDEX_FILE, WEIGHTS_FILE, no_safetensors
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from pats_jax.core.files import JsonObject, read_json, read_record
 from pats_jax.errors import InputError
-from pats_jax.files import read_json, read_record
 from pats_jax.models import quick_tokenizer
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.sources import checkpoint_folder
@@ -103,7 +103,7 @@ def _without_advice() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _class_and_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+def _class_and_settings(folder: Path) -> tuple[str, JsonObject]:
     """The class named in ``tokenizer_config.json``, else the one of the model type; and all that this file says."""
     path = folder / "tokenizer_config.json"
     settings: dict[str, Any] = {}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from pats_jax.core.files import checked_name, read_record
 from pats_jax.errors import InputError, shown
-from pats_jax.files import checked_name, read_record
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 
 

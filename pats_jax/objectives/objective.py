@@ -30,7 +30,7 @@ class Step:
 
     apply_fn: Callable
     params: Any
-    inputs: dict[str, Any]
+    inputs: Batch
     regression: bool
     deterministic: bool
     key: jax.Array
@@ -38,7 +38,7 @@ class Step:
     hidden_states: tuple[jax.Array, ...] = ()
 
     @property
-    def rest(self) -> dict[str, Any]:
+    def rest(self) -> Batch:
         return {name: x for name, x in self.inputs.items() if name != "input_ids"}
 
     def embed(self) -> jax.Array:

@@ -6,43 +6,43 @@ never repeated; the report covers all records in the folder.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import os
 import pathlib
-import re
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import rich.console
 
-from pats_jax import files, models
+from pats_jax import models
 from pats_jax.comparison import compare
+from pats_jax.core import files
 from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.priming import gym_report, option_scoring, relative_gain
 from pats_jax.priming.few_shot_tuning import Start, Tuner
-from pats_jax.priming.gym_settings import GymSettings, parse_share
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
-from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, xla_flags
+from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, workers, xla_flags
+from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
-from pats_jax.run.settings import read_config
+from pats_jax.run.workers import Job
 from pats_jax.training import preemption
 
 # What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the
 # primed runs).
 _FREE = frozenset(
-    "output_dir primed kinds direct tasks samples jobs share report_only grid learning_rate per_device_eval_batch_size "
-    "compilation_cache_dir num_devices parallel layers unroll".split()
+    "output_dir primed kinds direct tasks samples jobs executor scheduler report_only grid learning_rate "
+    "per_device_eval_batch_size compilation_cache_dir num_devices parallel layers unroll".split()
 )
 
 
@@ -62,33 +62,37 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     folder = pathlib.Path(str(settings.output_dir))
     if not settings.report_only:
         gym, partition = load_partitioned_gym(
-            settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
+            settings.data.data_dir,
+            settings.data.partition,
+            shots=settings.data.shots,
+            share_sources=settings.data.share_sources,
         )
         names = tuple(dict.fromkeys(settings.tasks)) or partition.test
-        missing = [name for name in names if name not in partition.test]
-        if missing:
-            raise InputError(f"--tasks {missing[0]}: not among the target tasks {', '.join(partition.test)}")
+        unknown = [name for name in names if name not in partition.test]
+        if unknown:
+            raise InputError(f"--tasks {unknown[0]}: not among the target tasks {', '.join(partition.test)}")
         tasks = [gym[name] for name in names]
-        option_scoring.check_tasks(settings.head, tasks)
+        option_scoring.check_tasks(settings.tuning.head, tasks)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
         check_folder(folder, settings, starts)
-        tokenizer = models.load_tokenizer(settings.model_name_or_path)
-        folder_of_model = models.checkpoint_folder(settings.model_name_or_path, check_weights=False)
+        tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
+        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
         config = models.EncoderConfig.from_folder(folder_of_model)
-        option_scoring.check_tokens(settings.head, tokenizer, config, tasks)
-        with hold(folder, settings.share) as locks:
+        option_scoring.check_tokens(settings.tuning.head, tokenizer, config, tasks)
+        wanted = [tuning for start in starts for tuning in tunings_of(settings, start, tasks, folder)]
+        if folder_lock.is_handed_on(folder):  # a process of another that does the rest
+            named = set(sys.stdin.read().splitlines())
+            tune_all(settings, [one for one in wanted if one.name in named], console, tokenizer)
+            return
+        with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
-            if settings.jobs > 1:
-                run_jobs(settings, args, locks)
+            missing = [tuning for tuning in wanted if not tuning.path.exists()]
+            if settings.workers.jobs > 1 or settings.workers.executor == "dask":
+                tune_in_processes(settings, args, missing, console, lock)
             else:
-                try:
-                    with preemption.watch() as asked:
-                        tune_all(settings, starts, tasks, folder, console, asked, tokenizer)
-                except Preempted as error:
-                    raise Preempted("interrupted; repeat the command to resume", error.signal_number) from None
-    if settings.report_only or settings.share == "1/1":
-        report(folder, console, f"pats-jax gym {shlex.join(args)}")
+                tune_all(settings, missing, console, tokenizer)
+    report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
@@ -102,7 +106,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
       InputError: a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
         target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
-    model = settings.model_name_or_path
+    model = settings.model.model_name_or_path
     starts = [Start("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
     folders: dict[str, str] = {}
     for name in settings.primed:
@@ -129,13 +133,13 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
     results = files.read_record(folder / "results.json", PrimedResults)
-    if results["head"] != settings.head:
-        raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.head}")
-    base, model = results["model_name_or_path"], settings.model_name_or_path
+    if results["head"] != settings.tuning.head:
+        raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.tuning.head}")
+    base, model = results["model_name_or_path"], settings.model.model_name_or_path
     if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
         raise InputError(f"{where}: was primed from {shown(base, quoted=False)}, not from --model_name_or_path {model}")
     learnt = {task for task in results["upstream_tasks"] if task in tasks}
-    if not settings.share_sources:
+    if not settings.data.share_sources:
         learnt |= {task for task in results["upstream_tasks"] if source_set(task) in map(source_set, tasks)}
     if learnt:
         raise InputError(f"{where}: was trained on {min(learnt)}, which is a target task or shares its dataset")
@@ -146,18 +150,21 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
         raise InputError(f"{where}: contains a {kind} adapter; add {kind} to --kinds")
     if kind is not None:
         theirs = read_config(str(folder / "config.json"), PrimingSettings)
-        differing = pe_modules.differing_flags(settings.with_peft(kind), theirs)
+        differing = pe_modules.differing_flags(settings.adapter(kind), theirs.adapter)
         if differing:
             raise InputError(f"{where}: was primed with a different {kind} adapter: {', '.join(differing)}")
     return results
 
 
 def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
-    """Writes the folder's config.json, unless another share already has; raises like `check_folder`."""
+    """Writes the folder's config.json, unless it is there; raises like `check_folder`."""
     with FolderLock(folder, name=".lock-config", patience=10.0):
         check_folder(folder, settings, starts)
-        if not (folder / "config.json").exists():
-            files.write_json(folder / "config.json", _fixed(settings))
+        path = folder / "config.json"
+        theirs = read_config(str(path), GymSettings).to_dict() if path.exists() else {}
+        ours = _fixed(settings)
+        if not ours.keys() <= theirs.keys():  # of kinds that were not tuned before
+            files.write_json(path, theirs | ours)
 
 
 def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
@@ -172,7 +179,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[S
     ours = _fixed(settings)
     if os.path.lexists(path):
         theirs = read_config(str(path), GymSettings).to_dict()
-        differing = [name for name in ours if ours[name] != theirs[name]]
+        differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
         if differing:
             changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
             raise InputError(f"--output_dir {folder}: contains tunings with different settings: {changes}")
@@ -193,8 +200,8 @@ def check_records(
 ) -> None:
     """Raises InputError if an existing tuning used other learning rates or another start."""
     for start in starts:
-        rates = list(settings.learning_rates(start.kind))
-        for _, _, path in places(settings, start, tasks, folder):
+        rates = list(settings.tuning.learning_rates(start.kind))
+        for path in (tuning.path for tuning in tunings_of(settings, start, tasks, folder)):
             if not os.path.lexists(path):
                 continue
             record = read_record(path)
@@ -213,118 +220,111 @@ def _digest(results: PrimedResults) -> str:
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def places(
-    settings: GymSettings, start: Start, tasks: Sequence[FewShotTask], folder: pathlib.Path
-) -> list[tuple[FewShotTask, Sample, pathlib.Path]]:
-    """The tunings of a start: task, sample and the file of the record.
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One start, task and sample, and the file of its record."""
+
+    start: Start
+    task: FewShotTask
+    sample: Sample
+    path: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.start.name}/{self.path.stem}"
+
+
+def tunings_of(settings: GymSettings, start: Start, tasks: Sequence[FewShotTask], folder: pathlib.Path) -> list[Tuning]:
+    """The tunings of a start.
 
     Raises:
       InputError: a task lacks a requested sample.
     """
     samples = [(task, sample) for task in tasks for sample in task.choose(settings.samples or None).samples]
     records = folder / "tunings" / start.name
-    return [(task, sample, records / f"{task.name}-{sample.seed}.json") for task, sample in samples]
+    return [Tuning(start, task, sample, records / f"{task.name}-{sample.seed}.json") for task, sample in samples]
 
 
 # many processes
 
-
-@contextlib.contextmanager
-def hold(folder: pathlib.Path, share: str) -> Iterator[list[FolderLock]]:
-    """Locks the folder against other programs and overlapping shares; yields the locks.
-
-    Other shares may use it at the same time. A process of ``--jobs`` inherits the locks, and takes none.
-
-    Raises:
-      InputError: another program is using the folder.
-    """
-    if folder_lock.is_handed_on(folder):
-        yield []
-        return
-    first, last = parse_share(share)
-    with FolderLock(folder, shared=True) as lock, FolderLock(folder, name=f".lock-{first}-of-{last}") as own:
-        for path in folder.glob(".lock-*-of-*"):
-            named = re.fullmatch(r"\.lock-([0-9]+)-of-([1-9][0-9]*)", path.name)
-            other, count = map(int, named.groups()) if named else (first, last)
-            overlaps = (first - other) % math.gcd(last, count) == 0
-            if path != own.path and overlaps and folder_lock.is_taken(path):
-                raise InputError(f"--share {share}: a pats-jax gym with --share {other}/{count} is running in {folder}")
-        yield [lock, own]
+_TUNINGS_OF_A_JOB = 16  # at most, on the workers of a cluster
 
 
-def run_jobs(settings: GymSettings, args: Sequence[str], locks: Sequence[FolderLock]) -> None:
-    """Runs the same command in one process per share, which also hold the locks, and waits.
+def tune_in_processes(
+    settings: GymSettings,
+    args: Sequence[str],
+    tunings: Sequence[Tuning],
+    console: rich.console.Console,
+    lock: FolderLock,
+) -> None:
+    """Deals tunings out to processes of the same command, and waits.
 
     Raises:
-      InputError: one of them failed; the message has its last line.
+      InputError: one of them failed; the message has its last line. The others have been stopped.
       Preempted: this process was asked to stop; the others were stopped too.
     """
-    folder, first, last = pathlib.Path(str(settings.output_dir)), *parse_share(settings.share)
-    command = [sys.executable, "-m", "pats_jax.cli", "gym", *args, "--jobs", "1", "--share"]
-    logs = [folder / f"job{number + 1}.log" for number in range(settings.jobs)]
-    processes: list[subprocess.Popen] = []
-    failed: list[int] = []
-    with compare.note_signals() as asked:
-        try:
-            for number, cores in enumerate(compare.shares_of_cores(settings.jobs)):
-                share = f"{(first - 1) * settings.jobs + number + 1}/{last * settings.jobs}"
-                with compare.open_log(logs[number], fresh=True) as output:
-                    process = subprocess.Popen(
-                        [*command, share],
-                        stdout=output,
-                        stderr=output,
-                        process_group=0,
-                        env=os.environ | folder_lock.handed_on(locks[0]),
-                        pass_fds=[number for lock in locks for number in lock.descriptors],
-                    )
-                if cores is not None:
-                    os.sched_setaffinity(process.pid, cores)
-                processes.append(process)
-            while asked.signal_number is None and not failed:
-                codes = [process.poll() for process in processes]
-                failed = [number for number, code in enumerate(codes) if code]
-                if None not in codes:
-                    break
-                time.sleep(0.1)
-        finally:
-            compare.end([process for process in processes if process.poll() is None])
+    folder = pathlib.Path(str(settings.output_dir))
+    jobs = jobs_of(settings, args, tunings)
+    for job in jobs:
+        pathlib.Path(job.log).unlink(missing_ok=True)
+    with workers.connect(settings.workers, lock) as fleet, workers.note_signals() as asked:
+        with contextlib.closing(workers.run_jobs(jobs, fleet, folder, asked)) as all_ended:
+            for number, (job, ended) in enumerate(all_ended, 1):
+                why = workers.reason(job, ended)
+                if why:
+                    raise InputError(f"{job.log}: {why}")
+                say(console, f"{number} of {len(jobs)} sets of tunings finished ({ended.seconds:.0f} s)")
     if asked.signal_number is not None:
         raise Preempted("interrupted; repeat the command to resume", asked.signal_number)
-    for number in failed:  # the others have been told to end
-        text = logs[number].read_text(encoding="utf-8", errors="replace").strip() or "no output"
-        raise InputError(f"{logs[number]}: {text.splitlines()[-1].removeprefix('pats-jax: error: ')}")
+
+
+def jobs_of(settings: GymSettings, args: Sequence[str], tunings: Sequence[Tuning]) -> list[Job]:
+    """A process for each of ``--jobs``; on a cluster, processes for a few tunings of one start each."""
+    if settings.workers.executor == "local":
+        sets = [tunings[number :: settings.workers.jobs] for number in range(settings.workers.jobs)]
+    else:
+        groups = [list(group) for _, group in itertools.groupby(tunings, lambda tuning: tuning.start)]
+        sets = [of[i : i + _TUNINGS_OF_A_JOB] for of in groups for i in range(0, len(of), _TUNINGS_OF_A_JOB)]
+    folder = pathlib.Path(str(settings.output_dir)).absolute()
+    arguments = ("-m", "pats_jax", "gym", *args)
+    return [
+        Job(
+            name=f"job{number}",
+            arguments=arguments,
+            log=str(folder / f"job{number}.log"),
+            results=tuple(str(tuning.path.absolute()) for tuning in part),
+            stdin="\n".join(tuning.name for tuning in part),
+        )
+        for number, part in enumerate(filter(None, sets), 1)
+    ]
 
 
 # one process
 
 
-def tune_all(
-    settings: GymSettings,
-    starts: Iterable[Start],
-    tasks: Sequence[FewShotTask],
-    folder: pathlib.Path,
-    console: rich.console.Console,
-    asked: preemption.Preemption,
-    tokenizer: Any,
-) -> None:
-    """Runs this process's share of the missing tunings, start by start."""
-    xla_flags.set_defaults(settings.deterministic)
-    compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
-    number, count = parse_share(settings.share)
-    for start in starts:
-        own = places(settings, start, tasks, folder)[number - 1 :: count]
-        wanted = [(task, sample, path) for task, sample, path in own if not path.exists()]
-        if not wanted:
-            continue
-        tuner = Tuner(settings, start, tokenizer)
-        for task, sample, path in wanted:
-            asked.check()
-            record = tuner.tune(task, sample, asked)
-            files.make_folder(path.parent)
-            files.write_text(path, json.dumps(record) + "\n")
-            text = f"{start.name} {task.name}-{sample.seed}: dev {record['dev']:.3f} test {record['test']:.3f}"
-            lost = "".join(f", no finite loss at {rate}" for rate in record["diverged"])
-            say(console, f"{text} ({record['seconds']:.0f} s){lost}")
+def tune_all(settings: GymSettings, tunings: Sequence[Tuning], console: rich.console.Console, tokenizer: Any) -> None:
+    """Makes tunings in this process, those of one start after another; of finished ones, none.
+
+    Raises:
+      Preempted: the program was asked to stop; finished tunings are kept.
+    """
+    xla_flags.set_defaults(settings.compiler.deterministic)
+    compilation_cache.keep_compiled_programs(settings.compiler.compilation_cache_dir)
+    missing = [tuning for tuning in tunings if not tuning.path.exists()]
+    try:
+        with preemption.watch() as asked:
+            for start, group in itertools.groupby(missing, lambda tuning: tuning.start):
+                tuner = Tuner(settings, start, tokenizer)
+                for tuning in group:
+                    asked.check()
+                    record = tuner.tune(tuning.task, tuning.sample, asked)
+                    files.make_folder(tuning.path.parent)
+                    files.write_text(tuning.path, json.dumps(record) + "\n")
+                    text = f"{start.name} {tuning.path.stem}: dev {record['dev']:.3f} test {record['test']:.3f}"
+                    lost = "".join(f", no finite loss at {rate}" for rate in record["diverged"])
+                    say(console, f"{text} ({record['seconds']:.0f} s){lost}")
+    except Preempted as error:
+        raise Preempted("interrupted; repeat the command to resume", error.signal_number) from None
 
 
 def read_record(path: pathlib.Path) -> TuningRecord:
@@ -357,7 +357,7 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         read_config(str(config), GymSettings)
         settings = files.read_bytes(config).decode()
     summary = relative_gain.summarise(list(records.values()), sources=list(records))
-    machine = ", ".join(f"{name}: {value}" for name, value in compare.describe_machine().items())
+    machine = ", ".join(f"{name}: {value}" for name, value in workers.describe_machine().items())
     files.checked_place(folder / "report" / "plots" / "file", folder)
     with compare.report_lock(folder):
         gym_report.write_report(

@@ -16,6 +16,7 @@ import optax
 from pats_jax import methods
 from pats_jax.data.few_shot import FewShotTask, Row, Sample
 from pats_jax.errors import InputError
+from pats_jax.methods import OptimizerSettings
 from pats_jax.priming import option_scoring
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.run import pe_modules
@@ -70,20 +71,26 @@ class Tuner:
           InputError: its files are missing or do not match.
         """
         self._settings, self._start, self._tokenizer = settings, start, tokenizer
-        self._head = option_scoring.get_head(settings.head)
+        self._head = option_scoring.get_head(settings.tuning.head)
         self._model, self._params = load_start(settings, start)
-        self._max_length = option_scoring.text_length(settings.max_seq_length, self._model)
+        self._max_length = option_scoring.text_length(settings.model.max_seq_length, self._model)
         if start.kind != "full":
-            pe_modules.check_methods(settings.with_peft(start.kind), self._params)
+            pe_modules.check_methods(start.kind, settings.methods, self._params)
         part = "plm" if start.kind == "full" else "pe"
-        self._trainable = option_scoring.trainable_mask(self._params, part, settings.head)
+        self._trainable = option_scoring.trainable_mask(self._params, part, settings.tuning.head)
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, self._params)
         loss_fn = option_scoring.make_option_loss(self._head, self._model)
         self._step = jax.jit(make_train_step(loss_fn))
         self._scores = jax.jit(functools.partial(option_scoring.option_scores, self._head, self._model))
         self._optimizers = {
-            rate: methods.make_optimizer(dataclasses.replace(settings, learning_rate=rate), settings.max_steps, trained)
-            for rate in settings.learning_rates(start.kind)
+            rate: methods.make_optimizer(
+                OptimizerSettings.at(rate, settings.optimizer),
+                settings.methods,
+                settings.tuning.max_steps,
+                trained,
+                seed=settings.seed,
+            )
+            for rate in settings.tuning.learning_rates(start.kind)
         }
 
     def tune(self, task: FewShotTask, sample: Sample, asked: preemption.Preemption) -> TuningRecord:
@@ -101,7 +108,7 @@ class Tuner:
             rows,
             self._tokenizer,
             self._max_length,
-            self._settings.per_device_eval_batch_size,
+            self._settings.tuning.per_device_eval_batch_size,
             share_options=task.options is not None,
         )
         start = self._start
@@ -143,8 +150,9 @@ class Tuner:
         dev = self._encode(task, sample.dev, shapes)
         answers = np.array([row.answer for row in sample.dev])
         steps, scores, best, diverged = [], [], None, False
+        max_steps = settings.tuning.max_steps
         for step, rows in enumerate(self._batches(task, sample)):
-            if step % (settings.eval_steps or settings.max_steps) == 0 or step == settings.max_steps:
+            if step % (settings.tuning.eval_steps or max_steps) == 0 or step == max_steps:
                 asked.check()
                 found = np.asarray(self._scores(state.all_params, dev))
                 loss = float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(found), answers).mean())
@@ -156,7 +164,7 @@ class Tuner:
                 scores.append(score)
                 if best is None or (score, -loss) > best["place"]:
                     best = {"place": (score, -loss), "params": state.all_params, "step": step, "dev": score}
-            if step < settings.max_steps:
+            if step < max_steps:
                 state, _ = self._step(state, self._encode(task, rows, shapes))
         if best is None:
             raise InputError(f"{task.name}: the loss of {self._start.name} is not finite before the first step")
@@ -166,8 +174,8 @@ class Tuner:
         """The rows of every step and one more, epoch by epoch; the order depends on seed, task and sample."""
         settings = self._settings
         rng = np.random.default_rng([settings.seed, zlib.crc32(task.name.encode()), sample.seed])
-        size, order = min(settings.per_device_train_batch_size, len(sample.train)), np.array([], np.int64)
-        for _ in range(settings.max_steps + 1):
+        size, order = min(settings.tuning.per_device_train_batch_size, len(sample.train)), np.array([], np.int64)
+        for _ in range(settings.tuning.max_steps + 1):
             if len(order) < size:
                 order = np.concatenate([order, rng.permutation(len(sample.train))])
             yield [sample.train[index] for index in order[:size]]
@@ -185,7 +193,7 @@ class Tuner:
         return option_scoring.row_shapes(self._head, rows, self._tokenizer, self._max_length)
 
     def _test_rows(self, task, sample):
-        most = self._settings.max_test_rows
+        most = self._settings.tuning.max_test_rows
         if most is None or most >= len(sample.test):
             return sample.test
         rng = np.random.default_rng(zlib.crc32(task.name.encode()))
@@ -195,23 +203,21 @@ class Tuner:
 def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
     settings = settings.with_layers(*runners.default_form(jax.default_backend()))
-    config, dropout = None, methods.dropout_rates(settings, settings.max_steps)
-    if start.adapter is None and start.kind != "full":
-        config = pe_modules.chosen_config(settings.with_peft(start.kind))
+    model = settings.model
     return option_scoring.load_scorer(
         start.model,
-        settings.head,
-        config,
+        settings.tuning.head,
+        settings.adapter(start.kind) if start.adapter is None else None,
         key=settings.seed,
         adapter=start.adapter,
         mlm_head_from=start.base,
-        dtype=settings.dtype,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        layers=settings.layers,
-        unroll=settings.unroll or 0,
+        dtype=model.dtype,
+        gradient_checkpointing=model.gradient_checkpointing,
+        layers=model.layers,
+        unroll=model.unroll or 0,
         attention=settings.model_attention,
-        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
-        **dropout,
+        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+        **methods.dropout_rates(model, settings.methods, settings.tuning.max_steps),
     )
 
 

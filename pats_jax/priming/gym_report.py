@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.priming.relative_gain import stage_place
 from pats_jax.reporting import plots
 from pats_jax.reporting.report_page import Page, aligned, code, plain

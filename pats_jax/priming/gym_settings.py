@@ -1,13 +1,26 @@
 """The settings of `pats-jax gym`."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pats_jax import methods
-from pats_jax.data.gym import SHOTS
+from pats_jax.core.settings import FLOAT32_MAX, About, Choice, Entry, Group, at_least, entries, setting
+from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError, shown
+from pats_jax.methods.settings import AdamWSettings, OptimizerSettings
+from pats_jax.methods.table import METHOD_CHOICE
+from pats_jax.models import peft
+from pats_jax.models.settings import ModelSettings
 from pats_jax.run.records import Tuned
-from pats_jax.run.settings import FLOAT32_MAX, TrainingSettings, check_value
+from pats_jax.run.settings import TunedModel
+from pats_jax.run.worker_settings import WorkerSettings
+from pats_jax.training.settings import (
+    BatchSettings,
+    DeviceSettings,
+    LoopSettings,
+    ProcessSettings,
+    SavingSettings,
+)
 
 # Common values for each kind, not tuned.
 LEARNING_RATES = {
@@ -22,54 +35,25 @@ LEARNING_RATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class GymSettings(TrainingSettings):
-    """Tune primed and unprimed models on few-shot target tasks, and report what priming gains."""
+class TuningSettings(Group):
+    """One tuning of a start on a few-shot sample."""
 
-    max_seq_length: int = 64  # tokens; longer inputs are truncated
-    max_steps: int = 100  # steps per tuning
-    eval_steps: int | None = 25  # score the dev rows every N steps, and keep the best
-    per_device_train_batch_size: int = 8  # rows per step
-    per_device_eval_batch_size: int = 32  # rows per evaluation batch
-    data_dir: str = "builtin"  # folder of few-shot tasks, or "builtin" for generated ones
-    partition: str = "builtin"  # builtin, metaicl or a JSON file; the target tasks are its test list
-    share_sources: bool = False  # allow lists of a partition to contain tasks built from the same dataset
-    shots: int = SHOTS  # shots, as in the names of the task files
-    primed: tuple[str, ...] = ()  # folders of finished `pats-jax prime` runs to start from
-    kinds: tuple[Tuned, ...] = ("full", "lora")  # tune these: PEFT methods, or the whole model (full), never primed
-    direct: bool = True  # also tune from the unprimed model
-    tasks: tuple[str, ...] = ()  # target tasks; if unset, all those of the partition
-    samples: tuple[int, ...] = ()  # seeds of the few-shot samples; if unset, all
-    head: Literal["embedding", "pair", "mlm", "classes"] = "embedding"  # how to score the options
-    grid: tuple[str, ...] = ()  # learning rates to try, such as lora=3e-4,1e-3; the best on dev is kept
-    max_test_rows: int | None = None  # test on N random rows of each task; if unset, all
-    jobs: int = 1  # number of processes, which share the cores and the tunings
-    share: str = "1/1"  # run only part I of N equal parts, such as 2/3, without a report; for several machines
-    report_only: bool = False  # tune nothing; report on the finished tunings in output_dir
+    title: ClassVar[str] = "tuning"
+
+    max_steps: int = setting(100, "steps per tuning", at_least(1), is_basic=True)
+    eval_steps: int | None = setting(25, "score the dev rows every N steps, and keep the best", at_least(1))
+    per_device_train_batch_size: int = setting(8, "rows per step", at_least(1))
+    per_device_eval_batch_size: int = setting(32, "rows per evaluation batch", at_least(1, 65_536))
+    head: Literal["embedding", "pair", "mlm", "classes"] = setting(
+        "embedding", "how to score the options", is_basic=True
+    )
+    grid: tuple[str, ...] = setting(
+        (), "learning rates to try, such as lora=3e-4,1e-3; the best on dev is kept", is_basic=True
+    )
+    max_test_rows: int | None = setting(None, "test on N random rows of each task; if unset, all", at_least(1))
 
     def check(self) -> None:
         super().check()
-        for name in ("max_steps", "jobs", "max_test_rows"):
-            check_value(name, getattr(self, name), lambda x: x >= 1, "at least 1")
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise InputError(f"--kinds {' '.join(self.kinds)}: list at least one kind, each only once")
-        for name in ("overwrite", "resume"):
-            if getattr(self, name):
-                raise InputError(f"--{name}: not needed: the same command keeps finished tunings and runs the others")
-        if self.peft:
-            raise InputError("--peft: use --kinds")
-        for names, instead in _NOT_HERE.items():
-            for name in names.split():
-                if getattr(self, name) != getattr(GymSettings, name):
-                    raise InputError(f"--{name}: {instead}")
-        if not (self.direct or self.primed or self.report_only):
-            raise InputError("--no_direct: nothing is left to tune; set --primed")
-        if not self.output_dir:
-            raise InputError("--output_dir is missing")
-        parse_share(self.share)
-        for name in self.method.split("+"):
-            method = methods.get_methods(name)[0]
-            if method.objective or method.trainable or method.start:
-                raise InputError(f"--method {name}: works only with pats-jax glue; gym takes optimizer methods")
         self.learning_rates("full")
 
     def learning_rates(self, kind: str) -> tuple[float, ...]:
@@ -91,28 +75,89 @@ class GymSettings(TrainingSettings):
             rates[name] = own
         return rates[kind]
 
-    def with_peft(self, kind: Any) -> "GymSettings":
-        """The same settings with ``--peft`` set, for code shared with programs that tune one kind."""
-        return dataclasses.replace(self, peft=kind)
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel(Group):
+    """Tuning of the whole model, beside the adapters; it has no settings of its own."""
+
+    kind: ClassVar[Literal["full"]] = "full"
 
 
-def parse_share(text: str) -> tuple[int, int]:
-    """``2/3`` as (2, 3).
+KINDS_CHOICE = Choice(
+    Entry(
+        "kinds",
+        "kinds",
+        Group,
+        tuple[Tuned, ...],
+        ("full", "lora"),
+        About("tune these: PEFT methods, or the whole model (full), never primed", is_basic=True),
+    ),
+    kinds=lambda: {"full": WholeModel, **peft.KINDS},
+    chosen=lambda kinds: tuple(WholeModel if kind == "full" else peft.KINDS[kind] for kind in kinds),
+    name=lambda configs: tuple(config.kind for config in configs),
+    has_basic=False,
+)
 
-    Raises:
-      InputError: it is not of this form.
-    """
-    first, _, last = text.partition("/")
-    numbers = first.isdecimal() and last.isdecimal() and len(text) <= 20  # Python reads no more than 4300 digits
-    if not (numbers and 1 <= int(first) <= int(last)):
-        raise InputError(f"--share {shown(text, quoted=False)}: write I/N with 1 <= I <= N")
-    return int(first), int(last)
+_NOT_NEEDED = "not needed: the same command keeps finished tunings and runs the others"
+_ONE_BATCH = "each step takes one batch of --per_device_train_batch_size rows"
+_ALL_STEPS = "a tuning runs all its steps and keeps the best by dev score"
+_ONE_DEVICE = "a tuning runs on one device; use --jobs, or --executor dask for several machines"
 
 
-# Shared training flags that a tuning does not read -> what to use instead.
-_NOT_HERE = {
-    "learning_rate": "use --grid, which sets the learning rates of each kind",
-    "train_batch_size gradient_accumulation_steps": "each step takes one batch of --per_device_train_batch_size rows",
-    "early_stopping_patience load_best_model_at_end": "a tuning runs all its steps and keeps the best by dev score",
-    "fsdp coordinator_address num_processes process_id": "a tuning runs on one device; use --jobs or --share",
-}
+@dataclasses.dataclass(frozen=True, init=False)
+class GymSettings(TunedModel):
+    """Tune primed and unprimed models on few-shot target tasks, and report what priming gains."""
+
+    choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE, "adapters": KINDS_CHOICE}
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "peft": "use --kinds",
+        "share": "use --jobs on one machine, and --executor dask --scheduler ADDRESS on several",
+        "learning_rate": "use --grid, which sets the learning rates of each kind",
+        **dict.fromkeys(("overwrite", "resume"), _NOT_NEEDED),
+        **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), _ONE_BATCH),
+        **dict.fromkeys(("early_stopping_patience", "load_best_model_at_end"), _ALL_STEPS),
+        **dict.fromkeys(("fsdp", "coordinator_address", "num_processes", "process_id"), _ONE_DEVICE),
+    }
+    former: ClassVar[frozenset[str]] = frozenset(
+        flag
+        for kind in (OptimizerSettings, LoopSettings, SavingSettings, DeviceSettings, ProcessSettings, BatchSettings)
+        for flag in entries(kind)
+    )
+
+    output_dir: str | None = setting(
+        None, "folder of the tunings; repeat the same command to resume them", is_path=True, is_basic=True
+    )
+    primed: tuple[str, ...] = setting(
+        (), "folders of finished `pats-jax prime` runs to start from", is_path=True, is_basic=True
+    )
+    direct: bool = setting(True, "also tune from the unprimed model")
+    tasks: tuple[str, ...] = setting((), "target tasks; if unset, all those of the partition", is_basic=True)
+    samples: tuple[int, ...] = setting((), "seeds of the few-shot samples; if unset, all")
+    report_only: bool = setting(False, "tune nothing; report on the finished tunings in output_dir")
+    adapters: "tuple[WholeModel | peft.PeftConfig, ...]" = ()  # of --kinds
+    model: ModelSettings = ModelSettings(max_seq_length=64)
+    optimizer: AdamWSettings = AdamWSettings()
+    data: GymDataSettings = GymDataSettings()
+    tuning: TuningSettings = TuningSettings()
+    workers: WorkerSettings = WorkerSettings()
+
+    @property
+    def kinds(self) -> tuple[Tuned, ...]:
+        """``--kinds``: what to tune."""
+        return KINDS_CHOICE.name(self.adapters)
+
+    def adapter(self, kind: Tuned) -> "peft.PeftConfig | None":
+        """The config of a kind among ``kinds``; None for the whole model."""
+        return next((each for each in self.adapters if isinstance(each, peft.PeftConfig) and each.kind == kind), None)
+
+    def check(self) -> None:
+        super().check()
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise InputError(f"--kinds {' '.join(self.kinds)}: list at least one kind, each only once")
+        if not (self.direct or self.primed or self.report_only):
+            raise InputError("--no_direct: nothing is left to tune; set --primed")
+        if not self.output_dir:
+            raise InputError("--output_dir is missing")
+        for method in self.methods:
+            if method.has("objective") or method.trainable or method.has("start"):
+                raise InputError(f"--method {method.name}: works only with pats-jax glue; gym takes optimizer methods")

@@ -1,6 +1,6 @@
 """The upstream stage, `pats-jax prime`: trains an encoder, its adapters or both on the upstream tasks of a gym.
 
-The loop, logging, checkpoints, resuming and early stopping are those of the GLUE program (`fine_tuning.train`); this
+The loop, logging, checkpoints, resuming and early stopping are those of the GLUE program (`run.training_run`); this
 file adds the batches of tasks, the dev score, and what the stage saves.
 """
 
@@ -8,91 +8,32 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import shlex
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import rich.console
 
 from pats_jax import methods, models
+from pats_jax.core.files import JsonObject
 from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Row
-from pats_jax.data.gym import SHOTS
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.priming import meta_losses, option_scoring
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start
-from pats_jax.run.settings import TrainingSettings, check_value, counted
-from pats_jax.training import preemption, runners
-from pats_jax.training.checkpoints import Checkpoints
-from pats_jax.training.fine_tuning import Training, train
+from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
+from pats_jax.training import fine_tuning, preemption, runners
+from pats_jax.training.fine_tuning import Training
 from pats_jax.training.metrics import accuracy
 
 _DEV_ROWS = 64  # of every dev task
-_MOST_ROWS = 2**20  # of a step, which is drawn whole in memory
 
 
-@dataclasses.dataclass(frozen=True)
-class PrimingSettings(TrainingSettings):
-    """Prime a pretrained encoder, its adapters or both on the upstream tasks of a few-shot gym."""
-
-    learning_rate: float = 3e-5  # peak rate of the outer optimizer: linear warmup, then linear decay to 0
-    max_grad_norm: float = 0.1  # clip gradients to this global norm
-    max_steps: int = 1000  # outer steps
-    eval_steps: int | None = None  # evaluate every N steps; if unset, about five times in all
-    data_dir: str = "builtin"  # folder of few-shot tasks, or "builtin" for generated ones
-    partition: str = "builtin"  # builtin, metaicl or a JSON file with train (upstream), dev and test lists
-    share_sources: bool = False  # allow lists of a partition to contain tasks built from the same dataset
-    shots: int = SHOTS  # shots, as in the names of the task files
-    algorithm: Literal["mtl", "maml", "fomaml", "reptile"] = "mtl"  # multi-task learning (mtl), or a meta-learner
-    train: Literal["plm", "pe", "plm+pe"] = "plm"  # what to train: model, adapter (--peft), or both
-    head: Literal["embedding", "pair", "mlm"] = "embedding"  # how to score the options
-    max_options: int = 6  # if a training row has more, keep the right one and draw the others at random
-    tasks_per_step: int = 4  # tasks per step, over all devices and micro-batches
-    task_batch_size: int = 8  # rows per task: mtl trains on them; maml and fomaml test adapted parameters on them
-    inner_learning_rate: float = 1e-5  # meta-learners: learning rate of the inner steps (plain SGD)
-    inner_steps: int = 1  # meta-learners: inner steps on each task's training rows
-    inner_batch_size: int = 16  # meta-learners: rows per inner step
-
-    def check(self) -> None:
-        super().check()
-        check_value("max_steps", self.max_steps, lambda x: x >= 1, "at least 1")
-        rows = self.tasks_per_step * (self.task_batch_size + self.inner_steps * self.inner_batch_size)
-        if rows > _MOST_ROWS:
-            raise InputError(
-                f"--tasks_per_step, --task_batch_size, --inner_steps, --inner_batch_size: a step has {rows} rows; "
-                f"reduce it to at most {_MOST_ROWS}"
-            )
-        if ("pe" in self.train.split("+")) != (self.peft is not None):
-            missing = "needs an adapter; set --peft" if self.peft is None else "trains no adapter; omit --peft"
-            raise InputError(f"--train {self.train}: {missing}")
-        for name in self.method.split("+"):
-            method = methods.get_methods(name)[0]
-            if method.objective or method.trainable or method.around:
-                raise InputError(f"--method {name}: not available for priming; it works only with pats-jax glue")
-        if self.attention == "cudnn":
-            raise InputError("--attention cudnn: not available for priming; omit the flag")
-        if self.per_device_train_batch_size != TrainingSettings.per_device_train_batch_size or self.train_batch_size:
-            raise InputError(
-                "--per_device_train_batch_size, --train_batch_size: use --tasks_per_step, --task_batch_size"
-            )
-
-    def with_batch_size(self, num_devices: int) -> "PrimingSettings":
-        parts = num_devices * self.gradient_accumulation_steps
-        if self.tasks_per_step % parts:
-            raise InputError(
-                f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across "
-                f"{counted(num_devices, 'device')} "
-                f"with --gradient_accumulation_steps {self.gradient_accumulation_steps}"
-            )
-        return self
-
-
-def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> dict[str, Any]:
+def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> JsonObject:
     """Runs the stage; see `pats_jax.glue.run` for the exceptions.
 
     Returns:
@@ -105,111 +46,135 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
         return carry_out(start)
 
 
-def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
+def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
     """The part of `run` after settings and devices are checked."""
-    settings, runner, folder = start.settings, start.runner, start.folder
+    settings, runner = start.settings, start.runner
     gym, partition = load_partitioned_gym(
-        settings.data_dir, settings.partition, shots=settings.shots, share_sources=settings.share_sources
+        settings.data.data_dir,
+        settings.data.partition,
+        shots=settings.data.shots,
+        share_sources=settings.data.share_sources,
     )
-    tokenizer = models.load_tokenizer(settings.model_name_or_path)
-    dropout = methods.dropout_rates(settings, settings.max_steps)
-    model, params = option_scoring.load_scorer(
-        settings.model_name_or_path,
-        settings.head,
-        pe_modules.chosen_config(settings),
-        key=settings.seed,
-        dtype=settings.dtype,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        layers=settings.layers,
-        unroll=settings.unroll or 0,
-        attention="einsum",  # tasks are mapped over, and meta-learning takes second derivatives
-        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
-        **dropout,
-    )
+    tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
+    model, params = load_scorer(settings)
     used = [gym[name] for name in (*partition.train, *partition.dev)]
-    option_scoring.check_tokens(settings.head, tokenizer, model.config, used)
-    tokenizer.model_max_length = option_scoring.text_length(settings.max_seq_length, model)  # saved with the model
-    if settings.train == "pe":
-        pe_modules.check_methods(settings, params)
-    results: dict[str, Any] = {
-        "model_name_or_path": settings.model_name_or_path,
-        "data_dir": settings.data_dir,
-        **{name: getattr(settings, name) for name in ("algorithm", "train", "peft", "head", "method", "seed")},
-        "upstream_tasks": list(partition.train),
+    option_scoring.check_tokens(settings.upstream.head, tokenizer, model.config, used)
+    # saved with the model
+    tokenizer.model_max_length = option_scoring.text_length(settings.model.max_seq_length, model)
+    if settings.upstream.train == "pe":
+        pe_modules.check_methods(settings.peft, settings.methods, params)
+    results = describe_run(settings, partition.train, params)
+    with preemption.watch() as asked:
+        source = UpstreamSource(settings, runner, [gym[name] for name in partition.train], tokenizer, model)
+        training = make_training(settings, source, runner, params, evaluates=bool(partition.dev))
+        score = UpstreamScore(source, [gym[name] for name in partition.dev], asked, training)
+
+        def use(trained):
+            scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
+            best = max(scores, key=lambda line: line["metrics"]["accuracy"], default=None)
+            return {"final": scores[-1], "best": best} if scores else {}
+
+        def write(trained, primed, results):
+            save(start.folder, settings, model, primed, tokenizer)
+            plots.plot_loss(start.folder / "plots" / "loss.png", trained.records)
+            model_card.write_primed(start.folder, settings.to_dict(), results)
+
+        job = training_run.Job("prime", training, score, None, use, write)
+        results = training_run.carry_out(start, job, results, asked)
+    say(start.console, summary(results, start.folder))
+    return results
+
+
+def load_scorer(settings: PrimingSettings) -> tuple[Any, Any]:
+    """The model that scores options, and its parameters."""
+    model = settings.model
+    return option_scoring.load_scorer(
+        model.model_name_or_path,
+        settings.upstream.head,
+        settings.adapter,
+        key=settings.seed,
+        dtype=model.dtype,
+        gradient_checkpointing=model.gradient_checkpointing,
+        layers=model.layers,
+        unroll=model.unroll or 0,
+        attention="einsum",  # tasks are mapped over, and meta-learning takes second derivatives
+        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+        **methods.dropout_rates(model, settings.methods, settings.upstream.max_steps),
+    )
+
+
+def describe_run(settings: PrimingSettings, upstream_tasks: Sequence[str], params: Any) -> JsonObject:
+    """What results.json records before training."""
+    return {
+        "model_name_or_path": settings.model.model_name_or_path,
+        "data_dir": settings.data.data_dir,
+        "algorithm": settings.upstream.algorithm,
+        "train": settings.upstream.train,
+        "peft": settings.peft,
+        "head": settings.upstream.head,
+        "method": settings.method,
+        "seed": settings.seed,
+        "upstream_tasks": list(upstream_tasks),
         "num_parameters": sum(p.size for p in jax.tree.leaves(params)),
         "versions": run_folder.versions(),
         "timing": {},
     }
-    with preemption.watch() as asked:
-        training = UpstreamTraining(settings, runner, [gym[name] for name in partition.train], tokenizer, model, params)
-        score = UpstreamScore(training, [gym[name] for name in partition.dev], asked)
-        checkpoints = Checkpoints(folder / "checkpoints", settings.save_total_limit)
-        start.open_folder()
-        with checkpoints:
-            try:
-                trained = train(training, score, checkpoints, folder, results, start.console, asked)
-            except Preempted as error:
-                checkpoints.wait()
-                config = shlex.quote(str(folder / "config.json"))
-                raise Preempted(
-                    f"interrupted and saved; to resume, run: pats-jax prime --config {config} --resume",
-                    error.signal_number,
-                ) from None
-            primed = runner.to_host(trained.params)
-            scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
-            if scores:
-                results |= {"final": scores[-1], "best": max(scores, key=lambda line: line["metrics"]["accuracy"])}
-            with trained.kept(checkpoints):
-                if runners.is_first():
-                    run_folder.check_links(folder)
-                    save(folder, settings, model, primed, tokenizer)
-                    plots.plot_loss(folder / "plots" / "loss.png", trained.records)
-                    model_card.write_primed(folder, settings.to_dict(), results)
-                    start.finish(results)
-    say(start.console, summary(results, folder))
-    return results
 
 
-class UpstreamTraining(Training):
-    """Training on upstream tasks: each step takes a batch of tasks."""
+def make_training(
+    settings: PrimingSettings, source: "UpstreamSource", runner: runners.MeshRunner, params: Any, *, evaluates: bool
+) -> Training:
+    """The training of the upstream stage."""
+    upstream = settings.upstream
+    added = {name: params[name] for name in ("peft", "mlm") if name in params}
+    own = {name: tree for name, tree in params.items() if name not in added}  # NoisyTune is for pretrained weights
+    params = runner.place({**methods.starting_params(settings.methods, own, settings.seed), **added})
+    trainable = option_scoring.trainable_mask(params, upstream.train, upstream.head)
+    loss_fn = meta_losses.make_meta_loss(
+        upstream.algorithm,
+        source.loss_fn,
+        inner_learning_rate=upstream.inner_learning_rate,
+        trainable=trainable,
+        remat=settings.model.gradient_checkpointing,
+    )
+    return fine_tuning.make_training(
+        settings,
+        source,
+        runner,
+        source.model,
+        params,
+        loss_fn,
+        trainable,
+        metric="accuracy",
+        evaluates=evaluates,
+        total_steps=upstream.max_steps,
+        eval_steps=max(1, upstream.max_steps // 5),
+        accumulation_steps=upstream.gradient_accumulation_steps,
+    )
+
+
+class UpstreamSource:
+    """Batches of upstream tasks; see `pats_jax.training.fine_tuning.Source`."""
 
     def __init__(
-        self,
-        settings: PrimingSettings,
-        runner: runners.MeshRunner,
-        tasks: Sequence[FewShotTask],
-        tokenizer,
-        model,
-        params,
+        self, settings: PrimingSettings, runner: runners.MeshRunner, tasks: Sequence[FewShotTask], tokenizer, model
     ):
-        self.settings: PrimingSettings = settings
+        """Groups the tasks by the shape of their rows.
+
+        Args:
+          settings: the settings of the stage.
+          runner: where the batches go.
+          tasks: the upstream tasks.
+          tokenizer: of the model.
+          model: the scorer.
+        """
+        self.seed, self.settings = settings.seed, settings.upstream
         self.runner, self.tokenizer, self.model = runner, tokenizer, model
-        self.head = option_scoring.get_head(settings.head)
-        self.max_length = option_scoring.text_length(settings.max_seq_length, model)
+        self.head = option_scoring.get_head(settings.upstream.head)
+        self.max_length = option_scoring.text_length(settings.model.max_seq_length, model)
         self.groups = self._by_shape(tasks)
         self.examples = sum(len(s.train) + len(s.dev) for task in tasks for s in task.samples)
         self.loss_fn = option_scoring.make_option_loss(self.head, model)
-        added = {name: params[name] for name in ("peft", "mlm") if name in params}
-        own = {name: tree for name, tree in params.items() if name not in added}  # NoisyTune is for pretrained weights
-        params = runner.place({**methods.starting_params(settings, own), **added})
-        self.trainable = option_scoring.trainable_mask(params, settings.train, settings.head)
-        super().__init__(
-            settings,
-            runner,
-            model,
-            params,
-            meta_losses.make_meta_loss(
-                settings.algorithm,
-                self.loss_fn,
-                inner_learning_rate=settings.inner_learning_rate,
-                trainable=self.trainable,
-                remat=settings.gradient_checkpointing,
-            ),
-            self.trainable,
-            metric="accuracy",
-            total_steps=settings.max_steps,
-            eval_steps=max(1, settings.max_steps // 5),
-        )
 
     def batches(self, first_step):
         for step in itertools.count(first_step):
@@ -222,15 +187,13 @@ class UpstreamTraining(Training):
             }
             yield self._put(batch), counts
 
-    def one_of_each_shape(self, first_step):
-        met: set[int] = set()
-        for step in range(first_step, self.rhythm.total_steps):
-            group = self._group(np.random.default_rng([self.settings.seed, step]))
-            if group not in met:
-                met.add(group)
-                yield self._put(self._draw(step))
-            if len(met) == len(self.groups):
-                return
+    def one_of_each_shape(self, first_step, last_step):
+        steps = range(first_step, last_step)
+        makers = ((self._group(self._rng(step)), lambda n=step: self._put(self._draw(n))) for step in steps)
+        return fine_tuning.first_of_each(makers, len(self.groups))
+
+    def fisher_measure(self, trained, frozen):
+        return None
 
     def describe_batch(self):
         settings = self.settings
@@ -275,6 +238,9 @@ class UpstreamTraining(Training):
         own = self.runner.own_rows(self.settings.tasks_per_step)
         return self.runner.put_ahead({name: x[own] for name, x in batch.items()})
 
+    def _rng(self, step):
+        return np.random.default_rng([self.seed, step])
+
     def _group(self, rng):
         """Draws the group of a step, in proportion to its number of tasks."""
         sizes = np.array([len(members) for members, _ in self.groups], float)
@@ -282,7 +248,7 @@ class UpstreamTraining(Training):
 
     def _draw(self, step):
         """The batch of a step, a pure function of the seed and its number."""
-        rng = np.random.default_rng([self.settings.seed, step])
+        rng = self._rng(step)
         members, shapes = self.groups[self._group(rng)]
         count = self.settings.tasks_per_step
         chosen = rng.choice(len(members), count, replace=len(members) < count)
@@ -321,28 +287,29 @@ class UpstreamScore:
     """The dev score of the stage: accuracy on dev tasks, of the primed parameters as they are (multi-task learning), or
     after the inner steps on each task's training rows (meta-learners)."""
 
-    def __init__(self, training: UpstreamTraining, tasks: Sequence[FewShotTask], asked: preemption.Preemption):
+    def __init__(
+        self, source: UpstreamSource, tasks: Sequence[FewShotTask], asked: preemption.Preemption, training: Training
+    ):
         """Compiles nothing yet.
 
         Args:
-          training: the training to score; its ``evaluates`` is set.
+          source: gives head, model and tokenizer.
           tasks: the dev tasks; if empty, nothing is scored.
           asked: signals that the run should stop.
+          training: the training to score.
 
         Raises:
           InputError: early stopping or the best model need dev tasks and there are none; or the tokenizer rejects a
             text of theirs, which must not happen in the middle of training.
         """
-        settings = training.settings
-        training.evaluates = bool(tasks)
-        if not tasks and (settings.early_stopping_patience or settings.load_best_model_at_end):
+        if not tasks and (training.rhythm.patience or training.rhythm.save_best):
             raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
-        self._training, self._tasks, self._asked = training, tasks, asked
+        self._source, self._tasks, self._asked = source, tasks, asked
         for task in tasks:
-            training.encode((*task.samples[0].train, *task.samples[0].test[:_DEV_ROWS]))
-        head, model = training.head, training.model
-        runner = training.runner
-        self._scores = runner.compile_predict(functools.partial(option_scoring.option_scores, head, model))
+            source.encode((*task.samples[0].train, *task.samples[0].test[:_DEV_ROWS]))
+        head, model, settings = source.head, source.model, source.settings
+        trainable = option_scoring.trainable_mask(training.shapes.all_params, settings.train, settings.head)
+        self._scores = source.runner.compile_predict(functools.partial(option_scoring.option_scores, head, model))
         self._adapt = jax.jit(
             lambda params, rows: meta_losses.adapt(
                 option_scoring.make_option_loss(head, model, deterministic=True),
@@ -350,7 +317,7 @@ class UpstreamScore:
                 jax.tree.map(lambda x: x[None].repeat(settings.inner_steps, axis=0), rows),
                 jax.random.key(0),
                 learning_rate=settings.inner_learning_rate,
-                trainable=training.trainable,
+                trainable=trainable,
             )[0]
         )
 
@@ -364,20 +331,20 @@ class UpstreamScore:
 
     def _score(self, params, task):
         self._asked.check()
-        training, sample = self._training, task.samples[0]
+        source, sample = self._source, task.samples[0]
         rows = sample.test[:_DEV_ROWS]
-        if training.settings.algorithm != "mtl":
-            params = self._adapt(params, training.encode(sample.train, training.share_options(task)))
-        devices = training.runner.num_devices
-        size = -(-training.settings.per_device_eval_batch_size // devices) * devices
-        own = training.runner.own_rows(size)
+        if source.settings.algorithm != "mtl":
+            params = self._adapt(params, source.encode(sample.train, source.share_options(task)))
+        devices = source.runner.num_devices
+        size = -(-source.settings.per_device_eval_batch_size // devices) * devices
+        own = source.runner.own_rows(size)
         chosen = option_scoring.choose(
             lambda params, batch: self._scores(params, {name: x[own] for name, x in batch.items()}),
-            training.head,
+            source.head,
             params,
             rows,
-            training.tokenizer,
-            training.max_length,
+            source.tokenizer,
+            source.max_length,
             size,
         )
         return accuracy(chosen, np.array([row.answer for row in rows]))
@@ -394,11 +361,11 @@ def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: An
       tokenizer: saved with them.
     """
     params = {name: tree for name, tree in params.items() if name != "mlm"}  # the base model's own, not trained
-    base = settings.model_name_or_path
-    if settings.train != "pe":
+    base = settings.model.model_name_or_path
+    if settings.upstream.train != "pe":
         base = str(folder / "model")
         plain = {name: tree for name, tree in params.items() if name != "peft"}
-        config = _with_dropout_of(settings.model_name_or_path, model.config)
+        config = _with_dropout_of(settings.model.model_name_or_path, model.config)
         models.save_pretrained(folder / "model", params=plain, config=config, tokenizer=tokenizer)
     if settings.peft:
         peft.save_peft(
@@ -409,10 +376,10 @@ def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: An
 def default_folder(settings: PrimingSettings) -> str:
     """``runs/prime-ALGORITHM-TRAIN[-KIND]-seedSEED``."""
     kind = f"-{settings.peft}" if settings.peft else ""
-    return f"runs/prime-{settings.algorithm}-{settings.train}{kind}-seed{settings.seed}"
+    return f"runs/prime-{settings.upstream.algorithm}-{settings.upstream.train}{kind}-seed{settings.seed}"
 
 
-def summary(results: dict[str, Any], folder: pathlib.Path) -> str:
+def summary(results: JsonObject, folder: pathlib.Path) -> str:
     """The stage in two lines."""
     kind = f" ({results['peft']})" if results["peft"] else ""
     title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"

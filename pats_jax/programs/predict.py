@@ -11,9 +11,9 @@ import numpy as np
 import tyro
 
 from pats_jax import models
+from pats_jax.core.files import write_text
 from pats_jax.data import batches, read_texts
 from pats_jax.errors import InputError
-from pats_jax.files import write_text
 from pats_jax.models import peft
 from pats_jax.run import compilation_cache, xla_flags
 from pats_jax.train_state import make_predict_step

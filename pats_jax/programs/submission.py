@@ -20,12 +20,12 @@ import rich.table
 import rich.text
 import tyro
 
-from pats_jax import files
+from pats_jax.core import files
+from pats_jax.core.files import write_bytes
 from pats_jax.data.builtin import OTHER_ROWS
 from pats_jax.data.tables import listed
 from pats_jax.data.tasks import TASKS, Task
 from pats_jax.errors import InputError, shown
-from pats_jax.files import write_bytes
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import SubmittedConfig
 

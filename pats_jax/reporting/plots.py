@@ -5,11 +5,11 @@ import itertools
 import pathlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from pats_jax import files
+from pats_jax.core import files
+from pats_jax.core.files import JsonObject
 from pats_jax.reporting.console import visible
 
 _LONGEST_NAME = 40  # characters
@@ -19,7 +19,7 @@ _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47f
 _STYLES = [(color, line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for color in _COLORS]
 
 
-def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+def plot_loss(path: pathlib.Path, records: list[JsonObject]) -> None:
     """Training loss and learning rate by step, from the lines of metrics.jsonl that have a ``loss``."""
     lines = [record for record in records if "loss" in record]
     figure, axes = _figure("Training loss", "step", "mean loss since the last point")
@@ -30,7 +30,7 @@ def plot_loss(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
-def plot_scores(path: pathlib.Path, runs: dict[str, list[dict[str, Any]]], metric: str, majority: float) -> None:
+def plot_scores(path: pathlib.Path, runs: dict[str, list[JsonObject]], metric: str, majority: float) -> None:
     """The main metric by step, one line a run, with the score of the majority class.
 
     Args:

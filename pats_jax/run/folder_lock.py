@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
-_INHERITED = "PATS_JAX_LOCK"  # environment variable: number of a descriptor that holds the folder's lock
+_INHERITED = "PATS_JAX_LOCK"  # environment variable: number of a descriptor that holds a lock of the folder
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -61,10 +61,7 @@ class FolderLock:
         try:
             while (taken := self._try_to_take()) is None:
                 if time.monotonic() >= until:
-                    raise InputError(
-                        f"--output_dir {folder}: another pats-jax, or a process that it started, is using it; "
-                        "wait until it ends, or choose another folder"
-                    )
+                    raise in_use(folder)
                 time.sleep(0.05)
         except OSError as error:
             reason = f"{self.path.name} is a link" if error.errno == errno.ELOOP else error.strerror
@@ -95,6 +92,14 @@ class FolderLock:
         return None
 
 
+def in_use(folder: pathlib.Path) -> InputError:
+    """The error that the lock of a folder is held."""
+    return InputError(
+        f"--output_dir {folder}: another pats-jax, or a process that it started, is using it; "
+        "wait until it ends, or choose another folder"
+    )
+
+
 def is_taken(path: pathlib.Path) -> bool:
     """Whether any process holds the lock with this file."""
     try:
@@ -108,15 +113,15 @@ def is_taken(path: pathlib.Path) -> bool:
 
 
 def handed_on(lock: FolderLock) -> dict[str, str]:
-    """The environment variable that tells a process that it inherits the lock of its folder."""
+    """The environment variable that tells a process that it inherits a lock of its folder."""
     (descriptor,) = lock.descriptors
     return {_INHERITED: str(descriptor)}
 
 
 def is_handed_on(folder: pathlib.Path) -> bool:
-    """Whether this process inherits the lock of the folder from the process that started it."""
+    """Whether this process inherits a lock in the folder from the process that started it."""
     number = os.environ.get(_INHERITED, "")
-    return number.isdecimal() and _is_at(int(number), folder / LOCK)
+    return number.isdecimal() and any(_is_at(int(number), path) for path in folder.glob(f"{LOCK}*"))
 
 
 def _lock(descriptor, shared, folder):

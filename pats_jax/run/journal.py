@@ -7,15 +7,14 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
+from pats_jax.training.loop import Record
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
 
 _FLUSH_SECONDS = 10.0  # between writes of event files to the disk, which cost time
 

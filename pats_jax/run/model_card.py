@@ -4,7 +4,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
 from pats_jax.reporting.console import visible
 from pats_jax.reporting.report_page import markdown_block, markdown_code, markdown_image, markdown_text
 

@@ -12,9 +12,9 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
+from pats_jax.core.settings import Composed
 from pats_jax.data.tasks import TASKS
 from pats_jax.errors import InputError
 from pats_jax.run import folder_lock
@@ -112,7 +112,7 @@ def check(folder: pathlib.Path) -> None:
         raise InputError(f"{where} renames the run, but there is no permission to write to {previous.parent}")
 
 
-def check_inputs(folder: pathlib.Path, settings: Any) -> None:
+def check_inputs(folder: pathlib.Path, settings: Composed) -> None:
     """Raises InputError if a run reads files in the folder that it replaces, following links."""
     homes = [path.resolve() for path in (folder, kept(folder)) if path is not None]
     for flag, path in _inputs(settings):
@@ -123,10 +123,9 @@ def check_inputs(folder: pathlib.Path, settings: Any) -> None:
 
 def _inputs(settings):
     """Flag and path of all that a run reads; a name that is no path is harmless among them."""
-    names = "model_name_or_path data_dir partition train_file validation_file test_file out_of_domain_dir"
-    for name in names.split():
-        value = getattr(settings, name, None)
-        if value:
+    known = settings.all_entries()
+    for name, value in settings.flat().items():
+        if value and known[name].about.is_path and not known[name].about.free_on_resume:
             path = pathlib.Path(value)
             with contextlib.suppress(RuntimeError):  # there is no such user
                 path = path.expanduser()

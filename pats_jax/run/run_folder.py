@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
-from pats_jax import files
+from pats_jax.core import files
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import Flat
 from pats_jax.errors import InputError
 from pats_jax.run import replacing
 from pats_jax.run.records import GlueResults, MetricsLine, PrimedResults
@@ -52,7 +54,7 @@ def check_free(folder: pathlib.Path, overwrite: bool) -> None:
     replacing.check(folder)
 
 
-def start(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+def start(folder: pathlib.Path, settings: Flat) -> None:
     """Creates the folder if it is missing, and writes config.json; call `check_free` first.
 
     Raises:
@@ -93,7 +95,7 @@ def check_links(folder: pathlib.Path, entries: Iterable[str] = ENTRIES) -> None:
                     raise InputError(f"{path}: this link leads out of {folder}; remove it") from None
 
 
-def write_metrics(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
+def write_metrics(folder: pathlib.Path, records: list[JsonObject]) -> None:
     """Rewrites metrics.jsonl, one line per record."""
     files.write_text(folder / METRICS, "".join(f"{json.dumps(record)}\n" for record in records))
 
@@ -110,7 +112,7 @@ def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
     return [files.parse_record(line, MetricsLine, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_results(folder: pathlib.Path) -> JsonObject | None:
     """Reads results.json as `records.PrimedResults` or `records.GlueResults`; None if it does not exist.
 
     Raises:
@@ -126,7 +128,7 @@ def read_results(folder: pathlib.Path) -> dict[str, Any] | None:
     return files.parse_record(text, kind, str(path))
 
 
-def write_results(folder: pathlib.Path, results: dict[str, Any]) -> None:
+def write_results(folder: pathlib.Path, results: JsonObject) -> None:
     """Writes results.json atomically, as the last file of a run: it marks the run as finished."""
     files.write_json(folder / "results.json", results)
 

@@ -5,17 +5,18 @@ import dataclasses
 import logging
 import os
 import pathlib
-from typing import Any, Generic
+from typing import Generic
 
 import jax
 import rich.console
 
-from pats_jax import methods
+from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError
 from pats_jax.run import compilation_cache, replacing, run_folder, xla_flags
+from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.journal import check_tensorboard
-from pats_jax.run.settings import Kind, read_config
+from pats_jax.run.settings import Kind, resuming as resuming_settings
 from pats_jax.training import runners
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Start(Generic[Kind]):
     folder: pathlib.Path
     console: rich.console.Console
     resuming: bool
-    finished: dict[str, Any] | None
+    finished: JsonObject | None
     lock: FolderLock
 
     def __enter__(self) -> "Start[Kind]":
@@ -68,13 +69,13 @@ class Start(Generic[Kind]):
         if not is_open:
             raise InputError(f"--output_dir {self.folder}: process 0 cannot use it; see its message")
 
-    def finish(self, results: dict[str, Any]) -> None:
+    def finish(self, results: JsonObject) -> None:
         """Writes results.json, which marks the run as finished, and removes the run that it replaces; for process 0."""
         run_folder.write_results(self.folder, results)
         replacing.discard(self.folder)
 
     def _open(self):
-        folder, overwrite = self.folder, self.settings.overwrite
+        folder, overwrite = self.folder, self.settings.folder.overwrite
         self.lock.take()
         if self.resuming:
             if run_folder.read_results(folder) is not None:
@@ -110,35 +111,38 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
       InputError: on invalid settings, missing devices, or a folder that cannot be used.
     """
     settings.check()
-    methods.get_methods(settings.method)
-    xla_flags.set_defaults(settings.deterministic)
-    compilation_cache.keep_compiled_programs(settings.compilation_cache_dir)
+    processes, devices, compiler = settings.processes, settings.devices, settings.compiler
+    xla_flags.set_defaults(compiler.deterministic)
+    compilation_cache.keep_compiled_programs(compiler.compilation_cache_dir)
     runners.initialize(
-        settings.coordinator_address, settings.num_processes, settings.process_id, settings.heartbeat_timeout_seconds
+        processes.coordinator_address,
+        processes.num_processes,
+        processes.process_id,
+        processes.heartbeat_timeout_seconds,
     )
-    runner = runners.make_runner(settings.parallel, fsdp=settings.fsdp, num_devices=settings.num_devices)
+    runner = runners.make_runner(devices.parallel, fsdp=devices.fsdp, num_devices=devices.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
-    settings = dataclasses.replace(settings, output_dir=settings.output_dir or default_folder)
+    settings = settings.replace(output_dir=settings.folder.output_dir or default_folder)
     settings = settings.with_layers(*runners.default_form(runner.platform))
-    folder = pathlib.Path(str(settings.output_dir))
+    folder = pathlib.Path(str(settings.folder.output_dir))
     lock = FolderLock(folder)
-    resuming = settings.resume and (folder / "config.json").exists()
+    resuming = settings.folder.resume and (folder / "config.json").exists()
     finished = run_folder.read_results(folder) if resuming else None
     with contextlib.ExitStack() as failing:
         failing.callback(lock.release)
         if finished is None and os.path.lexists(lock.path) and jax.process_count() == 1:
             lock.take()  # now already, as nothing need be made for it
         if resuming:
-            settings = settings.resuming(read_config(str(folder / "config.json"), type(settings)))
+            settings = resuming_settings(settings, read_config(str(folder / "config.json"), type(settings)))
             if finished is None:
                 run_folder.check_links(folder)
         else:
-            run_folder.check_free(folder, settings.overwrite)
-            if settings.overwrite:
+            run_folder.check_free(folder, settings.folder.overwrite)
+            if settings.folder.overwrite:
                 replacing.check_inputs(folder, settings)
         if finished is None:
-            settings = settings.with_batch_size(runner.num_devices)
-            if settings.report_to == "tensorboard":
+            settings = settings.over(runner.num_devices)
+            if settings.loop.report_to == "tensorboard":
                 check_tensorboard()
         failing.pop_all()
     return Start(settings, runner, folder, console, resuming, finished, lock)

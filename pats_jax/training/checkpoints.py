@@ -41,10 +41,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import pats_jax
-from pats_jax import files, random
+from pats_jax import random
+from pats_jax.core import files
+from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError, shown
 from pats_jax.train_state import TrainState, parameter_name
-from pats_jax.training.checkpoint_layers import OtherLayout, layers_of
+from pats_jax.training.checkpoint_layers import Arrays, OtherLayout, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +417,7 @@ def _digest_of_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(value: dict[str, Any]) -> str:
+def _digest(value: JsonObject) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -482,7 +484,7 @@ _SYSTEM_WORDS = [
 ]
 
 
-def _take_apart(state: TrainState) -> tuple[dict[str, Any], dict[str, str]]:
+def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
     """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
 
     The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
@@ -502,7 +504,7 @@ def _take_apart(state: TrainState) -> tuple[dict[str, Any], dict[str, str]]:
     return arrays, kinds
 
 
-def _put_together(state: TrainState, arrays: dict[str, Any]) -> TrainState:
+def _put_together(state: TrainState, arrays: Arrays) -> TrainState:
     """Puts the arrays of `_take_apart` into a state of the same structure."""
     leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
 

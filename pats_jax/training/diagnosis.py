@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pats_jax.core.files import JsonObject
 from pats_jax.data.readers import Split
 from pats_jax.data.tasks import Task
 from pats_jax.reporting import plots
@@ -138,7 +139,7 @@ class Classification:
         """The rows by confidence."""
         return confidence_bins(self.probabilities, self.labels)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As `records.ClassificationDiagnosis`."""
         from sklearn.metrics import f1_score
 
@@ -234,7 +235,7 @@ class Regression:
         """Given minus true score, float64 (rows,)."""
         return self.answers.astype(np.float64) - self.labels
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As `records.RegressionDiagnosis`."""
         from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 

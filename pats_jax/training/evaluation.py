@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pats_jax import models
+from pats_jax.core.files import JsonObject, make_folder, write_text
 from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
-from pats_jax.files import make_folder, write_text
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
 from pats_jax.training import metrics
@@ -97,7 +97,7 @@ class Predictor:
         answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
         return self._scores(lambda name: np.full(len(self.splits[name]), answer))
 
-    def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, JsonObject]:
         """Accuracy and number of rows on other inference sets, by name; see `fold` for sets with two classes."""
         scores = {}
         for name in names:

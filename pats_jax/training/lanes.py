@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax import methods, objectives, random, train_state, transforms, trees
+from pats_jax.core.settings import Flat
 from pats_jax.data import batches
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
+from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.models.layout import layer_axis
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.training.settings import LoopSettings
 
 # The settings that are arrays in the step: each lane may have its own.
 LANE_NUMBERS = (
@@ -38,6 +40,28 @@ LANE_NUMBERS = (
 _OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
 
 Arrays = dict[str, Any]
+
+
+class LaneSettings(Protocol):
+    """The settings of a lane's run; a program's own have them, among others."""
+
+    @property
+    def seed(self) -> Any: ...
+
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+
+    @property
+    def methods(self) -> Sequence[Method]: ...
+
+    @property
+    def loop(self) -> LoopSettings: ...
+
+    def flat(self) -> Flat:
+        """Every setting by its flag."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with others, by their flags."""
 
 
 class LaneState(NamedTuple):
@@ -69,7 +93,7 @@ def lane_of(tree: Any, lane: int) -> Any:
     return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
 
 
-def lane_arrays(runs: Sequence[TrainingSettings]) -> Arrays:
+def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
     """What the lanes differ in, as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
 
     Args:
@@ -78,22 +102,23 @@ def lane_arrays(runs: Sequence[TrainingSettings]) -> Arrays:
     Raises:
       InputError: naming a setting that differs and must not.
     """
-    first = runs[0]
-    for run in runs[1:]:
+    flat = [run.flat() for run in runs]
+    for other in flat[1:]:
         differing = [
-            field.name
-            for field in dataclasses.fields(first)
-            if field.name not in _OF_A_LANE and getattr(run, field.name) != getattr(first, field.name)
+            name
+            for name in dict.fromkeys([*flat[0], *other])
+            if name not in _OF_A_LANE and other.get(name) != flat[0].get(name)
         ]
         if differing:
             raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
     names = list(transforms.RESPONSES)
     words = np.stack(jax.device_get([jax.random.key_data(random.fast_key(run.seed)) for run in runs]))
-    numbers = {name: np.array([getattr(run, name) for run in runs], np.float32) for name in LANE_NUMBERS}
-    return numbers | {"response": np.array([names.index(run.response) for run in runs], np.int32), "words": words}
+    numbers = {name: np.array([own[name] for own in flat], np.float32) for name in LANE_NUMBERS if name in flat[0]}
+    responses = [names.index(own.get("response", names[0])) for own in flat]
+    return numbers | {"response": np.array(responses, np.int32), "words": words}
 
 
-def rate_table(settings: TrainingSettings, total_steps: int, capacity: int | None = None) -> np.ndarray:
+def rate_table(settings: OptimizerSettings, total_steps: int, capacity: int | None = None) -> np.ndarray:
     """The schedule of a run with peak 1: the factor of the learning rate by step, float32 (capacity,), 0 after the end.
 
     As a table it is data, so trainings of different lengths can share a program.
@@ -122,7 +147,7 @@ class LaneProgram:
     """
 
     apply_fn: Callable
-    settings: TrainingSettings
+    settings: LaneSettings
     total_steps: int
     responses: tuple[str, ...] = ("linear",)
     regression: bool = False
@@ -170,12 +195,13 @@ class LaneProgram:
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trained and frozen parameters; the latter is None if all are trained."""
-        trainable = methods.trainable_mask(self.settings, params)
+        trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
 
     def _init(self, params, own, lane, rates):
+        settings = self._settings(lane)
         params = unflatten_dict(flatten_dict(params) | flatten_dict(own))
-        params, _ = self.split(methods.starting_params(self._settings(lane), params))
+        params, _ = self.split(methods.starting_params(settings.methods, params, settings.seed))
         params = jax.tree.map(jnp.asarray, params)
         zero = jnp.zeros([], jnp.int32)
         return LaneState(zero, zero, params, self._optimizer(lane, rates, params).init(params))
@@ -183,10 +209,10 @@ class LaneProgram:
     def _step(self, state, lane, frozen, rates, batch):
         settings = self._settings(lane)
         # Weights that are not numbers make a loss that is none: the step is skipped.
-        frozen_lane = state.skipped > settings.max_nonfinite_steps
+        frozen_lane = state.skipped > settings.loop.max_nonfinite_steps
         batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
         loss_fn = objectives.with_objectives(
-            self.apply_fn, *methods.chosen_objectives(settings), regression=self.regression
+            self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
         )
         alone = train_state.TrainState(
             step=state.step,
@@ -203,17 +229,19 @@ class LaneProgram:
 
     def _settings(self, lane):
         """The settings of one lane: traced numbers, and a key for the seed."""
-        own: dict[str, Any] = {name: lane[name] for name in LANE_NUMBERS}
+        own: Flat = {name: lane[name] for name in LANE_NUMBERS if name in lane}
         own["seed"] = random.key_from_data(lane["words"], random.NAME)
-        return dataclasses.replace(self.settings, **own)
+        return self.settings.replace(**own)
 
     def _optimizer(self, lane, rates, params):
         settings = self._settings(lane)
         return methods.make_optimizer(
-            settings,
+            settings.optimizer,
+            settings.methods,
             self.total_steps,
             params,
-            schedule=lambda count: settings.learning_rate * rates[count],
+            seed=settings.seed,
+            schedule=lambda count: settings.optimizer.learning_rate * rates[count],
             response=functools.partial(self._respond, lane["response"]),
         )
 
@@ -396,7 +424,7 @@ def fit(
         evaluate()
     fetched = jax.device_get(pending)
     stacked = {name: np.stack([step[name] for step in fetched]) for name in fetched[0]}
-    diverged = np.asarray(state.skipped) > compiled.program.settings.max_nonfinite_steps
+    diverged = np.asarray(state.skipped) > compiled.program.settings.loop.max_nonfinite_steps
     return TrainedLanes(state, stacked, logits, diverged)
 
 

@@ -157,62 +157,86 @@ def fit(
       InputError: if more steps than allowed were not finite.
       Preempted: if the run was asked to end; it has been saved then.
     """
-    progress = Progress() if progress is None else progress
-    clock = _Clock()
-    fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
-    pending: list[dict[str, Any]] = []  # ... and those that may still be on the device
-    saved_at = progress.step
-
-    def save():
-        nonlocal saved_at
-        _fetch(fetched, pending)
-        progress.pending = list(fetched)
-        hooks.save(state, progress)
-        saved_at = progress.step
-
-    def log():
-        _fetch(fetched, pending)
-        record = _summarise(fetched, progress)
-        if progress.skipped_steps > rhythm.max_nonfinite_steps:
-            raise InputError(_divergence(progress, state))
-        record |= hooks.describe(progress, state) | {"timing": clock.lap()}
-        progress.records.append(record)
-        progress.pending = []
-        fetched.clear()
-        hooks.on_record(record)
-
+    loop = _Loop(state, rhythm, hooks, Progress() if progress is None else progress)
     while True:
         try:
-            due = hooks.evaluates and progress.step and rhythm.evaluates_at(progress.step)
-            if due and not _was_evaluated(progress):
-                _fetch(fetched, pending)  # so that the pause is that of the evaluation alone
-                with clock.paused():
-                    scores = hooks.evaluate(state)
-                progress.records.append({"step": progress.step, "eval": scores})
-                hooks.on_record(progress.records[-1])
-            ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, hooks.metric)
-            if ended and (fetched or pending):
-                log()
-            if progress.step > saved_at and _is_to_be_saved(progress, rhythm, hooks.metric, ended):
-                save()
-            if ended:
-                return state, progress
-            if preemption is not None and preemption.arrived(progress.step):
+            loop.evaluate()
+            if loop.has_ended():
+                return loop.state, loop.progress
+            if preemption is not None and preemption.arrived(loop.progress.step):
                 raise Preempted("asked to stop", preemption.signal_number or 0)
         except Preempted:
-            if progress.step > saved_at:
-                save()
+            loop.save()
             raise
-        with clock.waiting_for_data():
+        loop.step(train_step, batches)
+
+
+class _Loop:
+    """The state of `fit` between two steps."""
+
+    def __init__(self, state, rhythm, hooks, progress):
+        self.state, self.progress = state, progress
+        self._rhythm, self._hooks, self._clock = rhythm, hooks, _Clock()
+        self._fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
+        self._pending: list[Record] = []  # ... and those that may still be on the device
+        self._saved_at = progress.step
+
+    def step(self, train_step, batches):
+        """Makes a step, and logs if a line is due."""
+        with self._clock.waiting_for_data():
             batch, counts = next(batches)
-        hooks.before_step(progress.step + 1, state)
-        state, metrics = train_step(state, batch)
-        progress.step += 1
-        pending.append({**metrics, **counts})
-        clock.count(counts)
-        hooks.on_step(progress.step, state)
-        if rhythm.logs_at(progress.step):
-            log()
+        self._hooks.before_step(self.progress.step + 1, self.state)
+        self.state, metrics = train_step(self.state, batch)
+        self.progress.step += 1
+        self._pending.append({**metrics, **counts})
+        self._clock.count(counts)
+        self._hooks.on_step(self.progress.step, self.state)
+        if self._rhythm.logs_at(self.progress.step):
+            self._log()
+
+    def evaluate(self):
+        """Evaluates after the last step, if that is due and not done."""
+        step, progress = self.progress.step, self.progress
+        if not (self._hooks.evaluates and step and self._rhythm.evaluates_at(step)) or _was_evaluated(progress):
+            return
+        self._fetch()  # so that the pause is that of the evaluation alone
+        with self._clock.paused():
+            scores = self._hooks.evaluate(self.state)
+        progress.records.append({"step": step, "eval": scores})
+        self._hooks.on_record(progress.records[-1])
+
+    def has_ended(self):
+        """Whether the last step was the last one; logs what is left then, and saves if that is due."""
+        progress, rhythm, metric = self.progress, self._rhythm, self._hooks.metric
+        ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, metric)
+        if ended and (self._fetched or self._pending):
+            self._log()
+        if _is_to_be_saved(progress, rhythm, metric, ended):
+            self.save()
+        return ended
+
+    def save(self):
+        """Saves a checkpoint of the last step, unless there is one."""
+        if self.progress.step > self._saved_at:
+            self._fetch()
+            self.progress.pending = list(self._fetched)
+            self._hooks.save(self.state, self.progress)
+            self._saved_at = self.progress.step
+
+    def _log(self):
+        progress = self.progress
+        self._fetch()
+        record = _summarise(self._fetched, progress)
+        if progress.skipped_steps > self._rhythm.max_nonfinite_steps:
+            raise InputError(_divergence(progress, self.state))
+        record |= self._hooks.describe(progress, self.state) | {"timing": self._clock.lap()}
+        progress.records.append(record)
+        progress.pending = []
+        self._fetched.clear()
+        self._hooks.on_record(record)
+
+    def _fetch(self):
+        _fetch(self._fetched, self._pending)
 
 
 def predict_logits(

@@ -13,9 +13,10 @@ from pats_jax.comparison import compare, seed_statistics
 from pats_jax.errors import InputError
 from pats_jax.priming import downstream, gym_report, relative_gain
 from pats_jax.priming.gym_settings import GymSettings
-from pats_jax.priming.upstream import PrimingSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import submission
-from pats_jax.run.settings import Settings, read_config
+from pats_jax.run.flags import read_config
+from pats_jax.run.settings import Settings
 
 from .inputs import REFUSED, Expected, Input, Reader, must
 from .mutate import damage_bytes, damage_one

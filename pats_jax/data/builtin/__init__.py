@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pats_jax.core.files import make_folder, write_text
 from pats_jax.data.builtin import (
     acceptability,
     answers,
@@ -28,7 +29,6 @@ from pats_jax.data.builtin.draw import Draw, Example
 from pats_jax.data.builtin.files import file_text
 from pats_jax.data.tasks import TASKS, get_task
 from pats_jax.errors import InputError
-from pats_jax.files import make_folder, write_text
 from pats_jax.models.whole_folder import new_folder
 
 TRAIN_ROWS = 2000

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pats_jax.core.files import make_folder, write_text
 from pats_jax.data.builtin_gym import SHOTS, generate_gym
 from pats_jax.data.few_shot import Row
 from pats_jax.errors import InputError
-from pats_jax.files import make_folder, write_text
 from pats_jax.models.whole_folder import new_folder
 
 README = """\

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pats_jax.core.files import checked_name, parse_json
 from pats_jax.data.few_shot import FewShotTask
 from pats_jax.data.gym import SHOTS, load_gym, task_names
 from pats_jax.data.tables import JsonObject, listed, read_text
 from pats_jax.errors import InputError, shown
-from pats_jax.files import checked_name, parse_json
 
 LISTS = ("train", "dev", "test")
 FOLDER = Path(__file__).parent

@@ -20,14 +20,16 @@ References:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import ResidualOutput
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, check, is_whole, own_variable
+from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, own_variable
 from pats_jax.models.peft.saved import CommonFields, FieldRules, SavedModules
 
 _BLOCKS = {"houlsby": (("attention", "output"), ("output",)), "pfeiffer": (("output",),)}
@@ -54,18 +56,16 @@ class AdapterConfig(PeftConfig):
         place: Where to insert them: after both sublayers, or only the second.
     """
 
-    size: int = 64
-    place: Literal["houlsby", "pfeiffer"] = "houlsby"
+    size: int = setting(64, "adapters: bottleneck size", at_least(1, 65_536), flag="adapter_size")
+    place: Literal["houlsby", "pfeiffer"] = setting(
+        "houlsby", "adapters: after both sublayers, or only the second", flag="adapter_place"
+    )
 
     kind: ClassVar[str] = "adapters"
     summary: ClassVar[str] = "two small linear layers inside every encoder layer"
     source: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
     peft_type: ClassVar[str] = "PATS_JAX_ADAPTERS"
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields)
-
-    def __post_init__(self):
-        check("adapter_size", self.size, is_whole(self.size, 1), "a positive whole number")
-        check("adapter_place", self.place, self.place in _BLOCKS, f"one of {', '.join(_BLOCKS)}")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         tree = {}
@@ -100,7 +100,7 @@ class AdapterConfig(PeftConfig):
         inner = _ACTIVATIONS[self.place](h @ down["kernel"] + down["bias"])
         return inner @ up["kernel"] + up["bias"]
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {"size": self.size, "place": self.place}
 
     @classmethod

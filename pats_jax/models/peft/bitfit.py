@@ -13,12 +13,13 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
 from pats_jax.models.bert import LayerNorm
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with, own_variable
@@ -53,7 +54,7 @@ class BitFitConfig(PeftConfig):
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
         return base | {(*path, "bias"): base[*path, "bias"] - d["bias",] for path, d in _added(tree)}
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {}
 
     @classmethod

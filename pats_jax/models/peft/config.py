@@ -15,10 +15,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import check_fields, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.convert import ParameterPath
+from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import FieldRules, SavedModules
 
@@ -46,7 +48,7 @@ class PeftConfig(abc.ABC):
         saved_fields: How it treats the fields of ``adapter_config.json``.
     """
 
-    train_pooler: bool = False
+    train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
 
     kind: ClassVar[str]
     summary: ClassVar[str]
@@ -55,6 +57,9 @@ class PeftConfig(abc.ABC):
     merges: ClassVar[bool] = False
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
+
+    def __post_init__(self):
+        check_fields(self, prefix="")
 
     @property
     def virtual_tokens(self) -> int:
@@ -77,7 +82,7 @@ class PeftConfig(abc.ABC):
     def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
         """What changes the forward pass (see `flax.linen.intercept_methods`); each module's share is `own_variable`."""
 
-    def variables(self, tree: dict[str, Any], config: EncoderConfig, stacked: bool) -> dict[str, Any]:
+    def variables(self, tree: Parameters, config: EncoderConfig, stacked: bool) -> Parameters:
         """The small tree as a collection of variables, whose paths are those of the modules that it changes."""
         return tree
 
@@ -90,7 +95,7 @@ class PeftConfig(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         """Its own fields of ``adapter_config.json``."""
 
     @classmethod
@@ -121,12 +126,6 @@ def own_variable(module: nn.Module, name: str) -> Any:
     return module.get_variable(COLLECTION, name)
 
 
-def check(what: str, value: Any, holds: bool, expected: str) -> None:
-    """Raises InputError unless ``holds``."""
-    if not holds:
-        raise InputError(f"{what} {shown(value)}: must be {expected}")
-
-
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
     """The paths of the linear layers whose names, joined by dots, match a regex.
 
@@ -144,11 +143,6 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
     return found
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether a setting is a whole number of at least so much; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def exactly(names: Iterable[str]) -> str:

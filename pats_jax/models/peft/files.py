@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from pats_jax.core.files import JsonObject, write_json
 from pats_jax.errors import InputError, shown
-from pats_jax.files import write_json
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
@@ -194,7 +194,7 @@ def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
 
 
 def _read_settings(
-    folder: Path, values: dict[str, Any], kind: type[PeftConfig], model: SequenceClassifier, params: Parameters
+    folder: Path, values: JsonObject, kind: type[PeftConfig], model: SequenceClassifier, params: Parameters
 ) -> tuple[PeftConfig, dict[convert.ParameterPath, str]]:
     """The settings of saved modules, and the names of the tensors that hold head and pooler; reads no tensor."""
     source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, folder)

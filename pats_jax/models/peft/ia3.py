@@ -15,13 +15,15 @@ References:
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import setting
 from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
@@ -49,8 +51,12 @@ class Ia3Config(PeftConfig):
         input_layers: Those whose inputs are; a layer that both match is rescaled at its input.
     """
 
-    output_layers: str = r"\.self\.(key|value)$"
-    input_layers: str = r"\.\d+\.output\.dense$"
+    output_layers: str = setting(
+        r"\.self\.(key|value)$", "IA3: regex of linear layers whose outputs are rescaled", flag="ia3_output_layers"
+    )
+    input_layers: str = setting(
+        r"\.\d+\.output\.dense$", "IA3: regex of linear layers whose inputs are rescaled", flag="ia3_input_layers"
+    )
 
     kind: ClassVar[str] = "ia3"
     summary: ClassVar[str] = "trained scales for keys, values and wide feed-forward units"
@@ -90,7 +96,7 @@ class Ia3Config(PeftConfig):
             raise ValueError(f"{'.'.join(zeros[0])} contains a zero: the original weights cannot be recovered")
         return base | _rescaled(base, tree, operator.truediv)
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {
             "fan_in_fan_out": False,
             "target_modules": sorted(".".join(path[:-1]) for path in tree),

@@ -12,21 +12,21 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import POSITIVE, PROBABILITY, at_least, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import (
     FlatTree,
     Interceptor,
     PeftConfig,
-    check,
     exactly,
-    is_whole,
     linear_layers,
     nodes_with,
     own_variable,
@@ -83,10 +83,12 @@ class LoraConfig(PeftConfig):
             ``bert.encoder.layer.0.attention.self.query``.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    layers: str = r"\.(query|value)$"
+    rank: int = setting(8, "LoRA: rank of the update", at_least(1, 65_536), flag="lora_rank")
+    alpha: float = setting(16.0, "LoRA: the update is scaled by alpha / rank", POSITIVE, flag="lora_alpha")
+    dropout: float = setting(
+        0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
+    )
+    layers: str = setting(r"\.(query|value)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers")
 
     kind: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a low-rank branch parallel to linear layers"
@@ -94,11 +96,6 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
-
-    def __post_init__(self):
-        check("lora_rank", self.rank, is_whole(self.rank, 1), "a positive whole number")
-        check("lora_alpha", self.alpha, 0 < self.alpha < float("inf"), "a positive number")
-        check("lora_dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         tree = {}
@@ -141,7 +138,7 @@ class LoraConfig(PeftConfig):
             changed[*path, "kernel"] = base[*path, "kernel"] + scale * product
         return base | changed
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return _PLAIN | {
             "r": self.rank,
             "lora_alpha": self.alpha,

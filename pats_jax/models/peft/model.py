@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pats_jax import trees
 from pats_jax.errors import InputError
 from pats_jax.models.bert import STACKED, SequenceClassifier
+from pats_jax.models.convert import Parameters
 from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.peft.adapters import AdapterConfig
 from pats_jax.models.peft.bitfit import BitFitConfig
@@ -19,7 +20,6 @@ from pats_jax.models.peft.lora import LoraConfig
 from pats_jax.models.peft.prefix import PrefixConfig
 from pats_jax.models.peft.prompt import PromptConfig
 
-Parameters = dict[str, Any]
 _ADVICE = "load the model with separate layers (--layers separate)"
 
 KINDS: dict[str, type[PeftConfig]] = {

@@ -15,14 +15,17 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import Embeddings, Encoder
 from pats_jax.models.config import EncoderConfig
+from pats_jax.models.convert import Parameters
 from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
 from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 
@@ -34,6 +37,13 @@ _PREFIX = "prefix"
 class PrefixConfig(VirtualTokensConfig):
     """The prefix's settings: its length."""
 
+    length: int = setting(
+        20,
+        "prefix tuning: number of virtual tokens; each takes one position from the text",
+        at_least(1, 8192),
+        flag="prefix_length",
+    )
+
     kind: ClassVar[str] = "prefix"
     summary: ClassVar[str] = "trained keys and values before the text's own, in every layer"
     source: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
@@ -43,7 +53,7 @@ class PrefixConfig(VirtualTokensConfig):
         shape = (self.length, config.num_hidden_layers * 2 * config.hidden_size)
         return {EMBEDDINGS: config.initializer_range * jax.random.normal(key, shape)}
 
-    def variables(self, tree: dict[str, Any], config: EncoderConfig, stacked: bool) -> dict[str, Any]:
+    def variables(self, tree: Parameters, config: EncoderConfig, stacked: bool) -> Parameters:
         matrix = tree[EMBEDDINGS[0]].reshape(self.length, config.num_hidden_layers, len(_PARTS), config.hidden_size)
 
         def of_layer(vectors):  # (..., length, parts, hidden)
@@ -83,6 +93,6 @@ class PrefixConfig(VirtualTokensConfig):
         layers = {"num_layers": model.num_hidden_layers, "num_attention_heads": model.num_attention_heads}
         return super().sizes(model) | layers
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         plain = {"encoder_hidden_size": config.hidden_size, "prefix_projection": False}
         return super().to_dict(tree, config) | plain

@@ -13,11 +13,13 @@ References:
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import at_least, setting
 from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
@@ -27,6 +29,13 @@ from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig(VirtualTokensConfig):
     """The prompt's settings: its length."""
+
+    length: int = setting(
+        20,
+        "prompt tuning: number of virtual tokens; each takes one position from the text",
+        at_least(1, 8192),
+        flag="prompt_length",
+    )
 
     kind: ClassVar[str] = "prompt"
     summary: ClassVar[str] = "trained word embeddings before the text's own"
@@ -60,5 +69,5 @@ class PromptConfig(VirtualTokensConfig):
 
         return prepend
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return super().to_dict(tree, config) | {"prompt_tuning_init": "SAMPLE_VOCAB"}

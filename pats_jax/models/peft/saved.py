@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from typing_extensions import TypedDict
 
+from pats_jax.core.files import JsonObject, parse_json, parse_record, read_bytes
 from pats_jax.errors import InputError, shown
-from pats_jax.files import parse_json, parse_record, read_bytes
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.patterns import compile_pattern
 
@@ -68,7 +68,7 @@ class SavedModules(NamedTuple):
         folder: The folder, for error messages.
     """
 
-    fields: dict[str, Any]
+    fields: JsonObject
     shapes: dict[str, tuple[int, ...]]
     layers: list[str]
     model: EncoderConfig
@@ -161,7 +161,7 @@ def _layer_number(layer: str, patterns: list[str], source: str) -> int | None:
     return None
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> JsonObject:
     """The fields of ``adapter_config.json``, those of `CommonFields` of their types; see `check_fields` for the rest.
 
     Raises:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
-from pats_jax.models.peft.config import FlatTree, PeftConfig, check, is_whole
+from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.saved import TASK, CommonFields, FieldRules, SavedModules
 
 EMBEDDINGS = ("prompt_embeddings",)  # PEFT's name for it, and ours
@@ -39,14 +40,10 @@ class VirtualTokensConfig(PeftConfig):
         length: Number of virtual tokens; each takes one position from the text.
     """
 
-    length: int = 20
+    length: int
 
     prefix: ClassVar[str] = "base_model."
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT)
-
-    def __post_init__(self):
-        what = f"{self.kind}_length"
-        check(what, self.length, is_whole(self.length, 1), "a positive whole number")
 
     @property
     def virtual_tokens(self) -> int:
@@ -57,7 +54,7 @@ class VirtualTokensConfig(PeftConfig):
         """The fields that a saved file must have as the model has them."""
         return {"token_dim": model.hidden_size, "num_transformer_submodules": 1}
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> dict[str, Any]:
+    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
         return {
             "num_virtual_tokens": self.length,
             "token_dim": config.hidden_size,

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pats_jax.errors import InputError, shown
 
 Record = TypeVar("Record")
+JsonObject = dict[str, Any]  # what a JSON file holds; a record (`read_record`) says more where programs read it
 
 _NEW = ".new"  # the ending of a file that is being written
 

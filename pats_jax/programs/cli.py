@@ -118,8 +118,7 @@ def _refusal(error):
 
 def glue(args: list[str]) -> None:
     """Fine-tune, evaluate and predict on a GLUE task or on your own files."""
-    settings = _module("run.settings")
-    parsed = settings.parse(args, "pats-jax glue", settings.Settings)
+    parsed = _module("run.flags").parse(args, "pats-jax glue", _module("run.settings").Settings)
     _module("glue").run(parsed, _stdout())
 
 
@@ -130,15 +129,15 @@ def compare(args: list[str]) -> None:
 
 def prime(args: list[str]) -> None:
     """Prime a model or its adapters on the upstream tasks of a few-shot gym."""
-    program = _module("priming.upstream")
-    parsed = _module("run.settings").parse(args, "pats-jax prime", program.PrimingSettings)
-    program.run(parsed, _stdout())
+    kind = _module("priming.upstream_settings").PrimingSettings
+    parsed = _module("run.flags").parse(args, "pats-jax prime", kind)
+    _module("priming.upstream").run(parsed, _stdout())
 
 
 def gym(args: list[str]) -> None:
     """Tune on the target tasks of a few-shot gym, and report what priming gains."""
     kind = _module("priming.gym_settings").GymSettings
-    parsed = _module("run.settings").parse(args, "pats-jax gym", kind)
+    parsed = _module("run.flags").parse(args, "pats-jax gym", kind)
     _module("priming.downstream").run(parsed, args, _stdout())
 
 
@@ -217,7 +216,7 @@ def _stdout():
 
 def _call(function, args, prog, paths, description, **options):
     """Calls a function with the values of its flags; paths: argument -> its name in error messages."""
-    path_of_flag = _module("run.settings").path_of_flag
+    path_of_flag = _module("run.flags").path_of_flag
     flags = console.parse_flags(function, args=args, prog=prog, description=description, **options)
     given = inspect.signature(function).bind(*flags.args, **flags.keywords)
     for argument, name in paths.items():

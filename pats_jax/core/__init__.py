@@ -1,0 +1,1 @@
+"""What every room stands on: files in and out, and settings with their ranges."""

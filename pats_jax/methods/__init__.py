@@ -1,0 +1,9 @@
+"""METHODS: what each method adds to plain fine-tuning, one file each, and the optimizer that they meet in.
+
+A new method is a new file with a `Method` and its place in `table.BUILTIN`. The stub file beside this one lists the
+names; each is imported on first use, so that flags are read, and ``--help`` answers, without JAX.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

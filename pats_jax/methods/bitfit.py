@@ -1,0 +1,23 @@
+"""BitFit: only biases and the head."""
+
+import dataclasses
+from typing import ClassVar
+
+from pats_jax.methods.method import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFit(Method):
+    """Freezes all other parameters."""
+
+    name: ClassVar = "bitfit"
+    kind: ClassVar = "subnetwork"
+    summary: ClassVar = "trains only the biases and the head; use a learning rate near 1e-3"
+    source: ClassVar = "https://arxiv.org/abs/2106.10199"
+    layers: ClassVar = r"bias$|^classifier\."
+    state_bytes: ClassVar = "-8 for all others"
+    passes: ClassVar = "no gradients of weights"
+    trainable: ClassVar = r"bias$|^classifier\."
+
+    def why_not_with(self, peft):
+        return "both select the parameters to train"

