@@ -9,7 +9,8 @@ import pytest
 import rich.console
 
 from pats_jax.reporting import progress
-from pats_jax.reporting.progress import StepProgress, about, duration
+from pats_jax.reporting.progress import CountProgress, StepProgress, about, duration
+from pats_jax.run import workers
 from pats_jax.training import shape_costs
 
 
@@ -69,3 +70,33 @@ def test_compilation_is_estimated_by_platform_and_tensors():
     params = {str(n): jax.ShapeDtypeStruct((2,), np.float32) for n in range(100)}
     assert shape_costs.compile_seconds(params, "cpu") == pytest.approx(4 + 6)
     assert shape_costs.compile_seconds(params, "cuda") == pytest.approx(14 + 35)
+
+
+def test_of_runs_it_says_how_many_what_runs_and_the_time_left():
+    now = [0.0]
+    console = rich.console.Console(file=io.StringIO())
+    with CountProgress(console, 5, "runs", clock=lambda: now[0]) as showing:
+        showing.show("sst2/pats/seed1")
+        assert showing.line() == "0 of 5 runs; now sst2/pats/seed1" and console.file.getvalue() == ""
+        now[0] = 40.0
+        showing.show("sst2/pats/seed1 step 3 of 9 (33%)")
+        now[0] = 100.0
+        showing.show(ended=2)
+    assert console.file.getvalue().splitlines() == [
+        "0 of 5 runs; now sst2/pats/seed1 step 3 of 9 (33%)",
+        "2 of 5 runs, 2 min 30 s left",
+    ]
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    with CountProgress(terminal, 5, "runs") as showing:
+        showing.show("[bold] of mine", 2)
+    assert "2/5" in terminal.file.getvalue() and "[bold] of mine" in terminal.file.getvalue()
+
+
+def test_the_step_of_a_child_is_that_of_the_last_line_in_its_log(tmp_path):
+    log = tmp_path / "seed1.log"
+    job = workers.Job("sst2/pats/seed1", (), str(log))
+    assert workers.how_far(job) == "sst2/pats/seed1"
+    log.write_text("pats-jax: 32 rows per step\nstep 2 of 90 (2%), compiling (about 10 s)\n" + "x" * 5000)
+    assert workers.how_far(job) == "sst2/pats/seed1"
+    log.write_text(log.read_text() + "\nstep 40 of 90 (44%), loss 0.4, 3 s left\nsomething else\n")
+    assert workers.how_far(job) == "sst2/pats/seed1 step 40 of 90 (44%)"

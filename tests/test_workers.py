@@ -94,6 +94,7 @@ home, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 until = time.monotonic() + 30
 while len(list(home.glob("*.here"))) < 2 and time.monotonic() < until:
     time.sleep(0.01)
+time.sleep(0.5)  # so that it is seen
 (home / f"{name}.result").touch()
 sys.exit(time.monotonic() > until)
 """

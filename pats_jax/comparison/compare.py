@@ -10,11 +10,10 @@ import logging
 import os
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import rich.console
-import rich.progress
 
 from pats_jax.comparison import comparison_page, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
@@ -24,6 +23,7 @@ from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
 from pats_jax.reporting.console import say
+from pats_jax.reporting.progress import CountProgress
 from pats_jax.reporting.report_page import aligned
 from pats_jax.run import flags, run_folder, workers
 from pats_jax.run.flags import read_config
@@ -302,7 +302,11 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     failures: dict[Run, str] = {}
     if len(run_of) < len(runs):
         say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
-    with workers.note_signals() as asked, progress(console, len(run_of)) as show:
+    with workers.note_signals() as asked, CountProgress(console, len(run_of), "runs") as progress:
+
+        def show(jobs: Sequence[Job]) -> None:
+            progress.show(", ".join(map(workers.how_far, jobs)))
+
         with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
             for job, ended in all_ended:
                 run = run_of[job]
@@ -310,7 +314,7 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
                 if why:
                     failures[run] = why
                 say(console, f"{outcome(run, root)} ({ended.seconds:.0f} s)")
-                show((), 1)
+                progress.show(ended=1)
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
@@ -346,25 +350,3 @@ def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> str | None:
     """Why a run failed; None if it succeeded."""
     why = workers.reason(job, ended)
     return why if why or is_finished(run, root) else workers.last_line(log_file(root, run))
-
-
-@contextlib.contextmanager
-def progress(console: rich.console.Console, total: int) -> Iterator[Callable[..., None]]:
-    """Shows a progress bar with the time left, on a terminal; yields ``show(running jobs, number just ended=0)``.
-
-    The time left is known once a run has ended.
-    """
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[status]}", markup=False),
-    )
-    whole_grid = 1e9  # seconds: the speed is that of all runs, not of the last half minute
-    with rich.progress.Progress(
-        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=whole_grid
-    ) as bar:
-        number = bar.add_task("runs", total=total, status="")
-        bar.advance(number, 0)  # the speed counts from here
-        yield lambda jobs, ended=0: bar.update(number, advance=ended, status=", ".join(job.name for job in jobs))

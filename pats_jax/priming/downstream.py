@@ -31,6 +31,7 @@ from pats_jax.priming.few_shot_tuning import Start, Tuner
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
+from pats_jax.reporting.progress import CountProgress
 from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, workers, xla_flags
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
@@ -267,8 +268,19 @@ def tune_in_processes(
     jobs = jobs_of(settings, args, tunings)
     for job in jobs:
         pathlib.Path(job.log).unlink(missing_ok=True)
-    with workers.connect(settings.workers, lock) as fleet, workers.note_signals() as asked:
-        with contextlib.closing(workers.run_jobs(jobs, fleet, folder, asked)) as all_ended:
+    made = 0
+
+    def show(running: Sequence[Job] = ()) -> None:
+        nonlocal made
+        before, made = made, sum(tuning.path.exists() for tuning in tunings)
+        progress.show(", ".join(job.name for job in running), made - before)
+
+    with (
+        workers.connect(settings.workers, lock) as fleet,
+        workers.note_signals() as asked,
+        CountProgress(console, len(tunings), "tunings") as progress,
+    ):
+        with contextlib.closing(workers.run_jobs(jobs, fleet, folder, asked, show)) as all_ended:
             for number, (job, ended) in enumerate(all_ended, 1):
                 why = workers.reason(job, ended)
                 if why:
@@ -312,17 +324,19 @@ def tune_all(settings: GymSettings, tunings: Sequence[Tuning], console: rich.con
     compilation_cache.keep_compiled_programs(settings.compiler.compilation_cache_dir)
     missing = [tuning for tuning in tunings if not tuning.path.exists()]
     try:
-        with preemption.watch() as asked:
+        with preemption.watch() as asked, CountProgress(console, len(missing), "tunings") as progress:
             for start, group in itertools.groupby(missing, lambda tuning: tuning.start):
                 tuner = Tuner(settings, start, tokenizer)
                 for tuning in group:
                     asked.check()
+                    progress.show(tuning.name)
                     record = tuner.tune(tuning.task, tuning.sample, asked)
                     files.make_folder(tuning.path.parent)
                     files.write_text(tuning.path, json.dumps(record) + "\n")
                     text = f"{start.name} {tuning.path.stem}: dev {record['dev']:.3f} test {record['test']:.3f}"
                     lost = "".join(f", no finite loss at {rate}" for rate in record["diverged"])
                     say(console, f"{text} ({record['seconds']:.0f} s){lost}")
+                    progress.show(ended=1)
     except Preempted as error:
         raise Preempted("interrupted; repeat the command to resume", error.signal_number) from None
 

@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from pats_jax.reporting.console import say
+from pats_jax.reporting.console import say, visible
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -92,6 +92,78 @@ class StepProgress:
     def _write_lines(self):
         while not self._ended.wait(self._wait):
             say(self._console, self.line())
+
+
+class CountProgress:
+    """Shows how many of some runs have ended, the time left, and what runs now; a context manager.
+
+    On a terminal it is a bar, elsewhere a line every half minute; nothing on a quiet console. The time left is known
+    once a run has ended: the speed is that of all of them.
+    """
+
+    def __init__(
+        self,
+        console: rich.console.Console,
+        total: int,
+        things: str,
+        *,
+        seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Shows nothing yet.
+
+        Args:
+          console: where it is shown.
+          total: how many there are.
+          things: what they are called, in the plural.
+          seconds_between_lines: where there is no bar.
+          clock: gives seconds.
+        """
+        self._console, self._total, self._things = console, total, things
+        self._wait, self._clock, self._started = seconds_between_lines, clock, clock()
+        self._ended, self._running, self._said = 0, "", clock()
+        self._bar: rich.progress.Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> "CountProgress":
+        self._started = self._said = self._clock()
+        if self._console.is_terminal and not self._console.is_jupyter:
+            columns = (
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[status]}", markup=False),
+            )
+            self._bar = rich.progress.Progress(*columns, console=self._console, speed_estimate_period=_ALL)
+            self._bar.start()
+            self._task = self._bar.add_task(self._things, total=self._total, status="")
+            self._bar.advance(self._task, 0)  # the speed counts from here
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, running: str = "", ended: int = 0) -> None:
+        """Takes what runs now, and how many more have ended."""
+        self._running, self._ended = running, self._ended + ended
+        if self._bar is not None:
+            self._bar.update(self._task, advance=ended, status=visible(running))
+        elif self._clock() - self._said >= self._wait and not self._console.quiet:
+            self._said = self._clock()
+            say(self._console, self.line())
+
+    def line(self) -> str:
+        """How far it is, in one line."""
+        parts = [f"{self._ended} of {self._total} {self._things}"]
+        if self._ended:
+            speed = (self._clock() - self._started) / self._ended
+            parts.append(f"{duration(speed * (self._total - self._ended))} left")
+        return ", ".join(parts) + (f"; now {self._running}" if self._running else "")
+
+
+_ALL = 1e9  # seconds: more than any grid takes
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:

@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -394,6 +395,22 @@ def reason(job: Job, ended: Ended) -> str | None:
     if ended.code is None:
         return "its dask workers died, one after the other"
     return (f"killed by signal {-ended.code}: " if ended.code < 0 else "") + last_line(pathlib.Path(job.log))
+
+
+def how_far(job: Job) -> str:
+    """A job's name, and the last step that its log tells of, if any."""
+    log = pathlib.Path(job.log)
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _END_OF_LOG))
+            text = file.read().decode(errors="replace")
+    except OSError:  # not begun, or on another machine
+        return job.name
+    steps = re.findall(r"^step \d+ of \d+ \(\d+%\)", text, re.MULTILINE)
+    return f"{job.name} {steps[-1]}" if steps else job.name
+
+
+_END_OF_LOG = 4096  # bytes
 
 
 def last_line(log: pathlib.Path) -> str:
