@@ -149,7 +149,7 @@ def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole_here, t
     assert error.splitlines()[-1].endswith(f"to resume, run: pats-jax glue --config {folder}/config.json --resume")
     command = error.splitlines()[-1].partition("to resume, run: pats-jax glue ")[2].split()
     caplog.set_level("INFO")
-    cli.main(["glue", *command, "--save_steps=4"])
+    cli.main(["glue", *command, "--save_steps=20"])
     assert "resuming after step" in caplog.text
     assert_same_run(folder, whole_here)
 
@@ -165,7 +165,7 @@ def run(settings, folder, **changes):
 def whole_here(base, tmp_path_factory):
     """The run in one piece in this process."""
     folder = tmp_path_factory.mktemp("whole_here") / "run"
-    run(base, folder)
+    run(base, folder, save_steps=20)
     return folder
 
 
@@ -264,7 +264,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(base, whole_he
     run_folder.start(folder, config | {"output_dir": str(folder)})
     (folder / "metrics.jsonl").write_text('{"step": 7, "lo')
     (folder / ".model-abc").mkdir()
-    run(base, folder, resume=True)
+    run(base, folder, resume=True, save_steps=20)
     assert lines(folder) == lines(whole_here) and not (folder / ".model-abc").exists()
 
 
@@ -285,7 +285,7 @@ def test_other_settings_are_refused_by_name(base, cut_short):
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(base, whole_here, cut_short, caplog):
     folder = cut_short
     (folder / "checkpoints" / "13" / "state" / "record.json").write_text("{")
-    run(base, folder, resume=True)
+    run(base, folder, resume=True, save_steps=20)
     assert f"{folder / 'checkpoints' / '13'} is damaged" in caplog.text
     assert lines(folder) == lines(whole_here) and (folder / "checkpoints" / "13.damaged").is_dir()
 
@@ -404,7 +404,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(b
     assert code == 2 and "Traceback" not in error
     assert last.startswith("pats-jax: error: a checkpoint could not be written: File too large; the last good one is ")
     assert last.endswith(str(folder / "checkpoints" / "13"))
-    run(base, folder, resume=True)
+    run(base, folder, resume=True, save_steps=20)
     assert lines(folder) == lines(whole_here)
 
 
