@@ -16,6 +16,7 @@ from pats_jax.training import lanes
 
 BATCH = 8
 BOUNDARIES = [7, 11]
+RATES = {"hidden_dropout": 0.0, "attention_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,8 @@ def data(home):
 
 
 def load(home, seed, layers="separate"):
-    """A model with dropout everywhere."""
-    rates = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **rates)
+    """A model with dropout in attention and before the head, or everywhere."""
+    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **RATES)
 
 
 def settings(home, **changes):
@@ -88,14 +88,15 @@ def assert_close(params, of_run, lane):
 
 
 @pytest.mark.parametrize(
-    "layers, boundaries",
+    "layers, boundaries, hidden_dropout",
     [
-        ("separate", BOUNDARIES[-1:]),
-        pytest.param("separate", BOUNDARIES, marks=pytest.mark.slow),
-        pytest.param("stacked", BOUNDARIES, marks=pytest.mark.slow),
+        ("separate", BOUNDARIES[-1:], 0.0),
+        pytest.param("separate", BOUNDARIES, 0.1, marks=pytest.mark.slow),
+        pytest.param("stacked", BOUNDARIES, 0.1, marks=pytest.mark.slow),
     ],
 )
-def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries):
+def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropout, monkeypatch):
+    monkeypatch.setitem(RATES, "hidden_dropout", hidden_dropout)
     shared = dict(method="pats+r-drop")
     runs = [
         settings(home, seed=3, noise_scale=0.1, **shared),
@@ -103,9 +104,7 @@ def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries):
         settings(home, seed=3, noise_scale=0.1, response="constant", r_drop_alpha=3.0, **shared),
     ]
     responses = ("linear", "reversed", "constant")
-    trained = in_lanes(
-        home, dataset, runs, 15, eval_steps=7, layers=layers, boundaries=boundaries, responses=responses
-    )
+    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, boundaries=boundaries, responses=responses)
     ended = trained.state.params
     if layers == "stacked":
         ended = unstack_layers(ended, 1)
