@@ -18,7 +18,7 @@ COUNT ?= 2000
 READERS ?=
 FUZZ := $(BIN)/python -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
 
-.PHONY: demo test slow fuzz parity lint docs bench bench-check tpu curves clean
+.PHONY: demo test slow fuzz parity lint docs package bench bench-check tpu curves clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py
@@ -49,6 +49,12 @@ lint: $(VENV)/.ready
 # The site, in build/site; a dead link or a reference to nothing fails. (The variable silences an advertisement.)
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and sdist, in dist/, checked.
+package: $(VENV)/.package
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in benchmarks/NOTES.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -92,6 +98,10 @@ $(VENV)/.docs: $(VENV)/.ready
 
 $(VENV)/.dask: $(VENV)/.ready
 	@$(PIP) install --editable '.[dask]'
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.ready
+	@$(PIP) install --editable '.[package]'
 	@touch $@
 
 $(VENV)-tpu/.ready: pyproject.toml

@@ -1,5 +1,6 @@
 """The command line as its users meet it: wrong input is one line and exit code 2, and leaves nothing behind."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -509,6 +510,36 @@ def test_help_and_version_answer_in_under_a_second():
         done, seconds = python(*args)
         assert done.returncode == 0 and done.stderr == "" and all(word in done.stdout for word in words)
         assert seconds < base + 1.0, args
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["pre"], {"predict"}),
+        (["glue", "--metho"], {"--method"}),
+        (["prime", "--algorithm", "m"], {"mtl", "maml"}),
+        (["predict", "--fil"], {"--file"}),
+        (["nothing", "--fil"], set()),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(words, expected, completion_script):
+    typed = " ".join(["pats-jax", *words])
+    code = (
+        f"source {completion_script}; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _pats_jax; complete -p pats-jax; "
+    )
+    code += 'printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    registered, *found = done.stdout.splitlines()
+    assert registered == "complete -o default -F _pats_jax pats-jax" and done.stderr == ""
+    assert {word for word in found if word} == expected
+
+
+@pytest.fixture(scope="module")
+def completion_script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completion") / "script.sh"
+    with path.open("w") as file, contextlib.redirect_stdout(file):
+        cli.main(["completion"])
+    return path
 
 
 def test_without_a_command_the_usage_is_shown(capsys):

@@ -229,6 +229,7 @@ UNDERSTOOD = {
     "predict": _bind(predict_file),
     "submission": _bind(write_submission),
     "builtin": _builtin,
+    "completion": lambda args: cli.main(["completion", *args]),
 }
 NEEDS_A_MODEL = ("glue", "prime", "gym", "compare")
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib
 import inspect
+import io
 import logging
 import os
 import sys
@@ -172,6 +173,36 @@ def methods(args: list[str]) -> None:
     console.parse_flags(show, args=args, prog="pats-jax methods", description=methods.__doc__)()
 
 
+def completion(args: list[str]) -> None:
+    """Print a script by which bash, or zsh with bashcompinit, completes commands and flags."""
+    console.parse_flags(lambda: None, args=args, prog="pats-jax completion", description=completion.__doc__)
+    commands = [name for name in COMMANDS if name != "completion"]
+    print("\n".join([*map(_completion_of, commands), _COMPLETION.format(commands=" ".join(COMMANDS))]))
+
+
+def _completion_of(name):
+    """The function ``_tyro_pats_jax_NAME`` of bash, by the parser of the command's flags, without its registration."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        COMMANDS[name](["--tyro-print-completion", "bash"])
+    return printed.getvalue().partition("# Register completion")[0]
+
+
+_COMPLETION = """
+_pats_jax() {{
+  if ((COMP_CWORD == 1)); then
+    COMPREPLY=($(compgen -W "{commands}" -- "${{COMP_WORDS[1]}}"))
+    return
+  fi
+  COMP_WORDS=("${{COMP_WORDS[@]:1}}")
+  COMP_CWORD=$((COMP_CWORD - 1))
+  if declare -F "_tyro_pats_jax_${{COMP_WORDS[0]}}" >/dev/null; then
+    "_tyro_pats_jax_${{COMP_WORDS[0]}}"
+  fi
+}}
+complete -o default -F _pats_jax pats-jax"""
+
+
 def _module(name):
     """A module of the library, imported when a command asks for it."""
     return importlib.import_module(f"pats_jax.{name}")
@@ -206,6 +237,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "submission": submission,
     "methods": methods,
     "builtin": builtin,
+    "completion": completion,
 }
 
 

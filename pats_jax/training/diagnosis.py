@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from pats_jax.core.files import JsonObject
 from pats_jax.data.readers import Split
@@ -103,11 +102,15 @@ class Classification:
     @property
     def probabilities(self) -> np.ndarray:
         """float64 (rows, classes)."""
+        import scipy.special
+
         return scipy.special.softmax(self.logits.astype(np.float64), axis=1)
 
     @property
     def losses(self) -> np.ndarray:
         """Cross-entropy of each row, float64 (rows,)."""
+        import scipy.special
+
         log = scipy.special.log_softmax(self.logits.astype(np.float64), axis=1)
         return -log[np.arange(len(log)), self.labels]
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from pats_jax import models
 from pats_jax.core.files import JsonObject, make_folder, write_text
@@ -139,6 +138,8 @@ class Predictor:
 
 def probability_table(ids: Sequence[str], logits: np.ndarray, names: Sequence[str]) -> str:
     """A TSV with the columns ``index`` and ``prediction``, by name, and one for the probability of each class."""
+    import scipy.special  # the help of the program needs none
+
     rows = (
         (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
         for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True)
