@@ -87,7 +87,7 @@ def gain_table(summary: GymSummary, key: Baseline) -> Table:
 
 def arm_table(summary: GymSummary) -> Table:
     """Header and rows of the details of the gains, one row per arm and baseline."""
-    header = ["arm", "against", "ARG", "sd of seeds", "seeds", "tasks", "left out", "tunings", "wins/ties/losses"]
+    header = ["arm", "ARG", "against", "sd of seeds", "seeds", "tasks", "left out", "tunings", "wins, ties, losses"]
     rows = []
     for key in _BASELINES:
         for name, (arm, gain) in _compared(summary, key).items():
@@ -95,7 +95,7 @@ def arm_table(summary: GymSummary) -> Table:
             counts = [len(gain.seeds), gain.tasks, len(gain.left_out), gain.shared]
             spread = _NONE if gain.sd_seeds is None else f"{gain.sd_seeds:.1f}"
             balance = f"{gain.wins}/{gain.ties}/{gain.losses}"
-            rows.append([name, baseline, _gain_cell(gain), spread, *map(str, counts), balance])
+            rows.append([name, _gain_cell(gain), baseline, spread, *map(str, counts), balance])
     return header, rows
 
 

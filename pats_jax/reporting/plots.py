@@ -111,7 +111,8 @@ class Curve(Protocol):
 def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve]], metric: str) -> None:
     """Training loss and validation score by step, the mean over seeds with a band from the lowest to the highest.
 
-    A panel in which no curve has two points is left out. Lines differ in color and dashes, as they may hide each other.
+    A panel in which no curve has two points is left out. Lines differ in color, dashes and width, so
+    that none hides another.
 
     Args:
       path: the PNG file to write.
@@ -122,15 +123,16 @@ def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve
 
     known = (("loss", "Training loss", "loss"), ("score", "Validation score", metric))
     drawn = [one for one in known if any(len(of[one[0]].step) > 1 for of in curves.values())]
-    figure = Figure(figsize=(max(6.4, 5.5 * len(drawn)), 4.0), layout="constrained")
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    figure = Figure(figsize=(6.4, 3.6 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), squeeze=False)[:, 0]
     for axes, (name, title, label) in zip(panels, drawn, strict=True):
         axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
         axes.grid(alpha=0.3)
         for number, (method, of_method) in enumerate(curves.items()):
             color, curve = _COLORS[number % len(_COLORS)], of_method[name]
             dashes, marker = _DASHES[number % len(_DASHES)], "." if name == "score" else None
-            axes.plot(curve.step, curve.mean, color=color, linestyle=dashes, marker=marker, label=_name(method))
+            style = {"linestyle": dashes, "marker": marker, "linewidth": 4.0 - 2.8 * number / max(1, len(curves) - 1)}
+            axes.plot(curve.step, curve.mean, color=color, label=_name(method), **style)
             axes.fill_between(curve.step, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
         axes.legend()
     _save(figure, path)
@@ -174,9 +176,9 @@ def plot_effects(
 
     longest_first = sorted(panels.values(), key=len, reverse=True)
     names = list(dict.fromkeys(name for rows in longest_first for name in rows))
-    columns = min(len(panels), 3)
+    columns = 1 if len(panels) <= 4 else 2  # narrow enough to be read on a phone
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.0 + 4.0 * columns, lines * (1.3 + 0.3 * len(names))), layout="constrained")
+    figure = Figure(figsize=(3.2 + 3.2 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.set_visible(False)

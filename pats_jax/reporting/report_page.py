@@ -26,10 +26,12 @@ h1 + p { font-size: 1.15rem; border-left: 4px solid var(--accent); padding-left:
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+caption span { display: block; width: max-content; max-width: calc(100vw - 1.6rem); }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
 th[scope=row] { font-weight: 400; }
+td code { white-space: normal; overflow-wrap: anywhere; }
 pre, code { background: var(--soft); border-radius: 3px; }
 pre { padding: .7rem; white-space: pre-wrap; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 3px; }
@@ -122,7 +124,7 @@ def _with_captions(tokens: list[Token]) -> list[Token]:
             if caption is not None:
                 del found[-4:-1]
                 caption.children = (caption.children or [])[1:-1]
-                found += [token, _html("<caption>"), caption, _html("</caption>\n")]
+                found += [token, _html("<caption><span>"), caption, _html("</span></caption>\n")]
                 continue
         found.append(token)
         if token.type == "table_close":
