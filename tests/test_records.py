@@ -23,7 +23,7 @@ from pats_jax.priming.meta_losses import ALGORITHMS
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
 from pats_jax.reporting import plots
-from pats_jax.run import records, run_folder
+from pats_jax.run import records, run_folder, workers
 from pats_jax.run.settings import Settings
 
 GLUE = {"task_name": "rte", "model_name_or_path": "model", "seed": 1}
@@ -189,7 +189,7 @@ def own(home, tmp_path, monkeypatch):
     """A copy of the folders that a test may damage; no command may come so far as to train."""
     monkeypatch.setattr(cli, "_show_warnings_in_a_line", lambda: None)
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as that does
-    monkeypatch.setattr(compare, "describe_machine", lambda: {"cores": "2"})
+    monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
     monkeypatch.setattr(compare, "run_all", None)
     monkeypatch.setattr(downstream, "tune_all", None)
     for path in home.iterdir():

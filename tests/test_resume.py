@@ -23,8 +23,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import cli, glue
+from pats_jax import glue
 from pats_jax.errors import InputError
+from pats_jax.programs import cli
 from pats_jax.run import replacing, run_folder, training_run
 from pats_jax.training.checkpoints import Checkpoints
 
