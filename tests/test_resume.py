@@ -24,7 +24,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from pats_jax import glue
-from pats_jax.errors import InputError
+from pats_jax.errors import InputError, Preempted
 from pats_jax.programs import cli
 from pats_jax.run import replacing, run_folder, training_run
 from pats_jax.training.checkpoints import Checkpoints
@@ -51,7 +51,7 @@ def base(tmp_path_factory):
 
 
 def flags(settings):
-    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    given = {name: value for name, value in settings.flat().items() if value is not None}
     return [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value is not False
     ]
@@ -180,7 +180,7 @@ def interrupt(base, folder, step=13, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run.TrainingHooks, "on_step", on_step)
-        with pytest.raises(glue.Preempted) as caught:
+        with pytest.raises(Preempted) as caught:
             run(base, folder, **changes)
     assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
     assert str(step) in os.listdir(folder / "checkpoints")

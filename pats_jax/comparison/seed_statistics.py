@@ -353,14 +353,17 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:
       InputError: naming a run with different settings.
     """
     first = finished[0].settings
+    found, of_method = first.to_dict(), {first.method: first}
     for one in finished[1:]:
         theirs = one.settings.flat()
+        same = of_method.setdefault(one.settings.method, one.settings)
+        found = one.settings.to_dict() | found
         try:
-            ours = first.replace(methods=one.settings.methods, **{name: theirs[name] for name in _PER_RUN})
+            ours = first.replace(methods=same.methods, **{name: theirs[name] for name in _PER_RUN if name != "method"})
             resuming(ours, one.settings)
         except InputError as error:
             raise InputError(f"{one.run.name} cannot be compared with {finished[0].run.name}: {error}") from None
-    return {name: value for name, value in first.to_dict().items() if name not in _PER_RUN}
+    return {name: value for name, value in found.items() if name not in _PER_RUN}
 
 
 def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], baseline: str) -> TaskNumbers:
