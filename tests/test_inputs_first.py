@@ -76,7 +76,7 @@ REASON = "WordPiece error: Missing [UNK] token from the vocabulary"
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_text_that_the_tokenizer_cannot_take_is_told_before_training(own, untrained, monkeypatch, tmp_path, name):
     chosen, _ = own
-    with open(getattr(chosen, f"{name}_file"), "a") as file:
+    with open(getattr(chosen.data, f"{name}_file"), "a") as file:
         file.write(json.dumps({"text": "zoe is kind", "label": 1}) + "\n")
     monkeypatch.setattr(models, "load_tokenizer", lambda *_: picky())
     with pytest.raises(InputError) as caught:

@@ -4,6 +4,7 @@ import inspect
 import warnings
 
 import matplotlib.text
+import numpy as np
 import pytest
 
 from pats_jax.comparison.seed_statistics import SeedCurve
@@ -15,6 +16,7 @@ CURVE = SeedCurve(step=[1, 2], mean=[1.0, 0.5], low=[0.5, 0.5], high=[1.5, 0.5])
 RECORDS = [{"step": 1, "eval": {NAMES[0]: 0.5}}]
 DRAWN = {
     plots.plot_scores: (dict.fromkeys(NAMES, RECORDS), NAMES[0], 0.5),
+    plots.plot_confusion: (np.eye(len(NAMES), dtype=int), NAMES),
     plots.plot_seeds: (dict.fromkeys(NAMES, [0.5, 0.6]), NAMES[0], 0.5),
     plots.plot_mean_curves: (dict.fromkeys(NAMES, {"loss": CURVE, "score": CURVE}), NAMES[0]),
     plots.plot_histograms: ([-3.0, -2.0, -1.0], [0.5, 0.5], dict.fromkeys(NAMES, [0.4, 0.6])),
@@ -26,7 +28,7 @@ DRAWN = {
 
 def test_every_plot_that_takes_names_is_here():
     public = {one for name, one in inspect.getmembers(plots, inspect.isfunction) if name.startswith("plot_")}
-    assert public - DRAWN.keys() == {plots.plot_loss, plots.plot_sensitivity}
+    assert public - DRAWN.keys() == {plots.plot_loss, plots.plot_sensitivity, plots.plot_reliability, plots.plot_residuals}
 
 
 @pytest.mark.parametrize("plot", DRAWN, ids=lambda plot: plot.__name__)
