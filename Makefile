@@ -96,12 +96,12 @@ $(VENV)/.docs: $(VENV)/.ready
 	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.ready
-	@$(PIP) install --editable '.[package]'
-	@touch $@
-
 $(VENV)/.dask: $(VENV)/.ready
 	@$(PIP) install --editable '.[dask]'
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.ready
+	@$(PIP) install --editable '.[package]'
 	@touch $@
 
 $(VENV)-tpu/.ready: pyproject.toml

@@ -55,7 +55,7 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs from one run of the suite to the next, a folder for each worker.
+    """Keeps compiled programs from one run of the suite to the next, in one folder for all workers.
 
     Programs that tests start, and kill, do not write there but in another, which stands for the user's cache folder.
     """
@@ -64,6 +64,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
         return
     os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir(f"home-{worker}"))
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"compiled-{worker}")))
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

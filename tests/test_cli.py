@@ -188,7 +188,7 @@ def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
         ("max_steps", 0, "must be at least 1"),
         ("max_train_samples", 0, "must be at least 1"),
         ("max_seq_length", 2, "too short"),
-        ("noise_scale", -1, "must be at least 0"),
+        ("weight_decay", -1, "must be at least 0"),
         ("seed", -1, "must be in"),
     ],
 )
@@ -197,8 +197,8 @@ def test_numbers_that_make_no_sense(name, value, message, shell):
 
 
 def test_layers_that_do_not_exist(shell):
-    shell.refuses("--noise_layers 'decoder': matches no parameter", method="pats", noise_layers="decoder")
-    shell.refuses("--noise_layers '(': not a regular expression", method="pats", noise_layers="(")
+    shell.refuses("noise_layers 'decoder': matches no parameter", method="pats", noise_layers="decoder")
+    shell.refuses("noise_layers '(': not a regular expression", method="pats", noise_layers="(")
 
 
 def test_wrong_config_files(shell):
@@ -441,7 +441,7 @@ def test_names_and_texts_of_predict_and_builtin_that_are_no_paths(shell):
 
 
 def test_a_layer_that_the_model_does_not_have(shell):
-    shell.refuses("--lnsr_layer 1: must be less than the model's 1 layers", method="lnsr", lnsr_layer=1)
+    shell.refuses("lnsr_layer 1: must be less than the model's 1 layers", method="lnsr", lnsr_layer=1)
 
 
 def test_signals_are_noted_once_there_is_something_to_save():

@@ -18,7 +18,7 @@ import rich.console
 import scipy.stats
 import tiny
 
-from pats_jax.comparison import compare, seed_statistics
+from pats_jax.comparison import compare, comparison_page, seed_statistics
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
@@ -90,17 +90,17 @@ def write_grid(root, scores, tasks=("mrpc",), **settings):
 
 def test_scores_and_differences_worked_out_by_hand(tmp_path):
     summary = seed_statistics.summarise(tmp_path, write_grid(tmp_path, {"finetune": FINETUNE, "pats": PATS}))
-    methods = summary["tasks"]["mrpc"]["methods"]
+    methods = summary.tasks["mrpc"].methods
     plain = methods["finetune"]
-    assert (plain["n"], plain["min"], plain["max"]) == (5, 0.80, 0.84)
-    assert plain["mean"] == pytest.approx(0.82) and plain["difference"] is None
-    assert plain["sd"] == pytest.approx(np.sqrt((4 + 0 + 1 + 1 + 4) / 4) / 100)
-    found = methods["pats"]["difference"]
-    assert found["seeds"] == [1, 2, 3, 4, 5] and found["values"] == [0.02, 0.01, 0.03, 0.04, 0.05]
-    assert found["mean"] == pytest.approx(0.03)
-    assert found["p_value"] == pytest.approx(2 / 32) == found["smallest_p_value"]
-    assert found["notes"] == []
-    assert summary["missing"] == [] and summary["baseline"] == "finetune"
+    assert (plain.n, plain.min, plain.max) == (5, 0.80, 0.84)
+    assert plain.mean == pytest.approx(0.82) and plain.difference is None
+    assert plain.sd == pytest.approx(np.sqrt((4 + 0 + 1 + 1 + 4) / 4) / 100)
+    found = methods["pats"].difference
+    assert found.seeds == [1, 2, 3, 4, 5] and found.values == [0.02, 0.01, 0.03, 0.04, 0.05]
+    assert found.mean == pytest.approx(0.03)
+    assert found.p_value == pytest.approx(2 / 32) == found.smallest_p_value
+    assert found.notes == []
+    assert summary.missing == [] and summary.baseline == "finetune"
 
 
 def bca(values, resamples=100_000):
@@ -149,24 +149,24 @@ def test_wilcoxon_against_all_signs(values):
 def test_rounding_breaks_no_ties():
     """0.85 - 0.84 and 0.84 - 0.83 differ in the last bit."""
     found = seed_statistics.paired_difference({1: 0.85, 2: 0.84, 3: 0.90}, {1: 0.84, 2: 0.83, 3: 0.95})
-    assert found["values"][0] == found["values"][1] == 0.01
-    assert found["p_value"] == pytest.approx(seed_statistics.wilcoxon_p_value(np.array([1.0, 1.0, -5.0]))[0])
+    assert found.values[0] == found.values[1] == 0.01
+    assert found.p_value == pytest.approx(seed_statistics.wilcoxon_p_value(np.array([1.0, 1.0, -5.0]))[0])
 
 
 def test_only_common_seeds_are_paired(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": {4: 0.9, 9: 0.1}, "other": {7: 0.5}})
-    methods = seed_statistics.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]
-    assert methods["pats"]["n"] == 2 and methods["pats"]["difference"]["seeds"] == [4]
-    assert methods["pats"]["difference"]["mean"] == pytest.approx(0.07)
-    none = methods["other"]["difference"]
-    assert none["mean"] is none["interval"] is none["p_value"] is None and len(none["notes"]) == 2
-    assert methods["other"]["sd"] is None
+    methods = seed_statistics.summarise(tmp_path, runs).tasks["mrpc"].methods
+    assert methods["pats"].n == 2 and methods["pats"].difference.seeds == [4]
+    assert methods["pats"].difference.mean == pytest.approx(0.07)
+    none = methods["other"].difference
+    assert none.mean is none.interval is none.p_value is None and len(none.notes) == 2
+    assert methods["other"].sd is None
 
 
 def test_equal_scores(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": FINETUNE})
-    found = seed_statistics.summarise(tmp_path, runs)["tasks"]["mrpc"]["methods"]["pats"]["difference"]
-    assert found["mean"] == 0 and found["p_value"] is None and found["interval"] is None and len(found["notes"]) == 2
+    found = seed_statistics.summarise(tmp_path, runs).tasks["mrpc"].methods["pats"].difference
+    assert found.mean == 0 and found.p_value is None and found.interval is None and len(found.notes) == 2
 
 
 def test_the_score_is_that_of_the_kept_model(tmp_path):
@@ -183,22 +183,27 @@ def test_seconds_per_step_leave_out_the_line_that_compiled(tmp_path):
 def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
     one = write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, losses=(0.9, 0.5, 0.1))
     two = write_run(tmp_path, Run("mrpc", "pats", 2), 0.6, losses=(0.7, 0.6))
-    (numbers,) = seed_statistics.summarise_task([one, two], ["pats"], "pats")["methods"].values()
-    loss = numbers["curves"]["loss"]
-    assert loss == {"step": [10, 20], "mean": pytest.approx([0.8, 0.55]), "low": [0.7, 0.5], "high": [0.9, 0.6]}
-    assert numbers["curves"]["score"]["step"] == [15]
+    (numbers,) = seed_statistics.summarise_task([one, two], ["pats"], "pats").methods.values()
+    loss = numbers.curves["loss"]
+    assert dataclasses.asdict(loss) == {
+        "step": [10, 20],
+        "mean": pytest.approx([0.8, 0.55]),
+        "low": [0.7, 0.5],
+        "high": [0.9, 0.6],
+    }
+    assert numbers.curves["score"].step == [15]
 
 
 def test_concentration_is_averaged(tmp_path):
     runs = [write_run(tmp_path, Run("mrpc", "pats", seed), 0.8) for seed in (1, 2)]
     found = seed_statistics.mean_concentration([one.results["concentration"] for one in runs])
     raw = [one.results["concentration"] for one in runs]
-    assert found["after"]["gini"]["mean"] == pytest.approx(np.mean([one["after"]["all"]["gini"] for one in raw]))
+    assert found.after["gini"].mean == pytest.approx(np.mean([one["after"]["all"]["gini"] for one in raw]))
     expected = np.mean([one["log10_histogram"]["after"] for one in raw], axis=0)
-    np.testing.assert_allclose(found["histogram"]["after"], expected)
+    np.testing.assert_allclose(found.histogram["after"], expected)
     assert seed_statistics.mean_concentration([raw[0], None]) is None
     old = {name: raw[0][name] for name in ("before", "after")}  # of a run that stored no histogram
-    assert seed_statistics.mean_concentration([raw[0], old])["histogram"] is None
+    assert seed_statistics.mean_concentration([raw[0], old]).histogram is None
 
 
 def test_runs_with_other_settings_are_not_compared(tmp_path):
@@ -209,6 +214,9 @@ def test_runs_with_other_settings_are_not_compared(tmp_path):
 
 
 # the report
+
+
+ALLOWED = "lang charset name content alt src class tabindex scope style".split()
 
 
 class Reader(html.parser.HTMLParser):
@@ -222,7 +230,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
-            assert name in ("lang", "charset", "name", "content", "alt", "src"), f"{tag} has {name}"
+            assert name in ALLOWED, f"{tag} has {name}"
             assert "://" not in value, value
             if name == "src":
                 self.images.append(value)
@@ -233,6 +241,9 @@ class Reader(html.parser.HTMLParser):
             self.rows[-1].append("")
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -259,11 +270,11 @@ def reported(tmp_path_factory):
     return root
 
 
-EXPECTED_ROW = ["pats", "5", "85.00", "2.92", "82.00", "89.00", "+3.00", "", "0.0625", "0.2"]
+EXPECTED_ROW = ["pats", "+3.00", "", "0.0625", "0.125", "5", "85.00", "2.92", "82.00", "89.00", "0.2"]
 
 
 def assert_expected(row):
-    interval = row.pop(7)
+    interval = row.pop(2)
     assert row == [cell for cell in EXPECTED_ROW if cell]
     low, high = map(float, interval.split(" to "))
     assert [low / 100, high / 100] == pytest.approx(bca(np.array([0.02, 0.01, 0.03, 0.04, 0.05])), abs=0.002)
@@ -274,11 +285,11 @@ def test_the_page_is_whole_and_needs_no_network(reported):
     reader = Reader()
     reader.feed(text)
     reader.close()
-    assert reader.open == [] and len(reader.images) == 6
+    assert reader.open == [] and len(reader.images) == 7
     for image in reader.images:
         head, _, data = image.partition("base64,")
         assert head == "data:image/png;" and base64.b64decode(data, validate=True).startswith(b"\x89PNG\r\n")
-    rows = [row for row in reader.rows if row[0] == "pats" and len(row) == 10]
+    rows = [row for row in reader.rows if row[0] == "pats" and len(row) == len(EXPECTED_ROW)]
     assert len(rows) == 2
     assert_expected(rows[0])
     for words in ("pats-jax compare --output_dir 'a <b>'", "mrpc from <GLUE> & co", "2/2^5 = 0.0625", "jax 0.10.2"):
@@ -289,9 +300,41 @@ def test_the_page_is_whole_and_needs_no_network(reported):
 def test_the_markdown_has_the_same_numbers_and_its_pictures(reported):
     text = (reported / "report.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert_expected(next(row for row in rows if row[0] == "pats"))
+    assert_expected(next(row for row in rows if row[0] == "pats" and len(row) == len(EXPECTED_ROW)))
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert len(pictures) == 6 and all((reported / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert len(pictures) == 7 and all((reported / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def comparison_of(tmp_path, scores, tasks=("mrpc",)):
+    return seed_statistics.summarise(tmp_path, write_grid(tmp_path, scores, tasks))
+
+
+def test_holms_p_is_over_all_comparisons_of_the_page(tmp_path):
+    """The smallest of p = 0.0625, 0.0625, 1, 1 becomes 0.25, and the rest is not below it."""
+    mixed = {1: 0.79, 2: 0.83, 3: 0.80, 4: 0.84, 5: 0.84}  # by -1, +1, -1, +1, 0: as many ranks up as down
+    summary = comparison_of(tmp_path, {"finetune": FINETUNE, "pats": PATS, "mixout": mixed}, ("mrpc", "stsb"))
+    of_pats, of_mixout = (summary.tasks["stsb"].methods[name].difference for name in ("pats", "mixout"))
+    assert (of_pats.p_value, of_pats.holm_p_value) == (pytest.approx(2 / 32), pytest.approx(4 * 2 / 32))
+    assert of_mixout.p_value == of_mixout.holm_p_value == 1
+
+
+def test_the_page_begins_with_its_answer(tmp_path, reported):
+    said = comparison_page.answer(comparison_of(tmp_path / "one", {"finetune": FINETUNE, "pats": PATS}))
+    low, high = bca(np.array([0.02, 0.01, 0.03, 0.04, 0.05]))
+    found = re.fullmatch(
+        r"pats is 3\.00 points above finetune on mrpc \(95 % interval (\S+) to (\S+)\): not shown to differ\.", said
+    )
+    assert [float(end) / 100 for end in found.groups()] == pytest.approx([low, high], abs=0.002)
+    nine = range(1, 10)
+    plain, better = {s: 0.8 + s / 1000 for s in nine}, {s: 0.79 + 1.1 * s / 1000 for s in nine}
+    scores = {"finetune": plain, "pats": better, "mixout": plain}
+    said = comparison_page.answer(comparison_of(tmp_path / "many", scores, ("mrpc", "stsb")))
+    assert said.startswith("pats is 0.95 points below finetune on average over tasks (95 % interval -0.9")
+    assert ": shown to differ (p = " in said and said.endswith("Not shown to differ: mixout.")
+    said = comparison_page.answer(comparison_of(tmp_path / "none", {"finetune": FINETUNE, "pats": {7: 0.5}}))
+    assert said == "Nothing is compared yet: no two methods share a finished seed."
+    text = (reported / "report.md").read_text(encoding="utf-8")
+    assert text.split("\n\n")[1].startswith("pats is 3.00 points above finetune on average over tasks (95 % interval")
 
 
 def test_the_numbers_are_there_for_programs(reported):
@@ -525,4 +568,4 @@ def test_a_grid_of_real_runs(tmp_path, monkeypatch):
     compiled = list((tmp_path / "home" / "pats_jax" / "compilation").glob("jit_step-*-cache"))
     assert len(compiled) == 2, "a training step each method, not each run"
     text = (tmp_path / "grid" / "report.html").read_text()
-    assert text.count("data:image/png") == 3
+    assert text.count("data:image/png") == 4

@@ -409,7 +409,7 @@ def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
 
 
 def arguments(base, **changes):
-    given = {name: value for name, value in dataclasses.asdict(base).items() if value != getattr(GymSettings, name)}
+    given = {name: value for name, value in base.flat().items() if value != GymSettings.all_entries()[name].default}
     return ["gym", *tiny.flags(**(given | changes))]
 
 

@@ -12,6 +12,7 @@ import tiny
 
 from pats_jax import models
 from pats_jax.comparison import comparison_page
+from pats_jax.comparison.seed_statistics import Comparison
 from pats_jax.data import write_builtin
 from pats_jax.errors import InputError
 from pats_jax.models import peft
@@ -23,7 +24,7 @@ from pats_jax.training import evaluation
 
 LINES = [{"step": 1, "loss": 1.0, "learning_rate": 0.0}]
 SETTINGS = {"model_name_or_path": "m", "load_best_model_at_end": False, "data_dir": None}
-SUMMARY = {"baseline": "finetune", "missing": [], "settings": SETTINGS, "versions": {}, "tasks": {}}
+SUMMARY = Comparison("finetune", missing=[], settings=SETTINGS, versions={}, tasks={}, pooled={})
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(ba
 
     def fit(state, step, batches, rhythm, hooks, **options):
         training = hooks._training
-        measured.append(concentration.by_tensor(training.sensitivity(training.runner.view(state.all_params))))
+        measured.append(concentration.by_tensor(training.measure(training.runner.view(state.all_params))))
         return real(state, step, batches, rhythm, hooks, **options)
 
     monkeypatch.setattr(training_run, "fit", fit)
@@ -158,7 +158,7 @@ def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(ba
 )
 def test_sensitivity_is_measured_with_pats_or_on_request(method, asked, measured):
     settings = Settings(task_name="sst2", method=method, sensitivity_batches=asked)
-    assert methods.sensitivity_batches(settings) == measured
+    assert methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods) == measured
 
 
 def test_a_plain_run_compiles_no_more_than_it_needs_and_says_how_long_its_first_step_took(base, tmp_path, caplog):

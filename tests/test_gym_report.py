@@ -1,6 +1,7 @@
 """The report on priming: its files, its tables against the summary's numbers, its pictures."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import re
@@ -110,7 +111,7 @@ def test_the_page_is_one_file_that_loads_nothing(reported):
     for image in page.images:
         head, _, data = image.partition("base64,")
         assert head == "data:image/png;" and base64.b64decode(data, validate=True).startswith(b"\x89PNG\r\n")
-    assert "Priming &lt;a&gt; model" in text and "pats-jax prime --x &#x27;a &lt;b&gt;&#x27;\n2 cores" in text
+    assert "Priming &lt;a&gt; model" in text and "pats-jax prime --x 'a &lt;b&gt;'\n2 cores" in text
 
 
 def test_both_forms_have_the_same_tables(reported):
@@ -141,11 +142,15 @@ def test_the_main_tables(reported):
 
 def test_the_details_of_the_gains(reported):
     header, *rows = tables(reported)[2]
-    assert header[-3:] == ["left out", "tunings", "wins/ties/losses"]
+    assert header[-3:] == ["left out", "tunings", "wins, ties, losses"]
     mtl, maml = rows[0], rows[1]
-    assert mtl[:2] == ["mtl/plm/lora", "direct/lora"] and mtl[3:] == ["–", "1", "3", "1", "8", "3/1/0"]
+    assert (
+        [mtl[0], mtl[2]] == ["mtl/plm/lora", "direct/lora"]
+        and starts(mtl[1], "+15.0")
+        and mtl[3:] == ["–", "1", "3", "1", "8", "3/1/0"]
+    )
     assert maml[0] == "maml/plm/lora" and maml[3:] == ["–", "1", "3", "1", "8", "0/3/1"]
-    assert [row[1] for row in rows] == ["direct/lora"] * 2 + ["direct/odd|kind"] + ["direct/full"] * 5
+    assert [row[2] for row in rows] == ["direct/lora"] * 2 + ["direct/odd|kind"] + ["direct/full"] * 5
     text = (reported / "report.md").read_text(encoding="utf-8")
     assert "- `mtl/plm/lora` against direct tuning with the same PEFT method: `cola`" in text
 
@@ -165,7 +170,7 @@ def test_steps_scores_and_time(reported):
 def test_the_numbers_are_there_for_programs(reported):
     found = json.loads((reported / "report.json").read_text(encoding="utf-8"))
     assert found.pop("title") == "Priming <a> model" and found.pop("about") == ["pats-jax prime --x 'a <b>'", "2 cores"]
-    assert found == summarise(records())
+    assert found == dataclasses.asdict(summarise(records()))
     assert not list(reported.glob("*.new"))
 
 
@@ -253,16 +258,42 @@ def test_the_steps_are_an_empirical_distribution(monkeypatch):
         assert line.get_drawstyle() == "steps-post" and x[-1] == 100
 
 
-def test_bars_and_intervals_stand_at_their_names(monkeypatch):
+def test_effects_and_intervals_stand_at_their_names(monkeypatch):
     panels = {"two": {"b": (1.0, None)}, "one": {"a": (10.0, [5.0, 20.0]), "c": (-4.0, None)}}
-    first, second = drawn(monkeypatch, plots.plot_average_gains, panels).axes
+    first, second = drawn(monkeypatch, plots.plot_effects, panels, "percent").axes
     assert second.get_xlim() == first.get_xlim()
     names = [label.get_text() for label in first.get_yticklabels()]
     assert names == ["a", "c", "b"] and second.get_ylim() == first.get_ylim()
-    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in second.patches] == [(0, 10), (1, -4)]
-    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in first.patches] == [(2, 1)]
+    for axes, dots in ((first, [(1, 2)]), (second, [(10, 0), (-4, 1)])):
+        zero, *points = axes.lines
+        assert list(zero.get_xdata()) == [0, 0]
+        assert [(*one.get_xdata(), *one.get_ydata()) for one in points] == dots
     (segment,) = second.collections[0].get_segments()
-    assert segment.tolist() == [[5, 0], [20, 0]]
+    assert segment.tolist() == [[5, 0], [20, 0]] and not first.collections
+
+
+@pytest.mark.parametrize(
+    "arms, said",
+    [
+        (list(SCORES), "The best of 3 arms, `maml/plm+pe/odd|kind`, scores 20.0 % above direct tuning with the same"),
+        (
+            ["direct/lora", "maml/plm/lora"],
+            "`maml/plm/lora` scores 8.3 % below direct tuning with the same PEFT method",
+        ),
+        (["direct/lora"], "Nothing is compared yet"),
+    ],
+)
+def test_the_page_begins_with_its_answer(tmp_path, arms, said):
+    """Against gains worked out by hand: +20 on three tasks; -25, 0 and 0, whose interval includes 0."""
+    kept = [r for r in records() if "/".join(filter(None, (r["algorithm"], r["trained"], r["peft"]))) in arms]
+    summary = summarise(kept)
+    text = gym_report.answer(summary)
+    assert text.startswith(said)
+    if "interval" in text:
+        assert text.endswith(": not shown to differ.") == ("below" in text)
+    gym_report.write_report(tmp_path, summary, title="Tunings", about=[])
+    title, first, *_ = (tmp_path / "report.md").read_text(encoding="utf-8").split("\n\n")
+    assert title == "# Tunings" and first.startswith(said.partition("`maml/plm+pe")[0])
 
 
 def test_gains_are_sorted_by_task(monkeypatch):

@@ -15,7 +15,7 @@ from pats_jax.data import batches
 from pats_jax.data.readers import Split
 from pats_jax.errors import InputError
 from pats_jax.programs import cli
-from pats_jax.run import flags
+from pats_jax.run import flags, training_run
 from pats_jax.run.settings import Settings
 
 
@@ -46,7 +46,7 @@ def untrained(monkeypatch):
     def train(*_, **__):
         raise AssertionError("the training has begun")
 
-    monkeypatch.setattr(glue, "train", train)
+    monkeypatch.setattr(training_run, "train", train)
 
 
 def test_a_lone_surrogate_in_the_test_file_is_told_before_training(own, untrained, tmp_path):
@@ -76,7 +76,7 @@ REASON = "WordPiece error: Missing [UNK] token from the vocabulary"
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_a_text_that_the_tokenizer_cannot_take_is_told_before_training(own, untrained, monkeypatch, tmp_path, name):
     chosen, _ = own
-    with open(getattr(chosen, f"{name}_file"), "a") as file:
+    with open(getattr(chosen.data, f"{name}_file"), "a") as file:
         file.write(json.dumps({"text": "zoe is kind", "label": 1}) + "\n")
     monkeypatch.setattr(models, "load_tokenizer", lambda *_: picky())
     with pytest.raises(InputError) as caught:
@@ -118,11 +118,16 @@ def test_labels_of_the_test_file_are_not_read(own):
 # --- texts that cannot be written -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["output_dir", "train_file", "model_name_or_path", "method", "compilation_cache_dir"])
+@pytest.mark.parametrize("name", ["output_dir", "train_file", "model_name_or_path", "compilation_cache_dir"])
 @pytest.mark.parametrize("value", ["a\udcff", "a\0b"])
 def test_flags_that_are_no_text_are_refused_first(name, value):
     with pytest.raises(InputError, match=f"--{name} a.*: must be text without null bytes"):
         dataclasses.replace(Settings(train_file="x.csv"), **{name: value}).check()
+
+
+def test_a_method_that_is_no_text_is_no_method():
+    with pytest.raises(InputError, match=r"--method a\\x00b: no such method"):
+        Settings(train_file="x.csv", method="a\0b")
 
 
 def test_bytes_on_the_command_line_that_are_no_utf8(capsys):

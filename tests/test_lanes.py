@@ -16,6 +16,7 @@ from pats_jax.training import lanes
 
 BATCH = 8
 BOUNDARIES = [7, 11]
+RATES = {"hidden_dropout": 0.0, "attention_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,15 @@ def data(home):
 
 
 def load(home, seed, layers="separate"):
-    """A model with dropout everywhere."""
-    rates = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **rates)
+    """A model with dropout in attention and before the head, or everywhere."""
+    return models.from_pretrained(home / "model", num_labels=2, key=seed, layers=layers, **RATES)
 
 
 def settings(home, **changes):
     return tiny.Settings(model_name_or_path=str(home / "model"), task_name="sst2", learning_rate=1e-3, **changes)
 
 
-def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **program):
+def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", boundaries=BOUNDARIES, **program):
     """Trains all runs in lanes."""
     model, params, config = load(home, 0, layers)
     own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
@@ -51,8 +51,8 @@ def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", **progr
     compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)
     state = compiled.init(params, own, arrays, rates)
     frozen = lane_program.split(params)[1]
-    train = lanes.lane_batches(*data["train"], BATCH, BOUNDARIES, [run.seed for run in runs], steps)
-    dev = list(batches.eval_batches(data["dev_tokens"], None, BATCH, BOUNDARIES))
+    train = lanes.lane_batches(*data["train"], BATCH, boundaries, [run.seed for run in runs], steps)
+    dev = list(batches.eval_batches(data["dev_tokens"], None, BATCH, boundaries))
     return lanes.fit(compiled, state, arrays, frozen, rates, train, dev, eval_steps)
 
 
@@ -61,7 +61,7 @@ def dataset(data):
     return {"train": data["train"], "dev_tokens": data["validation"][0]}
 
 
-def alone(home, data, run, steps):
+def alone(home, data, run, steps, boundaries=BOUNDARIES):
     """The same run by the library's own parts: the parameters at the end, losses, logits of the dev rows."""
     model, params, _ = load(home, run.seed)
     tx = methods.make_optimizer(run.optimizer, run.methods, steps, params, seed=run.seed)
@@ -70,13 +70,13 @@ def alone(home, data, run, steps):
     step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True))
     found, epoch = [], 0
     while len(found) < steps:
-        for batch in batches.train_batches(*data["train"], BATCH, BOUNDARIES, seed=run.seed, epoch=epoch):
+        for batch in batches.train_batches(*data["train"], BATCH, boundaries, seed=run.seed, epoch=epoch):
             if len(found) < steps:
                 state, metrics = step(state, batch)
                 found.append(float(metrics["loss"]))
         epoch += 1
     everything = batches.fill_batch(data["dev_tokens"], None, np.arange(10), 10, 11)
-    return state.params, found, model.apply({"params": state.params}, **train_state.model_inputs(everything))
+    return state.params, found, jax.jit(train_state.make_predict_step(model.apply))(state.params, everything)
 
 
 def assert_close(params, of_run, lane):
@@ -87,8 +87,16 @@ def assert_close(params, of_run, lane):
             np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=2e-4, err_msg=str(path))
 
 
-@pytest.mark.parametrize("layers", ["separate", pytest.param("stacked", marks=pytest.mark.slow)])
-def test_a_lane_is_the_run_alone(home, dataset, layers):
+@pytest.mark.parametrize(
+    "layers, boundaries, hidden_dropout",
+    [
+        ("separate", BOUNDARIES[-1:], 0.0),
+        pytest.param("separate", BOUNDARIES, 0.1, marks=pytest.mark.slow),
+        pytest.param("stacked", BOUNDARIES, 0.1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropout, monkeypatch):
+    monkeypatch.setitem(RATES, "hidden_dropout", hidden_dropout)
     shared = dict(method="pats+r-drop")
     runs = [
         settings(home, seed=3, noise_scale=0.1, **shared),
@@ -96,14 +104,14 @@ def test_a_lane_is_the_run_alone(home, dataset, layers):
         settings(home, seed=3, noise_scale=0.1, response="constant", r_drop_alpha=3.0, **shared),
     ]
     responses = ("linear", "reversed", "constant")
-    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, responses=responses)
+    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, boundaries=boundaries, responses=responses)
     ended = trained.state.params
     if layers == "stacked":
         ended = unstack_layers(ended, 1)
     assert jax.tree.structure(lanes.lane_of(trained.state.params, 1)) == jax.tree.structure(trained.state.params)
     assert sorted(trained.logits) == [7, 14, 15] and not trained.diverged.any()
     for lane, run in enumerate(runs):
-        params, losses, logits = alone(home, dataset, run, 15)
+        params, losses, logits = alone(home, dataset, run, 15, boundaries)
         np.testing.assert_allclose(trained.metrics["loss"][:, lane], losses, rtol=1e-4)
         assert_close(ended, params, lane)
         np.testing.assert_allclose(trained.logits[15][lane], logits, rtol=0, atol=5e-3)

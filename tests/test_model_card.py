@@ -30,7 +30,9 @@ def test_the_model_card(tmp_path):
     assert "`--method pats`, seed 3, 20 steps." in card
     for row in ("| | accuracy |", "| best | 0.8765 |", "| final | 0.7500 |", "| majority class | 0.5000 |"):
         assert f"\n{row}\n" in card
-    assert "\n| noise_layers | `query\\|key\\.kernel$` |\n" in card and "eval_steps" not in card
+    assert (
+        "\n| noise_layers | <code>query&#124;key&#92;&#46;kernel&#36;</code> |\n" in card and "eval_steps" not in card
+    )
     assert f"pats-jax predict {tmp_path.name}/model --file" in card
     assert "![loss](plots/loss.png)" in card
 

@@ -23,8 +23,13 @@ BERT = dataclasses.replace(
 )
 CONFIGS = {
     "bert": BERT,
-    "roberta": dataclasses.replace(
-        BERT, model_type="roberta", pad_token_id=1, type_vocab_size=1, max_position_embeddings=26
+    "roberta": dataclasses.replace(  # with dropout in attention only, which compiles in half the time
+        BERT,
+        model_type="roberta",
+        pad_token_id=1,
+        type_vocab_size=1,
+        max_position_embeddings=26,
+        hidden_dropout_prob=0.0,
     ),
 }
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
@@ -132,11 +137,12 @@ def test_bfloat16_to_its_rounding():
 
 
 def test_fifteen_steps_of_adamw_with_pats():
-    """To DESIGN's bounds; but key biases, whose gradient is nothing but rounding."""
+    """To DESIGN's bounds; but key biases, whose gradient is nothing but rounding. With dropout before the head only."""
+    config = dataclasses.replace(BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
     def train(layers):
         params = stack_layers(separate("bert")) if layers == "stacked" else separate("bert")
-        model = SequenceClassifier(BERT, layers=layers, unroll=2)
+        model = SequenceClassifier(config, layers=layers, unroll=2)
         tx = pats_jax.pats(optax.adamw(1e-3), 0.1, key=1, layer_axis=layer_axis)
         state = pats_jax.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=0)
         step = model_parity.quick_jit(pats_jax.make_train_step(pats_jax.make_loss_fn(model.apply)))
@@ -165,7 +171,7 @@ def test_gradients_of_the_tables_are_sums_over_their_rows(family):
     def loss(params, **start):
         return jnp.sum(weights * model.apply({"params": params}, **start, **rest))
 
-    found = jax.grad(functools.partial(loss, input_ids=ids))(params)[config.base_prefix]["embeddings"]
+    found = jax.jit(jax.grad(functools.partial(loss, input_ids=ids)))(params)[config.base_prefix]["embeddings"]
     positions = np.broadcast_to(np.arange(LENGTH), ids.shape)
     if config.is_roberta:
         positions = np.cumsum(ids != padding, axis=1) * (ids != padding) + padding
@@ -174,7 +180,7 @@ def test_gradients_of_the_tables_are_sums_over_their_rows(family):
     centred = total - total.mean(axis=-1, keepdims=True)
     scale = 1 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + config.layer_norm_eps)
     normal = centred * scale
-    above = jax.grad(lambda hidden: loss(params, continue_from=(0, hidden)))(np.float32(normal))
+    above = jax.jit(jax.grad(lambda hidden: loss(params, continue_from=(0, hidden))))(np.float32(normal))
     above = np.float64(above) * tables["LayerNorm"]["scale"]
     of_total = scale * (above - above.mean(-1, keepdims=True) - normal * (above * normal).mean(-1, keepdims=True))
     frozen = {"word": padding} | ({"position": padding} if config.is_roberta else {})
@@ -225,7 +231,7 @@ def test_the_layouts_convert_into_each_other():
 def test_new_parameters_are_the_same(family):
     ids = jnp.ones((1, 2), jnp.int32)
     own, stacked = (
-        SequenceClassifier(CONFIGS[family], layers=layers).init(random.fast_key(0), ids)["params"]
+        jax.jit(SequenceClassifier(CONFIGS[family], layers=layers).init)(random.fast_key(0), ids)["params"]
         for layers in ("separate", "stacked")
     )
     jax.tree.map(np.testing.assert_array_equal, stacked, stack_layers(own))

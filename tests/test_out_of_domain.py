@@ -313,7 +313,7 @@ def test_folding_by_hand():
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "typed, message",
     [
         (["--low_resource", "0"], "--low_resource 0: must be at least 1"),
         (
@@ -328,9 +328,9 @@ def test_folding_by_hand():
         ),
     ],
 )
-def test_settings_that_make_no_sense(flags, message):
+def test_settings_that_make_no_sense(typed, message):
     with pytest.raises(InputError) as caught:
-        flags.parse(["--task_name", "MNLI", *flags], "x", settings.Settings)
+        flags.parse(["--task_name", "MNLI", *typed], "x", settings.Settings)
     assert str(caught.value) == message
 
 

@@ -230,7 +230,7 @@ def test_the_flag_as_people_type_it(typed, expected):
 def test_the_flag_in_a_saved_run(tmp_path, value):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(Settings(train_file="x.csv", do_regression=value).to_dict()))
-    assert flags.parse(["--config", str(config)], "pats-jax glue", Settings).do_regression is value
+    assert flags.parse(["--config", str(config)], "pats-jax glue", Settings).data.do_regression is value
     parsed = flags.parse(["--config", str(config), "--do_regression", "false"], "pats-jax glue", Settings)
     assert parsed.data.do_regression is False
     config.write_text(json.dumps({"do_regression": "false"}))

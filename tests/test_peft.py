@@ -551,11 +551,11 @@ def test_a_saved_folder_finds_its_base_model(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: peft.LoraConfig(rank=0), "lora_rank 0: must be a positive whole number"),
-        (lambda: peft.LoraConfig(alpha=-1.0), "lora_alpha -1.0: must be a positive number"),
+        (lambda: peft.LoraConfig(rank=0), "lora_rank 0: must be at least 1"),
+        (lambda: peft.LoraConfig(alpha=-1.0), "lora_alpha -1.0: must be greater than 0"),
         (lambda: peft.LoraConfig(dropout=1.0), r"lora_dropout 1.0: must be in \[0, 1\)"),
         (lambda: peft.AdapterConfig(size=0), "adapter_size 0"),
-        (lambda: peft.AdapterConfig(place="mid"), "adapter_place 'mid': must be one of houlsby, pfeiffer"),
+        (lambda: peft.AdapterConfig(place="mid"), "adapter_place mid: must be 'houlsby' or 'pfeiffer'"),
         (lambda: peft.PromptConfig(length=0), "prompt_length 0"),
         (lambda: peft.PrefixConfig(length=0), "prefix_length 0"),
         (

@@ -4,20 +4,23 @@ import inspect
 import warnings
 
 import matplotlib.text
+import numpy as np
 import pytest
 
+from pats_jax.comparison.seed_statistics import SeedCurve
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import visible
 
 NAMES = ["$x_{$", "a $b$ c", r"\frac{$", "_hidden", "100 % ^ {", "中文", "x" * 500, "a\nb\x1b", "lone \udcff", r"a\$b"]
-CURVE = {"step": [1, 2], "mean": [1.0, 0.5], "low": [0.5, 0.5], "high": [1.5, 0.5]}
+CURVE = SeedCurve(step=[1, 2], mean=[1.0, 0.5], low=[0.5, 0.5], high=[1.5, 0.5])
 RECORDS = [{"step": 1, "eval": {NAMES[0]: 0.5}}]
 DRAWN = {
     plots.plot_scores: (dict.fromkeys(NAMES, RECORDS), NAMES[0], 0.5),
+    plots.plot_confusion: (np.eye(len(NAMES), dtype=int), NAMES),
     plots.plot_seeds: (dict.fromkeys(NAMES, [0.5, 0.6]), NAMES[0], 0.5),
     plots.plot_mean_curves: (dict.fromkeys(NAMES, {"loss": CURVE, "score": CURVE}), NAMES[0]),
     plots.plot_histograms: ([-3.0, -2.0, -1.0], [0.5, 0.5], dict.fromkeys(NAMES, [0.4, 0.6])),
-    plots.plot_average_gains: ({NAMES[0]: dict.fromkeys(NAMES, (1.0, [0.5, 2.0]))},),
+    plots.plot_effects: ({NAMES[0]: dict.fromkeys(NAMES, (1.0, [0.5, 2.0]))}, NAMES[0]),
     plots.plot_task_gains: (dict.fromkeys(NAMES, dict.fromkeys(NAMES, 1.0)), NAMES[0]),
     plots.plot_steps_to_score: (dict.fromkeys(NAMES, [1, None]), 5, NAMES[0]),
 }
@@ -25,7 +28,7 @@ DRAWN = {
 
 def test_every_plot_that_takes_names_is_here():
     public = {one for name, one in inspect.getmembers(plots, inspect.isfunction) if name.startswith("plot_")}
-    assert public - DRAWN.keys() == {plots.plot_loss, plots.plot_sensitivity}
+    assert public - DRAWN.keys() == {plots.plot_loss, plots.plot_sensitivity, plots.plot_reliability, plots.plot_residuals}
 
 
 @pytest.mark.parametrize("plot", DRAWN, ids=lambda plot: plot.__name__)

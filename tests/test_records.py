@@ -1,6 +1,5 @@
 """Files of ours that something has damaged: whatever they hold, a program ends with one line that names the file."""
 
-import dataclasses
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from pats_jax.priming.meta_losses import ALGORITHMS
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
 from pats_jax.reporting import plots
-from pats_jax.run import records, run_folder
+from pats_jax.run import records, run_folder, workers
 from pats_jax.run.settings import Settings
 
 GLUE = {"task_name": "rte", "model_name_or_path": "model", "seed": 1}
@@ -189,7 +188,7 @@ def own(home, tmp_path, monkeypatch):
     """A copy of the folders that a test may damage; no command may come so far as to train."""
     monkeypatch.setattr(cli, "_show_warnings_in_a_line", lambda: None)
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as that does
-    monkeypatch.setattr(compare, "describe_machine", lambda: {"cores": "2"})
+    monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
     monkeypatch.setattr(compare, "run_all", None)
     monkeypatch.setattr(downstream, "tune_all", None)
     for path in home.iterdir():
@@ -385,8 +384,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(own):
 def test_the_names_of_records_are_those_of_the_library():
     assert set(typing.get_args(records.PeftKind)) == set(peft.KINDS)
     assert set(typing.get_args(records.Algorithm)) == set(ALGORITHMS)
-    settings = {field.name: field.type for field in dataclasses.fields(PrimingSettings)}
-    assert set(typing.get_args(records.Part)) == set(typing.get_args(settings["train"]))
+    assert set(typing.get_args(records.Part)) == set(typing.get_args(PrimingSettings.all_entries()["train"].type))
 
 
 # earlier versions

@@ -1,5 +1,6 @@
 """Relative gains against hand-worked numbers and NumPy, properties of the ARG, unfinished runs, wrong records."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,16 @@ import pytest
 import scipy.stats
 
 from pats_jax.errors import InputError
-from pats_jax.priming.relative_gain import Arm, arg_interval, average_relative_gain, steps_to_score, summarise
+from pats_jax.priming.relative_gain import (
+    Arm,
+    SeedGain,
+    TaskFacts,
+    TuningTime,
+    arg_interval,
+    average_relative_gain,
+    steps_to_score,
+    summarise,
+)
 
 
 def tuning(arm, task, sample, test, *, seed=None, curve=(0.5, 0.6, 0.7), metric="accuracy", chance=0.5, **fields):
@@ -167,15 +177,15 @@ def test_steps_are_compared_with_direct_tuning_of_the_same_task_and_sample():
         tuning("mtl/pe/lora", "b", 21, 0.5, curve=(0.9, 0.9, 0.9, 0.9), seed=1),  # no partner
         tuning("mtl/pe/prompt", "b", 13, 0.5, seed=1),  # no direct tuning of its kind
     ]
-    arms = summarise(records)["arms"]
-    found = arms["mtl/pe/lora"]["steps"]
-    assert found["first"] == [25, None, 0] and found["reached"] == pytest.approx(2 / 3)
-    assert (found["median"], found["median_direct"], found["last"]) == (12.5, 50, 75)
-    own = arms["direct/lora"]["steps"]
-    assert own["first"] == [50, 25, 75] and own["reached"] == 1 and own["median"] == own["median_direct"] == 50
-    assert arms["mtl/pe/prompt"]["steps"] is None
-    never = summarise([records[1], records[4]])["arms"]["mtl/pe/lora"]["steps"]
-    assert never["reached"] == 0 and never["median"] is None
+    arms = summarise(records).arms
+    found = arms["mtl/pe/lora"].steps
+    assert found.first == [25, None, 0] and found.reached == pytest.approx(2 / 3)
+    assert (found.median, found.median_direct, found.last) == (12.5, 50, 75)
+    own = arms["direct/lora"].steps
+    assert own.first == [50, 25, 75] and own.reached == 1 and own.median == own.median_direct == 50
+    assert arms["mtl/pe/prompt"].steps is None
+    never = summarise([records[1], records[4]]).arms["mtl/pe/lora"].steps
+    assert never.reached == 0 and never.median is None
 
 
 # summaries
@@ -185,74 +195,73 @@ def test_an_arm_worked_out_by_hand():
     records = [*arm_of("maml/plm/lora", PRIMED, seed=1), *arm_of("direct/lora", DIRECT)]
     records += arm_of("direct/full", {"a": [0.8, 0.7], "b": [0.5, 0.5], "c": [0.64, 0.64]})  # means 0.75, 0.5, 0.64
     summary = summarise(records)
-    assert summary["tunings"] == 18 and list(summary["arms"]) == ["direct/full", "direct/lora", "maml/plm/lora"]
-    assert summary["tasks"]["b"] == {"metric": "accuracy", "chance": 0.5, "samples": [13, 21]}
-    arm = summary["arms"]["maml/plm/lora"]
-    assert (arm["algorithm"], arm["trained"], arm["peft"], arm["seeds"]) == ("maml", "plm", "lora", [1])
-    found = arm["against_direct"]
-    assert found["gains"] == pytest.approx({"a": 25, "b": -12.5, "c": 0}) and found["arg"] == pytest.approx(12.5 / 3)
-    assert found["interval"] == pytest.approx(arg_interval(np.array([25, -12.5, 0])))
-    assert (found["wins"], found["ties"], found["losses"], found["shared"], found["tasks"]) == (1, 1, 1, 6, 3)
-    assert found["sd_seeds"] is None and found["left_out"] == []
-    assert arm["against_full"]["gains"] == pytest.approx({"a": 0, "b": -30, "c": 25})
-    assert arm["tasks"]["a"]["mean"] == pytest.approx(0.75)
-    assert arm["tasks"]["a"]["sd_samples"] == pytest.approx(0.3 / np.sqrt(2)) and arm["tasks"]["a"]["sd_seeds"] is None
-    assert arm["mean_test"] == pytest.approx(1.9 / 3) and arm["mean_chance"] == 0.5
-    assert arm["seconds"] == {"median": 2.0, "total": 12.0, "tunings": 6}
-    direct = summary["arms"]["direct/lora"]
-    assert direct["against_direct"]["arg"] == 0 and direct["against_direct"]["interval"] == [0, 0]
-    assert direct["against_full"]["arg"] == pytest.approx(np.mean([-20, -20, 25]))
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary.tunings == 18 and list(summary.arms) == ["direct/full", "direct/lora", "maml/plm/lora"]
+    assert summary.tasks["b"] == TaskFacts("accuracy", 0.5, [13, 21])
+    arm = summary.arms["maml/plm/lora"]
+    assert (arm.algorithm, arm.trained, arm.peft, arm.seeds) == ("maml", "plm", "lora", [1])
+    found = arm.against_direct
+    assert found.gains == pytest.approx({"a": 25, "b": -12.5, "c": 0}) and found.arg == pytest.approx(12.5 / 3)
+    assert found.interval == pytest.approx(arg_interval(np.array([25, -12.5, 0])))
+    assert (found.wins, found.ties, found.losses, found.shared, found.tasks) == (1, 1, 1, 6, 3)
+    assert found.sd_seeds is None and found.left_out == []
+    assert arm.against_full.gains == pytest.approx({"a": 0, "b": -30, "c": 25})
+    assert arm.tasks["a"].mean == pytest.approx(0.75)
+    assert arm.tasks["a"].sd_samples == pytest.approx(0.3 / np.sqrt(2)) and arm.tasks["a"].sd_seeds is None
+    assert arm.mean_test == pytest.approx(1.9 / 3) and arm.mean_chance == 0.5
+    assert arm.seconds == TuningTime(2.0, 12.0, 6)
+    direct = summary.arms["direct/lora"]
+    assert direct.against_direct.arg == 0 and direct.against_direct.interval == [0, 0]
+    assert direct.against_full.arg == pytest.approx(np.mean([-20, -20, 25]))
+    as_dict = dataclasses.asdict(summary)
+    assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
 
 
 def test_gains_are_computed_by_upstream_seed():
     again = {"a": [0.9, 0.9], "b": [0.4, 0.4], "c": [0.8, 0.8]}  # +50, 0, 0 %
     records = [*arm_of("direct/lora", DIRECT), *arm_of("maml/plm/lora", again, seed=9)]
-    arm = summarise([*records, *arm_of("maml/plm/lora", PRIMED, seed=2)])["arms"]["maml/plm/lora"]
-    found = arm["against_direct"]
-    assert [one["seed"] for one in found["seeds"]] == arm["seeds"] == [2, 9]
+    arm = summarise([*records, *arm_of("maml/plm/lora", PRIMED, seed=2)]).arms["maml/plm/lora"]
+    found = arm.against_direct
+    assert [one.seed for one in found.seeds] == arm.seeds == [2, 9]
     args = [12.5 / 3, 50 / 3]
-    assert [one["arg"] for one in found["seeds"]] == pytest.approx(args)
-    assert found["arg"] == pytest.approx(np.mean(args)) and found["sd_seeds"] == pytest.approx(np.std(args, ddof=1))
-    assert found["gains"] == pytest.approx({"a": 37.5, "b": -6.25, "c": 0})
-    assert found["interval"] == pytest.approx(arg_interval(np.array([37.5, -6.25, 0])))
-    task = arm["tasks"]["a"]
-    assert task["mean"] == pytest.approx((0.75 + 0.9) / 2) and task["seeds"] == [2, 9] and task["samples"] == [13, 21]
-    assert task["sd_seeds"] == pytest.approx(0.15 / np.sqrt(2)) and task["sd_samples"] == pytest.approx(
-        0.15 / np.sqrt(2)
-    )
+    assert [one.arg for one in found.seeds] == pytest.approx(args)
+    assert found.arg == pytest.approx(np.mean(args)) and found.sd_seeds == pytest.approx(np.std(args, ddof=1))
+    assert found.gains == pytest.approx({"a": 37.5, "b": -6.25, "c": 0})
+    assert found.interval == pytest.approx(arg_interval(np.array([37.5, -6.25, 0])))
+    task = arm.tasks["a"]
+    assert task.mean == pytest.approx((0.75 + 0.9) / 2) and task.seeds == [2, 9] and task.samples == [13, 21]
+    assert task.sd_seeds == pytest.approx(0.15 / np.sqrt(2)) and task.sd_samples == pytest.approx(0.15 / np.sqrt(2))
 
 
 def test_only_tasks_and_samples_that_both_have_are_compared():
     primed = {"a": [0.6, 0.9, 0.0], "b": [0.8], "z": [0.9]}  # a: a sample more; b: one less; z: not in the baseline
     records = [*arm_of("direct/lora", {"a": [0.5, 0.7], "b": [0.4, 0.1], "c": [0.8]})]
-    arm = summarise([*records, *arm_of("mtl/pe/lora", primed, seed=1)])["arms"]["mtl/pe/lora"]
-    found = arm["against_direct"]
-    assert found["gains"] == pytest.approx({"a": 25, "b": 100}) and found["shared"] == 3 and found["tasks"] == 2
-    assert found["interval"] is None and arm["against_full"] is None
-    assert arm["tasks"]["a"]["mean"] == pytest.approx(0.5) and "z" in arm["tasks"], "its own scores are all there"
+    arm = summarise([*records, *arm_of("mtl/pe/lora", primed, seed=1)]).arms["mtl/pe/lora"]
+    found = arm.against_direct
+    assert found.gains == pytest.approx({"a": 25, "b": 100}) and found.shared == 3 and found.tasks == 2
+    assert found.interval is None and arm.against_full is None
+    assert arm.tasks["a"].mean == pytest.approx(0.5) and "z" in arm.tasks, "its own scores are all there"
 
 
 def test_seeds_that_have_come_to_different_tasks():
     records = arm_of("direct/lora", DIRECT)
     records += [*arm_of("mtl/pe/lora", PRIMED, seed=1), *arm_of("mtl/pe/lora", {"b": [0.6, 0.6]}, seed=2)]  # +50 %
-    found = summarise(records)["arms"]["mtl/pe/lora"]["against_direct"]
-    assert [one["tasks"] for one in found["seeds"]] == [3, 1]
-    assert found["arg"] == pytest.approx((12.5 / 3 + 50) / 2)
-    assert found["gains"]["b"] == pytest.approx((50 - 12.5) / 2)
-    assert found["wins"] == 2, "b is better in the mean over seeds"
+    found = summarise(records).arms["mtl/pe/lora"].against_direct
+    assert [one.tasks for one in found.seeds] == [3, 1]
+    assert found.arg == pytest.approx((12.5 / 3 + 50) / 2)
+    assert found.gains["b"] == pytest.approx((50 - 12.5) / 2)
+    assert found.wins == 2, "b is better in the mean over seeds"
 
 
 def test_tasks_left_out_are_named_and_still_won():
     records = [*arm_of("direct/lora", {"a": [0.5], "cola": [0.0]}), *arm_of("direct/ia3", {"cola": [0.0]})]
     records += [*arm_of("mtl/pe/lora", {"a": [0.6], "cola": [0.2]}, seed=1), *arm_of("mtl/pe/ia3", {"cola": [0.1]})]
-    arms = summarise(records)["arms"]
-    found = arms["mtl/pe/lora"]["against_direct"]
-    assert found["arg"] == pytest.approx(20) and found["left_out"] == ["cola"] and found["tasks"] == 1
-    assert (found["wins"], found["losses"]) == (2, 0)
-    nothing = arms["mtl/pe/ia3"]["against_direct"]
-    assert nothing["arg"] is None and nothing["interval"] is None and nothing["gains"] == {} and nothing["wins"] == 1
-    assert nothing["seeds"] == [{"seed": None, "arg": None, "tasks": 0}]
+    arms = summarise(records).arms
+    found = arms["mtl/pe/lora"].against_direct
+    assert found.arg == pytest.approx(20) and found.left_out == ["cola"] and found.tasks == 1
+    assert (found.wins, found.losses) == (2, 0)
+    nothing = arms["mtl/pe/ia3"].against_direct
+    assert nothing.arg is None and nothing.interval is None and nothing.gains == {} and nothing.wins == 1
+    assert nothing.seeds == [SeedGain(None, None, 0)]
 
 
 def test_equal_arms_tie_in_spite_of_rounding():
@@ -260,29 +269,29 @@ def test_equal_arms_tie_in_spite_of_rounding():
     plain = {"a": [0.1, 0.2, 0.3], "b": [0.7, 0.1, 0.3]}
     assert sum([0.7, 0.1, 0.3]) != sum([0.3, 0.1, 0.7]), "the case in question"
     records = [*arm_of("direct/lora", plain), *arm_of("mtl/pe/lora", shuffled, seed=1)]
-    found = summarise(records)["arms"]["mtl/pe/lora"]["against_direct"]
-    assert found["ties"] == 2 and found["arg"] == pytest.approx(0)
+    found = summarise(records).arms["mtl/pe/lora"].against_direct
+    assert found.ties == 2 and found.arg == pytest.approx(0)
 
 
 def test_direct_tuning_alone():
-    arms = summarise(arm_of("direct/lora", DIRECT))["arms"]
-    assert list(arms) == ["direct/lora"] and arms["direct/lora"]["against_full"] is None
-    assert arms["direct/lora"]["seeds"] == [None] and arms["direct/lora"]["mean_test"] == pytest.approx(0.6)
+    arms = summarise(arm_of("direct/lora", DIRECT)).arms
+    assert list(arms) == ["direct/lora"] and arms["direct/lora"].against_full is None
+    assert arms["direct/lora"].seeds == [None] and arms["direct/lora"].mean_test == pytest.approx(0.6)
 
 
 def test_order_of_records_and_arms():
     names = ["direct/full", "direct/adapters", "mtl/pe/adapters", "maml/plm/adapters", "maml/pe/adapters"]
     names += ["maml/plm+pe/adapters", "reptile/pe/adapters", "own/pe/adapters", "direct/lora"]
     records = [record for name in names for record in arm_of(name, DIRECT)]
-    assert list(summarise(records)["arms"]) == names
-    assert summarise(records[::-1])["arms"].keys() == set(names) and list(summarise(records[::-1])["arms"]) == names
+    assert list(summarise(records).arms) == names
+    assert summarise(records[::-1]).arms.keys() == set(names) and list(summarise(records[::-1]).arms) == names
     assert Arm("maml", "plm", "lora").name == "maml/plm/lora" and Arm("direct", None, "lora").name == "direct/lora"
 
 
 def test_records_without_time():
     records = [tuning("direct/lora", "a", 13, 0.5)]
     del records[0]["seconds"]
-    assert summarise(records)["arms"]["direct/lora"]["seconds"] is None
+    assert summarise(records).arms["direct/lora"].seconds is None
 
 
 @pytest.mark.parametrize(

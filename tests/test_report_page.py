@@ -10,6 +10,7 @@ from pats_jax.reporting.report_page import Page, code, markdown_block, markdown_
 from pats_jax.run import model_card
 
 AWKWARD = [
+    "query|key",
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
     "a|b`c``d",

@@ -153,7 +153,7 @@ def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
 
 
 def test_the_folder_is_that_of_a_run(watched, tmp_path, capsys):
-    args = tiny.flags(**{name: value for name, value in dataclasses.asdict(watched).items() if name in QUICK})
+    args = tiny.flags(**{name: value for name, value in watched.flat().items() if name in QUICK})
     args += ["--model_name_or_path", watched.model.model_name_or_path, "--data_dir", watched.data.data_dir]
     cli.main(["prime", *args, "--partition", watched.data.partition, "--output_dir", str(tmp_path / "run")])
     assert f"results in {tmp_path / 'run'}" in capsys.readouterr().out
@@ -292,31 +292,32 @@ def tensors_at(folder, step):
 # the batches
 
 
-def make_source(settings, tasks=None):
+def make_training(settings, tasks=None):
     gym = load_gym(settings.data.data_dir)
     tasks = [gym[name] for name in tiny.PARTITION["train"]] if tasks is None else tasks
     runner = runners.make_runner(num_devices=1)
-    model, _ = option_scoring.load_scorer(
+    model, params = option_scoring.load_scorer(
         settings.model.model_name_or_path, settings.upstream.head, settings.adapter, key=settings.seed
     )
-    return upstream.UpstreamSource(settings.over(1), runner, tasks, tiny.tokenizer(), model)
+    source = upstream.UpstreamSource(settings.over(1), runner, tasks, tiny.tokenizer(), model)
+    return source, upstream.make_training(settings, source, runner, params, evaluates=False)
 
 
-def drawn(training, first, count):
-    found = itertools.islice(training.batches(first), count)
+def drawn(source, first, count):
+    found = itertools.islice(source.batches(first), count)
     return [{name: np.asarray(x) for name, x in batch.items()} for batch, _ in found]
 
 
 @pytest.mark.parametrize("algorithm", ("mtl", "maml"))
 def test_a_batch_is_a_function_of_seed_and_step(base, algorithm):
     settings = dataclasses.replace(base, algorithm=algorithm)
-    training = make_source(settings)
-    first = drawn(training, 0, 5)
-    for ours, again in zip(drawn(training, 3, 2), first[3:], strict=True):
+    source, _ = make_training(settings)
+    first = drawn(source, 0, 5)
+    for ours, again in zip(drawn(source, 3, 2), first[3:], strict=True):
         assert ours.keys() == again.keys() and all(np.array_equal(ours[name], again[name]) for name in ours)
     inputs = "query_input_ids" if algorithm == "mtl" else "support_input_ids"
     assert not np.array_equal(first[0][inputs], first[1][inputs])
-    other = drawn(make_source(dataclasses.replace(settings, seed=1)), 0, 5)
+    other = drawn(make_training(dataclasses.replace(settings, seed=1))[0], 0, 5)
     assert any(
         a[inputs].shape != b[inputs].shape or not np.array_equal(a[inputs], b[inputs])
         for a, b in zip(first, other, strict=True)
@@ -328,7 +329,7 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
     """The words of the batches are rows of the upstream tasks, all of them in time, and of no other task."""
     gym = load_gym(base.data.data_dir)
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2)
-    training = make_source(settings)
+    source, _ = make_training(settings)
     parts = ("train",) if algorithm == "reptile" else ("train", "dev")
     upstream_inputs = {
         row.input
@@ -339,7 +340,7 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
     }
     ids = {tuple(own) for own in tiny.tokenizer()(sorted(upstream_inputs))["input_ids"]}
     met = set()
-    for batch in drawn(training, 0, 150):
+    for batch in drawn(source, 0, 150):
         assert ("query_input_ids" in batch) == (algorithm != "reptile")
         for name in [name for name in batch if name.endswith("input_ids") and "option" not in name]:
             met |= {tuple(int(x) for x in row if x) for row in batch[name].reshape(-1, batch[name].shape[-1])}
@@ -349,7 +350,7 @@ def test_only_rows_of_upstream_tasks_are_learnt(base, algorithm):
 
 
 def test_options_too_many_are_cut_and_the_right_one_kept(base):
-    training = make_source(dataclasses.replace(base, max_options=2))
+    source, _ = make_training(dataclasses.replace(base, max_options=2))
     gym = load_gym(base.data.data_dir)
     pairs = {
         (row.input, row.output)
@@ -360,7 +361,7 @@ def test_options_too_many_are_cut_and_the_right_one_kept(base):
     inputs, outputs = (tiny.tokenizer()([pair[side] for pair in sorted(pairs)])["input_ids"] for side in (0, 1))
     right = {(tuple(a), tuple(b)) for a, b in zip(inputs, outputs, strict=True)}
     met = set()
-    for batch in drawn(training, 0, 60):
+    for batch in drawn(source, 0, 60):
         assert set(batch["query_option_mask"].sum(-1).ravel()) == {2}
         for task, row in np.ndindex(batch["query_answers"].shape):
             options, answer = batch["query_option_input_ids"][task], batch["query_answers"][task, row]
@@ -375,8 +376,8 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
     long = " ".join(tiny.GOOD + tiny.BAD)
     rows = tuple(Row("ann is warm .", (*tiny.GOOD, *tiny.BAD, long), number) for number in range(2))
     task = FewShotTask("many", None, (Sample(13, rows, rows),))
-    training = make_source(dataclasses.replace(base, max_options=2), [task])
-    (shape,) = {batch["query_option_input_ids"].shape for batch in drawn(training, 0, 40)}
+    source, _ = make_training(dataclasses.replace(base, max_options=2), [task])
+    (shape,) = {batch["query_option_input_ids"].shape for batch in drawn(source, 0, 40)}
     assert shape[-1] >= 10
 
 
@@ -387,20 +388,20 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
 def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
     """Against the formulas: the parameters as they are, or after the inner steps on the training rows."""
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2, inner_learning_rate=0.02)
-    training = make_source(settings)
+    source, training = make_training(settings)
     gym = load_gym(base.data.data_dir)
     tasks = [gym[name] for name in names]
-    score = upstream.UpstreamScore(training, tasks, preemption.Preemption())
+    score = upstream.UpstreamScore(source, tasks, preemption.Preemption(), training)
     params = jax.tree.map(np.asarray, training.state.all_params)
     expected = []
     for task in tasks:
         sample, adapted = task.samples[0], params
         if algorithm != "mtl":
-            grad = jax.jit(jax.grad(lambda params, rows=sample.train: tiny.option_loss(training.model, params, rows)))
+            grad = jax.jit(jax.grad(lambda params, rows=sample.train: tiny.option_loss(source.model, params, rows)))
             for _ in range(2):
                 adapted = jax.tree.map(lambda p, g: p - 0.02 * g, adapted, grad(adapted))
         right = np.array([row.answer for row in sample.test])
-        expected.append(np.mean(tiny.chosen(training.model, adapted, sample.test) == right))
+        expected.append(np.mean(tiny.chosen(source.model, adapted, sample.test) == right))
     assert score.evaluate(training.state.all_params) == {"accuracy": pytest.approx(np.mean(expected), abs=1e-6)}
     assert 0 < np.mean(expected) < 1
 
@@ -428,7 +429,7 @@ def test_two_devices_compute_what_one_does(watched, tmp_path):
 
 def test_noisytune_is_for_the_pretrained_weights_alone(base):
     settings = dataclasses.replace(base, train="plm+pe", peft="lora", lora_rank=2, method="noisytune")
-    training, plain = make_source(settings), make_source(dataclasses.replace(settings, method="finetune"))
+    (_, training), (_, plain) = map(make_training, (settings, dataclasses.replace(settings, method="finetune")))
     before, after = (dict(jax.tree_util.tree_leaves_with_path(t.state.all_params)) for t in (plain, training))
     names = {jax.tree_util.keystr(path) for path in before if not np.array_equal(before[path], after[path])}
     assert names and not any("peft" in name for name in names)

@@ -160,9 +160,10 @@ def test_a_second_ctrl_c_kills_what_is_deaf(tmp_path):
     program = f"""
 import contextlib, pathlib, sys
 from pats_jax.run import workers
+from pats_jax.run.worker_settings import WorkerSettings
 home = pathlib.Path({str(tmp_path)!r})
 job = workers.Job("deaf", ("-S", "-c", {code!r}, str(home)), str(home / "log"))
-with workers.hold(home) as lock, workers.connect(workers.WorkerSettings(), lock) as fleet:
+with workers.hold(home) as lock, workers.connect(WorkerSettings(), lock) as fleet:
     with workers.note_signals() as asked, contextlib.closing(workers.run_jobs([job], fleet, home, asked)) as ended:
         list(ended)
 """
@@ -227,7 +228,7 @@ workers.run_job(job(home, "one", last=1000), 0, workers.Session("session", str(h
 )
 def test_wrong_settings(changes, message):
     with pytest.raises(InputError, match=message):
-        dataclasses.replace(WorkerSettings(), **changes).check_workers()
+        WorkerSettings(**changes).check()
 
 
 def test_without_dask_one_line_says_what_to_install(tmp_path, monkeypatch):

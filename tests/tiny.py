@@ -222,7 +222,7 @@ def chosen(model, params, rows) -> np.ndarray:
 
 def refused(capsys, *args) -> str:
     """The line that `pats-jax` ends with, with code 2, where it has nothing else to say."""
-    from pats_jax import cli
+    from pats_jax.programs import cli
 
     capsys.readouterr()
     try:

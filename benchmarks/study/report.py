@@ -5,6 +5,7 @@ reported on the other half. Differences are in points: hundredths of the task's 
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,13 +14,12 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.study import data, grid, run
-from pats_jax.comparison.seed_statistics import paired_difference
+from pats_jax.comparison.seed_statistics import holm, paired_difference, pooled_difference
 from pats_jax.core.files import write_json, write_text
 from pats_jax.errors import InputError
 
 Scores = dict[tuple[str, float], dict[str, dict[int, float]]]  # (method, scale) -> task -> seed -> score
 
-RESAMPLES = 20_000
 HARMLESS = -0.5  # points: a setting whose interval lies above it does no harm
 FIGURES = ("gini", "entropy", "top_10_percent_share")
 
@@ -54,40 +54,9 @@ def differences(table: Scores, setting: tuple[str, float], base: tuple[str, floa
 
 
 def pooled(by_task: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """The mean over tasks of the mean difference, stratified by task.
-
-    Args:
-      by_task: task -> seed -> difference.
-
-    Returns:
-      ``mean``; ``interval``, 95 % by the bootstrap that resamples seeds within each task (percentiles); ``p_value``,
-      two-sided, of the test that flips the signs of differences at random; ``counts`` of pairs by task. None in their
-      place without pairs. Draws start from a fixed seed.
-    """
-    values = [np.array(list(found.values())) for found in by_task.values()]
-    if not values:
-        return {"mean": None, "interval": None, "p_value": None, "counts": {}}
-    rng, mean = np.random.default_rng(0), float(np.mean([one.mean() for one in values]))
-    resampled, flipped = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for one in values:
-        resampled += one[rng.integers(len(one), size=(RESAMPLES, len(one)))].mean(1) / len(values)
-        flipped += (rng.choice((-1.0, 1.0), (RESAMPLES, len(one))) * one).mean(1) / len(values)
-    extreme = np.sum(np.abs(flipped) >= abs(mean) - 1e-12)
-    return {
-        "mean": mean,
-        "interval": np.percentile(resampled, (2.5, 97.5)).tolist(),
-        "p_value": float((extreme + 1) / (RESAMPLES + 1)),
-        "counts": {task: len(found) for task, found in by_task.items()},
-    }
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values (1979): sorted, times the number of those that are left, never decreasing."""
-    adjusted, least = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = least
-    return adjusted
+    """`pooled_difference` as a dict: ``mean``, ``interval``, ``p_value`` and ``counts``."""
+    found = dataclasses.asdict(pooled_difference(by_task))
+    return {name: found[name] for name in ("mean", "interval", "p_value", "counts")}
 
 
 def halves(table: Scores) -> tuple[list[int], list[int]]:
@@ -151,7 +120,10 @@ def _compared(table, setting, base, seeds):
         for task, values in found.items()
     }
     kept = ("mean", "interval", "p_value")
-    return {"pooled": pooled(found), "tasks": {task: {k: one[k] for k in kept} for task, one in by_task.items()}}
+    return {
+        "pooled": pooled(found),
+        "tasks": {task: {k: getattr(one, k) for k in kept} for task, one in by_task.items()},
+    }
 
 
 def _chosen(table, plain, choice, rest):

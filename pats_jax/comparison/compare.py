@@ -273,9 +273,9 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
     files.checked_place(root / "plots" / "file", root)
     with report_lock(root):
         comparison_page.write_report(root, summary, known["commands"], known["machines"])
-    for task, numbers in summary["tasks"].items():
-        header, rows = comparison_page.score_table(numbers, summary["baseline"])
-        say(console, f"{task}, {numbers['metric']} x 100")
+    for task, numbers in summary.tasks.items():
+        header, rows = comparison_page.score_table(numbers, summary.baseline)
+        say(console, f"{task}, {numbers.metric} x 100")
         for line in aligned([header, *rows]):
             say(console, f"  {line}")
     say(console, f"report: {root / 'report.html'}")

@@ -1,13 +1,13 @@
 """Statistics over finished runs of methods on the same seeds: scores, paired differences, curves, distributions.
 
-Reads the folders of GLUE runs and summarizes them as plain numbers, ready for JSON. Scores are those of the model that
-a run keeps: the last one, or the best one with ``--load_best_model_at_end``.
+Reads the folders of GLUE runs and summarizes them; `dataclasses.asdict` makes the numbers ready for JSON. Scores are
+those of the model that a run keeps: the last one, or the best one with ``--load_best_model_at_end``.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import scipy.stats
@@ -16,12 +16,13 @@ from pats_jax.core import files
 from pats_jax.errors import InputError, shown
 from pats_jax.run import run_folder
 from pats_jax.run.flags import read_config
-from pats_jax.run.records import ComparedResults, Concentration, Evaluation, Histogram, MetricsLine, Scores
+from pats_jax.run.records import ComparedResults, Concentration, Evaluation, Figures, Histogram, MetricsLine, Scores
 from pats_jax.run.settings import Settings, resuming
 
 CONFIDENCE = 0.95
 FIGURES: tuple[Literal["gini", "entropy", "top_10_percent_share"], ...] = ("gini", "entropy", "top_10_percent_share")
 _RESAMPLES = 9999
+_POOLED_RESAMPLES = 20_000
 _LARGEST_LOSS = float(np.finfo(np.float32).max)
 _PER_RUN = ("task_name", "method", "seed", "output_dir", "length_buckets")
 
@@ -134,17 +135,108 @@ def _check_records(records: Sequence[MetricsLine], main_metric: str, path: pathl
             last = record["step"]
 
 
-def summarise(root: pathlib.Path, runs: Sequence[Run]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """``n`` values: mean, sd (of the sample, with n - 1; None for one value), lowest and highest."""
+
+    n: int
+    mean: float
+    sd: float | None
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return cls(len(values), float(np.mean(values)), sd, float(np.min(values)), float(np.max(values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Differences from the baseline, seed by seed, see `paired_difference`."""
+
+    seeds: list[int]
+    values: list[float]
+    mean: float | None  # None without a common seed
+    interval: list[float] | None  # low and high: the mean's bootstrap interval, BCa, at 95 %
+    p_value: float | None  # Wilcoxon's signed-rank test, two-sided
+    holm_p_value: float | None  # the same, corrected for all comparisons of the report
+    smallest_p_value: float  # that so many differences allow
+    notes: list[str]  # what is missing, and why
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """The difference of a method from the baseline over all tasks, see `pooled_difference`."""
+
+    mean: float | None
+    interval: list[float] | None
+    p_value: float | None
+    counts: dict[str, int]  # task -> pairs
+    holm_p_value: float | None = None  # corrected for the methods of the report
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedCurve:
+    """Mean, lowest and highest value over runs, at the steps that all of them share; lists of one length."""
+
+    step: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanConcentration:
+    """Concentration of sensitivity over runs: figure -> its spread; and the mean histogram if all runs have one."""
+
+    before: dict[str, Spread]
+    after: dict[str, Spread]
+    histogram: Histogram | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodNumbers(Spread):
+    """The numbers of a method on a task: the spread of its scores, and more."""
+
+    scores: dict[int, float]  # seed -> score
+    best_mean: float  # the mean of the best evaluations
+    difference: Difference | None  # None for the baseline itself
+    seconds_per_step: float | None
+    curves: dict[str, SeedCurve]  # loss, score
+    concentration: MeanConcentration | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskNumbers:
+    """Facts about a task's data, and the numbers of the methods that have a finished run."""
+
+    metric: str
+    data: str
+    train_examples: int
+    eval_examples: int
+    majority_class: float
+    methods: dict[str, MethodNumbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All numbers of a comparison."""
+
+    baseline: str
+    missing: list[str]  # names of unfinished runs
+    settings: dict[str, object]  # shared by all runs
+    versions: dict[str, list[str]]  # package -> versions that the runs used
+    tasks: dict[str, TaskNumbers]
+    pooled: dict[str, Pooled]  # method -> its difference from the baseline over all tasks
+
+
+def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
     """Summarizes the finished runs of a comparison.
 
     Args:
       root: the grid's folder.
       runs: the grid. The baseline is ``finetune`` or, without it, the first method.
-
-    Returns:
-      ``baseline``, ``missing`` (names of unfinished runs), ``settings`` (shared by all runs), ``versions``
-      (package -> versions that the runs used) and ``tasks``: task -> its facts and its ``methods``, see
-      `summarise_task`.
 
     Raises:
       InputError: if no run is finished, or their settings differ.
@@ -155,39 +247,127 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> dict[str, Any]:
         raise InputError(f"{root}: no run is finished yet")
     methods = list(dict.fromkeys(run.method for run in runs))
     baseline = "finetune" if "finetune" in methods else methods[0]
-    tasks = dict.fromkeys(run.task for run in runs)
-    return {
-        "baseline": baseline,
-        "missing": [run.name for run, found in read.items() if found is None],
-        "settings": shared_settings(finished),
-        "versions": _all_versions(finished),
-        "tasks": {
+    tasks = _with_holm(
+        {
             task: summarise_task([one for one in finished if one.run.task == task], methods, baseline)
-            for task in tasks
+            for task in dict.fromkeys(run.task for run in runs)
             if any(one.run.task == task for one in finished)
-        },
+        }
+    )
+    return Comparison(
+        baseline,
+        missing=[run.name for run, found in read.items() if found is None],
+        settings=shared_settings(finished),
+        versions=_all_versions(finished),
+        tasks=tasks,
+        pooled=_pool([name for name in methods if name != baseline], tasks),
+    )
+
+
+def _with_holm(tasks: dict[str, TaskNumbers]) -> dict[str, TaskNumbers]:
+    """The same with Holm's p-values, over all comparisons of all tasks."""
+    p_values = {
+        (task, name): method.difference.p_value
+        for task, numbers in tasks.items()
+        for name, method in numbers.methods.items()
+        if method.difference is not None and method.difference.p_value is not None
+    }
+    adjusted = holm(p_values)
+    return {
+        task: dataclasses.replace(
+            numbers,
+            methods={name: _corrected(one, adjusted.get((task, name))) for name, one in numbers.methods.items()},
+        )
+        for task, numbers in tasks.items()
     }
 
 
-def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, Any]:
+def _corrected(method: MethodNumbers, p_value: float | None) -> MethodNumbers:
+    if method.difference is None:
+        return method
+    return dataclasses.replace(method, difference=dataclasses.replace(method.difference, holm_p_value=p_value))
+
+
+def _pool(methods: Sequence[str], tasks: dict[str, TaskNumbers]) -> dict[str, Pooled]:
+    """Method -> its difference over the tasks; with one task, that task's own interval and test."""
+    found = {}
+    for name in methods:
+        by_task = {
+            task: difference
+            for task, numbers in tasks.items()
+            if name in numbers.methods and (difference := numbers.methods[name].difference) and difference.seeds
+        }
+        if len(by_task) == 1:
+            ((task, one),) = by_task.items()
+            found[name] = Pooled(one.mean, one.interval, one.p_value, {task: len(one.seeds)})
+        elif by_task:
+            pairs = {task: dict(zip(one.seeds, one.values, strict=True)) for task, one in by_task.items()}
+            found[name] = pooled_difference(pairs)
+    adjusted = holm({name: one.p_value for name, one in found.items() if one.p_value is not None})
+    return {name: dataclasses.replace(one, holm_p_value=adjusted.get(name)) for name, one in found.items()}
+
+
+Name = TypeVar("Name")
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Holm's adjusted p-values (1979): sorted, times the number of those that are left, never decreasing.
+
+    Examples:
+      >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+      {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    adjusted, least = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = least
+    return adjusted
+
+
+def pooled_difference(by_task: Mapping[str, Mapping[int, float]]) -> Pooled:
+    """The mean over tasks of the mean difference, stratified by task.
+
+    The interval, 95 %, is that of the bootstrap that resamples seeds within each task (percentiles). The p-value,
+    two-sided, is that of the test that flips the signs of differences at random. Draws start from a fixed seed.
+
+    Args:
+      by_task: task -> seed -> difference.
+    """
+    values = [np.array(list(found.values())) for found in by_task.values()]
+    if not values:
+        return Pooled(None, None, None, {})
+    rng, mean = np.random.default_rng(0), float(np.mean([one.mean() for one in values]))
+    resampled, flipped = np.zeros(_POOLED_RESAMPLES), np.zeros(_POOLED_RESAMPLES)
+    for one in values:
+        resampled += one[rng.integers(len(one), size=(_POOLED_RESAMPLES, len(one)))].mean(1) / len(values)
+        flipped += (rng.choice((-1.0, 1.0), (_POOLED_RESAMPLES, len(one))) * one).mean(1) / len(values)
+    extreme = np.sum(np.abs(flipped) >= abs(mean) - 1e-12)
+    interval, counts = np.percentile(resampled, (2.5, 97.5)).tolist(), {task: len(x) for task, x in by_task.items()}
+    return Pooled(mean, interval, float((extreme + 1) / (_POOLED_RESAMPLES + 1)), counts)
+
+
+def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:
     """The settings that all runs share, without those that identify a run.
 
     Raises:
       InputError: naming a run with different settings.
     """
     first = finished[0].settings
+    found, of_method = first.to_dict(), {first.method: first}
     for one in finished[1:]:
         theirs = one.settings.flat()
+        same = of_method.setdefault(one.settings.method, one.settings)
+        found = one.settings.to_dict() | found
         try:
-            ours = first.replace(methods=one.settings.methods, **{name: theirs[name] for name in _PER_RUN})
+            ours = first.replace(methods=same.methods, **{name: theirs[name] for name in _PER_RUN if name != "method"})
             resuming(ours, one.settings)
         except InputError as error:
             raise InputError(f"{one.run.name} cannot be compared with {finished[0].run.name}: {error}") from None
-    return {name: value for name, value in first.to_dict().items() if name not in _PER_RUN}
+    return {name: value for name, value in found.items() if name not in _PER_RUN}
 
 
-def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], baseline: str) -> dict[str, Any]:
-    """The numbers of one task: facts about the data, and ``methods``: method -> its numbers, if it has a finished run.
+def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], baseline: str) -> TaskNumbers:
+    """The numbers of one task.
 
     Args:
       finished: the task's finished runs, at least one.
@@ -203,40 +383,29 @@ def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], base
             continue
         scores = {one.run.seed: one.score for one in runs}
         seconds = [s for s in (one.seconds_per_step() for one in runs) if s is not None]
-        table[name] = {
-            "scores": scores,
-            **describe(list(scores.values())),
-            "best_mean": float(np.mean([one.best_score for one in runs])),
-            "difference": None if name == baseline else paired_difference(scores, baseline_scores),
-            "seconds_per_step": float(np.median(seconds)) if seconds else None,
-            "curves": {
+        table[name] = MethodNumbers(
+            **dataclasses.asdict(Spread.of(list(scores.values()))),
+            scores=scores,
+            best_mean=float(np.mean([one.best_score for one in runs])),
+            difference=None if name == baseline else paired_difference(scores, baseline_scores),
+            seconds_per_step=float(np.median(seconds)) if seconds else None,
+            curves={
                 "loss": mean_curve([one.losses() for one in runs]),
                 "score": mean_curve([one.scores() for one in runs]),
             },
-            "concentration": mean_concentration([one.results.get("concentration") for one in runs]),
-        }
-    return {
-        "metric": facts["main_metric"],
-        "data": facts["data"],
-        "train_examples": facts["train_examples"],
-        "eval_examples": facts["eval_examples"],
-        "majority_class": facts["majority_class"]["metrics"][facts["main_metric"]],
-        "methods": table,
-    }
+            concentration=mean_concentration([one.results.get("concentration") for one in runs]),
+        )
+    return TaskNumbers(
+        metric=facts["main_metric"],
+        data=facts["data"],
+        train_examples=facts["train_examples"],
+        eval_examples=facts["eval_examples"],
+        majority_class=facts["majority_class"]["metrics"][facts["main_metric"]],
+        methods=table,
+    )
 
 
-def describe(values: Sequence[float]) -> dict[str, float | int | None]:
-    """``n``, ``mean``, ``sd`` (of the sample, with n - 1; None for one value), ``min`` and ``max``."""
-    return {
-        "n": len(values),
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "min": float(np.min(values)),
-        "max": float(np.max(values)),
-    }
-
-
-def paired_difference(scores: dict[int, float], baseline: dict[int, float]) -> dict[str, Any]:
+def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
     """Differences from the baseline, seed by seed, over the seeds that both have.
 
     Differences are rounded to 12 decimals, so that equal differences of scores such as 0.85 and 0.84 are ties.
@@ -244,25 +413,21 @@ def paired_difference(scores: dict[int, float], baseline: dict[int, float]) -> d
     Args:
       scores: seed -> score.
       baseline: seed -> score.
-
-    Returns:
-      ``seeds``, ``values``, ``mean`` (None without a common seed), ``interval`` (low, high: the mean's bootstrap
-      interval, BCa, at 95 %) or None, ``p_value`` (Wilcoxon's signed-rank test, two-sided) or None,
-      ``smallest_p_value`` that so many differences allow, and ``notes`` on what is missing and why.
     """
     seeds = [seed for seed in scores if seed in baseline]
     values = np.round([scores[seed] - baseline[seed] for seed in seeds], 12)
     interval, on_interval = bootstrap_interval(values)
     p_value, on_test = wilcoxon_p_value(values)
-    return {
-        "seeds": seeds,
-        "values": values.tolist(),
-        "mean": float(values.mean()) if len(seeds) else None,
-        "interval": interval,
-        "p_value": p_value,
-        "smallest_p_value": smallest_p_value(len(seeds)),
-        "notes": [note for note in (on_interval, on_test) if note],
-    }
+    return Difference(
+        seeds=seeds,
+        values=values.tolist(),
+        mean=float(values.mean()) if len(seeds) else None,
+        interval=interval,
+        p_value=p_value,
+        holm_p_value=None,
+        smallest_p_value=smallest_p_value(len(seeds)),
+        notes=[note for note in (on_interval, on_test) if note],
+    )
 
 
 def smallest_p_value(count: int) -> float:
@@ -311,52 +476,45 @@ def wilcoxon_p_value(values: np.ndarray) -> tuple[float | None, str | None]:
     return p_value, f"the test omits {zeros} difference(s) of 0" if zeros else None
 
 
-def mean_curve(series: Sequence[dict[int, float]]) -> dict[str, list[float]]:
+def mean_curve(series: Sequence[dict[int, float]]) -> SeedCurve:
     """Mean, lowest and highest value over runs, at the steps that all of them share.
 
     Args:
       series: step -> value, for each run.
-
-    Returns:
-      ``step``, ``mean``, ``low`` and ``high``, lists of one length.
     """
     steps = sorted(set.intersection(*(set(values) for values in series)))
     table = np.array([[values[step] for step in steps] for values in series], np.float64)
-    return {
-        "step": steps,
-        "mean": table.mean(0).tolist(),
-        "low": table.min(0).tolist(),
-        "high": table.max(0).tolist(),
-    }
+    return SeedCurve(steps, table.mean(0).tolist(), table.min(0).tolist(), table.max(0).tolist())
 
 
-def mean_concentration(measured: Sequence[Concentration | None]) -> dict[str, Any] | None:
+def mean_concentration(measured: Sequence[Concentration | None]) -> MeanConcentration | None:
     """Means over runs of the concentration of sensitivity, and of its histogram if all runs have one.
 
     Args:
       measured: the ``concentration`` of every run's results.json, or None.
 
     Returns:
-      ``before`` and ``after`` training: name of a figure -> `describe` of it over the runs; ``histogram``: ``edges``
-      (powers of 10), and the mean shares ``before`` and ``after``, or None. None if a run was not measured.
+      The means; None if a run was not measured.
     """
     known = [one for one in measured if one is not None]
     if len(known) < len(measured):
         return None
     histograms = [one["log10_histogram"] for one in known if "log10_histogram" in one]
     all_alike = len(histograms) == len(known) and all(one["edges"] == histograms[0]["edges"] for one in histograms)
-    parts = {"before": [one["before"]["all"] for one in known], "after": [one["after"]["all"] for one in known]}
-    return {
-        **{
-            when: {figure: describe([one[figure] for one in figures]) for figure in FIGURES}
-            for when, figures in parts.items()
-        },
-        "histogram": _mean_histogram(histograms) if all_alike else None,
-    }
+    return MeanConcentration(
+        before=_spreads([one["before"]["all"] for one in known]),
+        after=_spreads([one["after"]["all"] for one in known]),
+        histogram=_mean_histogram(histograms) if all_alike else None,
+    )
 
 
-def _mean_histogram(histograms: Sequence[Histogram]) -> dict[str, list[float]]:
-    before, after = (np.mean([one[when] for one in histograms], axis=0).tolist() for when in ("before", "after"))
+def _spreads(figures: Sequence[Figures]) -> dict[str, Spread]:
+    return {name: Spread.of([one[name] for one in figures]) for name in FIGURES}
+
+
+def _mean_histogram(histograms: Sequence[Histogram]) -> Histogram:
+    before = np.mean([one["before"] for one in histograms], axis=0).tolist()
+    after = np.mean([one["after"] for one in histograms], axis=0).tolist()
     return {"edges": histograms[0]["edges"], "before": before, "after": after}
 
 

@@ -18,7 +18,7 @@ The ARG is that of CrossFit (https://arxiv.org/abs/2104.08835), which the work o
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -152,16 +152,128 @@ def steps_to_score(curve: Curve, target: float) -> int | None:
     return min((int(step) for step, score in zip(steps, scores, strict=True) if score >= target), default=None)
 
 
-def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -> dict[str, Any]:
-    """All numbers of a report on priming, ready for JSON.
+@dataclasses.dataclass(frozen=True)
+class TaskFacts:
+    """Metric and chance of a task, and the numbers of its samples."""
+
+    metric: str
+    chance: float
+    samples: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """Test scores of an arm on one task.
+
+    Attributes:
+      mean: over upstream seeds of the mean over samples.
+      sd_samples: the standard deviation over samples (n - 1) within a seed, averaged over the seeds that have two
+        samples or more; None without such seeds.
+      sd_seeds: that of the seeds' means (n - 1); None for one seed.
+      samples: the numbers of the samples.
+      seeds: the upstream seeds.
+    """
+
+    mean: float
+    sd_samples: float | None
+    sd_seeds: float | None
+    samples: list[int]
+    seeds: list[int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedGain:
+    """The ARG of an upstream seed, and the number of tasks it is over."""
+
+    seed: int | None
+    arg: float | None
+    tasks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """The gains of an arm over a baseline, in percent, see `compare_with`.
+
+    Attributes:
+      arg: the mean over seeds of the ARG.
+      interval: see `arg_interval`.
+      sd_seeds: of the ARG (n - 1); None for one seed.
+      seeds: the ARG by seed.
+      gains: task -> relative gain, the mean over seeds.
+      tasks: their number.
+      left_out: names of tasks whose baseline is 0 or below (for one seed at least, where seeds share different samples
+        with the baseline).
+      wins: number of tasks with a higher mean score, tasks left out included.
+      ties: of those with an equal one.
+      losses: of those with a lower one.
+      shared: the number of tunings that had a partner in the baseline.
+    """
+
+    arg: float | None
+    interval: list[float] | None
+    sd_seeds: float | None
+    seeds: list[SeedGain]
+    gains: dict[str, float]
+    tasks: int
+    left_out: list[str]
+    wins: int
+    ties: int
+    losses: int
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsToDirect:
+    """How soon an arm's tunings reach the best dev score of direct tuning, see `steps_to_direct`."""
+
+    first: list[int | None]  # step of each tuning; None: never
+    reached: float  # share of the tunings
+    median: float | None  # step of those that did
+    median_direct: float  # of direct tuning on the same tasks and samples
+    last: int  # step of any curve
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningTime:
+    """Seconds of the tunings that recorded them."""
+
+    median: float
+    total: float
+    tunings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmNumbers:
+    """The numbers of one arm; the comparisons are None without tunings to compare with."""
+
+    algorithm: str
+    trained: str | None
+    peft: str
+    seeds: list[int | None]  # upstream
+    tasks: dict[str, TaskScores]
+    mean_test: float  # over tasks
+    mean_chance: float
+    against_direct: Gain | None
+    against_full: Gain | None
+    steps: StepsToDirect | None
+    seconds: TuningTime | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GymSummary:
+    """All numbers of a report on priming: the number of tunings, facts by task, and numbers by the name of an arm."""
+
+    tunings: int
+    tasks: dict[str, TaskFacts]
+    arms: dict[str, ArmNumbers]
+
+
+def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -> GymSummary:
+    """All numbers of a report on priming; `dataclasses.asdict` makes them ready for JSON.
 
     Args:
       records: one a tuning, in any order; of an unfinished run, those that there are.
       sources: what to call each in error messages, such as its file; None: by its number.
-
-    Returns:
-      ``tunings`` (their number), ``tasks``: task -> ``metric``, ``chance`` and ``samples``, and ``arms``: `Arm.name` ->
-      numbers, see `summarise_arm`.
 
     Raises:
       InputError: if there is no record, or one lacks a field, contradicts itself or another, or occurs twice.
@@ -171,26 +283,21 @@ def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -
     for record in records:
         by_arm.setdefault(_arm(record), []).append(record)
     full = by_arm.get(Arm("direct", None, "full"))
-    return {
-        "tunings": len(records),
-        "tasks": {
-            task: {
-                "metric": next(r["metric"] for r in records if r["task"] == task),
-                "chance": next(r["chance"] for r in records if r["task"] == task),
-                "samples": sorted({r["sample"] for r in records if r["task"] == task}),
-            }
-            for task in sorted({record["task"] for record in records})
-        },
-        "arms": {
-            arm.name: summarise_arm(arm, by_arm[arm], by_arm.get(Arm("direct", None, arm.peft)), full)
-            for arm in sorted(by_arm, key=_place)
-        },
+    tasks = {}
+    for task in sorted({record["task"] for record in records}):
+        of_task = [record for record in records if record["task"] == task]
+        samples = sorted({record["sample"] for record in of_task})
+        tasks[task] = TaskFacts(of_task[0]["metric"], of_task[0]["chance"], samples)
+    arms = {
+        arm.name: summarise_arm(arm, by_arm[arm], by_arm.get(Arm("direct", None, arm.peft)), full)
+        for arm in sorted(by_arm, key=_place)
     }
+    return GymSummary(len(records), tasks, arms)
 
 
 def summarise_arm(
     arm: Arm, records: Sequence[Record], direct: Sequence[Record] | None, full: Sequence[Record] | None
-) -> dict[str, Any]:
+) -> ArmNumbers:
     """The numbers of one arm.
 
     Args:
@@ -198,12 +305,6 @@ def summarise_arm(
       records: its tunings, at least one.
       direct: the tunings with the same PEFT method without an upstream stage, or None.
       full: those of the whole model without an upstream stage, or None.
-
-    Returns:
-      ``algorithm``, ``trained``, ``peft``, ``seeds`` (upstream), ``tasks``: task -> see `task_scores`, ``mean_test``
-      and ``mean_chance`` (over tasks), ``against_direct`` and ``against_full``: see `compare_with`, None without such
-      tunings, ``steps``: see `steps_to_direct`, and ``seconds``: ``median`` and ``total`` of the tunings, ``tunings``
-      their number, None where no record has them.
     """
     tasks = {
         task: task_scores([record for record in records if record["task"] == task])
@@ -211,44 +312,37 @@ def summarise_arm(
     }
     chance = {record["task"]: record["chance"] for record in records}
     seconds = [spent for record in records if (spent := record.get("seconds")) is not None]
-    return {
+    return ArmNumbers(
         **arm._asdict(),
-        "seeds": _seeds(records),
-        "tasks": tasks,
-        "mean_test": float(np.mean([one["mean"] for one in tasks.values()])),
-        "mean_chance": float(np.mean([chance[task] for task in tasks])),
-        "against_direct": compare_with(records, direct or []),
-        "against_full": compare_with(records, full or []),
-        "steps": steps_to_direct(records, direct or []),
-        "seconds": {"median": float(np.median(seconds)), "total": float(np.sum(seconds)), "tunings": len(seconds)}
-        if seconds
-        else None,
-    }
+        seeds=_seeds(records),
+        tasks=tasks,
+        mean_test=float(np.mean([one.mean for one in tasks.values()])),
+        mean_chance=float(np.mean([chance[task] for task in tasks])),
+        against_direct=compare_with(records, direct or []),
+        against_full=compare_with(records, full or []),
+        steps=steps_to_direct(records, direct or []),
+        seconds=TuningTime(float(np.median(seconds)), float(np.sum(seconds)), len(seconds)) if seconds else None,
+    )
 
 
-def task_scores(records: Sequence[Record]) -> dict[str, Any]:
+def task_scores(records: Sequence[Record]) -> TaskScores:
     """Test scores of an arm on one task.
 
     Args:
       records: the arm's tunings on that task, at least one.
-
-    Returns:
-      ``mean`` over upstream seeds of the mean over samples; ``sd_samples``: the standard deviation over samples
-      (n - 1) within a seed, averaged over the seeds that have two samples or more; ``sd_seeds``: that of the seeds'
-      means (n - 1); both None where there is one only; ``samples``, the numbers of the samples, and ``seeds``.
     """
     by_seed = [np.array([r["test"] for r in records if r["upstream_seed"] == seed]) for seed in _seeds(records)]
     spreads = [np.std(scores, ddof=1) for scores in by_seed if len(scores) > 1]
-    return {
-        "mean": float(np.mean([scores.mean() for scores in by_seed])),
-        "sd_samples": float(np.mean(spreads)) if spreads else None,
-        "sd_seeds": _sd([float(scores.mean()) for scores in by_seed]),
-        "samples": sorted({record["sample"] for record in records}),
-        "seeds": _seeds(records),
-    }
+    return TaskScores(
+        mean=float(np.mean([scores.mean() for scores in by_seed])),
+        sd_samples=float(np.mean(spreads)) if spreads else None,
+        sd_seeds=_sd([float(scores.mean()) for scores in by_seed]),
+        samples=sorted({record["sample"] for record in records}),
+        seeds=_seeds(records),
+    )
 
 
-def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> dict[str, Any] | None:
+def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> Gain | None:
     """The ARG of an arm's tunings against a baseline's, over the tasks and samples that both have.
 
     An ARG is computed for every upstream seed, on what that seed and the baseline share; ``arg`` is their mean.
@@ -258,14 +352,7 @@ def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> dict[
       baseline: those of an arm without an upstream stage.
 
     Returns:
-      None if they have no tuning in common. Else, gains in percent:
-
-      - ``arg``, ``interval`` (see `arg_interval`), ``sd_seeds`` (n - 1; None for one seed);
-      - ``seeds``: a list of ``seed``, ``arg`` and ``tasks``, the number of tasks it is over;
-      - ``gains``: task -> relative gain, the mean over seeds; ``tasks``: their number; ``left_out``: names of tasks
-        whose baseline is 0 or below (for one seed at least, where seeds share different samples with the baseline);
-      - ``wins``, ``ties``, ``losses``: numbers of tasks by the difference in mean score, tasks left out included;
-      - ``shared``: the number of tunings that had a partner in the baseline.
+      The gains; None if they have no tuning in common.
     """
     reference = {(record["task"], record["sample"]): record["test"] for record in baseline}
     shared = [record for record in records if (record["task"], record["sample"]) in reference]
@@ -284,22 +371,22 @@ def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> dict[
     gains = np.array([[one.by_task.get(task, np.nan) for task in tasks] for one in found])
     args = [one.value for one in found if one.value is not None]
     signs = [np.sign(np.round(np.mean(values), 12)) for values in differences.values()]
-    return {
-        "arg": float(np.mean(args)) if args else None,
-        "interval": arg_interval(gains),
-        "sd_seeds": _sd(args),
-        "seeds": [
-            {"seed": seed, "arg": one.value, "tasks": len(one.by_task)} for seed, one in zip(seeds, found, strict=True)
-        ],
-        "gains": {task: float(np.nanmean(column)) for task, column in zip(tasks, gains.T, strict=True)},
-        "tasks": len(tasks),
-        "left_out": sorted({task for one in found for task in one.left_out}),
-        **{name: signs.count(sign) for name, sign in (("wins", 1), ("ties", 0), ("losses", -1))},
-        "shared": len(shared),
-    }
+    return Gain(
+        arg=float(np.mean(args)) if args else None,
+        interval=arg_interval(gains),
+        sd_seeds=_sd(args),
+        seeds=[SeedGain(seed, one.value, len(one.by_task)) for seed, one in zip(seeds, found, strict=True)],
+        gains={task: float(np.nanmean(column)) for task, column in zip(tasks, gains.T, strict=True)},
+        tasks=len(tasks),
+        left_out=sorted({task for one in found for task in one.left_out}),
+        wins=signs.count(1),
+        ties=signs.count(0),
+        losses=signs.count(-1),
+        shared=len(shared),
+    )
 
 
-def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict[str, Any] | None:
+def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> StepsToDirect | None:
     """How soon an arm's tunings reach the best dev score of direct tuning on the same task and sample.
 
     The curves are those of the chosen learning rates, which were chosen by score, not by speed.
@@ -309,9 +396,7 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
       direct: those with the same PEFT method without an upstream stage.
 
     Returns:
-      None if they have no task and sample in common. Else ``first``: the step at which each tuning reached the score,
-      None for never; ``reached``: the share that did; ``median`` over those, or None; ``median_direct``: the same of
-      direct tuning on the same tasks and samples; ``last``: the last step of any curve.
+      The steps; None if they have no task and sample in common.
     """
     partners = {(record["task"], record["sample"]): record["curve"] for record in direct}
     curves = [
@@ -324,13 +409,13 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> dict
     first = [steps_to_score(curve, max(partner["dev"])) for curve, partner in curves]
     of_direct = [partner["step"][int(np.argmax(partner["dev"]))] for _, partner in curves]
     reached = [step for step in first if step is not None]
-    return {
-        "first": first,
-        "reached": len(reached) / len(first),
-        "median": float(np.median(reached)) if reached else None,
-        "median_direct": float(np.median(of_direct)),
-        "last": max(max(curve["step"]) for pair in curves for curve in pair),
-    }
+    return StepsToDirect(
+        first=first,
+        reached=len(reached) / len(first),
+        median=float(np.median(reached)) if reached else None,
+        median_direct=float(np.median(of_direct)),
+        last=max(max(curve["step"]) for pair in curves for curve in pair),
+    )
 
 
 def stage_place(algorithm: str, trained: str | None) -> tuple[int, str, int]:

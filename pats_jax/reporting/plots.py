@@ -4,7 +4,8 @@ import io
 import itertools
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pats_jax.reporting.console import visible
 _LONGEST_NAME = 40  # characters
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 # Color, line and marker, for more arms than there are colors.
 _STYLES = [(color, line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for color in _COLORS]
 
@@ -153,29 +155,45 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
     _save(figure, path)
 
 
-def plot_mean_curves(path: pathlib.Path, curves: dict[str, dict[str, dict[str, list[float]]]], metric: str) -> None:
+class Curve(Protocol):
+    """Mean, lowest and highest value over seeds by step; lists of one length."""
+
+    @property
+    def step(self) -> list[int]: ...
+    @property
+    def mean(self) -> list[float]: ...
+    @property
+    def low(self) -> list[float]: ...
+    @property
+    def high(self) -> list[float]: ...
+
+
+def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve]], metric: str) -> None:
     """Training loss and validation score by step, the mean over seeds with a band from the lowest to the highest.
+
+    A panel in which no curve has two points is left out. Lines differ in color, dashes and width, so
+    that none hides another.
 
     Args:
       path: the PNG file to write.
-      curves: name of a method -> ``loss`` and ``score`` -> lists ``step``, ``mean``, ``low``, ``high`` of one length.
+      curves: name of a method -> ``loss`` and ``score`` -> its curve.
       metric: name of the metric.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, name, title, label in zip(
-        panels, ("loss", "score"), ("Training loss", "Validation score"), ("loss", metric), strict=True
-    ):
+    known = (("loss", "Training loss", "loss"), ("score", "Validation score", metric))
+    drawn = [one for one in known if any(len(of[one[0]].step) > 1 for of in curves.values())]
+    figure = Figure(figsize=(6.4, 3.6 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), squeeze=False)[:, 0]
+    for axes, (name, title, label) in zip(panels, drawn, strict=True):
         axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
         axes.grid(alpha=0.3)
-        for (method, of_method), color in zip(curves.items(), itertools.cycle(_COLORS), strict=False):
-            curve = of_method[name]
-            axes.plot(
-                curve["step"], curve["mean"], color=color, marker="." if name == "score" else None, label=_name(method)
-            )
-            axes.fill_between(curve["step"], curve["low"], curve["high"], color=color, alpha=0.15, linewidth=0)
+        for number, (method, of_method) in enumerate(curves.items()):
+            color, curve = _COLORS[number % len(_COLORS)], of_method[name]
+            dashes, marker = _DASHES[number % len(_DASHES)], "." if name == "score" else None
+            style = {"linestyle": dashes, "marker": marker, "linewidth": 4.0 - 2.8 * number / max(1, len(curves) - 1)}
+            axes.plot(curve.step, curve.mean, color=color, label=_name(method), **style)
+            axes.fill_between(curve.step, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
         axes.legend()
     _save(figure, path)
 
@@ -202,35 +220,41 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     _save(figure, path)
 
 
-def plot_average_gains(path: pathlib.Path, panels: dict[str, dict[str, tuple[float, list[float] | None]]]) -> None:
-    """Average relative gains as bars with their intervals, one panel a baseline.
+def plot_effects(
+    path: pathlib.Path, panels: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], label: str
+) -> None:
+    """Effects as dots with their intervals, a row each, beside a line at 0; one panel a task or baseline.
 
-    All panels have the same rows, in the order of the panel with the most arms, and the same scale.
+    All panels have the same rows, in the order of the panel with the most rows, and the same scale.
 
     Args:
       path: the PNG file to write.
-      panels: title -> name of an arm -> ARG in percent, and its interval (low, high) or None.
+      panels: title -> name of a row -> its effect, and its interval (low, high) or None.
+      label: what the scale shows.
     """
     from matplotlib.figure import Figure
 
     longest_first = sorted(panels.values(), key=len, reverse=True)
-    names = list(dict.fromkeys(name for arms in longest_first for name in arms))
-    figure = Figure(figsize=(3.0 + 4.0 * len(panels), 1.5 + 0.3 * len(names)), layout="constrained")
-    for axes, (title, arms) in zip(
-        figure.subplots(1, len(panels), sharex=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        axes.set(title=_name(title, 80), xlabel="ARG in percent, 95 % interval over tasks")
+    names = list(dict.fromkeys(name for rows in longest_first for name in rows))
+    columns = 1 if len(panels) <= 4 else 2  # narrow enough to be read on a phone
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 + 3.2 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for number, (axes, (title, rows)) in enumerate(zip(grid, panels.items(), strict=False)):
+        axes.set_title(_name(title, 80), fontsize=10)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), list(map(_name, names)))
-        axes.label_outer()
+        axes.set_yticks(range(len(names)), [""] * len(names) if number % columns else list(map(_name, names)))
+        axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3, axis="x")
         axes.axvline(0, color=_BEFORE)
-        for name, (gain, interval) in arms.items():
-            place = names.index(name)
-            axes.barh(place, gain, color=_AFTER if gain >= 0 else _COLORS[1], alpha=0.7, height=0.6)
+        for name, (effect, interval) in rows.items():
+            place, color = names.index(name), _AFTER if effect >= 0 else _COLORS[1]
             if interval is not None:
-                axes.hlines(place, *interval, color="black", linewidth=1)
-                axes.plot(interval, [place, place], "|", color="black")
+                axes.hlines(place, *interval, color=color, linewidth=2)
+            axes.plot(effect, place, "o", color=color)
+    figure.supxlabel(_name(label, 80), fontsize=10)
     _save(figure, path)
 
 

@@ -1,90 +1,165 @@
-"""A page of text, tables and pictures in two forms, Markdown and HTML, and tables as lines of a console."""
+"""A page of text, tables and pictures, written in Markdown and rendered as HTML; and tables as lines of a console."""
 
 import base64
+import contextlib
 import html
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
+
+import markdown_it
+from markdown_it.token import Token
 
 from pats_jax.reporting.console import visible
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+:root { color-scheme: light dark; --text: #222; --ground: #fff; --soft: #f3f4f6; --line: #ccc; --accent: #0b6e99; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e6ea; --ground: #16181d; --soft: #262a31; --line: #4a505a; --accent: #6cc4e8; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--text); background: var(--ground); overflow-wrap: anywhere; }
 h1, h2, h3 { line-height: 1.2; margin-top: 2rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ccc; padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-pre, code { background: #f3f4f6; border-radius: 3px; }
-pre { padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; }
+h1 + p { font-size: 1.15rem; border-left: 4px solid var(--accent); padding-left: .8rem; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+caption span { display: block; width: max-content; max-width: calc(100vw - 1.6rem); }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
+th[scope=row] { font-weight: 400; }
+td code { white-space: normal; overflow-wrap: anywhere; }
+pre, code { background: var(--soft); border-radius: 3px; }
+pre { padding: .7rem; white-space: pre-wrap; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 3px; }
+summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 480px) {
+  body { font-size: 15px; margin: 1rem auto; padding: 0 .7rem; }
+  th, td { font-size: .82rem; padding: .25rem .35rem; }
+}
 """
 
 
 class Page:
-    """A text that grows by blocks, in Markdown and in HTML.
+    """A text in Markdown that grows by blocks, and its rendering as one HTML file.
 
-    `Back-quoted` words of a text are code in both, and nothing else has a special meaning: Markdown or HTML syntax
-    is shown as it is. Pass values from outside through `plain` or `code`, because they may contain a back quote.
+    `Back-quoted` words of a text are code, and nothing else has a special meaning: Markdown or HTML syntax is shown as
+    it is. Pass values from outside through `plain` or `code`, because they may contain a back quote.
     """
 
     def __init__(self, title: str):
         self._title = title
-        self._markdown: list[str] = [f"# {_markdown(title)}"]
-        self._html: list[str] = [f"<h1>{_rich(title)}</h1>"]
+        self._blocks: list[str] = [f"# {_markdown(title)}"]
+        self._pictures: dict[str, bytes] = {}  # link -> the file
 
     def heading(self, text: str, level: int = 2) -> None:
-        self._add(f"{'#' * level} {_markdown(text)}", f"<h{level}>{_rich(text)}</h{level}>")
+        self._blocks.append(f"{'#' * level} {_markdown(text)}")
 
     def paragraph(self, text: str) -> None:
-        self._add(markdown_paragraph(_markdown(text)), f"<p>{_rich(text)}</p>")
+        self._blocks.append(markdown_paragraph(_markdown(text)))
 
     def bullets(self, texts: list[str]) -> None:
-        items = "".join(f"<li>{_rich(text)}</li>\n" for text in texts)
-        self._add("\n".join(f"- {markdown_paragraph(_markdown(text))}" for text in texts), f"<ul>\n{items}</ul>")
+        self._blocks.append("\n".join(f"- {markdown_paragraph(_markdown(text))}" for text in texts))
 
     def code(self, text: str) -> None:
-        text = visible(text, keep="\n\t")
-        self._add(markdown_block(text), f"<pre>{html.escape(text)}</pre>")
+        self._blocks.append(markdown_block(visible(text, keep="\n\t")))
 
-    def table(self, header: list[str], rows: list[list[str]]) -> None:
+    def table(self, header: list[str], rows: list[list[str]], caption: str | None = None) -> None:
         """Columns of numbers beside a first column of names."""
-        cells = [list(map(_markdown, row)) for row in (header, *rows)]
-        lines = [f"| {' | '.join(row)} |" for row in cells]
+        if caption is not None:
+            self._blocks.append(f"**{_markdown(caption)}**")
+        lines = [f"| {' | '.join(map(_markdown, row))} |" for row in (header, *rows)]
         rule = "| --- |" + " ---: |" * (len(header) - 1)
-        head = "".join(f"<th>{_rich(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{_rich(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-        self._add(
-            "\n".join([lines[0], rule, *lines[1:]]),
-            f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>",
-        )
+        self._blocks.append("\n".join([lines[0], rule, *lines[1:]]))
 
     def image(self, path: pathlib.Path, root: pathlib.Path, text: str) -> None:
-        """A PNG file below root: linked from the Markdown, held by the HTML."""
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
-        self._add(
-            markdown_image(text, path.relative_to(root).as_posix()),
-            f'<p><img alt="{html.escape(visible(text))}" src="data:image/png;base64,{data}"></p>',
-        )
+        """A PNG file below root, linked from the Markdown and held by the HTML; the text states what it shows."""
+        block = markdown_image(text, path.relative_to(root).as_posix())
+        self._blocks.append(block)
+        self._pictures[path.relative_to(root).as_posix()] = path.read_bytes()
+
+    @contextlib.contextmanager
+    def folded(self, title: str) -> Iterator[None]:
+        """Blocks that a reader opens by their title."""
+        self._blocks.append(f"<details>\n<summary>{html.escape(visible(title))}</summary>")
+        yield
+        self._blocks.append("</details>")
 
     def markdown(self) -> str:
-        return "\n\n".join(self._markdown) + "\n"
+        return "\n\n".join(self._blocks) + "\n"
 
     def html(self) -> str:
         title = html.escape(visible("".join(said for _, said in _pieces(self._title))))
-        return "\n".join(
-            [
-                '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-                *self._html,
-                "</body>\n</html>\n",
-            ]
+        return (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+            f"{_render(self.markdown(), self._pictures)}</body>\n</html>\n"
         )
 
-    def _add(self, markdown, as_html):
-        self._markdown.append(markdown)
-        self._html.append(as_html)
+
+def _render(markdown: str, pictures: dict[str, bytes]) -> str:
+    """HTML of a page's Markdown: tables with captions and scopes, pictures within."""
+    parser = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
+    tokens = _with_captions(parser.parse(markdown))
+    _set_scopes(tokens)
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "image":
+                picture = pictures[urllib.parse.unquote(str(child.attrs["src"]))]
+                child.attrs["src"] = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+    return parser.renderer.render(tokens, parser.options, {})
+
+
+def _with_captions(tokens: list[Token]) -> list[Token]:
+    """Moves a paragraph that is bold as a whole into the table that follows it, and lets wide tables scroll."""
+    found: list[Token] = []
+    for token in tokens:
+        if token.type == "table_open":
+            found.append(_html('<div class="table" tabindex="0">\n'))
+            caption = _caption(found[-4:-1])
+            if caption is not None:
+                del found[-4:-1]
+                caption.children = (caption.children or [])[1:-1]
+                found += [token, _html("<caption><span>"), caption, _html("</span></caption>\n")]
+                continue
+        found.append(token)
+        if token.type == "table_close":
+            found.append(_html("</div>\n"))
+    return found
+
+
+def _caption(tokens: list[Token]) -> Token | None:
+    """The text of a paragraph, given by its tokens, that is bold as a whole."""
+    if [token.type for token in tokens] != ["paragraph_open", "inline", "paragraph_close"]:
+        return None
+    kinds = [child.type for child in tokens[1].children or () if child.type != "text" or child.content]
+    tokens[1].children = [child for child in tokens[1].children or () if child.type != "text" or child.content]
+    whole = kinds[:1] == ["strong_open"] and kinds.index("strong_close") == len(kinds) - 1
+    return tokens[1] if whole else None
+
+
+def _html(text: str) -> Token:
+    return Token("html_block", "", 0, content=text)
+
+
+def _set_scopes(tokens: list[Token]) -> None:
+    """Says of each header which cells it is of; the first cell of a row is its header."""
+    in_body = first = False
+    for token in tokens:
+        if token.type in ("tbody_open", "thead_open"):
+            in_body = token.type == "tbody_open"
+        elif token.type == "tr_open":
+            first = in_body
+        elif token.type == "th_open":
+            token.attrs["scope"] = "col"
+        elif token.type == "td_open" and first:
+            token.tag, token.attrs["scope"] = "th", "row"
+        elif token.type == "td_close" and first:
+            token.tag, first = "th", False
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
@@ -111,13 +186,6 @@ def _pieces(text):
     for part in re.findall(r"`(?:[^`\\]|\\.)*`|(?:[^`\\]|\\.)+|.", text, re.DOTALL):
         is_code = len(part) > 1 and part[0] == part[-1] == "`"
         yield is_code, re.sub(r"\\([\\`])", r"\1", part[1:-1] if is_code else part)
-
-
-def _rich(text):
-    return "".join(
-        f"<code>{html.escape(visible(said))}</code>" if is_code else html.escape(visible(said))
-        for is_code, said in _pieces(text)
-    )
 
 
 def _markdown(text):
@@ -148,11 +216,11 @@ def markdown_code(value: Any) -> str:
 
     Examples:
       >>> print(markdown_code("query|key"), markdown_code("a`b"))
-      `query\\|key` <code>a&#96;b</code>
+      <code>query&#124;key</code> <code>a&#96;b</code>
     """
     text = visible(str(value))
-    if text and text.strip() == text and "`" not in text and "\\|" not in text:
-        return "`" + text.replace("|", "\\|") + "`"
+    if text and text.strip() == text and not {"`", "|"} & set(text):  # | has an escape in tables only
+        return f"`{text}`"
     return "<code>" + "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in text) + "</code>"
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _MARK = ".replaced"  # in a FOLDER.previous that --overwrite made
 _CONFIG, _RESULTS, _CARD = "config.json", "results.json", "README.md"
-_OF_EVERY_CONFIG = {"model_name_or_path", "method", "seed", "learning_rate", "noise_scale"}  # of ours, in all versions
+_OF_EVERY_CONFIG = {"model_name_or_path", "method", "seed"}  # of ours, in all versions
 _FIRST_OF_CARDS = "Trained by `pats-jax "
 
 _TOKENIZER = (

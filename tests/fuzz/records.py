@@ -1,5 +1,6 @@
 """Inputs for the readers of our own files: settings, finished runs, tunings of a gym, predictions."""
 
+import dataclasses
 import io
 import json
 import random
@@ -149,7 +150,7 @@ def read_grid(folder: Path, given: Input) -> Any:
         compare.report(folder, _console())
         summary = json.loads((folder / "comparison.json").read_bytes())
     else:
-        summary = seed_statistics.summarise(folder, compare.recorded_runs(folder))
+        summary = dataclasses.asdict(seed_statistics.summarise(folder, compare.recorded_runs(folder)))
         json.dumps(summary, allow_nan=False)
     if given.told != "sound":
         return None
@@ -200,9 +201,10 @@ def read_tunings(folder: Path, given: Input) -> Any:
         summary = json.loads((folder / "report" / "report.json").read_bytes())
     else:
         records = downstream.read_records(folder)
-        summary = relative_gain.summarise(list(records.values()), sources=list(records))
+        found = relative_gain.summarise(list(records.values()), sources=list(records))
+        gym_report.table_lines(found)
+        summary = dataclasses.asdict(found)
         json.dumps(summary, allow_nan=False)
-        gym_report.table_lines(summary)
     if given.told != "sound":
         return None
     return [summary["tunings"], summary["arms"]["mtl/plm/lora"]["against_direct"]["arg"]]
