@@ -33,7 +33,8 @@ from pats_jax.programs import cli
 from pats_jax.programs.predict import predict_file
 from pats_jax.programs.submission import write_submission
 from pats_jax.reporting import console
-from pats_jax.run.settings import Settings, parse
+from pats_jax.run.flags import parse
+from pats_jax.run.settings import Settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What the reports of grids and gyms quote are commands and settings of past runs, not documentation.
