@@ -17,6 +17,7 @@ from pats_jax.companions.child_tuning import fisher_mask
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.config import EncoderConfig
+from pats_jax.run.flags import read_by
 from pats_jax.run.settings import Settings
 from pats_jax.training import runners
 
@@ -145,7 +146,9 @@ def settings_of(variant: str, **more: Any) -> Settings:
         if name not in choices:
             raise InputError(f"{variant}: no such change: {name}; choose one of {', '.join(choices)}")
     changes = {key: value for name in names if name in CHANGES for key, value in CHANGES[name]().items()}
-    return Settings(task_name="mrpc", method=method, **changes | more)
+    values = {"task_name": "mrpc", "method": method, **changes, **more}
+    read = read_by(Settings, values)  # a change of what the method does not have changes nothing
+    return Settings(**{name: value for name, value in values.items() if name in read})
 
 
 def model_options(variant: str) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class Update:
     """
 
     def __init__(self, variant: str, params: Any, grads: Any, total_steps: int):
-        tx = make_optimizer(cases.settings_of(variant), total_steps + 1, params)
+        settings = cases.settings_of(variant)
+        tx = make_optimizer(settings.optimizer, settings.methods, total_steps + 1, params, seed=settings.seed)
         self.params, self._grads = params, grads
         self.function, self._init = jax.jit(cases.update_step(tx), donate_argnums=(0, 1)), jax.jit(tx.init)
         self.shapes = jax.eval_shape(lambda params, grads: (params, tx.init(params), grads), params, grads)

@@ -155,7 +155,7 @@ def test_bad_cases_are_told(text):
 def test_variants_change_the_settings():
     assert Case.parse("a/b:c:8x16") == Case("a/b:c", 8, 16)
     settings = cases.settings_of("r-drop+pats:all:normal:bfloat16")
-    assert (settings.method, settings.noise_layers) == ("r-drop+pats", ".")
+    assert (settings.method, settings.flat()["noise_layers"]) == ("r-drop+pats", ".")
     assert (settings.distribution, settings.sensitivity_dtype) == ("normal", "bfloat16")
     assert str(jax.random.key_impl(cases.settings_of("pats:rbg").seed)) == "rbg"
     with pytest.raises(InputError, match="no such change: none"):
@@ -221,7 +221,7 @@ def test_steps_in_which_dps_chooses():
     """Those are the ones in which its thresholds leave 0."""
     subject = step.Step(stage_steps=3, rounds=20)
     settings = cases.settings_of("dps-dense", update_ratio=subject._update_ratio)
-    assert int(subject._total_steps * settings.update_ratio) == 3
+    assert int(subject._total_steps * settings.flat()["update_ratio"]) == 3
     tx = pats_jax.dps_dense(0.5, stage_steps=3)
     params = {"w": jnp.arange(1.0, 5.0)}
     state, chooses = tx.init(params), []

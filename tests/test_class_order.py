@@ -324,7 +324,7 @@ def test_tasks_of_a_gym_with_ids_beyond_the_table_are_refused_before_anything_is
         partition=tmp_path / "partition.json",
         output_dir=tmp_path / "run",
         shots=16,
-        num_devices=1,
+        **({} if command == "gym" else {"num_devices": 1}),
     )
     size = len(tiny.VOCABULARY)
     line = tiny.refused(capsys, command, *flags)

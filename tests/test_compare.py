@@ -62,7 +62,7 @@ def write_run(root, run, score, *, best=None, losses=(0.7, 0.5, 0.4), versions=N
         "main_metric": "combined_score",
         "versions": versions or {"python": "3.11.0", "jax": "0.10.2"},
         "steps": scores[-1]["step"],
-        "model_step": top["step"] if chosen.load_best_model_at_end else scores[-1]["step"],
+        "model_step": top["step"] if chosen.loop.load_best_model_at_end else scores[-1]["step"],
         "train_examples": 3668,
         "eval_examples": 408,
         "majority_class": {"metrics": {"combined_score": 0.748}},

@@ -128,7 +128,7 @@ def test_a_flag_of_another_kind_is_refused():
 def test_methods_that_go_with_matrices(kind, method):
     """The optimizer is made for the modules and the head alone, and takes a step."""
     settings, model, params = with_modules(peft=kind, method=method)
-    pe_modules.check_methods(settings, params)
+    pe_modules.check_methods(settings.peft, settings.methods, params)
     trained, _ = trees.partition(peft.trainable_mask(model, params), params)
 
     def fisher(keep_fraction, mask):
@@ -143,7 +143,7 @@ def test_methods_that_go_with_matrices(kind, method):
     "kind, method, reason",
     [
         ("lora", "bitfit", "both select the parameters to train"),
-        ("prefix", "pats+sift", "both select the parameters to train"),
+        ("prefix", "sage+sift", "both select the parameters to train"),
         ("adapters", "noisytune", "changes the base model's weights"),
         ("prompt", "lnsr", "LNSR cannot handle the prompt's tokens"),
         ("prompt", "pats", "no adapter parameter matches.*one path is peft.prompt_embeddings; set --noise_layers"),
@@ -154,13 +154,13 @@ def test_methods_that_go_with_matrices(kind, method):
 def test_pairs_that_do_not_go_together(kind, method, reason):
     settings, _, params = with_modules(peft=kind, method=method)
     with pytest.raises(InputError, match=rf"--peft {kind} --method .*{reason}") as caught:
-        pe_modules.check_methods(settings, params)
+        pe_modules.check_methods(settings.peft, settings.methods, params)
     assert "\n" not in str(caught.value)
 
 
 def test_noise_on_a_prompt_when_asked():
     settings, model, params = with_modules(peft="prompt", method="pats", noise_layers="prompt_embeddings")
-    pe_modules.check_methods(settings, params)
+    pe_modules.check_methods(settings.peft, settings.methods, params)
     trained, _ = trees.partition(peft.trainable_mask(model, params), params)
     (state,) = trees.find_states(
         methods.make_optimizer(settings.optimizer, settings.methods, 60, trained).init(trained), type(pats_state())
@@ -176,8 +176,7 @@ def pats_state():
     "changes, message",
     [
         ({"peft": "lora", "lora_layers": "nose"}, "lora_layers 'nose': matches no linear layer; one is named bert"),
-        ({"peft": "lora", "lora_rank": 0}, "--lora_rank 0: must be at least 1"),
-        ({"peft_pooler": True}, "--peft_pooler: needs --peft"),
+        ({"peft": "lora", "lora_rank": 0}, "^lora_rank 0: must be at least 1"),
         ({"peft": "prompt", "prompt_length": 20}, "they leave 4 of the model's positions for the text"),
         ({"peft": "lora", "method": "bitfit"}, "--peft lora --method bitfit: both select"),
     ],

@@ -28,7 +28,12 @@ DRAWN = {
 
 def test_every_plot_that_takes_names_is_here():
     public = {one for name, one in inspect.getmembers(plots, inspect.isfunction) if name.startswith("plot_")}
-    assert public - DRAWN.keys() == {plots.plot_loss, plots.plot_sensitivity, plots.plot_reliability, plots.plot_residuals}
+    assert public - DRAWN.keys() == {
+        plots.plot_loss,
+        plots.plot_sensitivity,
+        plots.plot_reliability,
+        plots.plot_residuals,
+    }
 
 
 @pytest.mark.parametrize("plot", DRAWN, ids=lambda plot: plot.__name__)

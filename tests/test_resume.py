@@ -274,7 +274,7 @@ def test_other_settings_are_refused_by_name(base, cut_short):
         run(base, folder, resume=True, learning_rate=1e-3, seed=1, per_device_eval_batch_size=3, save_steps=1)
     assert str(caught.value) == (
         f"--resume: {folder} holds a run with different settings: "
-        "learning_rate was 0.01 and is 0.001, seed was 42 and is 1"
+        "seed was 42 and is 1, learning_rate was 0.01 and is 0.001"
     )
     with pytest.raises(InputError, match="train_batch_size was 8 and is 16"):
         run(base, folder, resume=True, train_batch_size=16)

@@ -16,7 +16,6 @@ from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import run_start, xla_flags
 from pats_jax.run.settings import Settings
 from pats_jax.run.xla_flags import set_defaults, with_defaults
-from pats_jax.training import preemption
 
 QUICK = ["--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0"]
 ATOMICS = "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"
@@ -134,5 +133,5 @@ def test_a_gym_passes_it_on_too(tmp_path, monkeypatch):
     monkeypatch.setattr(xla_flags, "set_defaults", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(downstream.compilation_cache, "keep_compiled_programs", lambda directory: None)
     settings = GymSettings(deterministic=True, output_dir=str(tmp_path))
-    downstream.tune_all(settings, [], [], tmp_path, rich.console.Console(quiet=True), preemption.Preemption(), None)
+    downstream.tune_all(settings, [], rich.console.Console(quiet=True), None)
     assert asked == [(True,)]
