@@ -93,7 +93,12 @@ def test_everything_that_is_imported_is_declared():
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     }
-    distributions = {"sklearn": "scikit-learn", "orbax": "orbax-checkpoint", "jaxlib": "jax"}
+    distributions = {
+        "sklearn": "scikit-learn",
+        "orbax": "orbax-checkpoint",
+        "jaxlib": "jax",
+        "markdown_it": "markdown-it-py",
+    }
     everything = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tensorboard"]
     declared = {re.split(r"[\[><=]", one)[0].lower().replace("-", "_") for one in everything}
     used = {distributions.get(name, name).lower().replace("-", "_") for name in names - sys.stdlib_module_names}
