@@ -508,8 +508,7 @@ def test_the_command_starts_no_backend_and_ends_with_code_2(tmp_path):
 
 def test_a_grid_of_real_runs(tmp_path, monkeypatch):
     """2 methods x 1 task x 2 seeds with the tiny model."""
-    monkeypatch.delenv("XLA_FLAGS")  # one device is enough
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("XLA_FLAGS", tiny.flags_for_one_device())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     flags = f"""
         --methods finetune pats --tasks sst2 --seeds 1 2 --jobs 2 --output_dir {tmp_path / "grid"}
