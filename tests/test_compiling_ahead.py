@@ -1,5 +1,6 @@
 """Programs that another thread compiles before they are needed: the same ones, each once, and only those announced."""
 
+import contextlib
 import functools
 import threading
 import time
@@ -18,9 +19,9 @@ ROWS, LENGTHS = 16, (12, 5, 8)
 RUNNERS = {"one device": {"num_devices": 1}, "mesh": {}, "fsdp": {"fsdp": 2}, "pmap": {"kind": "pmap"}}
 
 
-@pytest.fixture
-def compiled():
-    """Grows by (thread, program) with every training step that is compiled."""
+@contextlib.contextmanager
+def listening():
+    """A list that grows by (thread, program) with every training step that is compiled."""
     found = []
 
     def listen(event, seconds, fun_name="", **_):
@@ -30,6 +31,19 @@ def compiled():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def compiled():
+    with listening() as found:
+        yield found
+
+
+@functools.cache
+def plain(name):
+    """Parameters and metrics of the training without another thread, and how many programs it compiled."""
+    with listening() as found:
+        return *train(*prepare(**RUNNERS[name])), len(found)
 
 
 def make_batch(length):
@@ -55,7 +69,7 @@ def prepare(**kind):
 @pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
 def test_the_first_program_may_be_begun_from_shapes_alone(name, compiled):
     """Of a state that is not there yet; it is the very program that the step then runs."""
-    expected, expected_metrics = train(*prepare(**RUNNERS[name]))
+    expected, expected_metrics, _ = plain(name)
     compiled.clear()
     runner, state, step = prepare(**RUNNERS[name])
     shapes = runner.state_shapes(lambda params: state, state.params)
@@ -106,8 +120,8 @@ def train(runner, state, step):
 
 @pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
 def test_each_program_is_compiled_once_all_but_the_first_in_the_thread_and_computes_the_same(name, compiled):
-    expected, expected_metrics = train(*prepare(**RUNNERS[name]))
-    assert len(compiled) == len(LENGTHS)
+    expected, expected_metrics, programs = plain(name)
+    assert programs == len(LENGTHS)
     compiled.clear()
     runner, state, step = prepare(**RUNNERS[name])
     with step.compiling_ahead(state, map(make_batch, LENGTHS)):
