@@ -139,7 +139,8 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
                         write_files(folder / "predictions", files)
                     trained.draw()
                     draw(folder, task, results, trained.records)
-                    model_card.write_fine_tuned(folder, settings.to_dict(), results)
+                    defaults = type(settings)().to_dict()
+                    model_card.write_fine_tuned(folder, settings.to_dict(), results, defaults)
                     start.finish(results)
     say(console, summary(results, folder))
     return results

@@ -164,7 +164,8 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> dict[str, Any]:
                     run_folder.check_links(folder)
                     save(folder, settings, model, primed, tokenizer)
                     plots.plot_loss(folder / "plots" / "loss.png", trained.records)
-                    model_card.write_primed(folder, settings.to_dict(), results)
+                    defaults = type(settings)().to_dict()
+                    model_card.write_primed(folder, settings.to_dict(), results, defaults)
                     start.finish(results)
     say(start.console, summary(results, folder))
     return results
