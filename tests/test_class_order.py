@@ -227,7 +227,7 @@ def test_a_new_head_by_the_flag(base, tmp_path, capsys, caplog):
     flags = tiny.flags(
         model_name_or_path=model, task_name="mnli", data_dir=base.data.data_dir, output_dir=tmp_path / "run"
     )
-    assert "has 2 labels, but 3 are needed; set --ignore_mismatched_sizes" in tiny.refused(capsys, "glue", *flags)
+    assert "has 2 labels, but 3 are needed; set ignore_mismatched_sizes" in tiny.refused(capsys, "glue", *flags)
     _, _, config = load(base, model, do_train=True, ignore_mismatched_sizes=True)
     assert tuple(config.id2label.values()) == tasks.get_task("mnli").labels
     assert "newly initialized: classifier" in caplog.text

@@ -508,7 +508,7 @@ def test_what_is_loaded(scorer, checkpoint, head):
 
 def test_a_head_of_another_size_is_replaced_where_the_flag_is_given(tmp_path):
     folder = tiny.save_checkpoint(tmp_path / "model", 3)
-    with pytest.raises(InputError, match="has 3 labels, but 1 are needed; set --ignore_mismatched_sizes"):
+    with pytest.raises(InputError, match="has 3 labels, but 1 are needed; set ignore_mismatched_sizes"):
         load_scorer(str(folder), "pair", None, key=0)
     _, params = load_scorer(str(folder), "pair", None, key=0, ignore_mismatched_sizes=True)
     assert params["classifier"]["kernel"].shape == (16, 1)

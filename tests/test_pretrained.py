@@ -242,7 +242,7 @@ def test_tensor_of_the_wrong_shape_type_or_content(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_count_that_does_not_fit_the_head(kind):
-    refused(FIXTURES / kind, "3 labels", "2 are needed", "set --ignore_mismatched_sizes", num_labels=2)
+    refused(FIXTURES / kind, "3 labels", "2 are needed", "set ignore_mismatched_sizes", num_labels=2)
     _, params, config = from_pretrained(FIXTURES / kind, num_labels=2, ignore_mismatched_sizes=True)
     assert by_tensor_name(params)[HEADS[kind]].shape == (2, 16) and config.num_labels == 2
     _, params, _ = from_pretrained(FIXTURES / kind, num_labels=3, ignore_mismatched_sizes=True)

@@ -5,6 +5,7 @@ imports by their names. What stands under ``if __name__ == "__main__"`` is a pro
 """
 
 import ast
+import dataclasses
 import functools
 import graphlib
 import pathlib
@@ -14,6 +15,13 @@ import sys
 import pytest
 
 import pats_jax
+from pats_jax.comparison.compare import Grid
+from pats_jax.core.settings import Group, entries
+from pats_jax.methods import METHODS
+from pats_jax.models import peft
+from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.run.settings import Settings
 
 ROOT = pathlib.Path(pats_jax.__file__).parent
 
@@ -100,6 +108,29 @@ def test_the_reader_of_imports_sees_every_kind():
         and "pats_jax.programs.cli" not in imports()["pats_jax.glue"]
     )
     assert all(imported in MODULES for found in imports().values() for imported in found)
+
+
+def test_functions_fit_on_a_screen():
+    """At most 60 lines without the docstring."""
+    long = []
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                text = node.body[0] if ast.get_docstring(node) else None
+                lines = node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
+                long += [f"{path.name}: {node.name} has {lines} lines"] if lines > 60 else []
+    assert long == []
+
+
+def test_settings_come_in_small_groups():
+    """At most 20 in a group; a program's own fields count, those of its groups do not."""
+    kinds = [Settings, PrimingSettings, GymSettings, Grid, *METHODS.values(), *peft.KINDS.values()]
+    kinds += [type(field.default) for kind in kinds for field in dataclasses.fields(kind) if is_group(field.default)]
+    assert max(len(entries(kind)) for kind in kinds) <= 20 and len(kinds) > 30
+
+
+def is_group(value):
+    return isinstance(value, Group)
 
 
 def test_no_circle_of_modules():

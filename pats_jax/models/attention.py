@@ -96,11 +96,11 @@ def is_fused(attention: str, query: Array, key: Array, *, dropout: float) -> boo
 
 def _misfit(dtype, width, queries, length, dropout) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"needs bfloat16 or float16, not {dtype} (--dtype bfloat16)"
+        return f"needs bfloat16 or float16, not {dtype} (dtype bfloat16)"
     if width > _WIDEST_HEAD or width % 8:
         return f"needs heads of at most {_WIDEST_HEAD} units, a multiple of 8, not {width}"
     if dropout > 0:
-        return f"cannot drop weights, and attention dropout is {dropout}; set it to 0 (--attention_dropout 0)"
+        return f"cannot drop weights, and attention dropout is {dropout}; set it to 0 (attention_dropout=0)"
     if queries % 2 or length % 2:
         return f"needs even lengths, not {queries} queries and {length} keys; pad the texts by one token"
     return None

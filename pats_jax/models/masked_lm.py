@@ -69,7 +69,7 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     missing = [name for name in names.values() if name not in own_names]
     if len(missing) == len(names):
         raise InputError(
-            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); use --head pair instead"
+            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); use the head pair instead"
         )
     if missing:
         raise InputError(f"{source}: the masked-language-model head is incomplete: it lacks {', '.join(missing)}")

@@ -210,7 +210,7 @@ def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
         kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
         raise InputError(
             f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} is not "
-            "supported; train a new one with --ignore_mismatched_sizes, or use another checkpoint"
+            "supported; train a new one with ignore_mismatched_sizes, or use another checkpoint"
         )
 
 
@@ -228,7 +228,7 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and own is not None and asked != own:
         raise InputError(
             f"{folder}: the checkpoint's head has {own} labels, but {asked} are needed; "
-            "set --ignore_mismatched_sizes to start a new head"
+            "set ignore_mismatched_sizes to start a new head"
         )
     count = own if asked is None else asked
     assert count is not None

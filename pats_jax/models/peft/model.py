@@ -20,7 +20,7 @@ from pats_jax.models.peft.lora import LoraConfig
 from pats_jax.models.peft.prefix import PrefixConfig
 from pats_jax.models.peft.prompt import PromptConfig
 
-_ADVICE = "load the model with separate layers (--layers separate)"
+_ADVICE = 'load the model with separate layers (layers="separate")'
 
 KINDS: dict[str, type[PeftConfig]] = {
     config.kind: config for config in (LoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
@@ -96,9 +96,7 @@ def add_peft(
     if "peft" in params:
         raise ValueError("the model already has an adapter; merge or disable it first")
     if config.train_pooler and model.config.is_roberta:
-        raise InputError(
-            "--peft_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit the flag"
-        )
+        raise InputError("train_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit it")
     drawn = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return _with_modules(model, config), {**params, "peft": in_layout(model, drawn)}
 
