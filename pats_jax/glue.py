@@ -239,7 +239,7 @@ class Finish:
             self.examined.draw(folder / "plots")
         trained.draw()
         draw(folder, self.task, results, trained.records)
-        model_card.write_fine_tuned(folder, settings.to_dict(), results)
+        model_card.write_fine_tuned(folder, settings.to_dict(), results, settings.defaults())
 
 
 # data

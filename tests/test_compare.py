@@ -541,13 +541,13 @@ def test_the_command_starts_no_backend_and_ends_with_code_2(tmp_path):
 # end to end
 
 
-def test_a_grid_of_real_runs(tmp_path, monkeypatch):
-    """2 methods x 1 task x 2 seeds with the tiny model."""
-    monkeypatch.delenv("XLA_FLAGS")  # one device is enough
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+@pytest.mark.parametrize("seeds", ["1", pytest.param("1 2", marks=pytest.mark.slow)])
+def test_a_grid_of_real_runs(seeds, tmp_path, monkeypatch):
+    """2 methods x 1 task x 1 or 2 seeds with the tiny model."""
+    monkeypatch.setenv("XLA_FLAGS", tiny.flags_for_one_device())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     flags = f"""
-        --methods finetune pats --tasks sst2 --seeds 1 2 --jobs 2 --output_dir {tmp_path / "grid"}
+        --methods finetune pats --tasks sst2 --seeds {seeds} --jobs 2 --output_dir {tmp_path / "grid"}
         --model_name_or_path {tiny.save_checkpoint(tmp_path / "checkpoint")}
         --data_dir {tiny.write_sst2(tmp_path / "data")} --max_seq_length 16 --per_device_train_batch_size 8
         --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2

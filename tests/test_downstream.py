@@ -415,7 +415,7 @@ def arguments(base, **changes):
 
 def test_many_processes(base, whole, home, tmp_path):
     """Two at once make what one makes, by the numbers up to rounding; one that fails is named with its reason."""
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": tiny.flags_for_one_device()}
     root = str(pathlib.Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     args = arguments(base, output_dir=tmp_path / "gym", jobs=2, tasks=("manners",))

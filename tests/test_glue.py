@@ -137,7 +137,12 @@ def test_results(noisy):
     assert results["concentration"]["before"] != results["concentration"]["after"]
 
 
-@pytest.mark.parametrize("runner", [{}, {"num_devices": 8, "fsdp": 2}, {"num_devices": 8, "parallel": "pmap"}], ids=str)
+PMAP = {"num_devices": 8, "parallel": "pmap"}
+
+
+@pytest.mark.parametrize(
+    "runner", [{}, {"num_devices": 8, "fsdp": 2}, pytest.param(PMAP, marks=pytest.mark.slow)], ids=str
+)
 def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(base, tmp_path, monkeypatch, runner):
     """It is measured at the end, from a copy: here also at the start, exactly the same."""
     real, measured = training_run.fit, []
@@ -179,7 +184,7 @@ def test_a_plain_run_compiles_no_more_than_it_needs_and_says_how_long_its_first_
     assert "compiled and made the first step in" in caplog.text
 
 
-@pytest.mark.parametrize("runner", [{}, {"num_devices": 8, "parallel": "pmap"}], ids=str)
+@pytest.mark.parametrize("runner", [{}, PMAP], ids=str)
 def test_sensitivity_has_one_program_for_all_its_batches(base, tmp_path, runner):
     names = []
 

@@ -87,7 +87,7 @@ def test_what_does_not_merge_leaves_an_adapter(kind, base, tmp_path, texts, caps
     expected = scipy.special.softmax(jax.jit(lambda b: model.apply({"params": params}, **b))(dict(encoded)), axis=1)
     np.testing.assert_allclose(probabilities, expected, atol=2e-4)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "pats-jax predict run/adapter" in card and "`model/`" not in card
+    assert f"pats-jax predict {tmp_path}/run/adapter" in card and "`model/`" not in card
     assert ("PEFT (torch)" in card) == (kind == "prefix")
     with pytest.raises(SystemExit):
         cli.main(["predict", str(tmp_path / "run"), "--file", str(texts)])

@@ -78,8 +78,11 @@ def assert_same(ours, expected):
         np.testing.assert_array_equal(x, np.reshape(y, np.shape(x)))
 
 
-@pytest.mark.parametrize("mask", [in_encoder, None], ids=["encoder", "all"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+# That None is a mask of everything is the same line for all; their twins are slow.
+OF_ALL = [pytest.param(name, None, marks=() if name == "child_tuning_f" else pytest.mark.slow) for name in TRANSFORMS]
+
+
+@pytest.mark.parametrize("name, mask", [*((name, in_encoder) for name in TRANSFORMS), *OF_ALL])
 def test_stacked_layers_are_separate_ones_bit_for_bit(name, mask):
     one = run(TRANSFORMS[name](None, mask), separate(), lambda tree: tree)
     other = run(TRANSFORMS[name](layer_axis, mask), stack_layers(separate()), stack_layers)
@@ -131,8 +134,10 @@ def test_noisy_tune_has_a_standard_deviation_for_each_layer():
     for layer, std in enumerate(np.std(np.float64(params["w"]), axis=1)):
         share = (np.float64(noisy["w"]) - params["w"])[layer] / (0.5 * std)
         assert np.all(np.abs(share) <= 0.5 + 1e-6) and np.ptp(share) > 0.1
-    own = pats_jax.noisy_tune(separate(), 0.5, key=0)
-    stacked = pats_jax.noisy_tune(stack_layers(separate()), 0.5, key=0, layer_axis=layer_axis)
+    own = jax.jit(lambda params: pats_jax.noisy_tune(params, 0.5, key=0))(separate())
+    stacked = jax.jit(lambda params: pats_jax.noisy_tune(params, 0.5, key=0, layer_axis=layer_axis))(
+        stack_layers(separate())
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), stacked, stack_layers(own))
 
 
@@ -165,7 +170,7 @@ def test_the_noise_of_pats_is_that_of_separate_layers_bit_for_bit():
     def noise(params, axis):
         tx = pats_jax.pats_noise(0.5, key=1, layer_axis=axis)
         state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
-        return tx.update(zeros, state, params, grad=zeros)[0], state
+        return jax.jit(lambda state: tx.update(zeros, state, params, grad=zeros)[0])(state), state
 
     (one, _), (other, state) = noise(params, None), noise(stack_layers(params), layer_axis)
     assert_same(other, stack_layers(one))
@@ -184,12 +189,16 @@ def test_a_regex_of_one_layer_gives_noise_there_only():
     settings = tiny.Settings(task_name="sst2", method="pats", noise_layers=r"encoder\.layer\.1\.", learning_rate=1.0)
     params = stack_layers(separate())
     tx = methods.make_optimizer(settings.optimizer, settings.methods, 10, params, seed=settings.seed)
-    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
-    for _ in range(2):  # the learning rate, and with it the noise, starts from 0
-        updates, state = tx.update(zeros, state, params)
+    zeros = jax.tree.map(np.zeros_like, params)
+
+    def second_updates(tx):  # the learning rate, and with it the noise, starts from 0
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(zeros, state, params)
+        return updates
+
     plain = methods.make_optimizer(settings.optimizer, (), 10, params)
-    expected, plain_state = plain.update(zeros, plain.init(params), params)
-    expected, _ = plain.update(zeros, plain_state, params)
+    updates, expected = second_updates(tx), second_updates(plain)
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(expected), strict=True
     ):

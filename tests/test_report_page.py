@@ -2,6 +2,7 @@
 
 import html.parser
 
+import huggingface_hub
 import markdown_it
 import pytest
 
@@ -134,8 +135,12 @@ def test_a_card_shows_a_value_as_it_is(value, tmp_path):
     (folder / "plots").mkdir(parents=True)
     (folder / "plots" / "a b](c.png").write_bytes(b"")
     model_card.write_fine_tuned(folder, {"noise_layers": value}, results)
-    card = rendered((folder / "README.md").read_text(encoding="utf-8"))
+    written = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert written.data.model_name == folder.name and visible(value) in written.data.tags
+    (score,) = written.data.eval_results
+    assert (score.dataset_name, score.metric_type, score.metric_value) == (visible(value), visible(value), 0.5)
+    card = rendered(written.text)
     assert seen(card).count(as_seen(value)) >= 9
     assert not {"script", "a", "em", "strong", "s", "ol", "blockquote"} & set(card.tags)
     assert card.tags.count("img") == 1 and card.tags.count("table") == 2
-    assert "pats-jax predict 'a run; rm -rf $HOME/adapter' --file" in seen(card)
+    assert f"pats-jax predict '{folder}/adapter' --file" in seen(card)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,6 @@ from pats_jax.training.loop import Hooks, Rhythm, fit
 LAYERS = 2
 SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length": 4, "lora_dropout": 0.1}
 METHODS = [
-    "pats",
     "dps-mix+lnsr",
     "mixout+pats",
     "dps-dense",
@@ -37,18 +37,13 @@ METHODS = [
     "perturbed",
 ]
 KINDS = ["lora", "adapters", "ia3", "bitfit", "prompt", "prefix"]
-QUICK = ("pats",)  # the others are slow together
-
-
-def cases(names):
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stacked")
     settings = tiny.quick_settings(folder, max_steps=6, learning_rate=1e-3, logging_steps=2)
-    tiny.save_checkpoint(folder / "checkpoint", num_hidden_layers=LAYERS, hidden_dropout_prob=0.1)
+    tiny.save_checkpoint(folder / "checkpoint", num_hidden_layers=LAYERS, attention_probs_dropout_prob=0.1)
     return settings
 
 
@@ -87,22 +82,40 @@ def assert_same_figures(ours, expected):
         assert ours == expected
 
 
-@pytest.mark.parametrize("method", cases(METHODS))
-def test_a_method(base, tmp_path, method):
-    found = {
-        layers: run(base, tmp_path, layers, method=method, noise_scale=0.1, sensitivity_batches=1, sift_rate=0.2)
-        for layers in ("separate", "stacked")
-    }
-    assert_same_files(tmp_path, ["model"])
+MEASURED = {"noise_scale": 0.1, "sensitivity_batches": 1, "sift_rate": 0.2}
+SAVED = {"method": "pats", "save_steps": 3, "save_total_limit": None}
+
+
+def assert_same_runs(folder, found):
+    assert_same_files(folder, ["model"])
     assert_same_figures(found["stacked"], found["separate"])
-    assert_same_figures(*(run_folder.read_metrics(tmp_path / name) for name in found))
+    assert_same_figures(*(run_folder.read_metrics(folder / name) for name in found))
     names = found["stacked"]["concentration"]["after"].keys()
     assert {f"bert.encoder.layer.{number}.output.dense.kernel" for number in range(LAYERS)} <= names
-    card = (tmp_path / "stacked" / "README.md").read_text()
+    card = (folder / "stacked" / "README.md").read_text()
     assert card.count("encoder.layer.output") == 0
 
 
-@pytest.mark.parametrize("kind", cases(KINDS))
+@pytest.fixture(scope="module")
+def pats_runs(base, tmp_path_factory):
+    """The folder of two runs of PATS with checkpoints, and what they return."""
+    folder = tmp_path_factory.mktemp("pats")
+    return folder, {layers: run(base, folder, layers, **MEASURED, **SAVED) for layers in ("separate", "stacked")}
+
+
+def test_pats(pats_runs):
+    assert_same_runs(*pats_runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method(base, tmp_path, method):
+    found = {layers: run(base, tmp_path, layers, method=method, **MEASURED) for layers in ("separate", "stacked")}
+    assert_same_runs(tmp_path, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter(base, tmp_path, kind):
     found = {
         layers: run(base, tmp_path, layers, peft=kind, sensitivity_batches=1) for layers in ("separate", "stacked")
@@ -116,16 +129,14 @@ def test_auto_is_separate_on_cpu(base, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["layers"] == "separate"
 
 
-def test_an_interrupted_run_goes_on_in_the_other_layout(base, tmp_path):
-    settings = {"method": "pats", "noise_scale": 0.1, "save_steps": 3, "save_total_limit": None}
-    run(base, tmp_path, "separate", **settings)
-    run(base, tmp_path, "stacked", **settings)
+def test_an_interrupted_run_goes_on_in_the_other_layout(base, pats_runs, tmp_path):
+    shutil.copytree(pats_runs[0], tmp_path, dirs_exist_ok=True)
     for step in (tmp_path / "stacked" / "checkpoints").iterdir():
         if int(step.name) > 3:
             step.rename(tmp_path / step.name)
     (tmp_path / "stacked" / "results.json").unlink()
     resumed = dataclasses.replace(
-        base, output_dir=str(tmp_path / "stacked"), layers="separate", resume=True, **settings
+        base, output_dir=str(tmp_path / "stacked"), layers="separate", resume=True, **MEASURED, **SAVED
     )
     glue.run(resumed)
     assert_same_files(tmp_path, ["model"])
@@ -166,9 +177,8 @@ def gym(tmp_path_factory):
 PRIMED = [("mtl", "plm"), ("maml", "plm"), ("fomaml", "pe"), ("reptile", "plm+pe")]
 
 
-@pytest.mark.parametrize(
-    "algorithm, train", [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in PRIMED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm, train", PRIMED)
 def test_priming(gym, tmp_path, algorithm, train):
     settings = PrimingSettings(
         model_name_or_path=str(gym / "model"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -218,6 +219,11 @@ def chosen(model, params, rows) -> np.ndarray:
     """The option with the highest score for each row."""
     scores = jax.jit(lambda params: option_logits(model, params, rows))(params)
     return np.array([np.argmax(one) for one in scores])
+
+
+def flags_for_one_device() -> str:
+    """XLA_FLAGS of `conftest` but for the eight devices, for a program that needs one."""
+    return " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 
 
 def refused(capsys, *args) -> str:

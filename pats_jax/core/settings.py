@@ -328,6 +328,11 @@ class Composed(Group):
         return found
 
     @classmethod
+    def defaults(cls) -> Flat:
+        """Flag -> default, of every setting."""
+        return {flag: entry.default for flag, entry in cls.all_entries().items()}
+
+    @classmethod
     def renamed(cls, saved: Flat) -> Flat:
         """What config.json holds, of this version or an earlier one, under the present names."""
         return saved

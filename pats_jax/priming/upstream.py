@@ -77,7 +77,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
         def write(trained, primed, results):
             save(start.folder, settings, model, primed, tokenizer)
             plots.plot_loss(start.folder / "plots" / "loss.png", trained.records)
-            model_card.write_primed(start.folder, settings.to_dict(), results)
+            model_card.write_primed(start.folder, settings.to_dict(), results, settings.defaults())
 
         job = training_run.Job("prime", training, score, None, use, write)
         results = training_run.carry_out(start, job, results, asked)

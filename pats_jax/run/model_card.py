@@ -1,23 +1,42 @@
-"""README.md, the model card in a run's folder: what was trained, its scores, how to use it and how to repeat it."""
+"""README.md, the model card in a run's folder: what was trained, its scores, how to use it and how to repeat it.
 
+Its front matter is what the Hugging Face hub reads. Its commands are for the directory in which the run was started.
+"""
+
+import logging
 import pathlib
+import re
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pats_jax.core import files
 from pats_jax.reporting.console import visible
 from pats_jax.reporting.report_page import markdown_block, markdown_code, markdown_image, markdown_text
 
+logger = logging.getLogger(__name__)
+
 _IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
+_GLUE = "nyu-mll/glue"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+# Chosen by the run itself where they are unset, or no setting of the training.
+_NOT_CHANGED_BY_HAND = ("output_dir", "train_batch_size", "length_buckets", "sensitivity_batches", "layers", "unroll")
+
+Values = Mapping[str, Any]  # of settings, or of results.json
 
 
-def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
+def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
     """Writes the card of a `pats-jax glue` run.
 
     Args:
       folder: the run's folder, with the saved model.
       settings: all settings, by name.
       results: the content of results.json.
+      defaults: the program's own settings; the card shows those that differ. None: it shows all.
     """
     method = markdown_code(f"--method {results['method']}")
     if results.get("peft"):
@@ -38,10 +57,21 @@ def write_fine_tuned(folder: pathlib.Path, settings: dict[str, Any], results: di
         "",
         *_use(folder, results),
     ]
-    _write(folder, "glue", lines, settings, results)
+    whole = _is_whole(folder, results)
+    data = ModelCardData(
+        base_model=_hub_id(results["model_name_or_path"]),
+        license=_license(results["model_name_or_path"]),
+        library_name="transformers" if whole else "peft" if results["peft"] in _IN_PEFTS_FORMAT else None,
+        pipeline_tag="text-classification",
+        tags=_tags(results, "fine-tuned"),
+        datasets=[_GLUE] if _is_glue(settings) else None,
+        model_name=visible(folder.name),
+        eval_results=_eval_results(settings, results),
+    )
+    _write(folder, "glue", data, lines, _changed(settings, defaults), results)
 
 
-def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
+def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
     """Writes the card of a `pats-jax prime` run; arguments as in `write_fine_tuned`."""
     base, kind = results["model_name_or_path"], results["peft"]
     tasks = ", ".join(map(markdown_text, results["upstream_tasks"]))
@@ -55,58 +85,130 @@ def write_primed(folder: pathlib.Path, settings: dict[str, Any], results: dict[s
         f"{results['trained_parameters']} of {results['num_parameters']} parameters, seed {results['seed']}, "
         f"{results['steps']} steps, on {markdown_text(results['data_dir'])}: {tasks}.",
         "",
-        *(
-            ["| dev tasks | step | accuracy |", "| --- | ---: | ---: |"]
-            + [
-                f"| {title} | {results[title]['step']} | {results[title]['metrics']['accuracy']:.4f} |"
-                for title in ("best", "final")
-            ]
-            if "final" in results
-            else ["Not evaluated on dev tasks."]
-        ),
+        *_dev_table(results),
         "",
         "## Use",
         "",
+        _HERE,
+        "",
         _command(
-            f"pats-jax gym --primed {_word(folder.name)} --kinds {kind or 'lora'} --head {results['head']} \\",
+            f"pats-jax gym --primed {_word(str(folder))} --kinds {kind or 'lora'} --head {results['head']} \\",
             f"  --model_name_or_path {_word(base)} --data_dir {_word(results['data_dir'])} "
             f"--partition {_word(settings['partition'])} \\",
-            "  --output_dir NEW",
+            f"  --output_dir {_word(f'{folder}-gym')}",
         ),
     ]
     if (folder / "model").exists():
         lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
     if (folder / "adapter").exists():
         lines += ["", "The folder `adapter/` contains the adapter; `pats_jax.models.peft.load_peft` loads it."]
-    _write(folder, "prime", lines, settings, results)
+    data = ModelCardData(
+        base_model=_hub_id(base), license=_license(base), tags=[*_tags(results, "primed"), str(results["algorithm"])]
+    )
+    _write(folder, "prime", data, lines, _changed(settings, defaults), results)
 
 
-def _write(folder, program, lines, settings, results):
-    """Writes the card: the given lines, how to repeat the run, and its plots."""
+_HERE = "Run the commands in the directory in which the run was started."
+
+
+def _changed(settings: Values, defaults: Values | None) -> dict[str, object]:
+    """The settings that differ from the defaults."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if defaults is None:
+        return given
+    kept = (name for name in given if name not in _NOT_CHANGED_BY_HAND)
+    return {name: given[name] for name in kept if given[name] != defaults.get(name)}
+
+
+def _write(
+    folder: pathlib.Path,
+    program: str,
+    data: ModelCardData,
+    lines: Sequence[str],
+    changed: Mapping[str, object],
+    results: Values,
+) -> None:
+    """Writes the card: front matter, the given lines, how to repeat the run, and its plots."""
     lines = [
         *lines,
         "",
         "## Repeat",
         "",
-        _command(f"pats-jax {program} --config config.json --output_dir NEW"),
+        _command(
+            f"pats-jax {program} --config {_word(f'{folder}/config.json')} --output_dir {_word(f'{folder}-again')}"
+        ),
+        "",
+        "Settings other than the defaults:",
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(
-            f"| {markdown_text(name)} | {markdown_code(value)} |"
-            for name, value in settings.items()
-            if value is not None
-        ),
+        *(f"| {markdown_text(name)} | {markdown_code(value)} |" for name, value in changed.items()),
         "",
         "Made with " + ", ".join(markdown_text(f"{name} {one}") for name, one in results["versions"].items()) + ".",
     ]
     plots = sorted((folder / "plots").glob("*.png"))
     if plots:
         lines += ["", "## Plots", "", *(markdown_image(path.stem, f"plots/{path.name}") for path in plots)]
-    files.write_text(folder / "README.md", "\n".join(lines) + "\n")
+    text = "\n".join(lines)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    files.write_text(folder / "README.md", str(card))
 
 
-def _score_table(results):
+# front matter
+
+
+def _is_glue(settings: Values) -> bool:
+    """Whether the run read the hub's GLUE."""
+    return bool(settings.get("task_name")) and settings.get("data_dir") is None
+
+
+def _hub_id(name: str) -> str | None:
+    """The model's name if it is that of a hub repository."""
+    return name if _HUB_ID.fullmatch(name) and not pathlib.Path(name).exists() else None
+
+
+def _license(name: str) -> str | None:
+    """The license that the base model's own card names, if that is on this machine."""
+    found = huggingface_hub.try_to_load_from_cache(name, "README.md") if _hub_id(name) else f"{name}/README.md"
+    if not isinstance(found, str) or not pathlib.Path(found).is_file():
+        return None
+    try:
+        return ModelCard.load(found, ignore_metadata_errors=True).data.license
+    except Exception as error:  # whatever the parsers of a stranger's file raise: its license is then not known
+        logger.debug("%s: %s", found, error)
+        return None
+
+
+def _tags(results: Values, kind: str) -> list[str]:
+    peft = [results["peft"]] if results.get("peft") else []
+    return [visible(tag) for tag in ("pats-jax", "jax", kind, *results["method"].split("+"), *peft)]
+
+
+def _eval_results(settings: Values, results: Values) -> list[EvalResult] | None:
+    """The validation scores of the model that the run kept."""
+    if "final" not in results:
+        return None
+    final = results["final"]
+    kept = final if results.get("model_step", final.get("step")) == final.get("step") else results["best"]
+    task = settings.get("task_name") or "own data"
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=_GLUE if _is_glue(settings) else "other",
+            dataset_name=visible(results["data"]),
+            dataset_config=visible(task) if settings.get("task_name") else None,
+            dataset_split="validation",
+            metric_type=visible(name),
+            metric_value=value,
+        )
+        for name, value in kept["metrics"].items()
+    ]
+
+
+# sections
+
+
+def _score_table(results: Values) -> list[str]:
     if "final" not in results:
         return ["Not evaluated."]
     names = list(results["final"]["metrics"])
@@ -120,7 +222,15 @@ def _score_table(results):
     ]
 
 
-def _out_of_domain_table(results):
+def _dev_table(results: Values) -> list[str]:
+    if "final" not in results:
+        return ["Not evaluated on dev tasks."]
+    rows = [(title, results[title]["step"], results[title]["metrics"]["accuracy"]) for title in ("best", "final")]
+    table = [f"| {title} | {step} | {accuracy:.4f} |" for title, step, accuracy in rows]
+    return ["| dev tasks | step | accuracy |", "| --- | ---: | ---: |", *table]
+
+
+def _out_of_domain_table(results: Values) -> list[str]:
     if "out_of_domain" not in results:
         return []
     return [
@@ -136,28 +246,73 @@ def _out_of_domain_table(results):
     ]
 
 
-def _use(folder, results):
-    """How to load the model: whole, or as an adapter for the base model."""
-    count, whole = results["num_labels"], (folder / "model").exists() or not results.get("peft")
-    part = f"{folder.name}/{'model' if whole else 'adapter'}"
-    lines = [_command(f"pats-jax predict {_word(part)} --file texts.tsv")]
+def _is_whole(folder: pathlib.Path, results: Values) -> bool:
+    """Whether the folder has a whole model, not only an adapter."""
+    return (folder / "model").exists() or not results.get("peft")
+
+
+def _use(folder: pathlib.Path, results: Values) -> list[str]:
+    """How to load the model and to serve it: whole, or as an adapter for the base model."""
+    whole = _is_whole(folder, results)
+    part = str(folder / ("model" if whole else "adapter"))
+    count, kind = results["num_labels"], results.get("peft")
+    lines = [
+        _HERE,
+        "",
+        _command(f"pats-jax predict {_word(part)} --file texts.tsv"),
+        "",
+        "In Python, with JAX:",
+        "",
+        _python(
+            "from pats_jax import models",
+            "",
+            f"model, params, config = models.from_pretrained({part!r}, num_labels={count})"
+            if whole
+            else f"model, params, config = models.peft.load_peft_model({part!r})",
+            f"tokenizer = models.load_tokenizer({(part if whole else results['model_name_or_path'])!r})",
+            'inputs = dict(tokenizer(["A text."], return_tensors="np"))',
+            'logits = model.apply({"params": params}, **inputs)',
+        ),
+    ]
     if whole:
-        call = f"pats_jax.models.from_pretrained(..., num_labels={count})"
-        lines += ["", f"The folder `model/` also loads with `{call}` and with Transformers (torch)."]
-    if results.get("peft"):
         lines += [
             "",
-            f"The folder `adapter/` contains the adapter ({markdown_text(results['peft'])}) and the head for the base "
-            f"model {markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
-            + (" So does PEFT (torch)." if results["peft"] in _IN_PEFTS_FORMAT else ""),
+            "With Transformers (torch):",
+            "",
+            _python(
+                "from transformers import pipeline",
+                "",
+                f'classify = pipeline("text-classification", model={part!r})',
+                'print(classify("A text."))',
+            ),
+            "",
+            "As a service, by [Text Embeddings Inference](https://huggingface.co/docs/text-embeddings-inference):",
+            "",
+            _command(
+                f"text-embeddings-router --model-id {_word(part)} --port 8080 &",
+                "curl 127.0.0.1:8080/predict -H 'Content-Type: application/json' -d '{\"inputs\": \"A text.\"}'",
+            ),
+        ]
+    if kind:
+        lines += [
+            "",
+            f"The folder `adapter/` contains the adapter ({markdown_text(kind)}) and the head for the base model "
+            f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
+            + (" So does PEFT (torch)." if kind in _IN_PEFTS_FORMAT else ""),
         ]
     return lines
 
 
-def _command(*lines):
+def _command(*lines: str) -> str:
     return markdown_block("\n".join(map(visible, lines)))
 
 
-def _word(text):
+def _python(*lines: str) -> str:
+    block = markdown_block("\n".join(map(visible, lines)))
+    fence = block.partition("\n")[0]
+    return block.replace(fence, f"{fence}python", 1)
+
+
+def _word(text: str) -> str:
     """A value quoted for the shell; a relative path that looks like a flag gets a leading ``./``."""
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
