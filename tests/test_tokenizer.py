@@ -210,7 +210,7 @@ def test_class_that_we_do_not_know_goes_through_auto_tokenizer(tmp_path):
 
 
 def test_folder_without_a_usable_tokenizer(tmp_path):
-    with pytest.raises(InputError, match="has no tokenizer"):
+    with pytest.raises(InputError, match=r"has no tokenizer .*save_pretrained\(..., tokenizer=tokenizer\)"):
         load_tokenizer(tmp_path)
     shutil.copy(FIXTURES / "bert" / "config.json", tmp_path)
     for damaged in ("{", "{}", '{"model": {"type": "WordPiece"}}'):

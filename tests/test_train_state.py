@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import pats_jax
 from pats_jax import make_loss_fn, make_predict_step, make_train_step, train_state
+from pats_jax.errors import InputError
 
 DEVICES = 8
 ROWS, LENGTH, WORDS, HIDDEN, CLASSES = 16, 6, 20, 8, 3
@@ -347,3 +348,12 @@ def test_norms_of_a_step_are_those_of_its_parameters():
     norms = train_state.global_norms(params, after.params)
     assert float(norms["param_norm"]) == 5.0 == float(measured["param_norm"])
     assert float(norms["update_norm"]) == 5.0 == float(measured["update_norm"])
+
+
+@pytest.mark.parametrize("objectives", [(), (pats_jax.r_drop(1.0),)], ids=["plain", "with objectives"])
+def test_a_batch_without_labels_is_told_so(objectives):
+    """What a tokenizer gives has none."""
+    loss_fn = pats_jax.with_objectives(lambda variables, input_ids, **unused: input_ids, *objectives)
+    batch = {"input_ids": jnp.ones((2, 3)), "attention_mask": jnp.ones((2, 3))}
+    with pytest.raises(InputError, match="the batch has no labels, only input_ids, attention_mask; add the classes"):
+        loss_fn({}, batch, jax.random.key(0))
