@@ -524,7 +524,7 @@ def test_package_with_altered_weights(tmp_path, monkeypatch):
 
 
 def test_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sources.PACKAGES, "gone", sources.Package("no_such_module", "model", ""))
+    monkeypatch.setitem(sources.PACKAGES, "gone", sources.Package("no_such_module", "model", "", ""))
     refused("gone", "not installed", "pip install")
 
 
