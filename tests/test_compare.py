@@ -154,13 +154,13 @@ def test_rounding_breaks_no_ties():
 
 
 def test_only_common_seeds_are_paired(tmp_path):
-    runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": {4: 0.9, 9: 0.1}, "other": {7: 0.5}})
+    runs = write_grid(tmp_path, {"finetune": FINETUNE, "pats": {4: 0.9, 9: 0.1}, "sage": {7: 0.5}})
     methods = seed_statistics.summarise(tmp_path, runs).tasks["mrpc"].methods
     assert methods["pats"].n == 2 and methods["pats"].difference.seeds == [4]
     assert methods["pats"].difference.mean == pytest.approx(0.07)
-    none = methods["other"].difference
+    none = methods["sage"].difference
     assert none.mean is none.interval is none.p_value is None and len(none.notes) == 2
-    assert methods["other"].sd is None
+    assert methods["sage"].sd is None
 
 
 def test_equal_scores(tmp_path):

@@ -242,6 +242,7 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
         ({"train_file": "\ud800"}, ["train_file is '\\ud800'; it must be text without null bytes"]),
         ({"x" * 9999: 1}, ["unknown setting 'xxx", "(9999 characters)"]),
         ({"response": "x" * 9999}, ["response is 'xxx", "(9999 characters)"]),
+        ({"method": "sgd"}, ["--method sgd: no such method"]),
         ("{learning_rate", ["not valid JSON"]),
         ("[" * 100_000, ["nested too deeply"]),
         ('{"seed": 1' + "0" * 5000 + "}", ["a number is too long"]),

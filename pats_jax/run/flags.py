@@ -299,7 +299,10 @@ def read_config(path: str, kind: type[Program]) -> Program:
         key, or a value of the wrong type or out of range.
     """
     values = read_values(path, kind)
-    return kind(**{flag: value for flag, value in values.items() if flag in read_by(kind, values)})
+    try:
+        return kind(**{flag: value for flag, value in values.items() if flag in read_by(kind, values)})
+    except InputError as error:  # a method that is not here, or two that cannot be combined
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_values(path: str, kind: type[Composed]) -> Flat:
