@@ -156,7 +156,7 @@ def test_variants_change_the_settings():
     assert Case.parse("a/b:c:8x16") == Case("a/b:c", 8, 16)
     settings = cases.settings_of("r-drop+pats:all:normal:bfloat16")
     assert (settings.method, settings.flat()["noise_layers"]) == ("r-drop+pats", ".")
-    assert (settings.distribution, settings.sensitivity_dtype) == ("normal", "bfloat16")
+    assert tuple(settings.flat()[name] for name in ("distribution", "sensitivity_dtype")) == ("normal", "bfloat16")
     assert str(jax.random.key_impl(cases.settings_of("pats:rbg").seed)) == "rbg"
     with pytest.raises(InputError, match="no such change: none"):
         cases.settings_of("pats:none")

@@ -242,7 +242,6 @@ def test_a_saved_run_comes_back_and_flags_override_it(tmp_path):
         ({"train_file": "\ud800"}, ["train_file is '\\ud800'; it must be text without null bytes"]),
         ({"x" * 9999: 1}, ["unknown setting 'xxx", "(9999 characters)"]),
         ({"response": "x" * 9999}, ["response is 'xxx", "(9999 characters)"]),
-        ({"method": "sgd"}, ["--method sgd: no such method"]),
         ("{learning_rate", ["not valid JSON"]),
         ("[" * 100_000, ["nested too deeply"]),
         ('{"seed": 1' + "0" * 5000 + "}", ["a number is too long"]),
@@ -405,6 +404,12 @@ def test_a_config_file_of_the_first_upstream_stage_loads(tmp_path):
     found.check()
     with refused("unknown setting 'query_batch_size'"):
         flags.read_config(save(tmp_path, {"query_batch_size": 5}), Settings)
+
+
+def test_a_saved_run_of_a_method_that_is_not_here(tmp_path):
+    path = save(tmp_path, {"method": "sgd"})
+    with refused(f"{path}: --method sgd: no such method"):
+        flags.read_config(path, Settings)
 
 
 def test_config_files_that_cannot_be_read(tmp_path):

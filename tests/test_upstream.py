@@ -456,7 +456,7 @@ def refused(home, tmp_path, capsys, **changes):
         ({"max_options": 1}, "--max_options 1: must be at least 2"),
         ({"method": "r-drop"}, "--method r-drop: not available for priming"),
         ({"method": "pats+bitfit"}, "--method bitfit: not available for priming"),
-        ({"method": "child-d"}, "--method child-d: needs training data"),
+        ({"method": "child-d"}, "method child-d: needs training data"),
         ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the base model's weights"),
         ({"train": "pe", "peft": "bitfit", "method": "pats"}, "no adapter parameter matches"),
         ({"gradient_accumulation_steps": 3}, "--tasks_per_step 2: cannot be split evenly across 1 device"),

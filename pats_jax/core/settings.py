@@ -246,6 +246,12 @@ class Choice:
     name: Callable[[tuple], Any]
     has_basic: bool = True
 
+    def refusal(self, flag: str, chosen: Any) -> str:
+        """What is wrong with a flag of these groups that is not one of the chosen ones."""
+        words = " ".join(chosen) if isinstance(chosen, tuple) else chosen
+        owner = f"--{self.entry.flag} {shown(words, quoted=False)}" if words else f"a run without --{self.entry.flag}"
+        return f"--{flag}: not a setting of {owner}; omit it"
+
     def entries(self) -> dict[str, Entry]:
         """Flag -> setting, of all groups that can be chosen.
 
@@ -292,9 +298,7 @@ class Composed(Group):
         for name in values:
             for choice in self.choices.values():
                 if name in choice.entries():
-                    what = choice.entry.flag
-                    chosen = shown(choice.name(getattr(self, self._field_of(choice))), quoted=False)
-                    raise InputError(f"--{name}: not a setting of --{what} {chosen}; omit it")
+                    raise InputError(choice.refusal(name, choice.name(getattr(self, self._field_of(choice)))))
             raise TypeError(f"{type(self).__name__} has no setting {name!r}")
 
     def _chosen(self, field, values):

@@ -279,9 +279,7 @@ def _refuse_unread(given, settings, others_read):
     for choice in settings.choices.values():
         for name in given:
             if name in choice.entries() and name not in read and name not in others_read:
-                what = choice.entry.flag
-                owner = f"--{what} {shown(read[what], quoted=False)}" if read[what] else f"a run without --{what}"
-                raise InputError(f"--{name}: not a setting of {owner}; omit it")
+                raise InputError(choice.refusal(name, read[choice.entry.flag]))
 
 
 def _given(path, kind):
