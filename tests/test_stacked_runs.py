@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from pats_jax import TrainState, glue
 from pats_jax.errors import InputError
 from pats_jax.priming import downstream, upstream
-from pats_jax.priming.few_shot_tuning import Start, load_start
+from pats_jax.priming.few_shot_tuning import TuningStart, load_start
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import run_folder
@@ -204,7 +204,7 @@ def test_priming(gym, tmp_path, algorithm, train):
 
 
 def test_a_tuning_of_the_gym_loads_the_layout_that_is_asked_for(gym):
-    start = Start("direct", None, None, str(gym / "model"), None, str(gym / "model"), "full")
+    start = TuningStart("direct", None, None, str(gym / "model"), None, str(gym / "model"), "full")
     for layers, expected in (("auto", "separate"), ("stacked", "stacked")):
         model, _ = load_start(GymSettings(layers=layers, unroll=2, output_dir="unused"), start)
         assert (model.layers, model.unroll) == (expected, 2)

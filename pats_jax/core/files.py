@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pats_jax.errors import InputError, shown
 
-Record = TypeVar("Record")
+AnyRecord = TypeVar("AnyRecord")
 JsonObject = dict[str, Any]  # what a JSON file holds; a record (`read_record`) says more where programs read it
 
 _NEW = ".new"  # the ending of a file that is being written
@@ -105,7 +105,7 @@ def _decode(object_pairs_hook: Callable[[list], Any]) -> Callable[[Any], Any]:
     return json.JSONDecoder(object_pairs_hook=object_pairs_hook).decode
 
 
-def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
+def read_record(path: str | os.PathLike[str], kind: type[AnyRecord]) -> AnyRecord:
     """Reads a JSON file as a record, and checks every field.
 
     Args:
@@ -129,7 +129,7 @@ def read_record(path: str | os.PathLike[str], kind: type[Record]) -> Record:
     return parse_record(read_bytes(path), kind, str(path))
 
 
-def parse_record(text: str | bytes, kind: type[Record], source: str) -> Record:
+def parse_record(text: str | bytes, kind: type[AnyRecord], source: str) -> AnyRecord:
     """Parses a JSON text as a record; see `read_record`, and `parse_json` for ``source``.
 
     Raises:

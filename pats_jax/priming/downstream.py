@@ -27,7 +27,7 @@ from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.priming import gym_report, option_scoring, relative_gain
-from pats_jax.priming.few_shot_tuning import Start, Tuner
+from pats_jax.priming.few_shot_tuning import Tuner, TuningStart
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
@@ -96,7 +96,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
+def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart]:
     """The starts of the settings: the unprimed model for each kind, then each primed model for its kinds.
 
     Args:
@@ -108,7 +108,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
         target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
     model = settings.model.model_name_or_path
-    starts = [Start("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
+    starts = [TuningStart("direct", None, None, model, None, model, kind) for kind in settings.kinds if settings.direct]
     folders: dict[str, str] = {}
     for name in settings.primed:
         results = _read_primed(name, settings, tasks)
@@ -118,7 +118,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[Start]:
         for kind in settings.kinds:
             if kind != "full" and results["peft"] in (None, kind):
                 stage = results["algorithm"], results["train"], results["seed"]
-                start = Start(*stage, encoder, adapter, base, kind, _digest(results))
+                start = TuningStart(*stage, encoder, adapter, base, kind, _digest(results))
                 if folders.setdefault(start.name, name) != name:
                     raise InputError(f"--primed {name}: {start.name} is already {folders[start.name]}; keep one")
                 starts.append(start)
@@ -157,7 +157,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     return results
 
 
-def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
+def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[TuningStart]) -> None:
     """Writes the folder's config.json, unless it is there; raises like `check_folder`."""
     with FolderLock(folder, name=".lock-config", patience=10.0):
         check_folder(folder, settings, starts)
@@ -168,7 +168,7 @@ def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[St
             files.write_json(path, theirs | ours)
 
 
-def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[Start]) -> None:
+def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[TuningStart]) -> None:
     """Compares an existing config.json with the settings.
 
     Raises:
@@ -197,7 +197,7 @@ def _fixed(settings):
 
 
 def check_records(
-    settings: GymSettings, starts: Sequence[Start], tasks: Sequence[FewShotTask], folder: pathlib.Path
+    settings: GymSettings, starts: Sequence[TuningStart], tasks: Sequence[FewShotTask], folder: pathlib.Path
 ) -> None:
     """Raises InputError if an existing tuning used other learning rates or another start."""
     for start in starts:
@@ -225,7 +225,7 @@ def _digest(results: PrimedResults) -> str:
 class Tuning:
     """One start, task and sample, and the file of its record."""
 
-    start: Start
+    start: TuningStart
     task: FewShotTask
     sample: Sample
     path: pathlib.Path
@@ -235,7 +235,9 @@ class Tuning:
         return f"{self.start.name}/{self.path.stem}"
 
 
-def tunings_of(settings: GymSettings, start: Start, tasks: Sequence[FewShotTask], folder: pathlib.Path) -> list[Tuning]:
+def tunings_of(
+    settings: GymSettings, start: TuningStart, tasks: Sequence[FewShotTask], folder: pathlib.Path
+) -> list[Tuning]:
     """The tunings of a start.
 
     Raises:

@@ -26,7 +26,7 @@ from pats_jax.training import metrics, preemption, runners
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class TuningStart:
     """Where a tuning starts, and what it trains.
 
     Attributes:
@@ -59,7 +59,7 @@ class Start:
 class Tuner:
     """Tunes one start on any task and sample: model, optimizers and compiled programs are the same for all."""
 
-    def __init__(self, settings: GymSettings, start: Start, tokenizer: Any):
+    def __init__(self, settings: GymSettings, start: TuningStart, tokenizer: Any):
         """Loads the start.
 
         Args:
@@ -200,7 +200,7 @@ class Tuner:
         return [sample.test[index] for index in sorted(rng.choice(len(sample.test), most, replace=False))]
 
 
-def load_start(settings: GymSettings, start: Start) -> tuple[Any, Any]:
+def load_start(settings: GymSettings, start: TuningStart) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
     settings = settings.with_layers(*runners.default_form(jax.default_backend()))
     model = settings.model

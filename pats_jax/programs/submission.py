@@ -38,7 +38,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
-class Run:
+class PredictedRun:
     """A finished run.
 
     Attributes:
@@ -112,7 +112,7 @@ def write_submission(
 # runs
 
 
-def read_runs(folders: Sequence[str]) -> list[Run]:
+def read_runs(folders: Sequence[str]) -> list[PredictedRun]:
     """The runs in some folders, all on GLUE or all on the built-in data; what is no run on a task is skipped.
 
     Raises:
@@ -138,7 +138,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def read_run(folder: pathlib.Path) -> Run | None:
+def read_run(folder: pathlib.Path) -> PredictedRun | None:
     """The run in a folder; None if there is no run on a GLUE task, as in the folder of a grid or a gym.
 
     Raises:
@@ -162,7 +162,7 @@ def read_run(folder: pathlib.Path) -> Run | None:
         raise InputError(
             f"{shown(str(foreign), 400, quoted=False)}: a run on {task.name} writes no such file; remove it"
         )
-    return Run(folder, task, data_dir == "builtin", found)
+    return PredictedRun(folder, task, data_dir == "builtin", found)
 
 
 def _read_config(folder):
@@ -175,7 +175,7 @@ def _read_config(folder):
 # files
 
 
-def collect(runs: Sequence[Run], placeholders: bool) -> list[Entry]:
+def collect(runs: Sequence[PredictedRun], placeholders: bool) -> list[Entry]:
     """The eleven files of the archive, each of them checked.
 
     Args:
@@ -185,7 +185,7 @@ def collect(runs: Sequence[Run], placeholders: bool) -> list[Entry]:
     Raises:
       InputError: Two runs provide a file, or none does, or the server would reject it.
     """
-    offered: dict[str, tuple[Run, pathlib.Path]] = {}
+    offered: dict[str, tuple[PredictedRun, pathlib.Path]] = {}
     for run in runs:
         for file in run.files:
             if file.name in offered:

@@ -53,7 +53,7 @@ class Source(Protocol):
         """``fisher(keep_fraction, mask)``, see `methods.Context`; None if it cannot be measured."""
 
 
-class TrainingSettings(Protocol):
+class Recipe(Protocol):
     """The settings that a training is built from; a program's own have them, among others."""
 
     @property
@@ -79,7 +79,7 @@ class Training:
     """Everything that a training run needs.
 
     Attributes:
-      settings: see `TrainingSettings`.
+      settings: see `Recipe`.
       source: its batches.
       runner: where it runs.
       rhythm: when to log, evaluate, save and stop.
@@ -94,7 +94,7 @@ class Training:
       measure: ``measure(params)``: sensitivity by tensor, before and after training; None: it is not asked for.
     """
 
-    settings: TrainingSettings
+    settings: Recipe
     source: Source
     runner: runners.MeshRunner
     rhythm: Rhythm
@@ -141,7 +141,7 @@ class Training:
 
 
 def make_training(
-    settings: TrainingSettings,
+    settings: Recipe,
     source: Source,
     runner: runners.MeshRunner,
     model: Any,
