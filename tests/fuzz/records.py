@@ -41,7 +41,7 @@ _SETTINGS: dict[str, Any] = {
     "max_steps": -1,
     "hidden_dropout": None,
     "seed": 3,
-    "method": "pats",
+    "method": "pats+dps-dense",
     "noise_layers": "kernel$",
     "response": "linear",
     "keep_fraction": 0.5,
