@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import re
 import time
 import typing
@@ -24,6 +25,8 @@ from pats_jax.run.flags import FOREIGN_FLAGS
 from pats_jax.run.settings import Settings, resuming
 from pats_jax.training.table import count_steps
 from tests import tiny
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 def parse(*args, kind=Settings, **options):
@@ -404,6 +407,16 @@ def test_a_config_file_of_the_first_upstream_stage_loads(tmp_path):
     found.check()
     with refused("unknown setting 'query_batch_size'"):
         flags.read_config(save(tmp_path, {"query_batch_size": 5}), Settings)
+
+
+@pytest.mark.parametrize("kind", [Settings, PrimingSettings, GymSettings])
+def test_config_files_of_before_the_groups_load(kind, tmp_path):
+    """They hold the settings of all methods and adapters, and of a gym some that it never read."""
+    old = json.loads((FIXTURES / "configs_before_groups.json").read_text())[kind.__name__]
+    found = flags.read_config(save(tmp_path, old), kind)
+    assert found == kind(**({"output_dir": "x"} if kind is GymSettings else {}))
+    changed = flags.read_config(save(tmp_path, old | {"method": "mixout", "drop_fraction": 0.25, "seed": 5}), kind)
+    assert changed == found.replace(method="mixout", drop_fraction=0.25, seed=5)
 
 
 def test_a_saved_run_of_a_method_that_is_not_here(tmp_path):

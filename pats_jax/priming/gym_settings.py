@@ -122,7 +122,7 @@ class GymSettings(TunedModel):
         flag
         for kind in (OptimizerSettings, LoopSettings, SavingSettings, DeviceSettings, ProcessSettings, BatchSettings)
         for flag in entries(kind)
-    )
+    ) | {"peft", "share"}
 
     output_dir: str | None = setting(
         None, "folder of the tunings; repeat the same command to resume them", is_path=True, is_basic=True
