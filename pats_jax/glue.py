@@ -249,7 +249,7 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
     """The task and the splits that the phases need, cut to the first ``max_*_samples`` rows."""
     names = [name for phase, name in _SPLITS.items() if phase in settings.phases]
     if settings.data.task_name:
-        task = tasks.get_task(settings.data.task_name)
+        task = tasks.get_task(settings.data.task_name, "--task_name")
         if settings.data.do_regression not in (None, task.is_regression):
             kind = "scores" if task.is_regression else "classes"
             raise InputError(f"--do_regression: the labels of --task_name {task.name} are {kind}; omit the flag")

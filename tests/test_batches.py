@@ -144,7 +144,7 @@ def test_resuming_within_an_epoch_gives_the_rest_of_it():
 
 
 def test_a_batch_larger_than_the_data_names_the_flag():
-    with pytest.raises(InputError, match=r"--per_device_train_batch_size: a batch has 32 rows, more than the 31"):
+    with pytest.raises(InputError, match=r"per_device_train_batch_size: a batch has 32 rows, more than the 31"):
         epoch_plan(skewed_lengths(31), 32, [47], seed=0, epoch=0)
 
 
@@ -230,7 +230,7 @@ def test_chunks_leave_no_trace(tokenizer, monkeypatch):
 
 
 def test_a_length_without_room_for_text_names_the_flag(tokenizer):
-    with pytest.raises(InputError, match=r"--max_seq_length 4: too short: special tokens take [34] of them"):
+    with pytest.raises(InputError, match=r"max_seq_length 4: too short: special tokens take [34] of them"):
         tokenize(PAIRS, tokenizer, 4)
 
 

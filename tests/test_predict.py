@@ -57,7 +57,7 @@ def test_pairs_with_their_own_index_into_a_file(model, tmp_path, capsys):
         {"id": f"q{n}", "premise": a, "hypothesis": b} for n, (a, b) in enumerate(zip(first, second, strict=True))
     )
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.warns(UserWarning, match="--max_seq_length 128 exceeds the model's 24 positions; using 24"):
+    with pytest.warns(UserWarning, match="max_seq_length 128 exceeds the model's 24 positions; using 24"):
         cli.predict([str(model), "--file", str(file), "--output_file", str(target), "--max_seq_length", "128"])
     assert capsys.readouterr().out == ""
     header, rows = table(target.read_text())
@@ -120,7 +120,7 @@ def test_the_length_is_the_model_folders_and_what_is_cut_is_said(own, flags, len
     np.testing.assert_allclose(found, expected, atol=1e-4)
     cut = {8: 2, 12: 1, 24: 0}[length]  # of 10, 6 and 14 tokens
     verb = "is longer than 12 tokens and was" if cut == 1 else f"are longer than {length} tokens and were"
-    lines = [f"{cut} of 3 texts {verb} truncated; to keep more, set --max_seq_length"] if cut else []
+    lines = [f"{cut} of 3 texts {verb} truncated; to keep more, set max_seq_length"] if cut else []
     assert [line for line in caplog.messages if "truncated" in line] == lines
 
 

@@ -244,7 +244,7 @@ def test_bytes_that_are_not_utf8_are_placed(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"--data_dir .*nowhere: no such folder; .*builtin"):
+    with pytest.raises(InputError, match=r"data_dir .*nowhere: no such folder; .*builtin"):
         read_glue("rte", tmp_path / "nowhere")
     write(tmp_path / "RTE/train.tsv", row(NLI_HEADER, "label"), row(0, "T", "H", "entailment"))
     with pytest.raises(InputError, match=r"RTE/dev.tsv: no such file; it should contain the validation split of rte"):
@@ -366,7 +366,7 @@ def test_without_a_network_the_ways_to_work_offline_are_named(monkeypatch, error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.setattr(readers, "reaches_hub", lambda path: True)
-    with pytest.raises(InputError, match=r"--data_dir to builtin .*TSV files, or set HF_HUB_OFFLINE=1") as caught:
+    with pytest.raises(InputError, match=r"data_dir to builtin .*TSV files, or set HF_HUB_OFFLINE=1") as caught:
         load_task("rte")
     assert "\n" not in str(caught.value)
 

@@ -190,7 +190,7 @@ def test_epochs_without_end_are_refused_before_any_step():
     with refused("--num_train_epochs 1e+308: must be at most"):
         parse("--num_train_epochs", "1e308")
     assert count_steps(parse("--num_train_epochs", "2.5").length, 32, 320) == 25
-    with refused("--num_train_epochs 1e+06: gives 1e+12 steps"):
+    with refused("num_train_epochs 1e+06: gives 1e+12 steps"):
         count_steps(parse("--num_train_epochs", "1e6").length, 1, 10**6)
 
 
@@ -421,7 +421,7 @@ def test_config_files_of_before_the_groups_load(kind, tmp_path):
 
 def test_a_saved_run_of_a_method_that_is_not_here(tmp_path):
     path = save(tmp_path, {"method": "sgd"})
-    with refused(f"{path}: --method sgd: no such method"):
+    with refused(f"{path}: method sgd: no such method"):
         flags.read_config(path, Settings)
 
 

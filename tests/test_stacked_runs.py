@@ -135,9 +135,8 @@ def test_an_interrupted_run_goes_on_in_the_other_layout(base, pats_runs, tmp_pat
         if int(step.name) > 3:
             step.rename(tmp_path / step.name)
     (tmp_path / "stacked" / "results.json").unlink()
-    resumed = dataclasses.replace(
-        base, output_dir=str(tmp_path / "stacked"), layers="separate", resume=True, **MEASURED, **SAVED
-    )
+    changes = tiny.read_flags(Settings, **MEASURED, **SAVED)
+    resumed = base.replace(output_dir=str(tmp_path / "stacked"), layers="separate", resume=True, **changes)
     glue.run(resumed)
     assert_same_files(tmp_path, ["model"])
     assert_same_figures(*(run_folder.read_metrics(tmp_path / name) for name in ("stacked", "separate")))
@@ -160,7 +159,7 @@ def test_a_divergence_names_the_separate_layer():
 
 
 def test_an_adapter_of_one_layer_needs_separate_layers(base, tmp_path):
-    with pytest.raises(InputError, match=r"the adapter changes 1 of 2 layers: .*--layers separate") as caught:
+    with pytest.raises(InputError, match=r"the adapter changes 1 of 2 layers: .*separate layers") as caught:
         run(base, tmp_path, "stacked", peft="lora", lora_layers=r"layer\.1\..*\.query$")
     assert "\n" not in str(caught.value) and not (tmp_path / "stacked").exists()
 

@@ -132,7 +132,7 @@ def check_room(split: Split, tokenizer, max_length: int) -> None:
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length < special + 1 + pair:
-        raise InputError(f"--max_seq_length {max_length}: too short: special tokens take {special} of them")
+        raise InputError(f"max_seq_length {max_length}: too short: special tokens take {special} of them")
 
 
 def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
@@ -185,7 +185,7 @@ def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
     """
     if not tokens.cut:
         return None
-    hint = "to keep more, set --max_seq_length" if max_length < longest else "the model has no more positions"
+    hint = "to keep more, set max_seq_length" if max_length < longest else "the model has no more positions"
     verbs = ("is", "was") if tokens.cut == 1 else ("are", "were")
     rows = f"{tokens.cut} of {len(tokens)} texts"
     return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} truncated; {hint}"
@@ -268,7 +268,7 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
     """
     if batch_size > len(lengths):
         raise InputError(
-            f"--per_device_train_batch_size: a batch has {batch_size} rows, more than the {len(lengths)} training rows"
+            f"per_device_train_batch_size: a batch has {batch_size} rows, more than the {len(lengths)} training rows"
         )
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     order = order[np.argsort(_bucket_of(lengths, boundaries)[order], kind="stable")]

@@ -140,9 +140,9 @@ def _check_cells(
 def _announce(table: Table, names: Sequence[str], regression: bool) -> None:
     if regression:
         told = f"scores from {shown(names[0], quoted=False)} to {shown(names[-1], quoted=False)}"
-        logger.info("%s: %s; for classes, set --do_regression false", table.path, told)
+        logger.info("%s: %s; for classes, set do_regression false", table.path, told)
     else:
-        logger.info("%s: %s; for scores, set --do_regression", table.path, _told(names))
+        logger.info("%s: %s; for scores, set do_regression", table.path, _told(names))
 
 
 def _told(names: Sequence[str]) -> str:

@@ -121,7 +121,7 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
         task, split = _GLUE[name]
         found = load_task(task, data_dir, splits=["validation"])
         if split not in found:
-            raise InputError(f"--out_of_domain {name}: --data_dir {data_dir} has no {split} file for {task}")
+            raise InputError(f"out_of_domain {name}: data_dir {data_dir} has no {split} file for {task}")
         return found[split]
     source = _SETS[name]
     table = _hub_table(source) if folder is None else _file_table(name, source, Path(folder))
@@ -130,7 +130,7 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
 
 def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
     if not os.path.isdir(folder):
-        raise InputError(f"--out_of_domain_dir {folder}: no such folder; omit the flag to read from the hub")
+        raise InputError(f"out_of_domain_dir {folder}: no such folder; omit the flag to read from the hub")
     places = [folder] if folder.name in source.folders else [folder / own for own in source.folders]
     for place in places:
         for file, read in source.files.items():
@@ -143,7 +143,7 @@ def _file_table(name: str, source: InferenceSet, folder: Path) -> Table:
 def _hub_table(source: InferenceSet) -> Table:
     import datasets
 
-    rows = load_from_hub("--out_of_domain_dir to the published files", **source.hub, split="test")
+    rows = load_from_hub("out_of_domain_dir to the published files", **source.hub, split="test")
     columns = {column: list(rows[column]) for column in rows.column_names if column in _WANTED}
     for column, feature in rows.features.items():
         if column in columns and isinstance(feature, datasets.ClassLabel):

@@ -173,7 +173,7 @@ def _check_splits(task: Task, splits: Sequence[str]) -> None:
 def _task_folder(task: Task, data_dir: Path) -> Path:
     if not os.path.isdir(data_dir):
         raise InputError(
-            f"--data_dir {data_dir}: no such folder; use one with GLUE's TSV files, or builtin for the built-in data"
+            f"data_dir {data_dir}: no such folder; use one with GLUE's TSV files, or builtin for the built-in data"
         )
     return data_dir / task.folder if os.path.isdir(data_dir / task.folder) else data_dir
 
@@ -228,7 +228,7 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
-    instead = "--data_dir to builtin or to a folder of GLUE's TSV files"
+    instead = "data_dir to builtin or to a folder of GLUE's TSV files"
     rows = load_from_hub(instead, path="nyu-mll/glue", name=task.name)
     wanted = [name for split in splits for name in (split, f"{split}_mismatched") if name in task.hub_splits]
     return {name: _hub_split(task, rows[task.hub_splits[name]][:]) for name in wanted}

@@ -187,7 +187,7 @@ _ROWS = (
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
 
-def get_task(name: str, flag: str = "--task_name") -> Task:
+def get_task(name: str, flag: str = "task_name") -> Task:
     """Looks a task up by its name, in upper or lower case; the flag is for the error message.
 
     Raises:

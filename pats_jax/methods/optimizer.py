@@ -101,7 +101,7 @@ def trainable_mask(chosen: Sequence[Method], params: Any) -> Any:
     patterns = [method.trainable for method in chosen if method.trainable]
     mask = layer_mask(params, patterns[0], "the trained parameters") if patterns else None
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
-        raise InputError(f"--method {joined_names(chosen)}: trains some layers only; set --layers separate")
+        raise InputError(f"method {joined_names(chosen)}: trains some layers only; set layers separate")
     return mask
 
 

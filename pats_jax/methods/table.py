@@ -75,13 +75,13 @@ def get_methods(names: str) -> tuple[type[Method], ...]:
     chosen = names.split("+")
     for name in chosen:
         if name not in METHODS:
-            what = f"--method {shown(name, quoted=False)}"
+            what = f"method {shown(name, quoted=False)}"
             raise InputError(f"{what}: no such method; choose one of {', '.join(METHODS)}, or join several with +")
     for position, name in enumerate(chosen):
         for other in chosen[:position]:
             reason = _conflict(METHODS[name], METHODS[other])
             if reason:
-                raise InputError(f"--method {names}: {other} and {name} cannot be combined: {reason}")
+                raise InputError(f"method {names}: {other} and {name} cannot be combined: {reason}")
     return tuple(METHODS[name] for name in chosen)
 
 

@@ -94,7 +94,7 @@ class Checkpoints:
             under such a path cannot be read.
         """
         if any(character in str(folder.absolute()) for character in "*?["):
-            raise InputError(f"--output_dir {folder.parent}: cannot save checkpoints under a path with *, ? or [")
+            raise InputError(f"output_dir {folder.parent}: cannot save checkpoints under a path with *, ? or [")
         self._folder, self._keep = folder, keep
         self._best_steps: dict[int, int | None] = {}  # which best one a checkpoint names, as far as asked for
 
@@ -215,7 +215,7 @@ class Checkpoints:
         try:
             return self._arrays(step, state, self._verified(step)).all_params
         except _Damaged as damage:
-            raise InputError(f"checkpoint {self._path(step)} is damaged: {damage}; --resume rebuilds it") from None
+            raise InputError(f"checkpoint {self._path(step)} is damaged: {damage}; resume rebuilds it") from None
 
     def _has_its_best(self, step, record):
         """Whether the best checkpoint that a valid one names is valid; if not, both are set aside."""

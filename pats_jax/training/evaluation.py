@@ -60,7 +60,7 @@ class Predictor:
           InputError: if they are not finite, for instance since the model has diverged.
         """
         logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
-        check_finite(logits, "lower --learning_rate" if "train" in self.splits else DAMAGED)
+        check_finite(logits, "lower learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
@@ -226,12 +226,10 @@ def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
     longest = model.max_length
     if isinstance(model, peft.PeftClassifier) and longest < _SHORTEST_TEXT:
         raise InputError(
-            f"--prompt_length, --prefix_length: too long; they leave {longest} of the model's positions for the text"
+            f"prompt_length, prefix_length: too long; they leave {longest} of the model's positions for the text"
         )
     if asked > longest:
-        warnings.warn(
-            f"--max_seq_length {asked} exceeds the model's {longest} positions; using {longest}", stacklevel=2
-        )
+        warnings.warn(f"max_seq_length {asked} exceeds the model's {longest} positions; using {longest}", stacklevel=2)
     return min(asked, longest)
 
 

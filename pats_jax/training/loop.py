@@ -326,7 +326,7 @@ def _divergence(progress, state):
     size, name = max(named, key=lambda item: math.inf if math.isnan(item[0]) else item[0])
     return (
         f"training stopped at step {progress.step}: loss or gradient was not finite in {progress.skipped_steps} steps, "
-        f"more than --max_nonfinite_steps; the largest parameter is in {name} ({size:.3g}); lower --learning_rate"
+        f"more than max_nonfinite_steps; the largest parameter is in {name} ({size:.3g}); lower learning_rate"
     )
 
 

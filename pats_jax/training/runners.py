@@ -52,9 +52,9 @@ def initialize(
       InputError: if the address is given without the two numbers, or nobody answers at it.
     """
     described = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
-    missing = [f"--{name}" for name, value in described.items() if value is None]
+    missing = [name for name, value in described.items() if value is None]
     if 0 < len(missing) < 3:
-        raise InputError(f"{', '.join(missing)}: missing; set all three flags together")
+        raise InputError(f"{', '.join(missing)}: missing; set all three together")
     if jax.distributed.is_initialized() or (missing and not _is_slurm_step() and not _has_tpu()):
         return
     try:
@@ -112,14 +112,14 @@ def make_runner(
     devices = jax.devices() if devices is None else devices
     if num_devices is not None:
         if num_devices > len(devices):
-            raise InputError(f"--num_devices {num_devices}: only {len(devices)} available")
+            raise InputError(f"num_devices {num_devices}: only {len(devices)} available")
         if jax.process_count() > 1 and num_devices < len(devices):
-            raise InputError(f"--num_devices {num_devices}: several processes use all their devices; omit the flag")
+            raise InputError(f"num_devices {num_devices}: several processes use all their devices; omit it")
         devices = devices[:num_devices]
     if len(devices) % fsdp:
-        raise InputError(f"--fsdp {fsdp}: must divide the number of devices, {len(devices)}")
+        raise InputError(f"fsdp {fsdp}: must divide the number of devices, {len(devices)}")
     if kind == "pmap" and fsdp > 1:
-        raise InputError("--fsdp: pmap keeps all parameters on every device; use --parallel jit")
+        raise InputError("fsdp: pmap keeps all parameters on every device; use parallel jit")
     shape = (len(devices) // fsdp, fsdp)
     mesh = jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
     return {"jit": MeshRunner, "pmap": PmapRunner}[kind](mesh)

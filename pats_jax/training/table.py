@@ -29,7 +29,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
         return length.max_steps
     steps = length.num_train_epochs * math.ceil(rows / (train_batch_size or 1))
     if steps >= 2**31:
-        raise InputError(f"--num_train_epochs {length.num_train_epochs:g}: gives {steps:.3g} steps, more than 2^31")
+        raise InputError(f"num_train_epochs {length.num_train_epochs:g}: gives {steps:.3g} steps, more than 2^31")
     return math.ceil(steps)
 
 

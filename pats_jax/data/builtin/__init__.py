@@ -80,7 +80,7 @@ def write_builtin(directory: str | Path, *, seed: int = 0, tasks: Sequence[str] 
       InputError: A task is unknown, or the directory is not empty.
     """
     directory = Path(directory)
-    chosen = [get_task(name, "--tasks") for name in (TASKS if tasks is None else tasks)]
+    chosen = [get_task(name, "tasks") for name in (TASKS if tasks is None else tasks)]
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: not empty; choose a new folder for the built-in data")
     with new_folder(directory) as made:
