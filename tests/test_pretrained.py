@@ -293,7 +293,7 @@ def test_labels_that_are_not_those_of_the_head(tmp_path, caplog):
 def test_a_head_with_several_answers_to_a_text_is_refused_by_its_problem_type(problem_type, tmp_path):
     tensors, config = stored("bert")
     write(tmp_path, tensors, config | {"problem_type": problem_type})
-    refused(tmp_path, f"problem_type is {problem_type} with 3 labels", "--ignore_mismatched_sizes")
+    refused(tmp_path, f"problem_type is {problem_type} with 3 labels", "ignore_mismatched_sizes")
     refused(tmp_path, "problem_type", num_labels=None)
     _, _, found = from_pretrained(tmp_path, num_labels=3, new_head=True)
     assert found.problem_type == "single_label_classification"

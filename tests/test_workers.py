@@ -158,8 +158,9 @@ def test_a_second_ctrl_c_kills_what_is_deaf(tmp_path):
     code = "import pathlib, signal, sys, time; signal.signal(15, signal.SIG_IGN); "
     code += "pathlib.Path(sys.argv[1], 'here').touch(); time.sleep(60)"
     program = f"""
-import contextlib, pathlib, sys
+import contextlib, pathlib, signal, sys
 from pats_jax.run import workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run in the background
 from pats_jax.run.worker_settings import WorkerSettings
 home = pathlib.Path({str(tmp_path)!r})
 job = workers.Job("deaf", ("-S", "-c", {code!r}, str(home)), str(home / "log"))
