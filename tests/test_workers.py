@@ -160,8 +160,8 @@ def test_a_second_ctrl_c_kills_what_is_deaf(tmp_path):
     program = f"""
 import contextlib, pathlib, signal, sys
 from pats_jax.run import workers
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run in the background
 from pats_jax.run.worker_settings import WorkerSettings
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run in the background
 home = pathlib.Path({str(tmp_path)!r})
 job = workers.Job("deaf", ("-S", "-c", {code!r}, str(home)), str(home / "log"))
 with workers.hold(home) as lock, workers.connect(WorkerSettings(), lock) as fleet:
