@@ -19,7 +19,6 @@ from sklearn.utils.validation import check_is_fitted
 from pats_jax import glue
 from pats_jax.core.files import JsonObject
 from pats_jax.data.labels import class_names
-from pats_jax.data.readers import Split
 from pats_jax.data.tasks import own_task
 from pats_jax.errors import InputError, shown
 from pats_jax.models.labels import match_labels
@@ -141,8 +140,7 @@ class _TextEstimator(BaseEstimator):
         Raises:
           InputError: on invalid settings, texts or labels.
         """
-        split = read_split(texts, self._columns)
-        values = self._checked(split, labels_of(texts, labels, self._columns))
+        split, values = self._read(texts, labels)
         classes, written = self._written(values)
         train, held = self._divide(split, written, self.validation if validation is None else validation, classes)
         with _told_in_python(), tempfile.TemporaryDirectory() as home:
@@ -184,10 +182,9 @@ class _TextEstimator(BaseEstimator):
         """Training and validation rows with labels; None for no validation."""
         if isinstance(validation, bool) or not isinstance(validation, (int, float, np.number)):
             texts, labels = validation if isinstance(validation, tuple) else (validation, None)
-            held = read_split(texts, self._columns)
+            held, values = self._read(texts, labels)
             if (held.sentence2 is None) != (split.sentence2 is None):
                 raise InputError("validation: must have single texts, or pairs of texts, as the training data has")
-            values = self._checked(held, labels_of(texts, labels, self._columns))
             return (split, written), (held, self._known(values, classes))
         if not 0 <= validation < 1:
             raise InputError(f"validation {validation}: must be a fraction in [0, 1), or data")
@@ -204,6 +201,14 @@ class _TextEstimator(BaseEstimator):
             )
         rows = train_test_split(np.arange(len(written)), test_size=size, random_state=int(self.seed) % 2**32)
         return (np.sort(part) for part in rows)
+
+    def _read(self, texts, labels):
+        """The rows, and their labels."""
+        values = self._checked(labels_of(texts, labels, self._columns))
+        split = read_split(texts, self._columns)
+        if len(split) != len(values):
+            raise InputError(f"labels: {len(values)} for {len(split)} texts; give one for each")
+        return split, values
 
     @property
     def _columns(self) -> Columns:
@@ -225,7 +230,7 @@ class _TextEstimator(BaseEstimator):
           labels: as for `fit`.
         """
         check_is_fitted(self, "model_folder_")
-        truth = self._checked(read_split(texts, self._columns), labels_of(texts, labels, self._columns))
+        truth = self._read(texts, labels)[1]
         return self._scores(self.predict(texts), truth)
 
     # folders
@@ -310,7 +315,8 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
 
     def predict(self, texts: Any) -> np.ndarray:
         """The most probable label of each text, (rows,)."""
-        return self.classes_[self.predict_proba(texts).argmax(1)]
+        best = self.predict_proba(texts).argmax(1)
+        return self.classes_[best]
 
     def predict_proba(self, texts: Any) -> np.ndarray:
         """Probabilities (rows, num_classes), in the order of ``classes_``."""
@@ -319,8 +325,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         logits = self._logits(texts)
         return scipy.special.softmax(logits, axis=1)[:, self._order]
 
-    def _checked(self, split, labels):
-        _check_lengths(split, labels)
+    def _checked(self, labels):
         if labels.dtype.kind == "f" and np.any(labels != np.floor(labels)):
             raise InputError("Unknown label type: continuous labels are scores; use TextRegressor")
         return labels
@@ -330,7 +335,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         try:
             classes = np.unique(labels)
         except TypeError:
-            raise InputError("labels: some are strings and others numbers; use one kind") from None
+            raise InputError("labels: some are strings and others are not; use one kind") from None
         if len(classes) == 1:
             raise InputError(f"labels: only one class, {shown(classes[0].item())}; there is nothing to learn")
         names = [str(name) for name in classes.tolist()]
@@ -387,8 +392,7 @@ class TextRegressor(RegressorMixin, _TextEstimator):
         """The score of each text, (rows,)."""
         return self._logits(texts)[:, 0]
 
-    def _checked(self, split, labels):
-        _check_lengths(split, labels)
+    def _checked(self, labels):
         try:
             return labels.astype(np.float64)
         except (TypeError, ValueError):
@@ -405,11 +409,6 @@ class TextRegressor(RegressorMixin, _TextEstimator):
 
     def _scores(self, answers, truth):
         return compute_metrics(own_task(None).metrics, answers, truth.astype(np.float32))
-
-
-def _check_lengths(split: Split, labels: np.ndarray) -> None:
-    if len(split) != len(labels):
-        raise InputError(f"labels: {len(labels)} for {len(split)} texts; give one for each")
 
 
 @contextlib.contextmanager

@@ -97,9 +97,11 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
             names = ", ".join(map(str, _names(texts)))
             raise InputError(f"label_column: no column {columns.label!r}; there are {names}")
         labels = _column(texts, columns.label)
+    if isinstance(labels, (list, tuple)):
+        kinds = {isinstance(label, str) for label in labels if label is not None}
+        if len(kinds) == 2:
+            raise InputError("labels: some are strings and others are not; use one kind")
     found = np.asarray(labels)
-    if found.dtype.kind in "SU" or found.dtype.kind == "O":
-        found = np.array([label.item() if isinstance(label, np.generic) else label for label in found.tolist()], object)
     if found.ndim != 1:
         raise InputError(f"labels: must be one for each text, (rows,); they are {found.shape}")
     for number, label in enumerate(found.tolist()):
@@ -112,7 +114,7 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
 
 def _column(table, name):
     """The labels of a table; classes that a set of `datasets` knows are given by name."""
-    feature = getattr(table, "features", {}).get(name) if hasattr(table, "column_names") else None
+    feature: Any = table.features.get(name) if hasattr(table, "column_names") else None
     values = list(table[name])
     return feature.int2str(values) if hasattr(feature, "int2str") else values
 
