@@ -190,16 +190,18 @@ class _TextEstimator(BaseEstimator):
             raise InputError(f"validation {validation}: must be a fraction in [0, 1), or data")
         if validation == 0:
             return (split, written), None
-        train, held = self._rows(np.asarray(written), math.ceil(validation * len(split)))
+        number = {} if classes is None else {str(name): index for index, name in enumerate(classes.tolist())}
+        classes_of_rows = np.array([number.get(label, 0) for label in written])
+        train, held = self._rows(classes_of_rows, math.ceil(validation * len(split)))
         return tuple((split.take(rows), [written[row] for row in rows]) for rows in (train, held))
 
-    def _rows(self, written, size):
+    def _rows(self, classes, size):
         """The row numbers of training and validation, drawn with the seed."""
-        if size >= len(written):
+        if size >= len(classes):
             raise InputError(
-                f"n_samples={len(written)} (rows): too few to hold some out; set validation to 0 or to data"
+                f"n_samples={len(classes)} (rows): too few to hold some out; set validation to 0 or to data"
             )
-        rows = train_test_split(np.arange(len(written)), test_size=size, random_state=int(self.seed) % 2**32)
+        rows = train_test_split(np.arange(len(classes)), test_size=size, random_state=int(self.seed) % 2**32)
         return (np.sort(part) for part in rows)
 
     def _read(self, texts, labels):
@@ -350,21 +352,21 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
             raise InputError(f"labels: {shown(unknown[0])} is not a class of the training data")
         return [str(label) for label in labels.astype(classes.dtype).tolist()]
 
-    def _rows(self, written, size):
+    def _rows(self, classes, size):
         """The same, with each class in proportion; the only row of a class is for training."""
-        names, of_row, counts = np.unique(written, return_inverse=True, return_counts=True)
+        names, of_row, counts = np.unique(classes, return_inverse=True, return_counts=True)
         common = np.flatnonzero(counts[of_row] > 1)
         kinds = int((counts > 1).sum())
         size = max(size, kinds)
         if not kinds or len(common) - size < kinds:
             raise InputError(
-                f"n_samples={len(written)} (rows) of {len(names)} classes: too few to hold some of each class out; "
+                f"n_samples={len(classes)} (rows) of {len(names)} classes: too few to hold some of each class out; "
                 "set validation to 0 or to data"
             )
         train, held = train_test_split(
-            common, test_size=size, random_state=int(self.seed) % 2**32, stratify=written[common]
+            common, test_size=size, random_state=int(self.seed) % 2**32, stratify=classes[common]
         )
-        return np.setdiff1d(np.arange(len(written)), held), np.sort(held)
+        return np.setdiff1d(np.arange(len(classes)), held), np.sort(held)
 
     def _keep(self, model, classes):
         names = tuple(str(name) for name in classes.tolist())
