@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import signal
 
 import datasets
 import numpy as np
@@ -19,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from pats_jax import InputError, TextClassifier, TextRegressor
+from pats_jax import InputError, TextClassifier, TextRegressor, glue
+from pats_jax.errors import Preempted
 from pats_jax.programs import cli
 from pats_jax.programs.classifier import _NOT_SETTINGS
 from pats_jax.run.settings import Settings
@@ -115,7 +117,6 @@ class Written(Exception):
 @pytest.fixture
 def rows_of(checkpoint, monkeypatch):
     """Gives the rows of training and validation, as the program reads them, in place of training."""
-    from pats_jax import glue
 
     def stop(settings, console):
         raise Written(glue.load_data(settings))
@@ -215,6 +216,16 @@ def test_errors_of_the_program_name_the_row(checkpoint):
     with pytest.raises(InputError, match=r"^train row 3: ") as caught:
         make(checkpoint).fit([*TEXTS[:3], "\ud800", *TEXTS[3:]], ["good", *LABELS], validation=0)
     assert "jsonl" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_a_fit_as_it_ends_other_code(checkpoint, monkeypatch, number, kind):
+    def stopped(settings, console):
+        raise Preempted("interrupted", number)
+
+    monkeypatch.setattr(glue, "run", stopped)
+    with pytest.raises(kind):
+        make(checkpoint).fit(TEXTS, LABELS)
 
 
 # scikit-learn's conventions on texts

@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -20,7 +21,7 @@ from pats_jax import glue
 from pats_jax.core.files import JsonObject
 from pats_jax.data.labels import class_names
 from pats_jax.data.tasks import own_task
-from pats_jax.errors import InputError, shown
+from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.models.labels import match_labels
 from pats_jax.programs.own_texts import Columns, labels_of, read_split, write_rows
 from pats_jax.programs.predict import LoadedModel
@@ -395,6 +396,8 @@ class TextRegressor(RegressorMixin, _TextEstimator):
         return self._logits(texts)[:, 0]
 
     def _checked(self, labels):
+        if labels.dtype.kind == "c":
+            raise InputError("labels: complex numbers; give real ones")
         try:
             return labels.astype(np.float64)
         except (TypeError, ValueError):
@@ -415,10 +418,14 @@ class TextRegressor(RegressorMixin, _TextEstimator):
 
 @contextlib.contextmanager
 def _told_in_python() -> Iterator[None]:
-    """Errors of the program, with parameters in place of flags and rows in place of lines of files."""
+    """Errors of the program, with parameters for flags and rows for lines of files; signals as Python has them."""
     try:
         yield
     except InputError as error:
         text = re.sub(r"\S*\b(train|validation)\.jsonl:(\d+)", lambda m: f"{m[1]} row {int(m[2]) - 1}", str(error))
         text = re.sub(r"\S*\b(train|validation)\.jsonl", r"\1 data", text)
         raise InputError(re.sub(r"(?<!\S)--(?=[a-z])", "", text)) from None
+    except Preempted as error:
+        if error.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.signal_number) from None
