@@ -24,6 +24,7 @@ from .objectives import (
     smart as smart,
     with_objectives as with_objectives,
 )
+from .programs.classifier import TextClassifier as TextClassifier, TextRegressor as TextRegressor
 from .train_state import (
     TrainState as TrainState,
     make_loss_fn as make_loss_fn,

@@ -1,10 +1,12 @@
 """Predicts labels and probabilities for new texts: `pats-jax predict`."""
 
+import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import tyro
 
 from pats_jax import models
 from pats_jax.core.files import write_text
-from pats_jax.data import batches, read_texts
+from pats_jax.data import batches, read_texts, readers
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.run import compilation_cache, xla_flags
@@ -82,27 +84,70 @@ def predict_texts(
       InputError: if a logit is not finite, or a token id is outside the model's embedding table.
     """
     split = read_texts(file)
-    tokenizer = models.load_tokenizer(model)
+    loaded = LoadedModel.load(model)
+    return split.ids, loaded.logits(split, max_seq_length, batch_size), loaded.names
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model or adapter, ready to predict.
+
+    Attributes:
+      network: the model.
+      params: its parameters.
+      config: its config.
+      tokenizer: its tokenizer.
+    """
+
     network: models.SequenceClassifier
-    if peft.is_peft_folder(model):
-        network, params, config = peft.load_peft_model(model)
-    else:
-        layers, unroll = runners.default_form(jax.default_backend())
-        network, params, config = models.from_pretrained(model, num_labels=None, layers=layers, unroll=unroll)
-    longest = network.max_length
-    asked = min(tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
-    max_length = sequence_length(asked, network)
-    tokens = batches.tokenize(split, tokenizer, max_length)
-    batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
-    if cut := batches.describe_cut(tokens, max_length, longest):
-        logger.warning("%s", cut)
-    cost = shape_costs.shape_cost(params, jax.default_backend(), 1, training=False)
-    boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
-    rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
-    logits = predict_logits(jax.jit(make_predict_step(network.apply)), params, rows, len(tokens))
-    check_finite(logits, DAMAGED)
-    names = None if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
-    return split.ids, logits, names
+    params: Any
+    config: models.EncoderConfig
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: str) -> "LoadedModel":
+        """Loads the folder of a model or of an adapter."""
+        tokenizer = models.load_tokenizer(folder)
+        network: models.SequenceClassifier
+        if peft.is_peft_folder(folder):
+            network, params, config = peft.load_peft_model(folder)
+        else:
+            layers, unroll = runners.default_form(jax.default_backend())
+            network, params, config = models.from_pretrained(folder, num_labels=None, layers=layers, unroll=unroll)
+        return cls(network, params, config, tokenizer)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The names of the classes by index; None if the model predicts a score."""
+        return (
+            None
+            if self.config.num_labels == 1
+            else tuple(self.config.id2label[i] for i in range(self.config.num_labels))
+        )
+
+    def logits(self, split: readers.Split, max_seq_length: int | None, batch_size: int) -> np.ndarray:
+        """Logits (rows, num_labels) of texts.
+
+        Raises:
+          InputError: if a logit is not finite, or a token id is outside the model's embedding table.
+        """
+        config, longest = self.config, self.network.max_length
+        asked = min(self.tokenizer.model_max_length, longest) if max_seq_length is None else max_seq_length
+        max_length = sequence_length(asked, self.network)
+        tokens = batches.tokenize(split, self.tokenizer, max_length)
+        batches.check_ids(tokens, config.vocab_size, config.type_vocab_size)
+        if cut := batches.describe_cut(tokens, max_length, longest):
+            logger.warning("%s", cut)
+        cost = shape_costs.shape_cost(self.params, jax.default_backend(), 1, training=False)
+        boundaries = batches.bucket_boundaries(tokens.lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
+        rows = batches.eval_batches(tokens, None, min(batch_size, len(tokens)), boundaries)
+        logits = predict_logits(self._step, self.params, rows, len(tokens))
+        check_finite(logits, DAMAGED)
+        return logits
+
+    @functools.cached_property
+    def _step(self):
+        return jax.jit(make_predict_step(self.network.apply))
 
 
 def as_table(ids: list[str], logits: np.ndarray, names: tuple[str, ...] | None) -> str:
