@@ -119,11 +119,8 @@ class LoadedModel:
     @property
     def names(self) -> tuple[str, ...] | None:
         """The names of the classes by index; None if the model predicts a score."""
-        return (
-            None
-            if self.config.num_labels == 1
-            else tuple(self.config.id2label[i] for i in range(self.config.num_labels))
-        )
+        count = self.config.num_labels
+        return None if count == 1 else tuple(self.config.id2label[i] for i in range(count))
 
     def logits(self, split: readers.Split, max_seq_length: int | None, batch_size: int) -> np.ndarray:
         """Logits (rows, num_labels) of texts.
