@@ -8,14 +8,14 @@ import pathlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import huggingface_hub
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from typing import TYPE_CHECKING, Any
 
 from pats_jax.core import files
 from pats_jax.reporting.console import visible
 from pats_jax.reporting.report_page import markdown_block, markdown_code, markdown_image, markdown_text
+
+if TYPE_CHECKING:  # takes a while to import, and only a run that ends writes a card
+    from huggingface_hub import EvalResult, ModelCardData
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
       results: the content of results.json.
       defaults: the program's own settings; the card shows those that differ. None: it shows all.
     """
+    from huggingface_hub import ModelCardData
+
     method = markdown_code(f"--method {results['method']}")
     if results.get("peft"):
         share = ""
@@ -73,6 +75,8 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
 
 def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
     """Writes the card of a `pats-jax prime` run; arguments as in `write_fine_tuned`."""
+    from huggingface_hub import ModelCardData
+
     base, kind = results["model_name_or_path"], results["peft"]
     tasks = ", ".join(map(markdown_text, results["upstream_tasks"]))
     what = {"plm": "the model", "pe": f"the adapter ({kind})", "plm+pe": f"the model and the adapter ({kind})"}
@@ -123,12 +127,14 @@ def _changed(settings: Values, defaults: Values | None) -> dict[str, object]:
 def _write(
     folder: pathlib.Path,
     program: str,
-    data: ModelCardData,
+    data: "ModelCardData",
     lines: Sequence[str],
     changed: Mapping[str, object],
     results: Values,
 ) -> None:
     """Writes the card: front matter, the given lines, how to repeat the run, and its plots."""
+    from huggingface_hub import ModelCard
+
     lines = [
         *lines,
         "",
@@ -169,11 +175,13 @@ def _hub_id(name: str) -> str | None:
 
 def _license(name: str) -> str | None:
     """The license that the base model's own card names, if that is on this machine."""
+    import huggingface_hub
+
     found = huggingface_hub.try_to_load_from_cache(name, "README.md") if _hub_id(name) else f"{name}/README.md"
     if not isinstance(found, str) or not pathlib.Path(found).is_file():
         return None
     try:
-        return ModelCard.load(found, ignore_metadata_errors=True).data.license
+        return huggingface_hub.ModelCard.load(found, ignore_metadata_errors=True).data.license
     except Exception as error:  # whatever the parsers of a stranger's file raise: its license is then not known
         logger.debug("%s: %s", found, error)
         return None
@@ -184,8 +192,10 @@ def _tags(results: Values, kind: str) -> list[str]:
     return [visible(tag) for tag in ("pats-jax", "jax", kind, *results["method"].split("+"), *peft)]
 
 
-def _eval_results(settings: Values, results: Values) -> list[EvalResult] | None:
+def _eval_results(settings: Values, results: Values) -> "list[EvalResult] | None":
     """The validation scores of the model that the run kept."""
+    from huggingface_hub import EvalResult
+
     if "final" not in results:
         return None
     final = results["final"]
