@@ -64,7 +64,7 @@ class Grid(Composed):
     )
     methods: tuple[str, ...] = setting(
         (),
-        "methods to compare, named as for --method of `pats-jax glue`; finetune is the baseline if listed",
+        "methods, named as in `pats-jax glue --method`; finetune is the baseline if listed",
         is_basic=True,
     )
     tasks: tuple[str, ...] = setting((), "cola sst2 mrpc stsb qqp mnli qnli rte wnli", is_basic=True)
