@@ -63,7 +63,9 @@ class Grid(Composed):
         None, "folder of the grid; repeat the same command to resume it", is_path=True, is_basic=True
     )
     methods: tuple[str, ...] = setting(
-        (), "as --method of `pats-jax glue`; finetune is the baseline if listed", is_basic=True
+        (),
+        "methods, named as in `pats-jax glue --method`; finetune is the baseline if listed",
+        is_basic=True,
     )
     tasks: tuple[str, ...] = setting((), "cola sst2 mrpc stsb qqp mnli qnli rte wnli", is_basic=True)
     seeds: tuple[int, ...] = setting((), "run each method on each task with each of these seeds", is_basic=True)

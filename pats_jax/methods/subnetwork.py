@@ -28,7 +28,7 @@ class Selecting(Method):
 class Freezing(Selecting):
     """A method whose selection lasts, so that momentum and decay can be kept off the other weights."""
 
-    freeze_unselected: bool = setting(False, "DPS, Child-Tuning D: keep momentum and decay off unselected weights")
+    freeze_unselected: bool = setting(False, "DPS, Child-Tuning D: freeze unselected weights (no momentum, no decay)")
 
     def finish(self, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
         if not self.freeze_unselected:

@@ -38,10 +38,12 @@ class ModelSettings(Group):
     attention: Literal["auto", "einsum", "cudnn"] = setting(
         "auto", "cudnn: fused, on NVIDIA GPUs; auto: where it is faster", free_on_resume=True
     )
-    layers: Layers = setting("auto", "encoder layers: arrays each, or a loop over stacked ones", free_on_resume=True)
+    layers: Layers = setting(
+        "auto", "encoder layers: separate arrays, or a loop over stacked arrays", free_on_resume=True
+    )
     unroll: int | None = setting(
         None,
-        "stacked layers: layers in one iteration of the loop; 0: all; if unset, by the backend",
+        "stacked layers: layers per loop iteration; 0: all; if unset, depends on the backend",
         at_least(0),
         free_on_resume=True,
     )

@@ -90,7 +90,7 @@ KINDS_CHOICE = Choice(
         Group,
         tuple[Tuned, ...],
         ("full", "lora"),
-        About("tune these: PEFT methods, or the whole model (full), never primed", is_basic=True),
+        About("what to tune: PEFT methods, or the whole model (full), which is never primed", is_basic=True),
     ),
     kinds=lambda: {"full": WholeModel, **peft.KINDS},
     chosen=lambda kinds: tuple(WholeModel if kind == "full" else peft.KINDS[kind] for kind in kinds),

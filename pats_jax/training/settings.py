@@ -33,7 +33,7 @@ class BatchSettings(Group):
     )
     length_buckets: int | None = setting(
         None,
-        "most lengths of training batches; if unset, as many as are worth compiling",
+        "maximum number of padded lengths in training; if unset, as many as are worth compiling",
         at_least(1),
         chosen_by_run=True,
     )
@@ -169,10 +169,10 @@ class CompilerSettings(Group):
 
     title: ClassVar[str] = "compilation"
 
-    deterministic: bool = setting(False, "on a GPU: slower, but the same bits in every run; no change elsewhere")
+    deterministic: bool = setting(False, "on a GPU: bit-for-bit reproducible, but slower; no effect elsewhere")
     compilation_cache_dir: str | None = setting(
         None,
-        "keep compiled programs here; if unset, in your cache folder; none: nowhere",
+        "folder for compiled programs; if unset, in your cache folder; none: keep none",
         is_path=True,
         free_on_resume=True,
     )
