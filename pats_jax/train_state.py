@@ -17,6 +17,7 @@ from pats_jax.errors import InputError
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+RowLoss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits (batch, num_labels), labels) -> (batch,)
 
 
 class TrainState(train_state.TrainState):
@@ -209,13 +210,18 @@ def global_norms(before: Any, after: Any) -> Metrics:
     return {"param_norm": optax.tree.norm(before), "update_norm": optax.tree.norm(optax.tree.sub(after, before))}
 
 
-def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic: bool = False) -> LossFn:
+def make_loss_fn(
+    apply_fn: Callable, *, regression: bool = False, deterministic: bool = False, row_loss: RowLoss | None = None
+) -> LossFn:
     """Weighted mean of cross-entropy, or of the squared error under regression.
 
     Args:
       apply_fn: a model's apply function that gives logits (batch, num_labels).
-      regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
+      regression: whether labels are float scores (batch,), for logits (batch, 1). Otherwise they are classes int32
+        (batch,) or, where a row may have several labels, 0 or 1, (batch, num_labels): the loss of a row is then the
+        mean over its labels of the sigmoid cross-entropy.
       deterministic: whether dropout is off; the key is not used then.
+      row_loss: the loss of each row, (batch,), from logits and labels; None: as above.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``
@@ -225,11 +231,13 @@ def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic:
       InputError: from `loss_fn`, if a batch has no labels.
     """
 
+    costs = row_loss or functools.partial(losses, regression=regression)
+
     def loss_fn(params, batch, key):
         check_labels(batch)
         rngs = None if deterministic else {"dropout": key}
         logits = apply_fn({"params": params}, **model_inputs(batch), deterministic=deterministic, rngs=rngs)
-        return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
+        return weighted_mean(costs(logits, batch["labels"]), batch.get("weights")), {}
 
     return loss_fn
 
@@ -244,10 +252,15 @@ def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
 
 
 def losses(logits: jax.Array, labels: jax.Array, regression: bool) -> jax.Array:
-    """Cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels)."""
+    """Cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels).
+
+    With labels (batch, num_labels) of 0 and 1, the mean over them of the sigmoid cross-entropy.
+    """
     logits = logits.astype(jnp.float32)
     if regression:
         return jnp.square(logits[:, 0] - labels)
+    if labels.ndim == 2:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

@@ -36,6 +36,10 @@ from pats_jax.run.workers import Ended, Job, Workers
 logger = logging.getLogger(__name__)
 
 
+_OWN_DATA = (
+    *("train_file", "validation_file", "test_file", "dataset_name", "dataset_config_name", "text_column_names"),
+    *("label_column_name", "delimiter", "validation_split_percentage", "do_regression"),
+)
 _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --executor dask for several machines"
 
 
@@ -51,9 +55,7 @@ class Grid(Composed):
         "method": "use --methods",
         "task_name": "use --tasks",
         "seed": "use --seeds",
-        **dict.fromkeys(
-            ("train_file", "validation_file", "test_file"), "a grid compares GLUE tasks; use --tasks and --data_dir"
-        ),
+        **dict.fromkeys(_OWN_DATA, "a grid compares GLUE tasks; use --tasks and --data_dir"),
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),

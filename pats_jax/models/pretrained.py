@@ -19,7 +19,7 @@ from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
-from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.config import MULTI_LABEL, EncoderConfig, default_labels
 from pats_jax.models.convert import Parameters
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.layout import stack_layers, unstack_layers
@@ -29,8 +29,6 @@ from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
 
-MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
-
 
 def from_pretrained(
     name_or_dir: str | Path,
@@ -39,6 +37,7 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     key: Any = 0,
     regression: bool | None = None,
+    multi_label: bool | None = None,
     id2label: Mapping[int, str] | None = None,
     new_head: bool = False,
     ignore_mismatched_sizes: bool = False,
@@ -67,11 +66,14 @@ def from_pretrained(
         dtype: The dtype of computation. Parameters are always float32.
         key: An int or a typed key, for the initialization of a new head.
         regression: Whether the head predicts a score; None: if it has one label, as in Transformers.
+        multi_label: Whether a text may have several labels: the config's ``problem_type`` is
+            ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None:
+            as the checkpoint's own head if num_labels is None, else not.
         id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
             None keeps those of the checkpoint's head, else ``LABEL_0``, ...
         new_head: Ignore the checkpoint's own head and start a new one.
         ignore_mismatched_sizes: Start a new head if the checkpoint's has a different number of labels, or assigns
-            several labels to a text.
+            several labels to a text where one is asked for, or the reverse.
         strict_labels: Reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
         hidden_dropout: Replaces the config's rate.
         attention_dropout: Replaces the config's rate.
@@ -88,21 +90,24 @@ def from_pretrained(
 
     Raises:
         InputError: The checkpoint cannot be found, read or used, or its head has a different number of labels,
-            different labels (with ``strict_labels``) or several labels per text.
+            different labels (with ``strict_labels``), or several labels per text where one is asked for, or the
+            reverse.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
     files = weights.tensor_files(folder)
     convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
+    several = (num_labels is None and config.is_multi_label) if multi_label is None else multi_label
     if ignore_mismatched_sizes and own_labels is not None:
         fits = own_labels == (own_labels if num_labels is None else num_labels)
-        new_head = not fits or config.problem_type == MULTI_LABEL
+        new_head = not fits or config.is_multi_label != several
         own_labels = None if new_head else own_labels
     count = _label_count(own_labels, num_labels, folder)
     if own_labels is not None:
-        check_problem_type(config, count, str(folder))
-    config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
+        check_problem_type(config, count, str(folder), several)
+    config = _with_problem_type(config, count, regression, several, own_labels is not None)
+    config = _with_labels(config, own_labels is not None, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
     model = SequenceClassifier(
         config,
@@ -198,20 +203,26 @@ def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> boo
     return not config.is_roberta and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
 
 
-def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
-    """Refuses a head that is not trained to give each text one of its labels, or one score.
+def check_problem_type(config: EncoderConfig, count: int, source: str, multi_label: bool = False) -> None:
+    """Refuses a head that is not trained to answer as it is asked to.
 
     Args:
         config: The config that comes with the head.
         count: The head's labels.
         source: What to call it in error messages.
+        multi_label: Whether it is to give a text several of its labels; else it gives one of them, or one score.
     """
-    if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
-        kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
+    if config.is_multi_label and multi_label and count > 1:
+        return
+    instead = "start a new one with ignore_mismatched_sizes, or use another checkpoint"
+    if config.is_multi_label or (config.problem_type == "regression" and count > 1):
+        kind = "several labels to a text" if config.is_multi_label else "several scores to a text"
         raise InputError(
-            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} is not "
-            "supported; train a new one with ignore_mismatched_sizes, or use another checkpoint"
+            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} cannot "
+            f"be used here; {instead}"
         )
+    if multi_label:
+        raise InputError(f"{source}: its head predicts one label to a text, but several are needed; {instead}")
 
 
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
@@ -235,29 +246,33 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     return count
 
 
-def _with_labels(
-    config: EncoderConfig,
-    has_head: bool,
-    count: int,
-    regression: bool | None,
-    id2label: Mapping[int, str] | None,
-    source: str,
-    strict: bool,
+def _with_problem_type(
+    config: EncoderConfig, count: int, regression: bool | None, multi_label: bool, has_head: bool
 ) -> EncoderConfig:
-    """The config with the labels and problem type of the head to be used."""
+    """The config with the problem type of the head to be used, and its own labels or default ones."""
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
         raise ValueError(f"regression={regression} conflicts with num_labels={count}: one label means regression")
+    if regression and multi_label:
+        raise ValueError("multi_label=True needs at least two labels")
     labels = dict(config.id2label) if has_head and config.num_labels == count else default_labels(count)
+    problem_type = "regression" if regression else MULTI_LABEL if multi_label else "single_label_classification"
+    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+
+
+def _with_labels(
+    config: EncoderConfig, has_head: bool, id2label: Mapping[int, str] | None, source: str, strict: bool
+) -> EncoderConfig:
+    """The config with the labels of the head to be used."""
+    labels, count = dict(config.id2label), config.num_labels
     if id2label is not None:
         asked = {int(index): str(label) for index, label in id2label.items()}
         if sorted(asked) != list(range(count)):
             raise ValueError(f"id2label must name the classes 0 to {count - 1}, got {sorted(asked)}")
         asked = dict(sorted(asked.items()))
         labels = _labels_of_head(labels, asked, source, strict) if has_head else asked
-    problem_type = "regression" if regression else "single_label_classification"
-    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+    return dataclasses.replace(config, id2label=labels)
 
 
 def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, strict: bool) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """What an objective is, and the loss with objectives in it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax import trees
-from pats_jax.train_state import Batch, LossFn, check_labels, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.train_state import (
+    Batch,
+    LossFn,
+    RowLoss,
+    check_labels,
+    losses,
+    make_loss_fn,
+    model_inputs,
+    weighted_mean,
+)
 from pats_jax.trees import check_number
 
 
@@ -71,16 +81,22 @@ class Objective:
       weight: what its mean is multiplied by in the loss.
       term: ``term(step, key)``: key for what it draws.
       needs_hidden_states: whether ``step.hidden_states`` must be there.
+      compares_classes: whether it takes the softmax of logits for the answer, which is so where a row has one class.
     """
 
     name: str
     weight: float | jax.Array
     term: Callable[[Step, jax.Array], Term]
     needs_hidden_states: bool = False
+    compares_classes: bool = False
 
 
 def with_objectives(
-    apply_fn: Callable, *objectives: Objective, regression: bool = False, deterministic: bool = False
+    apply_fn: Callable,
+    *objectives: Objective,
+    regression: bool = False,
+    deterministic: bool = False,
+    row_loss: RowLoss | None = None,
 ) -> LossFn:
     r"""The loss of a task with regularisers added to it.
 
@@ -100,6 +116,7 @@ def with_objectives(
       *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`; without any, the result is `make_loss_fn`'s.
       regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
       deterministic: whether dropout is off; noise is drawn all the same.
+      row_loss: see `pats_jax.make_loss_fn`.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, metrics)`` for `make_train_step`; metrics are ``task_loss`` and, by the
@@ -121,7 +138,8 @@ def with_objectives(
       0.3497 = 0.3133 + 2 * 0.0182
     """
     if not objectives:
-        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic)
+        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic, row_loss=row_loss)
+    costs = row_loss or functools.partial(losses, regression=regression)
     wants_states = any(objective.needs_hidden_states for objective in objectives)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
@@ -140,7 +158,7 @@ def with_objectives(
 
         terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in objectives]
         learners = [logits, *(extra for term in terms for extra in term.logits)]
-        task_loss = mean(sum(losses(x, batch["labels"], regression) for x in learners) / len(learners))
+        task_loss = mean(sum(costs(x, batch["labels"]) for x in learners) / len(learners))
         loss, metrics = task_loss, {"task_loss": task_loss}
         for objective, term in zip(objectives, terms, strict=True):
             value = mean(term.values)

@@ -122,6 +122,12 @@ def glue(args: list[str]) -> None:
     _module("glue").run(parsed, _stdout())
 
 
+def train(args: list[str]) -> None:
+    """Fine-tune a classifier or regressor on your own texts, evaluate it and predict."""
+    parsed = _module("run.flags").parse(args, "pats-jax train", _module("run.settings").OwnDataSettings)
+    _module("glue").run(parsed, _stdout())
+
+
 def compare(args: list[str]) -> None:
     """Compare methods over tasks and seeds, and write a report with statistics and plots."""
     _module("comparison.compare").run(args, _stdout())
@@ -229,11 +235,12 @@ def _call(function, args, prog, paths, description, **options):
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "predict": predict,
     "glue": glue,
     "compare": compare,
     "prime": prime,
     "gym": gym,
-    "predict": predict,
     "submission": submission,
     "methods": methods,
     "builtin": builtin,

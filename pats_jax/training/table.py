@@ -61,6 +61,7 @@ class TableSource:
         boundaries: list[int],
         loss_without_dropout: train_state.LossFn,
         seed: int,
+        row_weights: np.ndarray | None = None,
     ):
         """Plans the first epoch.
 
@@ -72,9 +73,10 @@ class TableSource:
           boundaries: see `bucket_boundaries`.
           loss_without_dropout: what sensitivity and Fisher information are measured with.
           seed: of the order of rows.
+          row_weights: how much each row counts, float32 (rows,); None: all alike.
         """
         self._settings, self._runner, self._tokens, self._labels = settings, runner, tokens, labels
-        self._loss_without_dropout, self._seed = loss_without_dropout, seed
+        self._loss_without_dropout, self._seed, self._row_weights = loss_without_dropout, seed, row_weights
         self.boundaries, self.examples = boundaries, len(tokens)
         self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.batch_size *= runner.num_devices
@@ -90,6 +92,7 @@ class TableSource:
             boundaries,
             self._loss_without_dropout,
             self._seed,
+            self._row_weights,
         )
 
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, Counts]]:
@@ -166,4 +169,6 @@ class TableSource:
 
     def _fill(self, rows, length):
         own = self._runner.own_rows(self.batch_size)
-        return batches.fill_batch(self._tokens, self._labels, rows, self.batch_size, length, own)
+        return batches.fill_batch(
+            self._tokens, self._labels, rows, self.batch_size, length, own, row_weights=self._row_weights
+        )
