@@ -40,7 +40,7 @@ def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
     Args:
       query: (batch, queries, heads, width).
       key: (batch, length, heads, width).
-      value: As key.
+      value: as key.
       bias: float32 (batch, 1, 1, length): 0 for tokens that are attended to, another number for the others.
     """
     # The branch that is not taken costs nothing, but each keeps what the other would need for its backward pass.
@@ -80,10 +80,10 @@ def is_fused(attention: str, query: Array, key: Array, *, dropout: float) -> boo
       attention: "auto", "einsum" or "cudnn".
       query: (batch, queries, heads, width).
       key: (batch, length, heads, width).
-      dropout: The rate on the weights; 0 if there is none now.
+      dropout: the rate on the weights; 0 if there is none now.
 
     Raises:
-      InputError: "cudnn" cannot do it.
+      InputError: if "cudnn" is asked for and cannot compute this, or there is no suitable GPU.
     """
     queries, length = query.shape[1], key.shape[1]
     if attention == EINSUM or queries == 1 or (attention == AUTO and queries < _FROM_LENGTH):

@@ -4,7 +4,7 @@ Module names are those of the Hugging Face tensor names, so a parameter's path r
 ``params["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]``.
 
 References:
-    Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
+  Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
 """
 
 import functools
@@ -154,13 +154,13 @@ class SelfAttention(nn.Module):
         """Attends from some tokens to all.
 
         Args:
-            queries_from: The tokens that attend, (batch, queries, hidden).
-            hidden: The tokens attended to, (batch, length, hidden).
-            bias: float32 (batch, 1, 1, length), 0 or ``_MASKED``.
-            deterministic: No dropout.
+          queries_from: the tokens that attend, (batch, queries, hidden).
+          hidden: the tokens attended to, (batch, length, hidden).
+          bias: float32 (batch, 1, 1, length), 0 or ``_MASKED``.
+          deterministic: no dropout.
 
         Returns:
-            (batch, queries, hidden)
+          (batch, queries, hidden)
         """
         config = self.config
         heads = config.num_attention_heads
@@ -412,24 +412,24 @@ class SequenceClassifier(nn.Module):
     """A BERT or RoBERTa encoder with a classification or regression head.
 
     Attributes:
-        config: Sizes, rates and labels.
-        dtype: The dtype of computation; parameters are float32 always.
-        first_token_only: In the last layer, compute only the first token's query, attention output and feed-forward:
-            nothing else reaches the head. Logits and gradients are the same but for rounding; ``False`` is for
-            comparison.
-        gradient_checkpointing: Keep only what goes from layer to layer for the backward pass, and compute the rest
-            again: less memory, about a third more work. Logits and gradients are the same but for rounding.
-        layers: ``"separate"`` gives each encoder layer a subtree of parameters, ``encoder.layer.0``, ...;
-            ``"stacked"`` gives the leaves under ``encoder.layer`` a leading axis of layers, (layers, ...), and runs
-            `jax.lax.scan` over it: one program for all layers, and few arrays for the optimizer.
-            `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
-            rounding.
-        unroll: Layers in one iteration of that scan; 0: all of them, without a loop.
-        attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
-            attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN
-            where it can do it and is faster, from 128 tokens on. For other platforms, and for the one query of
-            ``first_token_only``, einsum is compiled always. cuDNN has neither second derivatives nor a rule for
-            `jax.vmap`, and may refuse parameters that are sharded over devices.
+      config: sizes, rates and labels.
+      dtype: the dtype of computation; parameters are float32 always.
+      first_token_only: in the last layer, compute only the first token's query, attention output and feed-forward:
+        nothing else reaches the head. Logits and gradients are the same but for rounding; ``False`` is for
+        comparison.
+      gradient_checkpointing: keep only what goes from layer to layer for the backward pass, and compute the rest
+        again: less memory, about a third more work. Logits and gradients are the same but for rounding.
+      layers: ``"separate"`` gives each encoder layer a subtree of parameters, ``encoder.layer.0``, ...;
+        ``"stacked"`` gives the leaves under ``encoder.layer`` a leading axis of layers, (layers, ...), and runs
+        `jax.lax.scan` over it: one program for all layers, and few arrays for the optimizer.
+        `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
+        rounding.
+      unroll: layers in one iteration of that scan; 0: all of them, without a loop.
+      attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
+        attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN
+        where it can do it and is faster, from 128 tokens on. For other platforms, and for the one query of
+        ``first_token_only``, einsum is compiled always. cuDNN has neither second derivatives nor a rule for
+        `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
     config: EncoderConfig
@@ -471,25 +471,25 @@ class SequenceClassifier(nn.Module):
         Hidden state 0 is the output of the embeddings, hidden state k that of the k-th layer.
 
         Args:
-            input_ids: Token ids, (batch, length).
-            attention_mask: 1 for tokens and 0 for padding, (batch, length); all tokens if absent.
-            token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); zeros if absent.
-            inputs_embeds: Word embeddings (see `embed`) in the ids' place, (batch, length, hidden); positions and token
-                types are added to them as to the ids' own. RoBERTa then counts positions over the tokens of
-                ``attention_mask``; without a mask over all, as Transformers does.
-            continue_from: ``(k, states)``: the layers after the k-th are computed, 0 <= k < num_hidden_layers, from
-                hidden state k, (batch, length, hidden); nothing below is. Given the same key, their dropout is that of
-                a whole pass.
-            output_hidden_states: Also return the hidden states, from 0 (or k) to the last one, which is that of the
-                first token alone under ``first_token_only``.
-            deterministic: No dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
+          input_ids: token ids, (batch, length).
+          attention_mask: 1 for tokens and 0 for padding, (batch, length); all tokens if absent.
+          token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); zeros if absent.
+          inputs_embeds: word embeddings (see `embed`) in the ids' place, (batch, length, hidden); positions and token
+            types are added to them as to the ids' own. RoBERTa then counts positions over the tokens of
+            ``attention_mask``; without a mask over all, as Transformers does.
+          continue_from: ``(k, states)``: the layers after the k-th are computed, 0 <= k < num_hidden_layers, from
+            hidden state k, (batch, length, hidden); nothing below is. Given the same key, their dropout is that of
+            a whole pass.
+          output_hidden_states: also return the hidden states, from 0 (or k) to the last one, which is that of the
+            first token alone under ``first_token_only``.
+          deterministic: no dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
 
         Returns:
-            The logits; with ``output_hidden_states`` logits and a tuple of (batch, length, hidden) in ``dtype``.
+          The logits; with ``output_hidden_states`` logits and a tuple of (batch, length, hidden) in ``dtype``.
 
         Raises:
-            ValueError: None or several of the three inputs are given, there is no such k, or the sequences are longer
-                than the model has positions.
+          ValueError: if none or several of the three inputs are given, k is out of range, or the sequences are longer
+            than the model has positions.
         """
         config = self.config
         hidden_state, tokens = self._tokens(input_ids, inputs_embeds, continue_from)

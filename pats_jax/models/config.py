@@ -92,12 +92,12 @@ class EncoderConfig:
         """Reads the content of a ``config.json``.
 
         Args:
-            values: The parsed JSON object.
-            source: What to call it in error messages.
+          values: the parsed JSON object.
+          source: what to call it in error messages.
 
         Raises:
-            InputError: A model type, position embedding or activation that we do not have, or a value of a wrong type
-                or out of range.
+          InputError: if the model type, position embedding or activation is not supported, or a value has the wrong
+            type or is out of range.
         """
         rest = dict(values)
         model_type = rest.pop("model_type", None)

@@ -18,11 +18,11 @@ def stack_layers(tree: Any) -> Any:
     """A tree of separate layers as one of stacked layers; a tree without separate layers stays as it is.
 
     Args:
-        tree: Parameters, or any tree that holds trees like them: gradients, the state of an optimizer. NumPy's arrays
-            stay NumPy's.
+      tree: parameters, or any tree that holds trees like them: gradients, the state of an optimizer. NumPy's arrays
+        stay NumPy's.
 
     Raises:
-        ValueError: The layers do not all hold the same leaves, in the same shapes.
+      ValueError: if the layers do not all hold the same leaves, in the same shapes.
     """
     return _map_stacks(_stack, tree)
 
@@ -55,8 +55,8 @@ def separate_names(path: tuple, leaf: Any) -> list[str]:
     """The names that a leaf has with separate layers, ``bert.encoder.layer.0.output.dense.kernel``: one for each layer.
 
     Args:
-        path: The leaf's path, as JAX gives it.
-        leaf: The leaf, stacked or not.
+      path: the leaf's path, as JAX gives it.
+      leaf: the leaf, stacked or not.
     """
     place, names = _place_of_stack(path), [_name(entry) for entry in path]
     if place is None:

@@ -1,7 +1,7 @@
 """The masked-language-model head of BERT and RoBERTa checkpoints: its parameters, and the logits of every word.
 
 References:
-    Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
+  Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
 """
 
 from collections.abc import Mapping
@@ -47,17 +47,17 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     The decoder's matrix is not among the parameters: it is the word embeddings, which the encoder has.
 
     Args:
-        name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
-        config: The checkpoint's config, as ``from_pretrained`` returns it.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: as for :func:`pats_jax.models.from_pretrained`.
+      config: the checkpoint's config, as ``from_pretrained`` returns it.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        float32, for ``params["mlm"]``: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,), ``LayerNorm``
-        with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
+      float32, for ``params["mlm"]``: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,), ``LayerNorm``
+      with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
 
     Raises:
-        InputError: The checkpoint cannot be found or read, has no such head or only a part of it, has a tensor whose
-            shape does not match the config, or has a decoder that is not tied to the word embeddings.
+      InputError: if the checkpoint cannot be found or read, has no such head or only a part of it, has a tensor whose
+        shape does not match the config, or has a decoder that is not tied to the word embeddings.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     source = str(folder)
@@ -92,18 +92,18 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
     in the token's place. The arithmetic is in the dtype of ``hidden``, the sums of the last product in float32.
 
     Args:
-        head: The head's parameters, see :func:`load_mlm_head`.
-        config: The config of the encoder.
-        hidden: Outputs of the encoder's last layer, (..., hidden): the last of the hidden states of a model with
-            ``first_token_only=False``, at all tokens or only at the masked ones, which is cheaper.
-        word_embeddings: The encoder's, (vocab_size, hidden):
-            ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
+      head: the head's parameters, see :func:`load_mlm_head`.
+      config: the config of the encoder.
+      hidden: outputs of the encoder's last layer, (..., hidden): the last of the hidden states of a model with
+        ``first_token_only=False``, at all tokens or only at the masked ones, which is cheaper.
+      word_embeddings: the encoder's, (vocab_size, hidden):
+        ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
 
     Returns:
-        float32 (..., vocab_size)
+      float32 (..., vocab_size)
 
     Raises:
-        ValueError: The shape of the word embeddings does not match the config.
+      ValueError: if the shape of the word embeddings does not match the config.
     """
     words = jnp.asarray(word_embeddings)
     if words.shape != (config.vocab_size, config.hidden_size):

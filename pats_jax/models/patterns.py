@@ -18,17 +18,17 @@ def compile_pattern(pattern: Any, source: str, *, whole: bool = False) -> Callab
     r"""A regular expression as a function that says whether it matches a name.
 
     Args:
-        pattern: The expression, in the syntax of Python's ``re``.
-        source: What to call it in error messages, such as ``--lora_layers``.
-        whole: Whether it must match the whole name; otherwise any part of it.
+      pattern: the expression, in the syntax of Python's ``re``.
+      source: what to call it in error messages, such as ``--lora_layers``.
+      whole: whether it must match the whole name; otherwise any part of it.
 
     Raises:
-        InputError: It is no regular expression; from the function, it takes too long to match.
+      InputError: if it is not a regular expression; from the function, if matching takes too long.
 
     Examples:
-        >>> is_query = compile_pattern(r"\.query$", "--lora_layers")
-        >>> is_query("attention.self.query"), is_query("attention.self.key")
-        (True, False)
+      >>> is_query = compile_pattern(r"\.query$", "--lora_layers")
+      >>> is_query("attention.self.query"), is_query("attention.self.key")
+      (True, False)
     """
     import regex  # most commands match nothing
 

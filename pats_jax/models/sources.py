@@ -46,15 +46,15 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
     """Finds a checkpoint's folder, fetching it from the hub if need be.
 
     Args:
-        name_or_dir: A local folder, the name of a package in ``PACKAGES``, or a hub id such as ``org/model``; the
-            first of these that fits.
-        revision: A hub branch, tag or commit.
-        check_weights: Whether the weights of a package are compared with their sha256; of no use to who reads others
-            of its files.
+      name_or_dir: a local folder, the name of a package in ``PACKAGES``, or a hub id such as ``org/model``; the
+        first of these that fits.
+      revision: a hub branch, tag or commit.
+      check_weights: whether the weights of a package are compared with their sha256; of no use to who reads others
+        of its files.
 
     Raises:
-        InputError: There is no such checkpoint, the hub cannot be reached, or the package's weights are not those
-            that were published.
+      InputError: if there is no such checkpoint, the hub cannot be reached, or the package's weights are not those that
+        were published.
     """
     name = str(name_or_dir)
     named = shown(name, 300, quoted=False)

@@ -40,11 +40,11 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
     texts to ids; ``tokenizer.full`` is Transformers' own, and anything else that is asked of it comes from that.
 
     Args:
-        name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: as for :func:`pats_jax.models.from_pretrained`.
+      revision: the branch, tag or commit of a hub repository.
 
     Raises:
-        InputError: The checkpoint has no tokenizer, or none that Transformers can load as a fast one.
+      InputError: if the checkpoint has no tokenizer, or none that Transformers can load as a fast one.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):

@@ -25,13 +25,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Where each tensor of a checkpoint lies.
 
     Args:
-        folder: A folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+      folder: a folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
 
     Returns:
-        Tensor name -> its file. Headers are read, tensors are not.
+      Tensor name -> its file. Headers are read, tensors are not.
 
     Raises:
-        InputError: No safetensors, a missing shard, or a file that is damaged.
+      InputError: if the folder has no safetensors, or a shard is missing or damaged.
     """
     single = folder / WEIGHTS_FILE
     if single.exists():
@@ -67,7 +67,7 @@ def read_tensors(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
     """Reads tensors, each from its file, in the dtype that they are stored in (bfloat16 included).
 
     Raises:
-        InputError: A file is damaged, or has a tensor of a type or shape that NumPy lacks.
+      InputError: if a file is damaged, or has a tensor of a type or shape that NumPy lacks.
     """
     tensors = {}
     for path in sorted(set(files.values())):

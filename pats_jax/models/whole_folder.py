@@ -21,10 +21,10 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     worst moment leaves it complete, old or new, under its name or as ``.NAME-...`` next to it.
 
     Args:
-      directory: The folder to write; created if missing. A link is followed.
+      directory: the folder to write; created if missing. A link is followed.
 
     Raises:
-      InputError: The folder cannot be written, for instance on a full or read-only disk.
+      InputError: if the folder cannot be written, for instance on a full or read-only disk.
     """
     target = Path(os.path.realpath(directory))
     files.make_folder(target.parent)

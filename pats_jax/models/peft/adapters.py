@@ -13,8 +13,8 @@ the authors' code, the place and f of pfeiffer those of AdapterHub's configurati
 start alike and that the LayerNorms stay frozen, which Houlsby et al. train.
 
 References:
-    Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751); Pfeiffer et al. 2020,
-    MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer (arXiv:2005.00052).
+  Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751); Pfeiffer et al. 2020,
+  MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer (arXiv:2005.00052).
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ class AdapterConfig(PeftConfig):
     """The adapters' settings.
 
     Attributes:
-        size: Size of the bottleneck.
-        place: Where to insert them: after both sublayers, or only the second.
+      size: size of the bottleneck.
+      place: where to insert them: after both sublayers, or only the second.
     """
 
     size: int = setting(64, "adapters: bottleneck size", at_least(1, 65_536), flag="adapter_size")

@@ -8,8 +8,8 @@ d, what training adds to the pretrained b, is the small tree; it starts at zero.
 are, so that the module can be taken out again. Training d is training b: gradients and AdamW's steps are the same.
 
 References:
-    Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models
-    (arXiv:2106.10199).
+  Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models
+  (arXiv:2106.10199).
 """
 
 import dataclasses

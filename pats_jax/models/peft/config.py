@@ -36,16 +36,14 @@ class PeftConfig(abc.ABC):
     """A PEFT method and its settings, checked on construction.
 
     Attributes:
-        train_pooler: Whether to train and save BERT's pooler as well; the head always is.
-
-    Class attributes:
-        kind: The name of the method.
-        summary: What it does, in one line.
-        source: The paper.
-        peft_type: Its name in ``adapter_config.json``.
-        merges: Whether it can be merged into the weights.
-        prefix: The prefix of every tensor's name in ``adapter_model.safetensors``.
-        saved_fields: How it treats the fields of ``adapter_config.json``.
+      train_pooler: whether to train and save BERT's pooler as well; the head always is.
+      kind: the name of the method.
+      summary: what it does, in one line.
+      source: the paper.
+      peft_type: its name in ``adapter_config.json``.
+      merges: whether it can be merged into the weights.
+      prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
+      saved_fields: how it treats the fields of ``adapter_config.json``.
     """
 
     train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
@@ -75,7 +73,7 @@ class PeftConfig(abc.ABC):
         """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
 
         Raises:
-            InputError: The settings do not fit the model, for instance layers that it lacks.
+          InputError: if the settings do not fit the model, for instance layers that it lacks.
         """
 
     @abc.abstractmethod
@@ -104,7 +102,7 @@ class PeftConfig(abc.ABC):
         """The settings in ``adapter_config.json``, checked against the tensors saved with it.
 
         Raises:
-            InputError: A field has a value that this library does not support, or that does not match the tensors.
+          InputError: if a field has a value that this library does not support, or that does not match the tensors.
         """
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
@@ -130,12 +128,12 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     """The paths of the linear layers whose names, joined by dots, match a regex.
 
     Args:
-        base: The model's parameters, flat.
-        pattern: The regex, searched for.
-        what: Its name in error messages.
+      base: the model's parameters, flat.
+      pattern: the regex, searched for.
+      what: its name in error messages.
 
     Raises:
-        InputError: It is not a valid regex, takes too long, or matches no layer.
+      InputError: if it is not a valid regex, takes too long, or matches no layer.
     """
     matches = compile_pattern(pattern, what)
     layers = [path[:-1] for path in base if path[-1] == "kernel"]

@@ -59,15 +59,15 @@ def save_peft(
     Besides PEFT's two files it writes ``config.json``, the base model's with this head's labels, and the tokenizer.
 
     Args:
-        directory: The folder; created if missing. Files with the same names are replaced.
-        model: The classifier.
-        params: Its parameters.
-        base_model_name_or_path: What the base model was loaded from, for `load_peft_model` and PEFT.
-        tokenizer: A Transformers tokenizer to save with it.
+      directory: the folder; created if missing. Files with the same names are replaced.
+      model: the classifier.
+      params: its parameters.
+      base_model_name_or_path: what the base model was loaded from, for `load_peft_model` and PEFT.
+      tokenizer: a Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: The model has no adapter, or it is merged.
-        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
+      ValueError: if the model has no adapter, or it is merged.
+      InputError: if the files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -105,13 +105,13 @@ def load_peft(
     """Adds a saved adapter to its base model, and loads its head.
 
     Args:
-        directory: A folder that `save_peft` or PEFT wrote.
-        model: The base model, with as many labels as the saved head.
-        params: Its parameters; the result shares them.
-        base_model_name_or_path: What it was loaded from; if given, it must match the name in the folder.
+      directory: a folder that `save_peft` or PEFT wrote.
+      model: the base model, with as many labels as the saved head.
+      params: its parameters; the result shares them.
+      base_model_name_or_path: what it was loaded from; if given, it must match the name in the folder.
 
     Raises:
-        InputError: The folder cannot be read, is not supported, or is for another base model.
+      InputError: if the folder cannot be read, is not supported, or is for another base model.
     """
     folder = Path(directory)
     values = read_fields(folder)
@@ -137,14 +137,14 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     """Loads a saved adapter together with the base model that its folder names.
 
     Args:
-        directory: A folder that `save_peft` or PEFT wrote.
-        **options: For `from_pretrained`, such as ``dtype``.
+      directory: a folder that `save_peft` or PEFT wrote.
+      **options: for `from_pretrained`, such as ``dtype``.
 
     Returns:
-        The model, its parameters and its config, as `from_pretrained` does.
+      The model, its parameters and its config, as `from_pretrained` does.
 
     Raises:
-        InputError: As from `load_peft` and `from_pretrained`, or no base model is named.
+      InputError: as from `load_peft` and `from_pretrained`; or if the folder names no base model.
     """
     folder = Path(directory)
     values = read_fields(folder)

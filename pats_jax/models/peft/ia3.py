@@ -8,8 +8,8 @@ r"""IA3: keys, values and the wide half of the feed-forward block are rescaled, 
 l starts at one: the model starts as it was. A trained l can be merged into W (and b).
 
 References:
-    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
-    (arXiv:2205.05638).
+  Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
+  (arXiv:2205.05638).
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class Ia3Config(PeftConfig):
     """IA3's settings: regexes over names such as ``bert.encoder.layer.0.attention.self.key``.
 
     Attributes:
-        output_layers: The linear layers whose outputs are rescaled.
-        input_layers: Those whose inputs are; a layer that both match is rescaled at its input.
+      output_layers: the linear layers whose outputs are rescaled.
+      input_layers: those whose inputs are; a layer that both match is rescaled at its input.
     """
 
     output_layers: str = setting(

@@ -8,7 +8,7 @@ A starts uniform in +-1/sqrt(inputs), as in the authors' code, and B at zero, so
 of a trained branch can be merged: W + (alpha / rank) A B.
 
 References:
-    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
+  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
 """
 
 import dataclasses
@@ -76,11 +76,11 @@ class LoraConfig(PeftConfig):
     """LoRA's settings.
 
     Attributes:
-        rank: Number of columns of A and rows of B.
-        alpha: The branch is scaled by alpha / rank.
-        dropout: Dropout probability on the input of the branch.
-        layers: Regex of the linear layers to adapt, over names such as
-            ``bert.encoder.layer.0.attention.self.query``.
+      rank: number of columns of A and rows of B.
+      alpha: the branch is scaled by alpha / rank.
+      dropout: dropout probability on the input of the branch.
+      layers: regex of the linear layers to adapt, over names such as
+        ``bert.encoder.layer.0.attention.self.query``.
     """
 
     rank: int = setting(8, "LoRA: rank of the update", at_least(1, 65_536), flag="lora_rank")

@@ -33,8 +33,8 @@ class PeftClassifier(SequenceClassifier):
     Everything else is the plain model's: arguments, ``embed``, gradient checkpointing, ``first_token_only``.
 
     Attributes:
-        peft: The kind and its settings.
-        merged: Whether the adapter is merged into the weights, so that the forward pass omits it.
+      peft: the kind and its settings.
+      merged: whether the adapter is merged into the weights, so that the forward pass omits it.
     """
 
     peft: PeftConfig | None = None
@@ -49,7 +49,8 @@ class PeftClassifier(SequenceClassifier):
         """As the plain model; see there.
 
         Raises:
-            ValueError: As there; and ``continue_from`` with a prompt, or a text that leaves no room for a prefix.
+          ValueError: as from `SequenceClassifier`; or if ``continue_from`` is used with a prompt, or a text leaves no
+            room for a prefix.
         """
         if self.merged:
             return super().__call__(*inputs, deterministic=deterministic, **options)
@@ -70,28 +71,28 @@ def add_peft(
     """Adds an adapter to a classifier.
 
     Args:
-        model: A plain classifier.
-        params: Its parameters; the result shares them.
-        config: The kind and its settings.
-        key: An int or a typed key, for the adapter's initialization.
+      model: a plain classifier.
+      params: its parameters; the result shares them.
+      config: the kind and its settings.
+      key: an int or a typed key, for the adapter's initialization.
 
     Returns:
-        The classifier with the adapter, and its parameters, including ``"peft"``.
+      The classifier with the adapter, and its parameters, including ``"peft"``.
 
     Raises:
-        InputError: The settings do not fit the model.
-        ValueError: It already has an adapter.
+      InputError: if the settings do not fit the model.
+      ValueError: if it already has an adapter.
 
     Examples:
-        >>> import jax, pats_jax
-        >>> from pats_jax import models
-        >>> from pats_jax.models import peft
-        >>> config = models.EncoderConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = models.SequenceClassifier(config)
-        >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3), int))["params"]
-        >>> model, params = peft.add_peft(model, params, peft.LoraConfig(rank=2), key=0)
-        >>> peft.count_parameters(model, params)
-        (42, 29910)
+      >>> import jax, pats_jax
+      >>> from pats_jax import models
+      >>> from pats_jax.models import peft
+      >>> config = models.EncoderConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
+      >>> model = models.SequenceClassifier(config)
+      >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3), int))["params"]
+      >>> model, params = peft.add_peft(model, params, peft.LoraConfig(rank=2), key=0)
+      >>> peft.count_parameters(model, params)
+      (42, 29910)
     """
     if "peft" in params:
         raise ValueError("the model already has an adapter; merge or disable it first")
@@ -113,7 +114,7 @@ def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
     """A flat tree with separate layers as the model holds it.
 
     Raises:
-        InputError: The model's layers are stacked, and some of them have other modules than others.
+      InputError: if the model's layers are stacked, and some of them have other modules than others.
     """
     if model.layers != STACKED:
         return unflatten_dict(tree)
@@ -150,7 +151,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     The adapter's own parameters are kept for `unmerge`; `merge_and_unload` drops them.
 
     Raises:
-        ValueError: It is already merged, or the method cannot be merged.
+      ValueError: if it is already merged, or the method cannot be merged.
     """
     config = config_of(model)
     if model.merged:
@@ -164,7 +165,7 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     """The inverse of `merge`; restores the weights up to rounding.
 
     Raises:
-        ValueError: It is not merged, or a scale of IA3 is zero.
+      ValueError: if it is not merged, or a scale of IA3 is zero.
     """
     config = config_of(model)
     if not model.merged:
@@ -176,7 +177,7 @@ def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifi
     """The base model without the adapter, with the trained head (and pooler); its weights are unchanged.
 
     Raises:
-        ValueError: The adapter is merged.
+      ValueError: if the adapter is merged.
     """
     config = config_of(model)
     if model.merged:
@@ -188,7 +189,7 @@ def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[Sequenc
     """A plain classifier with the adapter merged into its weights, for `pats_jax.models.save_pretrained`.
 
     Raises:
-        ValueError: The method cannot be merged.
+      ValueError: if the method cannot be merged.
     """
     config_of(model)
     return _plain(*((model, params) if model.merged else merge(model, params)))

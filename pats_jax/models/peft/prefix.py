@@ -10,8 +10,8 @@ model's ``initializer_range``. They are trained themselves: the network that Li 
 is not here (PEFT's ``prefix_projection``; its files, which hold the keys and values that came out, load all the same).
 
 References:
-    Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190); Liu et al. 2021,
-    P-Tuning v2 (arXiv:2110.07602), for encoders.
+  Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190); Liu et al. 2021,
+  P-Tuning v2 (arXiv:2110.07602), for encoders.
 """
 
 import dataclasses

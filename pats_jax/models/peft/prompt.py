@@ -9,7 +9,7 @@ embeddings only, so it works on ``inputs_embeds`` as on ids. p starts as the wor
 As in PEFT, whose files hold prompts, the head reads the first position: p_1, not [CLS].
 
 References:
-    Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691).
+  Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691).
 """
 
 import dataclasses

@@ -47,9 +47,9 @@ class FieldRules(NamedTuple):
     """How a method treats the fields of ``adapter_config.json``.
 
     Attributes:
-        read: A ``TypedDict`` with the fields that are read, and their types.
-        without_effect: Fields that do not change what a saved adapter computes.
-        plain: Unsupported fields whose plain value is not null, false or empty -> that value.
+      read: a ``TypedDict`` with the fields that are read, and their types.
+      without_effect: fields that do not change what a saved adapter computes.
+      plain: unsupported fields whose plain value is not null, false or empty -> that value.
     """
 
     read: Any = CommonFields
@@ -61,11 +61,11 @@ class SavedModules(NamedTuple):
     """A saved adapter, and the model to add it to.
 
     Attributes:
-        fields: ``adapter_config.json``; every field that is read has its type.
-        shapes: The shape of each tensor in ``adapter_model.safetensors``, except head and pooler.
-        layers: The names of the model's linear layers that an adapter may change.
-        model: The model's config.
-        folder: The folder, for error messages.
+      fields: ``adapter_config.json``; every field that is read has its type.
+      shapes: the shape of each tensor in ``adapter_model.safetensors``, except head and pooler.
+      layers: the names of the model's linear layers that an adapter may change.
+      model: the model's config.
+      folder: the folder, for error messages.
     """
 
     fields: JsonObject
@@ -103,7 +103,7 @@ class SavedModules(NamedTuple):
         """The names of the layers that have tensors with this ending, which must be those that the config names.
 
         Raises:
-            InputError: The two differ: the file is incomplete, or PEFT would ignore a part of it.
+          InputError: if the two differ: the file is incomplete, or PEFT would ignore a part of it.
         """
         in_file = [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
         named = named_layers(self.fields, self.layers, default_targets, self.source)
@@ -122,10 +122,10 @@ def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: 
     """The layers that a config selects, by PEFT's rule (its ``check_target_module_exists``).
 
     Args:
-        fields: The config: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
-        layers: The names of the model's linear layers that an adapter may change.
-        default_targets: The value of target_modules if it is null.
-        source: What to call the config in error messages.
+      fields: the config: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
+      layers: the names of the model's linear layers that an adapter may change.
+      default_targets: the value of target_modules if it is null.
+      source: what to call the config in error messages.
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     targets = list(default_targets) if targets is None else targets
@@ -165,7 +165,7 @@ def read_fields(folder: Path) -> JsonObject:
     """The fields of ``adapter_config.json``, those of `CommonFields` of their types; see `check_fields` for the rest.
 
     Raises:
-        InputError: The file is missing or damaged.
+      InputError: if the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -199,7 +199,7 @@ def saves_pooler(values: Mapping[str, Any], folder: Path) -> bool:
     """Whether the pooler is saved with the adapter; the head must be.
 
     Raises:
-        InputError: The adapter is not for a classifier, or other parts of the model are saved with it.
+      InputError: if the adapter is not for a classifier, or other parts of the model are saved with it.
     """
     source, task, parts = folder / CONFIG_FILE, values.get("task_type"), values.get("modules_to_save") or []
     if task not in (TASK, None):

@@ -37,7 +37,7 @@ class VirtualTokensConfig(PeftConfig):
     """The settings of a kind that adds virtual tokens.
 
     Attributes:
-        length: Number of virtual tokens; each takes one position from the text.
+      length: number of virtual tokens; each takes one position from the text.
     """
 
     length: int
