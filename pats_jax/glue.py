@@ -120,7 +120,7 @@ class Texts:
         """The texts of these splits.
 
         Raises:
-          InputError: a text cannot be one of the model's.
+          InputError: if a text cannot be one of the model's.
         """
         max_length = sequence_length(max_seq_length, model)
         tokenizer.model_max_length = max_length  # saved with the model: how long its texts were

@@ -34,11 +34,11 @@ words would all be different. What depends on the key alone stands outside the w
 are the first hexadecimal digits of the fraction of pi, and 0x9e3779b9 those of the golden ratio.
 
 References:
-    The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
-    with the constants listed at https://github.com/skeeto/hash-prospector/issues/19 (found by the user TheIronBorn).
-    The network: M. Luby and C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions",
-    SIAM J. Comput. 17 (1988); the key added before and after: S. Even and Y. Mansour, J. Cryptology 10 (1997).
-    Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+  The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
+  with the constants listed at https://github.com/skeeto/hash-prospector/issues/19 (found by the user TheIronBorn).
+  The network: M. Luby and C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions",
+  SIAM J. Comput. 17 (1988); the key added before and after: S. Even and Y. Mansour, J. Cryptology 10 (1997).
+  Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ def fast_key(seed: Any) -> jax.Array:
       A typed key, an array of shape () (more under ``jax.vmap``).
 
     Raises:
-      TypeError: the seed is not an integer.
-      ValueError: the seed is an array of seeds, or does not fit 64 bits.
+      TypeError: if the seed is not an integer.
+      ValueError: if the seed is an array of seeds, or does not fit 64 bits.
 
     Examples:
       >>> key = fast_key(0)
@@ -105,8 +105,8 @@ def as_key(key: Any) -> jax.Array:
       A typed key of shape ().
 
     Raises:
-      TypeError: neither an integer nor a key.
-      ValueError: a legacy uint32 key, or an array of several keys or seeds.
+      TypeError: if it is neither an integer nor a key.
+      ValueError: if it is a legacy uint32 key, or an array of several keys or seeds.
     """
     if _is_typed_key(key):
         if key.ndim:
@@ -168,8 +168,8 @@ def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
       The words, uint32 of the key's shape and that of one key's data ((2,) for the fast kind), and the kind's name.
 
     Raises:
-      TypeError: not a typed key.
-      ValueError: a kind with no name that could be found again.
+      TypeError: if it is not a typed key.
+      ValueError: if the kind has no name by which it could be found again.
     """
     if not _is_typed_key(key):
         raise TypeError(f"only a typed key has a kind to store, got {_describe(key)}")
@@ -192,7 +192,7 @@ def key_from_data(data: Any, kind: str) -> jax.Array:
       The key, or array of keys.
 
     Raises:
-      ValueError: JAX has no kind of that name.
+      ValueError: if JAX has no kind of that name.
     """
     return jax.random.wrap_key_data(jnp.asarray(data), impl=KIND if kind == NAME else kind)
 

@@ -187,7 +187,7 @@ def each_layer(function: Callable, axis: int, *leaves: Any, per_layer: tuple = (
     Args:
       function: of leaves without layer axis.
       axis: the leaves' layer axis, or -1.
-      leaves: arrays of the shape of one leaf.
+      *leaves: arrays of the shape of one leaf.
       per_layer: further arguments, of which each layer has its own: (layers, ...).
       out_axis: where the results have the layers; None: where the leaves have them.
     """

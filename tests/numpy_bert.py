@@ -16,11 +16,11 @@ class NumpyBert:
     """The forward pass, of which a test replaces parts.
 
     Attributes:
-        linear: ``linear(name, x)``: the layer of that name.
-        norm: ``norm(name, x)``: the LayerNorm of that name.
-        block_end: ``block_end(name, x, residual)``: what closes a block, given its projection's output.
-        prompt: word embeddings before the text's, (tokens, hidden), or None.
-        prefix: ``prefix[layer] = (keys, values)``, (tokens, hidden) each, or None.
+      linear: ``linear(name, x)``: the layer of that name.
+      norm: ``norm(name, x)``: the LayerNorm of that name.
+      block_end: ``block_end(name, x, residual)``: what closes a block, given its projection's output.
+      prompt: word embeddings before the text's, (tokens, hidden), or None.
+      prefix: ``prefix[layer] = (keys, values)``, (tokens, hidden) each, or None.
     """
 
     def __init__(self, tensors: Tensors, config):

@@ -36,7 +36,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
     """Opens a regular file to read bytes; follows links, and does not wait for pipes and devices.
 
     Raises:
-      InputError: the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
+      InputError: if the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
@@ -72,7 +72,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file; use `read_record` for a known structure.
 
     Raises:
-      InputError: as from `read_bytes`; or the file is not UTF-8 or JSON, is nested too deeply, or contains a number
+      InputError: as from `read_bytes`; or if the file is not UTF-8 or JSON, is nested too deeply, or contains a number
         with thousands of digits.
     """
     return parse_json(read_bytes(path), str(path))
@@ -115,7 +115,7 @@ def read_record(path: str | os.PathLike[str], kind: type[AnyRecord]) -> AnyRecor
         that files of other versions load.
 
     Raises:
-      InputError: as from `read_bytes`, or the file does not contain such a record; the message names the field.
+      InputError: as from `read_bytes`; or if the file does not contain such a record; the message names the field.
 
     Examples:
       >>> import pathlib, tempfile
@@ -164,7 +164,7 @@ def checked_name(name: Any, source: str) -> str:
       source: the place, for error messages.
 
     Raises:
-      InputError: it is not a string, is empty or over 200 bytes, begins with a dot, or contains a slash or a control
+      InputError: if it is not a string, is empty or over 200 bytes, begins with a dot, or contains a slash or a control
         character.
 
     Examples:
@@ -187,7 +187,7 @@ def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Returns a path to write after checking that it is in the folder once links are followed.
 
     Raises:
-      InputError: a link in the path leads out of the folder.
+      InputError: if a link in the path leads out of the folder.
     """
     try:
         outside = not path.parent.resolve().is_relative_to(folder.resolve())
@@ -205,7 +205,7 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
     """Creates a folder and its parents, if they do not exist.
 
     Raises:
-      InputError: the folder cannot be created.
+      InputError: if the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text as UTF-8; see `write_bytes`.
 
     Raises:
-      InputError: as from `write_bytes`, or the text has a lone surrogate, which UTF-8 cannot hold.
+      InputError: as from `write_bytes`; or if the text has a lone surrogate, which UTF-8 cannot hold.
     """
     try:
         data = text.encode()
@@ -238,7 +238,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
     A link in the file's place is replaced, not followed. Nothing half-written is left where the system refuses.
 
     Raises:
-      InputError: the system refuses, for instance on a full or read-only disk.
+      InputError: if the system refuses, for instance on a full or read-only disk.
     """
     made = path.with_name(path.name + _NEW)
     try:

@@ -256,7 +256,7 @@ class Choice:
         """Flag -> setting, of all groups that can be chosen.
 
         Raises:
-          TypeError: two groups define a flag of one name that is not inherited from a common class.
+          TypeError: if two groups define a flag of one name that is not inherited from a common class.
         """
         found: dict[str, Entry] = {}
         for kind in self.kinds().values():
@@ -282,8 +282,8 @@ class Composed(Group):
         """Takes fields, or settings by their flat names, which win over those of a group that is given.
 
         Raises:
-          TypeError: there is no setting of a name.
-          InputError: a setting belongs to a group that is not chosen.
+          TypeError: if there is no setting of a name.
+          InputError: if a setting belongs to a group that is not chosen.
         """
         for field in dataclasses.fields(self):
             if field.name in self.choices:

@@ -34,8 +34,8 @@ class Tokens:
       input_ids: int32 (tokens,); row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
       token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
       offsets: int64 (rows + 1,).
-      pad_id: Id of the padding token.
-      cut: Rows that were longer than ``max_length`` tokens.
+      pad_id: id of the padding token.
+      cut: rows that were longer than ``max_length`` tokens.
     """
 
     input_ids: np.ndarray
@@ -57,12 +57,12 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
     """Tokenises every row once, pairs truncated longest first.
 
     Args:
-      split: The rows.
-      tokenizer: A fast tokenizer of Transformers, the checkpoint's own.
-      max_length: Longest row in tokens, special tokens included.
+      split: the rows.
+      tokenizer: a fast tokenizer of Transformers, the checkpoint's own.
+      max_length: longest row in tokens, special tokens included.
 
     Raises:
-      InputError: ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
+      InputError: if ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
         cannot encode a text.
     """
     check_room(split, tokenizer, max_length)
@@ -179,9 +179,9 @@ def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
     """Says in one line how many texts were truncated; None if none were.
 
     Args:
-      tokens: The tokenised rows.
-      max_length: Length to which they were truncated.
-      longest: Number of positions of the model.
+      tokens: the tokenised rows.
+      max_length: length to which they were truncated.
+      longest: number of positions of the model.
     """
     if not tokens.cut:
         return None
@@ -203,11 +203,11 @@ def bucket_boundaries(
     candidates.
 
     Args:
-      lengths: Tokens of each row, (rows,).
-      max_buckets: Most boundaries, thus most shapes.
-      multiple: Boundaries are multiples of this, but none is above the longest row. On XLA CPU a token costs no
+      lengths: tokens of each row, (rows,).
+      max_buckets: most boundaries, thus most shapes.
+      multiple: boundaries are multiples of this, but none is above the longest row. On XLA CPU a token costs no
         less at 24 than at 25 or at 32 than at 31, so rounding up only adds padding there.
-      shape_cost: What one more shape costs, in tokens of ``lengths``; at 0 there are as many as allowed and useful.
+      shape_cost: what one more shape costs, in tokens of ``lengths``; at 0 there are as many as allowed and useful.
 
     Returns:
       The boundaries, increasing.
@@ -254,17 +254,17 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
     one program; the seed chooses which rows they are.
 
     Args:
-      lengths: Tokens of each row, (rows,).
-      batch_size: Rows of a full batch.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      seed: The run's seed.
-      epoch: Counted from 0.
+      lengths: tokens of each row, (rows,).
+      batch_size: rows of a full batch.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      seed: the run's seed.
+      epoch: counted from 0.
 
     Returns:
       One ``(rows, length)`` a step: row numbers (at most ``batch_size`` of them) and the padded length.
 
     Raises:
-      InputError: There are fewer rows than ``batch_size``.
+      InputError: if there are fewer rows than ``batch_size``.
     """
     if batch_size > len(lengths):
         raise InputError(
@@ -294,13 +294,13 @@ def train_batches(
     """The batches of one epoch, in the order of ``epoch_plan``.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,).
-      batch_size: Rows of a batch, over all devices.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      seed: The run's seed.
-      epoch: Counted from 0.
-      first_step: Steps of this epoch to skip, for a run that is resumed.
+      batch_size: rows of a batch, over all devices.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      seed: the run's seed.
+      epoch: counted from 0.
+      first_step: steps of this epoch to skip, for a run that is resumed.
     """
     plan = epoch_plan(tokens.lengths, batch_size, boundaries, seed=seed, epoch=epoch)
     for rows, length in plan[first_step:]:
@@ -319,11 +319,11 @@ def eval_batches(
     Rows above the last boundary share one more bucket, the longest row's length.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,), or None.
-      batch_size: Rows of a batch, over all devices.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      own: See ``fill_batch``.
+      batch_size: rows of a batch, over all devices.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      own: see ``fill_batch``.
 
     Yields:
       ``(rows, batch)``: entry ``i`` of the whole batch is row ``rows[i]``; entries from ``len(rows)`` on are filler.
@@ -351,12 +351,12 @@ def fill_batch(
     is 0/0 in some models, and nan stays nan at weight 0.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,), or None.
-      rows: Row numbers, at least one and at most ``batch_size``.
-      batch_size: Rows of the batch.
-      length: Padded length, at least that of the longest of ``rows``.
-      own: Which entries of the batch to build, in this order: those of one process; None builds all.
+      rows: row numbers, at least one and at most ``batch_size``.
+      batch_size: rows of the batch.
+      length: padded length, at least that of the longest of ``rows``.
+      own: which entries of the batch to build, in this order: those of one process; None builds all.
     """
     weights = np.zeros(batch_size, np.float32)
     weights[: len(rows)] = 1.0

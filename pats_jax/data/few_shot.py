@@ -1,8 +1,8 @@
 """Few-shot tasks: rows with options to choose from, in samples of a few training and dev rows each.
 
 References:
-    CrossFit and the NLP few-shot gym: Ye, Lin and Ren, EMNLP 2021, arXiv 2104.08835, github.com/INK-USC/CrossFit.
-    Its tasks with their options: MetaICL, Min et al., NAACL 2022, arXiv 2110.15943.
+  CrossFit and the NLP few-shot gym: Ye, Lin and Ren, EMNLP 2021, arXiv 2104.08835, github.com/INK-USC/CrossFit.
+  Its tasks with their options: MetaICL, Min et al., NAACL 2022, arXiv 2110.15943.
 """
 
 from collections.abc import Iterable, Sequence
@@ -93,7 +93,7 @@ class FewShotTask:
         """The sample of a seed.
 
         Raises:
-          InputError: the task has no sample with that seed.
+          InputError: if the task has no sample with that seed.
         """
         for sample in self.samples:
             if sample.seed == seed:
@@ -105,7 +105,7 @@ class FewShotTask:
         """The same with the samples of these seeds only; None keeps all.
 
         Raises:
-          InputError: the task has no sample with one of them.
+          InputError: if the task has no sample with one of them.
         """
         if seeds is None:
             return self
@@ -133,7 +133,7 @@ def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str)
       where: where they are, for the message.
 
     Raises:
-      InputError: a requested name does not exist.
+      InputError: if a requested name does not exist.
     """
     names = sorted(there)
     missing = sorted(set(wanted or ()) - set(names))

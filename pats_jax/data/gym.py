@@ -67,7 +67,7 @@ def load_gym(
       Task name -> task, in alphabetical order.
 
     Raises:
-      InputError: a file is invalid; the message names the file and, if possible, the line.
+      InputError: if a file is invalid; the message names the file and, if possible, the line.
     """
     if str(source) == "builtin":
         from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS, generate_gym
@@ -85,7 +85,7 @@ def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
     """Names of the tasks of a gym in alphabetical order, without reading their files.
 
     Raises:
-      InputError: there is no such folder, or no task in it.
+      InputError: if there is no such folder, or no task in it.
     """
     if str(source) == "builtin":
         from pats_jax.data.builtin_gym import GRAMMARS

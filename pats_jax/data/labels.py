@@ -39,12 +39,12 @@ def find_classes(table: Table, column: str, regression: bool | None = None) -> t
     are scores. All other labels are class names in alphabetical order.
 
     Args:
-      table: The file that decides, usually the training file.
-      column: Its label column.
-      regression: Whether the labels are scores; None: as above, and the log says so.
+      table: the file that decides, usually the training file.
+      column: its label column.
+      regression: whether the labels are scores; None: as above, and the log says so.
 
     Raises:
-      InputError: A label is missing (with file and line), or there is only one class.
+      InputError: if a label is missing (with file and line), or there is only one class.
     """
     cells = list(dict.fromkeys(table.columns[column]))
     values = {cell: value for cell in cells if (value := _number(cell)) is not None}
@@ -69,7 +69,7 @@ def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
     """Class indices int32 (rows,) of a label column; see `find_classes` for how labels are compared.
 
     Raises:
-      InputError: A label is not one of the names; the message names file and line.
+      InputError: if a label is not one of the names; the message names file and line.
     """
     values = {value: name for name in names if (value := _number(name)) is not None}
     if len(values) < len(names):  # not all of them numbers, or two that are equal

@@ -26,7 +26,7 @@ def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
       Row numbers in increasing order, (rows,).
 
     Raises:
-      InputError: there are fewer rows, or more classes.
+      InputError: if there are fewer rows, or more classes.
 
     Examples:
       >>> labels = np.array([0] * 6 + [1] * 3 + [2])

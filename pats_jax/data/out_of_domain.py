@@ -5,9 +5,9 @@ on its test split as published, from a folder of the published files or from the
 are secret, on the validation split.
 
 References:
-    SNLI: Bowman et al., EMNLP 2015. SICK: Marelli et al., LREC 2014. SciTail: Khot, Sabharwal and Clark, AAAI 2018.
-    The protocol: H. Zhang et al., "Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
-    Adaptively", NeurIPS 2022, arXiv 2211.01642.
+  SNLI: Bowman et al., EMNLP 2015. SICK: Marelli et al., LREC 2014. SciTail: Khot, Sabharwal and Clark, AAAI 2018.
+  The protocol: H. Zhang et al., "Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
+  Adaptively", NeurIPS 2022, arXiv 2211.01642.
 """
 
 import os
@@ -115,7 +115,7 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
       The rows, ``label_names`` being the set's two or three classes.
 
     Raises:
-      InputError: One line with the file, and the line where it applies.
+      InputError: if a file is missing or damaged; the message names the file and, where it applies, the line.
     """
     if name in _GLUE:
         task, split = _GLUE[name]

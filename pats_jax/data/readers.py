@@ -67,11 +67,11 @@ class Split:
     """The rows of one split, in the order of their file.
 
     Attributes:
-      sentence1: First (or only) text of each row.
-      sentence2: Second text of each row; None for single texts.
+      sentence1: first (or only) text of each row.
+      sentence2: second text of each row; None for single texts.
       labels: int32 class indices or float32 scores, (rows,); None without labels.
-      ids: The official index of each row, else row numbers from "0".
-      label_names: Names of the classes by index; None where labels are scores or not known.
+      ids: the official index of each row, else row numbers from "0".
+      label_names: names of the classes by index; None where labels are scores or not known.
     """
 
     sentence1: list[str]
@@ -116,10 +116,10 @@ def load_task(
     """Reads a GLUE task from wherever ``--data_dir`` points.
 
     Args:
-      task: A row of the task table, or its name.
+      task: a row of the task table, or its name.
       data_dir: ``"builtin"`` for the built-in data, a folder of GLUE's TSV files, or None for the hub.
-      splits: Splits to read, see ``read_glue``.
-      seed: Seed of the built-in data.
+      splits: splits to read, see ``read_glue``.
+      seed: seed of the built-in data.
     """
     task = get_task(task) if isinstance(task, str) else task
     if data_dir is None:
@@ -139,9 +139,9 @@ def read_glue(
     """Reads a task from the TSV files of the GLUE distribution.
 
     Args:
-      task: A row of the task table, or its name.
-      data_dir: The folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
-      splits: Any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
+      task: a row of the task table, or its name.
+      data_dir: the folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
+      splits: any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
           bring "validation_mismatched" and "test_mismatched" along where those files exist.
 
     Returns:
@@ -149,7 +149,7 @@ def read_glue(
       ``labels=None``.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -220,11 +220,11 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """Reads a task from ``nyu-mll/glue`` on the hub, or from the local cache that ``datasets`` keeps of it.
 
     Args:
-      task: A row of the task table, or its name.
-      splits: As for ``read_glue``.
+      task: a row of the task table, or its name.
+      splits: as for ``read_glue``.
 
     Raises:
-      InputError: The hub cannot be reached, and the task is not in the cache.
+      InputError: if the hub cannot be reached, and the task is not in the cache.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -238,12 +238,12 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
     """What ``datasets.load_dataset`` loads.
 
     Args:
-      instead: For the error message: the flag to set, and to what, to work offline.
-      path: The set's name on the hub.
-      **arguments: The others that it takes.
+      instead: for the error message: the flag to set, and to what, to work offline.
+      path: the set's name on the hub.
+      **arguments: the others that it takes.
 
     Raises:
-      InputError: The hub cannot be reached and the cache does not hold the set.
+      InputError: if the hub cannot be reached and the cache does not hold the set.
     """
     import datasets
 
@@ -317,15 +317,16 @@ def load_files(
     where these have them.
 
     Args:
-      files: Split name -> file.
-      label_names: Names of the classes by index, for instance those of a saved model.
-      regression: Whether the labels are scores; None: as `labels.find_classes` finds.
+      files: split name -> file.
+      label_names: names of the classes by index, for instance those of a saved model.
+      regression: whether the labels are scores; None: as `labels.find_classes` finds.
 
     Returns:
       Split name -> rows, all with the same ``label_names``. "test" is read as ``read_texts`` does, without labels.
 
     Raises:
-      InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
+      InputError: as from `read_file`; or if labels are missing where they are needed, or one file holds pairs and
+        another single texts.
     """
     found: dict[str, Split] = {}
     columns = _Columns()
@@ -365,16 +366,16 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
     """Reads your own file.
 
     Args:
-      path: A ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
-      label_names: Names of the classes by index.
-      regression: Whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
+      path: a ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
+      label_names: names of the classes by index.
+      regression: whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
           in the file, see `labels.find_classes`.
 
     Returns:
       The rows; ``labels`` is None if there is no label column, or it is empty.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     return _read_labelled(Path(path), _Columns(), label_names, regression)[0]
 
@@ -432,7 +433,7 @@ def leave_out_unlabelled(table: Table, column: str) -> Table:
     """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many do not.
 
     Raises:
-      InputError: No row has one.
+      InputError: if no row has one.
     """
     rows = [row for row, cell in enumerate(table.columns[column]) if cell != NO_GOLD_LABEL]
     if not rows:

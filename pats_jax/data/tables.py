@@ -36,11 +36,11 @@ class Table:
     """The requested columns of a file.
 
     Attributes:
-      path: The file, for messages.
-      header: Names of all columns of the file, also of those that were not kept.
-      columns: Column name -> one string a row.
-      lines: Line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
-      before_line: Text between the path and such a number in messages.
+      path: the file, for messages.
+      header: names of all columns of the file, also of those that were not kept.
+      columns: column name -> one string a row.
+      lines: line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
+      before_line: text between the path and such a number in messages.
     """
 
     path: Path
@@ -72,11 +72,11 @@ class Table:
         """Class indices int32 (rows,) of a label column.
 
         Args:
-          column: Name of the column.
-          written: How the file writes each class, in the order of the indices.
+          column: name of the column.
+          written: how the file writes each class, in the order of the indices.
 
         Raises:
-          InputError: A label is not one of those; the message names file and line.
+          InputError: if a label is not one of those; the message names file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -91,7 +91,7 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-          InputError: A score is not a number that float32 can hold; the message names file and line.
+          InputError: if a score is not a number that float32 can hold; the message names file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
@@ -121,8 +121,8 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-      InputError: The file is missing, no regular file, unreadable, empty or not UTF-8 (with the line of the first bad
-        byte).
+      InputError: if the file is missing, not a regular file, unreadable, empty or not UTF-8 (with the line of the first
+        bad byte).
     """
     data = read_bytes(path)
     try:
@@ -165,16 +165,16 @@ def read_tsv(
     """Reads a tab-separated file in which quotes mean nothing.
 
     Args:
-      path: The file.
-      wanted: Columns to keep, as far as the file has them.
-      header: Column names of a file without a header line.
-      broken_rows: Largest fraction of rows with too few columns that is skipped instead of rejected.
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      header: column names of a file without a header line.
+      broken_rows: largest fraction of rows with too few columns that is skipped instead of rejected.
 
     Returns:
       The table and the line numbers of the rows left out.
 
     Raises:
-      InputError: As ``read_text``, a row with the wrong number of columns, or no rows.
+      InputError: as from `read_text`; or if a row has the wrong number of columns, or there are no rows.
     """
     lines = split_lines(read_text(path))
     first_line = 1 if header else 2
@@ -198,7 +198,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     """Reads a comma-separated file with a header; quotes protect what they hold, blank lines do not count.
 
     Raises:
-      InputError: As ``read_tsv``, or quotes that do not match.
+      InputError: as from `read_tsv`; or if quotes do not match.
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
     reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
@@ -245,7 +245,7 @@ class JsonObject(dict):
     """A JSON object.
 
     Attributes:
-      twice: The keys that occur more than once; their last value counts.
+      twice: the keys that occur more than once; their last value counts.
     """
 
     twice: Sequence[str] = ()
@@ -267,7 +267,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
     """The objects of a file of JSON lines, each with its line number; blank lines do not count.
 
     Raises:
-      InputError: A line is not a JSON object; the message names file and line.
+      InputError: if a line is not a JSON object; the message names file and line.
     """
     for number, line in enumerate(split_lines(text), 1):
         if line.strip():
@@ -284,8 +284,8 @@ def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
     string.
 
     Raises:
-      InputError: As ``read_text``; or a row is not an object, lacks a key, has a key that the first row lacks, has a
-        key twice, or has a list, an object or a lone surrogate as a value.
+      InputError: as from `read_text`; or if a row is not an object, lacks a key, has a key that the first row lacks,
+        has a key twice, or has a list, an object or a lone surrogate as a value.
     """
     text = read_text(path)
     is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")

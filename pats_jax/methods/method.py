@@ -43,7 +43,7 @@ class Method(Group):
     A subclass is a frozen dataclass that overrides what it needs. It joins METHODS by its place in `table.BUILTIN`, or,
     from another package, by an entry point of the group ``pats_jax.methods``.
 
-    Class attributes:
+    Attributes:
       name: as in ``--method``.
       kind: methods of one kind exclude each other, except "noise" and "objective".
       summary: what it does, in one line.

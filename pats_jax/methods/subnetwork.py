@@ -51,7 +51,7 @@ class Staged(Freezing):
         """us = int(total steps * update ratio), the length of a stage.
 
         Raises:
-          InputError: it is 0.
+          InputError: if it is 0.
         """
         steps = int(context.total_steps * self.update_ratio)
         if steps < 1:

@@ -70,7 +70,7 @@ def get_methods(names: str) -> tuple[type[Method], ...]:
     """The methods of ``--method``: one name, or several joined by ``+``.
 
     Raises:
-      InputError: no such method, or two that cannot be combined; the message says why.
+      InputError: if there is no such method, or two of them cannot be combined; the message says why.
     """
     chosen = names.split("+")
     for name in chosen:

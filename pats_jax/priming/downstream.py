@@ -57,7 +57,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
 
     Raises:
       InputError: on invalid input, mostly before any tuning; finished tunings are kept.
-      Preempted: the program was asked to stop; finished tunings are kept.
+      Preempted: if the program was asked to stop; finished tunings are kept.
     """
     settings.check()
     folder = pathlib.Path(str(settings.output_dir))
@@ -104,7 +104,7 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart
       tasks: the target tasks.
 
     Raises:
-      InputError: a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
+      InputError: if a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
         target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
     model = settings.model.model_name_or_path
@@ -172,7 +172,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[T
     """Compares an existing config.json with the settings.
 
     Raises:
-      InputError: its tunings used other settings, the folder is not a gym's, or a link leads out of it.
+      InputError: if its tunings used other settings, the folder is not a gym's, or a link leads out of it.
     """
     for part in ("report/plots", *(f"tunings/{start.name}" for start in starts)):
         files.checked_place(folder / part / "file", folder)
@@ -241,7 +241,7 @@ def tunings_of(
     """The tunings of a start.
 
     Raises:
-      InputError: a task lacks a requested sample.
+      InputError: if a task lacks a requested sample.
     """
     samples = [(task, sample) for task in tasks for sample in task.choose(settings.samples or None).samples]
     records = folder / "tunings" / start.name
@@ -263,8 +263,8 @@ def tune_in_processes(
     """Deals tunings out to processes of the same command, and waits.
 
     Raises:
-      InputError: one of them failed; the message has its last line. The others have been stopped.
-      Preempted: this process was asked to stop; the others were stopped too.
+      InputError: if one of them failed; the message has its last line. The others have been stopped.
+      Preempted: if this process was asked to stop; the others were stopped too.
     """
     folder = pathlib.Path(str(settings.output_dir))
     jobs = jobs_of(settings, args, tunings)
@@ -320,7 +320,7 @@ def tune_all(settings: GymSettings, tunings: Sequence[Tuning], console: rich.con
     """Makes tunings in this process, those of one start after another; of finished ones, none.
 
     Raises:
-      Preempted: the program was asked to stop; finished tunings are kept.
+      Preempted: if the program was asked to stop; finished tunings are kept.
     """
     xla_flags.set_defaults(settings.compiler.deterministic)
     compilation_cache.keep_compiled_programs(settings.compiler.compilation_cache_dir)
@@ -363,7 +363,7 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
     """Writes the report on the folder's records, and prints its tables.
 
     Raises:
-      InputError: there are none, or a file of the folder is damaged; the message names it.
+      InputError: if there are none, or a file of the folder is damaged; the message names it.
     """
     records = read_records(folder)
     if not records:

@@ -68,7 +68,7 @@ class Tuner:
           tokenizer: the model's tokenizer.
 
         Raises:
-          InputError: its files are missing or do not match.
+          InputError: if its files are missing or do not match.
         """
         self._settings, self._start, self._tokenizer = settings, start, tokenizer
         self._head = option_scoring.get_head(settings.tuning.head)

@@ -8,8 +8,8 @@ inner steps, and ``query_<name>`` (tasks, rows, ...) to evaluate the adapted par
 multi-task learning no support.
 
 References:
-    Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
-    Reptile: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
+  Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
+  Reptile: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
 """
 
 import functools
@@ -172,7 +172,7 @@ def make_meta_loss(
     """The loss of an algorithm of ``ALGORITHMS``; see `multi_task`, `maml` and `reptile`.
 
     Raises:
-      ValueError: there is no such algorithm.
+      ValueError: if there is no such algorithm.
     """
     makers: dict[str, Callable[..., LossFn]] = {
         "mtl": lambda loss_fn, **_: multi_task(loss_fn),

@@ -168,7 +168,7 @@ def get_head(name: str) -> Head:
     """The head of ``--head``.
 
     Raises:
-      InputError: there is no such head.
+      InputError: if there is no such head.
     """
     if name not in HEADS:
         raise InputError(f"--head {name}: no such head; choose one of {', '.join(HEADS)}")
@@ -197,7 +197,7 @@ def load_scorer(
       **options: further arguments of `pats_jax.models.from_pretrained`.
 
     Raises:
-      InputError: the checkpoint cannot be loaded, lacks the requested masked-language-model head, or does not match
+      InputError: if the checkpoint cannot be loaded, lacks the requested masked-language-model head, or does not match
         the saved adapter.
     """
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
@@ -220,7 +220,7 @@ def text_length(asked: int, model: models.SequenceClassifier) -> int:
     """``--max_seq_length``, lowered to the positions that virtual tokens leave.
 
     Raises:
-      InputError: too few are left for an input and an option.
+      InputError: if too few are left for an input and an option.
     """
     length = min(asked, model.max_length)
     if length < SHORTEST_OPTION:
@@ -266,7 +266,7 @@ def encode_rows(
         supports it: the same scores for less work. Such a batch cannot be split across devices by rows.
 
     Raises:
-      InputError: the rows have different options, for the head ``classes``.
+      InputError: if the rows have different options, for the head ``classes``.
     """
     if not head.for_all_tasks and len({row.options for row in rows}) > 1:
         raise InputError("--head classes: rows with their own options have no classes; use another head")

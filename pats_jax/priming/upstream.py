@@ -299,7 +299,7 @@ class UpstreamScore:
           training: the training to score.
 
         Raises:
-          InputError: early stopping or the best model need dev tasks and there are none; or the tokenizer rejects a
+          InputError: if early stopping or the best model need dev tasks and there are none; or the tokenizer rejects a
             text of theirs, which must not happen in the middle of training.
         """
         if not tasks and (training.rhythm.patience or training.rhythm.save_best):

@@ -242,7 +242,7 @@ class _TextEstimator(BaseEstimator):
         """Writes a folder that `load`, `pats-jax predict` and Transformers open (with an adapter, the PEFT library).
 
         Raises:
-          InputError: the folder is there and not empty.
+          InputError: if the folder is there and not empty.
         """
         check_is_fitted(self, "model_folder_")
         target = pathlib.Path(folder)
@@ -259,7 +259,7 @@ class _TextEstimator(BaseEstimator):
         """A fitted estimator from a folder of `save`, or from any folder of a model, such as a run's ``model/``.
 
         Raises:
-          InputError: it is no such folder, or that of the other estimator.
+          InputError: if it is no such folder, or that of the other estimator.
         """
         source = pathlib.Path(folder)
         if not source.is_dir():

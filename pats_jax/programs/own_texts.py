@@ -29,7 +29,7 @@ class Columns:
         """The columns of the texts among those of a table.
 
         Raises:
-          InputError: there are not one or two of them.
+          InputError: if there are not one or two of them.
         """
         given = [self.texts] if isinstance(self.texts, str) else self.texts
         chosen = [name for name in names if name != self.label] if given is None else list(given)
@@ -49,7 +49,7 @@ def read_split(texts: Any, columns: Columns) -> Split:
       columns: those of a table.
 
     Raises:
-      InputError: these are not texts; the message names the row.
+      InputError: if these are not texts; the message names the row.
     """
     if isinstance(texts, str):
         raise InputError("texts: one string; give a list of texts")
@@ -88,7 +88,7 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
     """The labels (rows,) that are given, or those in the label column of a table.
 
     Raises:
-      InputError: there are none, or not one for each row.
+      InputError: if there are none, or not one for each row.
     """
     if labels is None:
         if not _is_table(texts):

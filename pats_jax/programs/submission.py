@@ -42,10 +42,10 @@ class PredictedRun:
     """A finished run.
 
     Attributes:
-      folder: The run's folder, as given.
-      task: What it was trained on.
-      is_builtin: Whether its data is the built-in data, not GLUE.
-      files: Its prediction files; none if it was made without ``--do_predict``.
+      folder: the run's folder, as given.
+      task: what it was trained on.
+      is_builtin: whether its data is the built-in data, not GLUE.
+      files: its prediction files; none if it was made without ``--do_predict``.
     """
 
     folder: pathlib.Path
@@ -59,10 +59,10 @@ class Entry:
     """One file of the archive.
 
     Attributes:
-      file: Its name.
-      task: The task that it answers.
-      answers: The prediction of each row, as the server reads it.
-      run: The folder it comes from; None for a placeholder.
+      file: its name.
+      task: the task that it answers.
+      answers: the prediction of each row, as the server reads it.
+      run: the folder it comes from; None for a placeholder.
     """
 
     file: str
@@ -116,7 +116,7 @@ def read_runs(folders: Sequence[str]) -> list[PredictedRun]:
     """The runs in some folders, all on GLUE or all on the built-in data; what is no run on a task is skipped.
 
     Raises:
-      InputError: No run is left, `read_run` rejects one, or they mix the two kinds of data.
+      InputError: if no run is left, `read_run` rejects one, or they mix the two kinds of data.
     """
     found = [(name, read_run(pathlib.Path(name))) for name in folders]
     reasons = {
@@ -142,8 +142,8 @@ def read_run(folder: pathlib.Path) -> PredictedRun | None:
     """The run in a folder; None if there is no run on a GLUE task, as in the folder of a grid or a gym.
 
     Raises:
-      InputError: No folder of a run, a run on other data than GLUE's tasks, one that has not finished or has no
-        predictions, or one with a file that is not its own.
+      InputError: if it is not the folder of a run, the run is on data other than GLUE's tasks, has not finished or has
+        no predictions, or a file is not its own.
     """
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; name the folders of finished runs")
@@ -179,11 +179,11 @@ def collect(runs: Sequence[PredictedRun], placeholders: bool) -> list[Entry]:
     """The eleven files of the archive, each of them checked.
 
     Args:
-      runs: As `read_runs` gives them.
-      placeholders: Whether to fill a file that no run provides with one constant prediction; else it is an error.
+      runs: as `read_runs` gives them.
+      placeholders: whether to fill a file that no run provides with one constant prediction; else it is an error.
 
     Raises:
-      InputError: Two runs provide a file, or none does, or the server would reject it.
+      InputError: if two runs provide a file, or none does, or the server would reject it.
     """
     offered: dict[str, tuple[PredictedRun, pathlib.Path]] = {}
     for run in runs:
@@ -219,7 +219,7 @@ def read_answers(path: pathlib.Path, name: str, is_builtin: bool) -> list[str]:
     no blanks, predictions that the server knows, and as many rows as the test set.
 
     Raises:
-      InputError: The file differs; the message names the file and the line.
+      InputError: if the file differs; the message names the file and the line.
     """
     text = files.read_bytes(path).decode("utf-8", "replace")  # a wrong byte is no part of any prediction
     if "\r" in text:

@@ -47,7 +47,7 @@ def user_folder() -> pathlib.Path:
     """``$XDG_CACHE_HOME/pats_jax/compilation``, or the same in ``~/.cache``.
 
     Raises:
-      RuntimeError: there is no home.
+      RuntimeError: if there is no home.
     """
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     base = base if base.is_absolute() else pathlib.Path.home() / ".cache"  # relative ones are void, says the standard

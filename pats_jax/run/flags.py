@@ -84,7 +84,7 @@ def path_of_flag(flag: str, text: str) -> str:
     """The path that a flag names, with a leading ``~`` expanded; shells expand it in ``--x ~/y`` only.
 
     Raises:
-      InputError: the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
+      InputError: if the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
     """
     what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
     if not text:

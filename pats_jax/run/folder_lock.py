@@ -53,7 +53,7 @@ class FolderLock:
         """Takes the lock, and creates the folder for it; does nothing if the lock is held and the folder was not moved.
 
         Raises:
-          InputError: another process holds it, or the folder cannot be written.
+          InputError: if another process holds it, or the folder cannot be written.
         """
         if self._descriptor is not None and _is_at(self._descriptor, self.path):
             return

@@ -77,7 +77,7 @@ def foreign(folder: pathlib.Path, entries: Iterable[str] | None = None) -> str |
       entries: check only these entries.
 
     Raises:
-      OSError: a folder in it cannot be read.
+      OSError: if a folder in it cannot be read.
     """
     for path in map(folder.joinpath, sorted(os.listdir(folder) if entries is None else entries)):
         for each in (path, *_below(path)):
@@ -193,7 +193,7 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path | None:
       Where this run is now; None if it is gone.
 
     Raises:
-      InputError: the system refuses; everything is as it was.
+      InputError: if the system refuses; everything is as it was.
     """
     previous = _previous(folder)
     if is_finished(previous) and not is_finished(folder):

@@ -114,7 +114,7 @@ def carry_out(start: Start, job: Job, results: JsonObject, asked: preemption.Pre
       What results.json holds.
 
     Raises:
-      Preempted: the run was asked to stop; it has been saved.
+      Preempted: if the run was asked to stop; it has been saved.
     """
     folder, runner = start.folder, start.runner
     checkpoints = Checkpoints(folder / "checkpoints", start.settings.saving.save_total_limit)

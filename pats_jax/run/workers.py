@@ -86,7 +86,7 @@ def run_job(job: Job, number: int, session: Session) -> Ended:
       session: what it belongs to.
 
     Raises:
-      InputError: the log cannot be written, or a child of an earlier worker still runs after ten minutes.
+      InputError: if the log cannot be written, or a child of an earlier worker still runs after ten minutes.
     """
     since = time.perf_counter()
     lock = FolderLock(pathlib.Path(session.folder), name=f"{_LOCK_OF_JOB}{number}")
@@ -175,7 +175,7 @@ def open_log(path: pathlib.Path) -> BinaryIO:
     """Opens a file, made with its folder, to which output of processes is appended; no link is followed.
 
     Raises:
-      InputError: the system refuses.
+      InputError: if the system refuses.
     """
     files.make_folder(path.parent)
     try:
@@ -246,7 +246,7 @@ class DaskWorkers:
         """Checks the workers of a connected client.
 
         Raises:
-          InputError: one has several threads, or another version of this package.
+          InputError: if one has several threads, or another version of this package.
         """
         self._client, self._address = client, address
         for worker, threads in client.nthreads().items():
@@ -284,7 +284,7 @@ def connect(settings: WorkerSettings, lock: FolderLock) -> Iterator[Workers]:
       lock: the lock of the program's folder, which local children hold, too.
 
     Raises:
-      InputError: dask is not installed, no scheduler answers, or a worker does not fit.
+      InputError: if dask is not installed, no scheduler answers, or a worker does not fit.
     """
     if settings.executor == "local":
         local = LocalWorkers(settings.jobs, lock)
@@ -313,7 +313,7 @@ def hold(folder: pathlib.Path) -> Iterator[FolderLock]:
     """Locks a program's folder against other programs and the children of a killed one; yields the lock.
 
     Raises:
-      InputError: one of them uses the folder.
+      InputError: if one of them uses the folder.
     """
     with FolderLock(folder) as lock:
         if any(folder_lock.is_taken(path) for path in folder.glob(f"{_LOCK_OF_JOB}*")):
@@ -341,7 +341,7 @@ def run_jobs(
       show: is called now and then with the jobs that run here.
 
     Raises:
-      InputError: a child cannot be started, or the connection to dask is lost.
+      InputError: if a child cannot be started, or the connection to dask is lost.
     """
     more = workers.ends_with_worker, workers.inherited
     session = Session(uuid.uuid4().hex, str(folder.absolute()), os.getcwd(), *more)
@@ -361,7 +361,7 @@ def _result(future: concurrent.futures.Future) -> Ended:
     """How a job ended.
 
     Raises:
-      InputError: its child could not be started, or the connection to dask is lost.
+      InputError: if its child could not be started, or the connection to dask is lost.
     """
     try:
         return future.result()

@@ -34,7 +34,7 @@ def set_defaults(deterministic: bool = False) -> None:
       deterministic: whether the same program must compute the same bits each time.
 
     Raises:
-      InputError: ``deterministic`` comes too late, or XLA_FLAGS says the opposite.
+      InputError: if ``deterministic`` comes too late, or XLA_FLAGS says the opposite.
     """
     if not any(importlib.util.find_spec(name) for name in _PLUGINS):
         return

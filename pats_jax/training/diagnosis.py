@@ -298,7 +298,7 @@ def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classificati
     """Examines a model by its logits (rows, num_labels) on labelled rows.
 
     Raises:
-      InputError: the rows have no labels.
+      InputError: if the rows have no labels.
     """
     answers, labels = decide(logits, task), true_labels(split)
     scores = metrics.compute_metrics(task.metrics, answers, labels)

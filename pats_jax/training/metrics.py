@@ -64,15 +64,15 @@ def compute_metrics(
     """Scores predictions by a task's metrics.
 
     Args:
-      metrics: A task, its name, or names of metrics.
-      predictions: Class indices or scores, (rows,).
-      labels: The true ones, (rows,).
+      metrics: a task, its name, or names of metrics.
+      predictions: class indices or scores, (rows,).
+      labels: the true ones, (rows,).
 
     Returns:
       Metric name -> value, and their mean as ``combined_score`` where there are several, as in ``run_glue``.
 
     Raises:
-      ValueError: The arrays differ in shape, are empty or hold nan or infinity.
+      ValueError: if the arrays differ in shape, are empty or hold nan or infinity.
     """
     task = get_task(metrics) if isinstance(metrics, str) else metrics
     names = task.metrics if isinstance(task, Task) else task
@@ -96,12 +96,12 @@ def bootstrap_interval(
     which is multinomial; so that is drawn.
 
     Args:
-      names: Names of metrics.
-      predictions: Class indices or scores, (rows,).
-      labels: The true ones, (rows,).
-      level: The share of the resamples' scores that is between the ends.
-      resamples: How many are drawn.
-      seed: Of the draw.
+      names: names of metrics.
+      predictions: class indices or scores, (rows,).
+      labels: the true ones, (rows,).
+      level: the share of the resamples' scores that is between the ends.
+      resamples: how many are drawn.
+      seed: of the draw.
 
     Returns:
       Its two ends; twice the score itself where there is one row.
@@ -124,10 +124,10 @@ def scores_of_counts(name: str, labels: np.ndarray, predictions: np.ndarray, cou
     """A score of classes for many tables of counts at once.
 
     Args:
-      name: Name of the metric.
+      name: name of the metric.
       labels: True class of each cell of the table, (cells,).
-      predictions: Predicted class of each cell, (cells,).
-      counts: Rows in each cell, (tables, cells).
+      predictions: predicted class of each cell, (cells,).
+      counts: rows in each cell, (tables, cells).
 
     Returns:
       (tables,); 0 where the metric is not defined.

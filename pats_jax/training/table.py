@@ -23,7 +23,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
     """The number of optimizer steps.
 
     Raises:
-      InputError: there are more than anybody could count in 32 bits.
+      InputError: if there are more than anybody could count in 32 bits.
     """
     if length.max_steps > 0:
         return length.max_steps

@@ -27,8 +27,8 @@ class Draw:
     """The choices that make the rows of one file.
 
     Args:
-      seed: Any text; the same text gives the same choices.
-      vocabulary: Which entries of the vocabulary tables `word` and `words` may give: "seen" those of the training rows,
+      seed: any text; the same text gives the same choices.
+      vocabulary: which entries of the vocabulary tables `word` and `words` may give: "seen" those of the training rows,
         "unseen" those that are kept from them, or "all".
     """
 

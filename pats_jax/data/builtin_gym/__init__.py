@@ -44,7 +44,7 @@ def generate_gym(
       Task name -> task, in alphabetical order.
 
     Raises:
-      InputError: there is no such task or sample.
+      InputError: if there is no such task or sample.
     """
     names = chosen_names(GRAMMARS, tasks, "builtin")
     return {name: _task(name, GRAMMARS[name], seed).choose(seeds) for name in names}

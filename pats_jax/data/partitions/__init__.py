@@ -96,7 +96,7 @@ def load_partitioned_gym(
       share_sources: as for `load_partition`.
 
     Raises:
-      InputError: as both of them.
+      InputError: as from `load_gym` and `load_partition`.
     """
     named = set(read_partition(_file(name_or_path)).names)
     gym = load_gym(source, tasks=sorted(named.intersection(task_names(source, shots=shots))), shots=shots)
@@ -114,8 +114,8 @@ def load_partition(
       share_sources: whether two lists may have tasks built from the same dataset, as in CrossFit's own partitions.
 
     Raises:
-      InputError: one line with file and line: as ``read_partition``; a task that the gym does not have; a dev or test
-        task without test rows; a source set with tasks on two lists.
+      InputError: as from `read_partition`; or if the gym lacks a task, a dev or test task has no test rows, or tasks of
+        one source set are on two lists; the message names file and line.
     """
     path = _file(name_or_path)
     partition = read_partition(path)
@@ -140,8 +140,8 @@ def read_partition(path: Path) -> Partition:
     """Reads a partition's file.
 
     Raises:
-      InputError: it is missing, no JSON, no object with the three lists of names; a list of train or test tasks is
-        empty; a task is named twice, or cannot be part of a file's name.
+      InputError: if it is missing, is not JSON or not an object with the three lists of names; if the list of train or
+        test tasks is empty; or if a task is named twice, or its name cannot be part of a file's name.
     """
     lists = _read_lists(path)
     partition = Partition(*(tuple(lists[key]) for key in LISTS))
