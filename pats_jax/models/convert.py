@@ -1,4 +1,4 @@
-"""Hugging Face tensor names and layouts to parameter paths and back, and which tensors are missing or surplus.
+"""Converts Hugging Face tensor names and layouts to parameter paths and back; finds missing and surplus tensors.
 
 The mapping is mechanical: ``a.b.dense.weight`` is ``("a", "b", "dense", "kernel")`` transposed (Flax keeps inputs
 first, torch outputs first), an embedding's ``weight`` is ``embedding``, LayerNorm's ``weight`` is ``scale``.
@@ -32,8 +32,8 @@ class Matched(NamedTuple):
 
     Attributes:
       sources: parameter path -> the tensor's name as the checkpoint has it.
-      new: paths to be initialised afresh: the head, and BERT's pooler, where the checkpoint has none.
-      surplus: names of tensors that fill nothing and are not known to be superfluous.
+      new: paths to initialise anew: the head and BERT's pooler, where the checkpoint lacks them.
+      surplus: names of tensors that fill no parameter and are not known to be unused.
     """
 
     sources: dict[ParameterPath, str]
@@ -66,13 +66,13 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
 
 
 def to_tensor(path: ParameterPath, parameter: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_parameter`, contiguous as safetensors wants it."""
+    """The inverse of `to_parameter`, contiguous, as safetensors requires."""
     value = np.asarray(parameter, np.float32)
     return np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
 
 
 def canonical_name(name: str, config: EncoderConfig) -> str:
-    """A checkpoint's own name for a tensor in today's form: prefixed, ``weight`` and ``bias`` for gamma and beta."""
+    """The current form of a checkpoint's tensor name: with prefix; ``weight`` and ``bias`` for gamma and beta."""
     head, _, leaf = name.rpartition(".")
     if leaf in _OLD_LEAVES:
         name = f"{head}.{_OLD_LEAVES[leaf]}"
@@ -80,10 +80,10 @@ def canonical_name(name: str, config: EncoderConfig) -> str:
 
 
 def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: str) -> dict[str, str]:
-    """Each :func:`canonical_name` with the checkpoint's own name for it.
+    """Maps each `canonical_name` to the checkpoint's own name.
 
     Raises:
-      InputError: if two tensors have one canonical name.
+      InputError: if two tensors have the same canonical name.
     """
     own: dict[str, str] = {}
     for name in sorted(names):
@@ -96,10 +96,10 @@ def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: st
 
 
 def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *, source: str) -> None:
-    """Compares the sizes in a config with a checkpoint's tensors, before a model of these sizes is made.
+    """Compares the sizes in a config with a checkpoint's tensors, before a model of these sizes is created.
 
     Args:
-      shapes: the shape of every tensor in the checkpoint by its name there.
+      shapes: the shape of every tensor, by its name in the checkpoint.
       config: the checkpoint's config.
       source: what to call the checkpoint in error messages.
 
@@ -142,7 +142,7 @@ def match(
       names: the tensor names in the checkpoint.
       paths: every parameter path of the model.
       config: the checkpoint's config.
-      new_head: leave the checkpoint's own head aside and start a new one.
+      new_head: whether to ignore the checkpoint's own head and start a new one.
       source: what to call the checkpoint in error messages.
 
     Raises:
