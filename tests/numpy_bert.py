@@ -41,7 +41,7 @@ class NumpyBert:
         return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
     def logits(self, input_ids, attention_mask, token_type_ids):
-        """(batch, labels)"""
+        """The logits, (batch, labels)."""
         tables = {name: self.tensors[f"bert.embeddings.{name}_embeddings.weight"] for name in _TABLES}
         words, first = tables["word"][input_ids], 0
         if self.prompt is not None:

@@ -186,8 +186,10 @@ def make_meta_loss(
 
 
 def _descend(loss_fn, params, batches, key, learning_rate, trainable, first_order=False, remat=False):
-    """The sum of the gradients of SGD's steps from params, a tree like them with None at what does not move, and the
-    loss before each step."""
+    """The sum of the gradients of SGD's steps from params, and the loss before each step.
+
+    The sum is a tree like params, with None at the leaves that do not move.
+    """
     taken, left = _partition(params, trainable)
 
     def inner_step(total, numbered):

@@ -348,8 +348,7 @@ def row_shapes(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int)
 
 
 def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
-    """Keeps the right option and draws others at random, ``most`` in all, in their order; a row with no more options is
-    returned as it is.
+    """Keeps at most ``most`` options of a row, in their order: the right one, and others drawn at random.
 
     Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)

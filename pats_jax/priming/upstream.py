@@ -284,8 +284,11 @@ class UpstreamSource:
 
 
 class UpstreamScore:
-    """The dev score of the stage: accuracy on dev tasks, of the primed parameters as they are (multi-task learning), or
-    after the inner steps on each task's training rows (meta-learners)."""
+    """The dev score of the stage: accuracy on dev tasks.
+
+    Multi-task learning scores the primed parameters as they are, meta-learners after the inner steps on each task's
+    training rows.
+    """
 
     def __init__(
         self, source: UpstreamSource, tasks: Sequence[FewShotTask], asked: preemption.Preemption, training: Training

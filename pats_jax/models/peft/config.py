@@ -79,7 +79,6 @@ class PeftConfig(abc.ABC):
 
         Returns:
           Path -> array, float32.
-
         
 
         Raises:
