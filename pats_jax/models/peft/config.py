@@ -79,7 +79,6 @@ class PeftConfig(abc.ABC):
 
         Returns:
           Path -> array, float32.
-        
 
         Raises:
           InputError: if the settings do not fit the model, for instance if they name layers that it lacks.
