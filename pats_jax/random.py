@@ -20,8 +20,8 @@ word). The mixing function is published; its composition into keys and words is 
     fold_in of d            key' = derive(key, (d, 0x03707344))
     32 bits of element e    (a, b) = feistel(key ^ (e_block, 0x243f6a88); 0)
                             u = mix(e_offset ^ a);   word = mix(u ^ b) + u
-    8 or 16 bits            the top bits of that word 64 bits                 low half: that word; high half: the same
-    with 0x85a308d3 in place of 0x243f6a88
+    8 or 16 bits            the top bits of that word
+    64 bits                 low half: that word; high half: one made with 0x85a308d3 instead of 0x243f6a88
 
 An array of at most 2**32 elements is one block: e_block is 0 and e_offset the element's row-major index. A larger array
 is divided along its leading dimensions: e_offset is the row-major index over the longest run of trailing dimensions
