@@ -1,8 +1,8 @@
 """Checked reading of files from outside, and atomic writing of our own.
 
 The library reads every JSON file with `read_json` or `read_record`, and replaces every file with `write_bytes`,
-`write_text` or `write_json`. All of them raise `InputError`, one line that names the file, for any content of the file
-and any failure of the system.
+`write_text` or `write_json`. For invalid content and for failures of the system, all of them raise a one-line
+`InputError` that names the file.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class NoSuchFile(InputError):
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
-    """Opens a regular file to read bytes; follows links, and does not wait for pipes and devices.
+    """Opens a regular file to read bytes; follows links, and never waits for pipes or devices.
 
     Raises:
       InputError: if the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
@@ -59,7 +59,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file.
+    """Reads the bytes of a regular file.
 
     Raises:
       InputError: as from `opened`.
@@ -233,9 +233,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name first, which then takes the place of what was there.
+    """Writes a file whole or not at all: first under a temporary name, then renamed to ``path``.
 
-    A link in the file's place is replaced, not followed. Nothing half-written is left where the system refuses.
+    A link is replaced, not followed. If the system refuses, no partial file is left.
 
     Raises:
       InputError: if the system refuses, for instance on a full or read-only disk.

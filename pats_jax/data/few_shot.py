@@ -51,7 +51,7 @@ class Sample:
     Attributes:
       seed: the seed that drew it, which names its files.
       train: the rows to tune on.
-      dev: as many rows again.
+      dev: the rows to choose settings by, as many as in ``train``.
       test: many rows, usually the same for all samples; empty if the gym has no test file.
     """
 
@@ -66,9 +66,9 @@ class FewShotTask:
     """A task of a few-shot gym.
 
     Attributes:
-      name: as in file names and partitions.
-      options: the classes by index, the options of every row in that order; None: each row has options of its own.
-      samples: by increasing seed.
+      name: its name in file names and partitions.
+      options: the classes by index, the options of every row in that order; None if each row has its own options.
+      samples: the samples, by increasing seed.
     """
 
     name: str

@@ -4,8 +4,8 @@ Three sources agree on the tasks but not on their details, and the table holds a
 
 * the TSV folders of the GLUE distribution (Wang et al., ICLR 2019, gluebenchmark.com);
 * the hub's ``nyu-mll/glue``, whose order of labels is the order of the class indices here too;
-* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set, as many rows as that has
-  (the card of ``nyu-mll/glue`` counts them).
+* the files that the GLUE server reads: header ``index<TAB>prediction``, one file per test set, with as many rows as the
+  test set (the card of ``nyu-mll/glue`` counts them).
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Task:
     """One row of the table.
 
     Attributes:
-      name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
+      name: the name in lower case, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
       folder: folder of the GLUE distribution.
       tsv_texts: columns of the one or two texts in the TSV files.
       hub_texts: the same columns in ``nyu-mll/glue``.
@@ -74,7 +74,7 @@ class Task:
         """Writes one prediction as the GLUE server reads it.
 
         Args:
-          prediction: class index, or a score, which is cut to the task's range and written with three decimals.
+          prediction: a class index, or a score, which is clipped to the task's range and written with three decimals.
         """
         if self.labels is None:
             low, high = self.score_range or (float("-inf"), float("inf"))
@@ -204,7 +204,7 @@ def own_task(labels: tuple[str, ...] | None) -> Task:
     F1 is left out, because nothing says which of two classes is the positive one.
 
     Args:
-      labels: names of the classes in the order of their indices, which predictions are written by; None for scores.
+      labels: names of the classes in the order of their indices, as written in predictions; None for scores.
     """
     metrics = ("pearson", "spearmanr") if labels is None else ("accuracy",)
     files = {"test": "test.tsv"}

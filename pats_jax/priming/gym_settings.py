@@ -78,7 +78,7 @@ class TuningSettings(Group):
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel(Group):
-    """Tuning of the whole model, beside the adapters; it has no settings of its own."""
+    """Tuning of the whole model, as an alternative to adapters; it has no settings of its own."""
 
     kind: ClassVar[Literal["full"]] = "full"
 

@@ -98,7 +98,7 @@ def maml(
       loss_fn: the loss of a batch of rows.
       inner_learning_rate: the learning rate of the inner steps (plain SGD).
       trainable: a tree of bools like params: which parameters the inner steps update; None: all.
-      first_order: whether the second-order term is left out.
+      first_order: whether to leave out the second-order term.
       remat: whether to recompute inner steps and query in the backward pass: less memory, more work.
 
     Returns:
@@ -106,7 +106,7 @@ def maml(
       ``support_loss``, the loss before the first inner step; all means over the tasks.
 
     Raises:
-      ValueError: if inner_learning_rate is not greater than 0; from the loss, if the batch lacks these arrays.
+      ValueError: if inner_learning_rate is not positive; from the loss, if the batch lacks support or query arrays.
     """
     check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "greater than 0")
 

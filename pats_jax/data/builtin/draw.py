@@ -1,7 +1,6 @@
 """Seeded choices, the same on every Python version and platform.
 
-Of the standard generator only ``random()`` is promised to keep its sequence between Python versions, so every choice
-is made from it.
+Python promises the same sequence in all versions only for ``random()``, so every choice is made from it.
 """
 
 import random
@@ -28,8 +27,8 @@ class Draw:
 
     Args:
       seed: any text; the same text gives the same choices.
-      vocabulary: which entries of the vocabulary tables `word` and `words` may give: "seen" those of the training rows,
-        "unseen" those that are kept from them, or "all".
+      vocabulary: the entries of the vocabulary tables that `word` and `words` may return: "seen" (those of the training
+        rows), "unseen" (those kept out of them) or "all".
     """
 
     def __init__(self, seed: str, vocabulary: str):

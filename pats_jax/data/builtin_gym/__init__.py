@@ -38,7 +38,7 @@ def generate_gym(
     Args:
       seed: any whole number; the same seed gives the same rows on every machine.
       tasks: names of tasks; None: all.
-      seeds: which of the samples ``SEEDS``; all if not given.
+      seeds: the seeds of the samples, of ``SEEDS``; None: all.
 
     Returns:
       Task name -> task, in alphabetical order.

@@ -23,9 +23,9 @@ def write_builtin_gym(directory: str | Path, *, seed: int = 0, tasks: Sequence[s
     """Writes the built-in gym, ``<task>/<task>_16_<seed>_{train,dev}.jsonl`` and one ``..._test.jsonl``, and a README.
 
     Args:
-      directory: folder to write to, made if need be; one that holds anything is refused.
+      directory: folder to write to; created if missing. It must be empty.
       seed: the same seed gives the same bytes everywhere.
-      tasks: names of tasks; all if not given.
+      tasks: names of tasks; None: all.
 
     Raises:
       InputError: if a task is unknown, or the directory is not empty.

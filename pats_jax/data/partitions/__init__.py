@@ -1,4 +1,4 @@
-"""Which tasks of a gym are for the upstream stage, which choose its settings, and which are targets.
+"""The division of a gym into tasks for the upstream stage, tasks to choose its settings by, and target tasks.
 
 A partition is a JSON file in CrossFit's layout (``train_classification_test_classification.json`` there): an object
 with the lists of task names ``train`` (upstream), ``dev`` (to choose settings of the upstream stage by) and ``test``
@@ -71,7 +71,7 @@ class Partition:
 
     Attributes:
       train: upstream tasks.
-      dev: tasks that choose settings of the upstream stage; may be none.
+      dev: tasks to choose settings of the upstream stage by; may be empty.
       test: target tasks.
     """
 
@@ -177,7 +177,11 @@ def _read_lists(path: Path) -> dict[str, list[str]]:
 
 
 def _check_sources(path: Path, partition: Partition) -> None:
-    """Each source set on one list only; the message names all that are on two, at the line of the first."""
+    """Checks that each source set is on one list only; the error names all that are on two, at the line of the first.
+
+    Raises:
+      InputError: if a source set is on two lists.
+    """
     list_of = {name: key for key in LISTS for name in getattr(partition, key)}
     tasks_on: dict[str, list[str]] = {}
     for name in list_of:
@@ -192,7 +196,7 @@ def _check_sources(path: Path, partition: Partition) -> None:
 
 
 def _place(path: Path, name: str, occurrence: int = 0) -> str:
-    """``file:line`` of a name in the file, the first time or later."""
+    """``file:line`` of a name in the file, at its first or a later occurrence."""
     text = read_text(path)
     begins = [match.start() for match in re.finditer(re.escape(json.dumps(name, ensure_ascii=False)), text)]
     begin = begins[min(occurrence, len(begins) - 1)] if begins else 0
