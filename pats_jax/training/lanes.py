@@ -185,7 +185,7 @@ class LaneProgram:
 
     @functools.cached_property
     def predict(self) -> Callable[[Any, Any, train_state.Batch], jax.Array]:
-        """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all lanes get one
+        """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all get the same
         batch."""
         alone = train_state.make_predict_step(self.apply_fn)
 
