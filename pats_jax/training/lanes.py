@@ -185,8 +185,7 @@ class LaneProgram:
 
     @functools.cached_property
     def predict(self) -> Callable[[Any, Any, train_state.Batch], jax.Array]:
-        """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all get the same
-        batch."""
+        """``predict(params, frozen, batch)``, jitted: logits (lanes, batch, num_labels) float32; all get one batch."""
         alone = train_state.make_predict_step(self.apply_fn)
 
         def predict(params, frozen, batch):
@@ -196,7 +195,7 @@ class LaneProgram:
         return jax.jit(predict)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """The trained and the frozen parameters; the latter is None if all are trained."""
+        """Trained and frozen parameters; the latter is None if all are trained."""
         trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
 
