@@ -66,7 +66,7 @@ class PeftConfig(abc.ABC):
 
     @property
     def differs_by_layer(self) -> bool:
-        """Whether it may change some encoder layers in other ways than others, which needs separate layers."""
+        """Whether it may change encoder layers differently from each other, which needs separate layers."""
         return False
 
     @property
@@ -165,14 +165,14 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
 
 
 def differs_by_layer(pattern: str, what: str) -> bool:
-    """Whether a regex for `linear_layers` can match other linear layers in one encoder layer than in another.
+    """Whether a regex for `linear_layers` can match different linear layers in different encoder layers.
 
     Args:
-        pattern: The regex.
-        what: Its name in error messages.
+      pattern: the regex.
+      what: what to call the regex in error messages.
 
     Raises:
-        InputError: It is not a valid regex, or takes too long.
+      InputError: if the regex is not valid, or takes too long to match.
     """
     matches = compile_pattern(pattern, what)
     numbers = range(_MOST_LAYERS)
