@@ -38,8 +38,8 @@ class Table:
     Attributes:
       path: the file, for messages.
       header: names of all columns of the file, also of those that were not kept.
-      columns: column name -> one string a row.
-      lines: line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
+      columns: column name -> one string per row.
+      lines: line of the file, counted from 1, on which each row begins; in a JSON array, the number of the row.
       before_line: text between the path and such a number in messages.
     """
 
@@ -76,7 +76,7 @@ class Table:
           written: how the file writes each class, in the order of the indices.
 
         Raises:
-          InputError: if a label is not one of those; the message names file and line.
+          InputError: if a label is none of ``written``; the message names file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -104,7 +104,7 @@ class Table:
 
 
 def finite_number(cell: str) -> float | None:
-    """The number that a cell holds, None if it holds none or one that float32 cannot hold."""
+    """The number in a cell; None if there is none, or float32 cannot hold it."""
     if not NUMBER.fullmatch(cell.strip()):
         return None
     value = float(cell)
@@ -112,7 +112,7 @@ def finite_number(cell: str) -> float | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message; at most ten, since a file may hold hundreds."""
+    """Names as text for a message; at most ten, because a file may hold hundreds."""
     told = ", ".join(map(shown, names[:10]))
     return f"{told} and {len(names) - 10} more" if len(names) > 10 else told
 
@@ -136,9 +136,9 @@ def read_text(path: Path) -> str:
 
 
 def check_characters(text: str, place: str) -> None:
-    """Raises InputError if a text has a lone surrogate, which no tokenizer takes and no file holds.
+    """Raises InputError if a text has a lone surrogate, which no tokenizer accepts and no file can hold.
 
-    UTF-8 has none, but the escapes of JSON can spell them.
+    UTF-8 has none, but JSON escapes can.
     """
     if not text.isascii():
         try:
@@ -149,9 +149,9 @@ def check_characters(text: str, place: str) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines of a text, parted at line feeds only; a carriage return before one and empty lines at the end are dropped.
+    """Splits a text only at line feeds; drops a carriage return before one, and empty lines at the end.
 
-    ``str.splitlines`` would also part at form feeds and Unicode separators, which do occur inside GLUE's sentences.
+    ``str.splitlines`` would also split at form feeds and Unicode separators, which occur in GLUE's sentences.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     while lines and not lines[-1]:
@@ -162,7 +162,7 @@ def split_lines(text: str) -> list[str]:
 def read_tsv(
     path: Path, wanted: Collection[str], *, header: Sequence[str] | None = None, broken_rows: float = 0.0
 ) -> tuple[Table, list[int]]:
-    """Reads a tab-separated file in which quotes mean nothing.
+    """Reads a tab-separated file, in which quotes have no meaning.
 
     Args:
       path: the file.
@@ -195,7 +195,7 @@ def read_tsv(
 
 
 def read_csv(path: Path, wanted: Collection[str]) -> Table:
-    """Reads a comma-separated file with a header; quotes protect what they hold, blank lines do not count.
+    """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
 
     Raises:
       InputError: as from `read_tsv`; or if quotes do not match.
@@ -232,7 +232,7 @@ _CSV_LIMIT = threading.Lock()
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lifts the csv module's limit on the length of a field, 131,072 characters, which all its readers share."""
+    """Lifts the csv module's global limit on the length of a field, 131,072 characters."""
     with _CSV_LIMIT:
         limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
@@ -264,7 +264,7 @@ class JsonObject(dict):
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
-    """The objects of a file of JSON lines, each with its line number; blank lines do not count.
+    """The objects of a file of JSON lines, each with its line number; ignores blank lines.
 
     Raises:
       InputError: if a line is not a JSON object; the message names file and line.
@@ -278,7 +278,7 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
 
 
 def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
-    """Reads JSON lines, one object a line, or a ``.json`` file that is one array of objects.
+    """Reads JSON lines, one object per line, or a ``.json`` file that is one array of objects.
 
     All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
     string.
@@ -342,7 +342,7 @@ def _collect(
     header_line: int = 1,
     before_line: str = ":",
 ) -> Table:
-    """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
+    """Keeps the wanted columns row by row, so MNLI's parse trees, most of its files, are never all in memory."""
     for position, name in enumerate(header):
         if name in wanted and name in header[:position]:
             raise InputError(f"{path}:{header_line}: two columns are named {name!r}; rename or remove one")
