@@ -199,8 +199,8 @@ class Finish:
     """What follows a training: scores and predictions on the devices, then the folder.
 
     Attributes:
-      files: file name -> predictions, once they are made.
-      examined: the examination of the model, once it is made.
+      files: predictions by file name, once they are made.
+      examined: what the model gets wrong, once it is known.
     """
 
     start: run_start.Start[Settings]

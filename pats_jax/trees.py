@@ -29,12 +29,12 @@ def is_absent(x: Any) -> bool:
 
 
 def resolve_mask(mask: Any, params: Any) -> Any:
-    """A mask (a tree prefix of bools, a function of params, or None for every leaf) as a tree of bools like params.
+    """The mask (a tree prefix of bools, a function of params, None for every leaf) as a tree of bools like params.
 
-    optax.MaskedNode counts as a leaf. An array of bools, one per layer of a leaf, becomes one bool if all are equal.
+    optax.MaskedNode counts as a leaf. An array of bools, one for each layer of a leaf, is one bool if all are the same.
 
     Raises:
-      ValueError: if the mask selects some layers of a leaf but not others.
+      ValueError: if it takes some layers of a leaf and leaves others out.
     """
     resolved = resolve_layer_mask(mask, params)
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(resolved)):
@@ -43,7 +43,7 @@ def resolve_mask(mask: Any, params: Any) -> Any:
 
 
 def resolve_layer_mask(mask: Any, params: Any) -> Any:
-    """As `resolve_mask`, but a leaf of which the mask selects some layers has an array of bools (layers,)."""
+    """As `resolve_mask`; a leaf some of whose layers the mask takes has an array of bools (layers,)."""
     return _resolve_prefix(True if mask is None else mask(params) if callable(mask) else mask, params, as_kept)
 
 
@@ -54,7 +54,7 @@ def as_kept(keep: Any) -> bool | np.ndarray:
 
 
 def _resolve_prefix(prefix, params, convert):
-    """A tree like params with the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
+    """A tree like params of the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
     return jax.tree.map(
         lambda x, part: jax.tree.map(lambda _: convert(x), part, is_leaf=is_masked), prefix, params, is_leaf=is_masked
     )
@@ -225,7 +225,7 @@ def _number(name: str) -> int:
 def as_extra_args_transform(
     inner: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer as a gradient transformation that accepts extra arguments, used or not."""
+    """An optimizer as a gradient transformation that takes extra arguments, used or not."""
     return optax.with_extra_args_support(
         inner.gradient_transformation() if isinstance(inner, optax.MultiSteps) else inner
     )

@@ -124,7 +124,7 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
       A gradient transformation; its state holds a copy of the mask.
 
     Raises:
-      ValueError: from ``init``, if a mask does not have bools or its parameter's shape.
+      ValueError: from ``init``, on a mask that is not of bools or not of its parameter's shape.
 
     Examples:
       >>> import jax.numpy as jnp, pats_jax

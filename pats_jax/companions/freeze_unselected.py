@@ -31,7 +31,7 @@ def freeze_unselected(
       A gradient transformation; its state is ``inner``'s.
 
     Raises:
-      ValueError: from ``init``, if ``inner`` contains no such transform.
+      ValueError: from ``init``, if there is no such transform inside.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax

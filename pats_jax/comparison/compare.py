@@ -193,7 +193,7 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
 
 
 def _alike(shared, saved):
-    """The shared settings with the methods of a saved run that the grid no longer lists."""
+    """The shared settings with the methods of a saved run, which the grid no longer lists."""
     return next(iter(shared.values())).replace(methods=saved.methods)
 
 
@@ -287,7 +287,7 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 
 
 def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> dict[Run, str]:
-    """Runs the unfinished runs; returns failed run -> reason.
+    """Runs what is not finished, and returns why each failed run failed.
 
     Args:
       grid: what to run.

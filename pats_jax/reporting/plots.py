@@ -33,7 +33,7 @@ def plot_loss(path: pathlib.Path, records: list[JsonObject]) -> None:
 
 
 def plot_scores(path: pathlib.Path, runs: dict[str, list[JsonObject]], metric: str, majority: float) -> None:
-    """The main metric by step, one line per run, with the score of the majority class.
+    """The main metric by step, one line a run, with the score of the majority class.
 
     Args:
       path: the PNG file to write.

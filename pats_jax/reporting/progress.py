@@ -95,10 +95,10 @@ class StepProgress:
 
 
 class CountProgress:
-    """Shows how many runs have ended, the time left, and what runs now; a context manager.
+    """Shows how many of some runs have ended, the time left, and what runs now; a context manager.
 
-    On a terminal it is a bar, elsewhere a line every half minute; nothing on a quiet console. The time left is
-    estimated from the mean speed once a run has ended.
+    On a terminal it is a bar, elsewhere a line every half minute; nothing on a quiet console. The time left is known
+    once a run has ended: the speed is that of all of them.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class CountProgress:
             self._bar.stop()
 
     def show(self, running: str = "", ended: int = 0) -> None:
-        """Updates what runs now, and how many more runs have ended."""
+        """Takes what runs now, and how many more have ended."""
         self._running, self._ended = running, self._ended + ended
         if self._bar is not None:
             self._bar.update(self._task, advance=ended, status=visible(running))

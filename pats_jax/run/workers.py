@@ -398,7 +398,7 @@ def reason(job: Job, ended: Ended) -> str | None:
 
 
 def how_far(job: Job) -> str:
-    """A job's name, and the last step in its log, if any."""
+    """A job's name, and the last step that its log tells of, if any."""
     log = pathlib.Path(job.log)
     try:
         with log.open("rb") as file:

@@ -301,7 +301,7 @@ def _fetch(fetched, pending):
 
 
 def _summarise(steps, progress):
-    """Makes a record: means over the steps that were not skipped, share of padding, number of skipped steps."""
+    """One record: means over the steps that were not skipped, share of padding, number of skipped steps."""
     kept = [step for step in steps if not _was_skipped(step)]
     names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
     means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}

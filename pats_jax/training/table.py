@@ -154,7 +154,7 @@ class TableSource:
         )
 
     def _planned(self, first_step):
-        """Yields rows and length of every step after ``first_step`` steps, without end."""
+        """Yields rows and length of every step from a step (counted from 0) on, without end."""
         epoch, done = divmod(first_step, len(self.plan))
         for number in itertools.count(epoch):
             yield from self._plan(number)[done:]
