@@ -758,7 +758,7 @@ def test_a_test_file_may_have_one_text_a_line_as_for_predict(tmp_path):
     assert split.sentence1 == ["one", "two"] and split.label_names == ("no", "yes")
     with pytest.raises(InputError, match=r"test.txt: unknown file type '.txt'; use .csv, .tsv, .parquet or .jsonl"):
         load_files({"train": test})
-    with pytest.raises(InputError, match=r"x.xls: unknown file type '.xls'; use .csv, .tsv, .txt or .jsonl"):
+    with pytest.raises(InputError, match=r"x.xls: unknown file type '.xls'; use .csv, .tsv, .txt, .parquet or .jsonl"):
         load_files({"test": tmp_path / "x.xls"})
 
 

@@ -20,10 +20,10 @@ class Columns:
     """The columns of your own data, and how its files separate them.
 
     Attributes:
-      texts: The one or two columns of the texts; if empty, found by name.
-      labels: The column of the labels; if empty, found by name. Several: a column of 0 and 1 for each label, of which
+      texts: the one or two columns of the texts; if empty, found by name.
+      labels: the column of the labels; if empty, found by name. Several: a column of 0 and 1 for each label, of which
         a text may have several.
-      delimiter: The character between the cells of CSV and TSV files, which are then both read as CSV; None: commas in
+      delimiter: the character between the cells of CSV and TSV files, which are then both read as CSV; None: commas in
         CSV, tabs in TSV.
     """
 

@@ -29,7 +29,7 @@ def held_out_rows(
       Row numbers in increasing order.
 
     Raises:
-      InputError: there are too few rows.
+      InputError: if there are too few rows.
 
     Examples:
       >>> labels = ["spam"] * 10 + ["ham"] * 30

@@ -55,16 +55,17 @@ def load_files(
     where these have them.
 
     Args:
-      files: Split name -> file.
-      label_names: Names of the classes by index, for instance those of a saved model.
-      regression: Whether the labels are scores; None: as `labels.find_classes` finds.
-      columns: Those of texts and labels.
+      files: split name -> file.
+      label_names: names of the classes by index, for instance those of a saved model.
+      regression: whether the labels are scores; None: as `labels.find_classes` finds.
+      columns: those of texts and labels.
 
     Returns:
       Split name -> rows, all with the same ``label_names``. "test" is read as ``read_texts`` does, without labels.
 
     Raises:
-      InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
+      InputError: as from `read_file`; or if labels are missing where they are needed, or one file holds pairs and
+        another single texts.
     """
 
     def read(name: str) -> Table:
@@ -85,18 +86,18 @@ def load_set(
     """Reads a data set of the hub, or of a local folder that ``datasets`` loads.
 
     Args:
-      name: Its id on the hub, or a folder.
-      config: Its configuration; None: the only one, or its default.
-      splits: Any of "train", "validation" and "test"; "validation" is left out if the set has none beside "train".
-      label_names: As for ``load_files``.
-      regression: As for ``load_files``.
-      columns: As for ``load_files``.
+      name: its id on the hub, or a folder.
+      config: its configuration; None: the only one, or its default.
+      splits: any of "train", "validation" and "test"; "validation" is left out if the set has none beside "train".
+      label_names: as for ``load_files``.
+      regression: as for ``load_files``.
+      columns: as for ``load_files``.
 
     Returns:
       As ``load_files``. Classes that the set names keep their order.
 
     Raises:
-      InputError: As ``load_files``; the set cannot be loaded, or has no such split.
+      InputError: as from `load_files`; or if the set cannot be loaded, or has no such split.
     """
     rows = _set_rows(name, config)
     held_out = "validation" in splits and "train" in splits and _set_split(rows, "validation") is None
@@ -124,7 +125,7 @@ def _set_table(name: str, splits: Mapping[str, Any], split: str, columns: Column
     """The wanted columns of a split of a set; -1 where classes have names stands for a hidden label: an empty cell.
 
     Raises:
-      InputError: The set has no such split.
+      InputError: if the set has no such split.
     """
     own = _set_split(splits, split)
     if own is None:
@@ -202,18 +203,18 @@ def read_file(
     """Reads your own file.
 
     Args:
-      path: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, or a ``.json`` file of JSON lines or one array of
+      path: a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, or a ``.json`` file of JSON lines or one array of
         objects.
-      label_names: Names of the classes by index.
-      regression: Whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
+      label_names: names of the classes by index.
+      regression: whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
           in the file, see `labels.find_classes`.
-      columns: Those of texts and labels.
+      columns: those of texts and labels.
 
     Returns:
       The rows; ``labels`` is None if there is no label column, or it is empty.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     table = _read_table(Path(path), columns, labelled=True)
     return _labelled(table, columns, columns, label_names, regression)[0]
@@ -275,9 +276,9 @@ def read_texts(path: str | Path, columns: Columns = BY_NAME, usual: Columns = BY
     """Reads texts to predict on: a file as for ``read_file``, without labels, or a ``.txt`` with one text per line.
 
     Args:
-      path: The file.
-      columns: Those of the texts.
-      usual: If these are not named: which to look for first.
+      path: the file.
+      columns: those of the texts.
+      usual: if these are not named: which to look for first.
     """
     wanted = columns if columns.texts else dataclasses.replace(columns, texts=usual.texts)
     return _unlabelled(_read_table(Path(path), wanted, labelled=False), columns, usual)[0]

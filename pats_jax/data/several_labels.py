@@ -23,7 +23,7 @@ def has_lists(table: Table, column: str) -> bool:
     """Whether the cells of a label column are lists.
 
     Raises:
-      InputError: Some are, and others are not; the message names file and line.
+      InputError: if some are, and others are not; the message names file and line.
     """
     cells = table.columns[column]
     are_lists = [_names_in(cell) is not None for cell in cells]
@@ -39,15 +39,15 @@ def read_lists(table: Table, column: str, names: Sequence[str] | None = None) ->
     """The labels of a column of lists.
 
     Args:
-      table: The table.
-      column: Its label column.
-      names: Names of the labels by index; None: all that occur, in the order of `labels.class_names`, which is logged.
+      table: the table.
+      column: its label column.
+      names: names of the labels by index; None: all that occur, in the order of `labels.class_names`, which is logged.
 
     Returns:
       float32 (rows, labels), 1 where a row has the label, else 0; and the names.
 
     Raises:
-      InputError: A label is not one of the names, or is there twice; there are fewer than two labels.
+      InputError: if a label is not one of the names, or is there twice; there are fewer than two labels.
     """
     rows = [_names_in(cell) or () for cell in table.columns[column]]
     for row, own in enumerate(rows):
@@ -73,7 +73,7 @@ def read_columns(table: Table, columns: Sequence[str]) -> np.ndarray:
     """The labels of a table with a column of 0 and 1 (or true and false) for each: float32 (rows, labels).
 
     Raises:
-      InputError: A cell is neither; the message names file and line.
+      InputError: if a cell is neither; the message names file and line.
     """
     labels = np.empty((len(table), len(columns)), np.float32)
     for index, column in enumerate(columns):

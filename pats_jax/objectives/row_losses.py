@@ -32,8 +32,8 @@ def smoothed_cross_entropy(smoothing: float, class_weights: Sequence[float] | np
 
     Examples:
       >>> row_loss = smoothed_cross_entropy(0.1)
-      >>> print(row_loss(jnp.log(jnp.array([[0.8, 0.2]])), jnp.array([0])))
-      [0.29245794]
+      >>> print(row_loss(jnp.log(jnp.array([[0.8, 0.2]])), jnp.array([0])).round(4))
+      [0.2925]
     """
     check_number("smoothing", smoothing, lambda x: 0 <= x <= 1, "in [0, 1]")
     weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)

@@ -105,7 +105,7 @@ def read_input(file: str | None, columns: Columns, usual: Columns) -> readers.Sp
       usual: those that are looked for first.
 
     Raises:
-      InputError: There is no text.
+      InputError: if there is no text.
     """
     if file not in (None, "-"):
         return read_texts(str(file), columns, usual)
