@@ -15,6 +15,7 @@ from pats_jax.methods.settings import OptimizerSettings
 from pats_jax.methods.table import METHOD_CHOICE, joined_names
 from pats_jax.models import peft
 from pats_jax.models.settings import ModelSettings
+from pats_jax.run.hub import HubSettings
 from pats_jax.run.records import PeftKind
 from pats_jax.training.settings import (
     BatchSettings,
@@ -114,6 +115,7 @@ class TrainingSettings(TunedModel):
 
     adapters: "tuple[peft.PeftConfig, ...]" = ()  # of --peft: one, or none
     folder: FolderSettings = FolderSettings()
+    hub: HubSettings = HubSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loop: LoopSettings = LoopSettings()
     saving: SavingSettings = SavingSettings()
