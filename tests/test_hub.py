@@ -1,4 +1,4 @@
-"""Uploads to the hub, against a server of our own that speaks the four requests of one: create, check, prepare, commit."""
+"""Uploads to the hub, against a server of our own that answers four requests: create, check, prepare, commit."""
 
 import base64
 import functools
@@ -177,6 +177,7 @@ def refused(args, capsys):
 def test_what_cannot_be_uploaded_is_refused_before_training(flags, message, hub, home, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     args = ["glue", "--task_name", "sst2", "--model_name_or_path", str(home / "base"), "--output_dir"]
+    monkeypatch.setattr(glue, "carry_out", None)
     assert refused([*args, str(tmp_path / "run"), "--push_to_hub", *flags], capsys) == f"pats-jax: error: {message}"
     assert not (tmp_path / "run").exists() and hub.asked == []
 

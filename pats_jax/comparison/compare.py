@@ -351,10 +351,12 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     failures: dict[Run, str] = {}
     if len(run_of) < len(runs):
         say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
+    if run_of:
+        say(console, workers.forecast(len(run_of), "runs", seconds_taken(root), grid.workers))
     with workers.note_signals() as asked, CountProgress(console, len(run_of), "runs") as progress:
 
         def show(jobs: Sequence[Job]) -> None:
-            progress.show(", ".join(map(workers.how_far, jobs)))
+            progress.show(", ".join(map(workers.how_far, jobs)), under_way=sum(map(workers.share_done, jobs)))
 
         with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
             for job, ended in all_ended:
@@ -370,6 +372,14 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
             f"interrupted; {done} of {len(runs)} runs are finished; to resume, run: {command}", asked.signal_number
         )
     return failures
+
+
+def seconds_taken(root: pathlib.Path) -> list[float]:
+    """How long the finished runs of a grid trained."""
+    results = (run_folder.read_results(run.folder(root)) for run in recorded_runs(root))
+    timings = (one.get("timing") for one in results if one)
+    found = (timing.get("train_seconds") for timing in timings if isinstance(timing, dict))
+    return [seconds for seconds in found if isinstance(seconds, int | float) and 0 < seconds < 1e9]
 
 
 def is_finished(run: Run, root: pathlib.Path) -> bool:

@@ -42,12 +42,9 @@ class HubSettings(Group):
 
     def check(self) -> None:
         super().check()
-        if not self.push_to_hub:
-            for name in ("hub_model_id", "hub_private_repo"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"--{name}: needs --push_to_hub")
-            return
-        check_ready(self.hub_model_id, "--push_to_hub")
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise InputError(f"--{name}: needs --push_to_hub")
 
 
 def check_ready(repo_id: str | None, source: str, token: str | None = None) -> None:
