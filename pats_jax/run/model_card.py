@@ -323,7 +323,16 @@ def _score_table(results: Values) -> list[str]:
         "| | " + " | ".join(map(markdown_text, names)) + " |",
         "| --- |" + " --- |" * len(names),
         *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
+        *_interval_line(results.get("diagnosis")),
     ]
+
+
+def _interval_line(diagnosis: Values | None) -> list[str]:
+    if not diagnosis:
+        return []
+    interval, metric = diagnosis["interval"], markdown_text(diagnosis["metric"])
+    what = f"{metric} of the model in this folder is {diagnosis['score']:.4f}"
+    return ["", f"{what}, {interval['level']:.0%} bootstrap interval {interval['low']:.4f} to {interval['high']:.4f}."]
 
 
 def _dev_table(results: Values) -> list[str]:
