@@ -115,7 +115,8 @@ def _misfit(prefix, tree, path):
         below = (_misfit(prefix[key], tree[key], f"{path}/{key}".lstrip("/")) for key in prefix)
         return next(filter(None, below), None)
     if isinstance(prefix, Mapping | list | tuple) and type(prefix) is not type(tree):
-        return f"is a {type(prefix).__name__}{at}, where the parameters have a {type(tree).__name__}"
+        kind = "an array" if hasattr(tree, "shape") else f"a {type(tree).__name__}"
+        return f"is a {type(prefix).__name__}{at}, where the parameters have {kind}"
     return None
 
 

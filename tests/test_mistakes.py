@@ -66,7 +66,7 @@ WRONG_MASKS = [
     ({"encoder": True}, InputError, "lacks 'head'"),
     ({"encoder": True, "head": True, "pooler": True}, InputError, "has 'pooler', which the parameters do not have"),
     ({"encoder": {"kernel": True}, "head": False}, InputError, "lacks 'bias' at encoder"),
-    ({"encoder": True, "head": {"kernel": True}}, InputError, "has another structure than the parameters"),
+    ({"encoder": True, "head": {"kernel": True}}, InputError, "is a dict at head, where the parameters have an array"),
     (lambda params: list(params), InputError, "is a list, where the parameters have a dict"),
     ("encoder", TypeError, "holds 'encoder'"),
     ({"encoder": 0.5, "head": True}, TypeError, "holds 0.5"),
