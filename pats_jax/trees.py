@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 from pats_jax import random
-from pats_jax.errors import InputError, shown
 
 
 def is_masked(x: Any) -> bool:
@@ -40,9 +39,9 @@ def resolve_mask(mask: Any, params: Any, name: str = "mask") -> Any:
       name: the argument's name in messages.
 
     Raises:
-      InputError: if its structure is not a prefix of that of params.
       TypeError: if one of its leaves is not of bools.
-      ValueError: if it takes some layers of a leaf and leaves others out.
+      ValueError: if its structure is not a prefix of that of params, or if it takes some layers of a leaf and leaves
+        others out.
     """
     resolved = resolve_layer_mask(mask, params, name)
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(resolved)):
@@ -56,7 +55,7 @@ def resolve_layer_mask(mask: Any, params: Any, name: str = "mask") -> Any:
     def kept(keep):
         is_own = is_masked(keep) or isinstance(keep, bool | np.bool_ | np.ndarray | jax.Array)
         if not is_own or getattr(keep, "dtype", np.dtype(bool)) != np.bool_:
-            raise TypeError(f"{name}: holds {shown(keep)}; it must be {_A_MASK}")
+            raise TypeError(f"{name}: holds {keep!r:.60}; it must be {_A_MASK}")
         return as_kept(keep)
 
     resolved = True if mask is None else mask(params) if callable(mask) else mask
@@ -94,13 +93,13 @@ def parts_of(treedef: Any, prefix: Any, params: Any, name: str, expected: str) -
       expected: what it must be.
 
     Raises:
-      InputError: if it is no prefix of params; the message says where.
+      ValueError: if it is no prefix of params; the message says where.
     """
     try:
         return treedef.flatten_up_to(params)
     except (TypeError, ValueError):
         found = _misfit(prefix, params, "") or "has another structure than the parameters"
-        raise InputError(f"{name}: {found}; it must be {expected}") from None
+        raise ValueError(f"{name}: {found}; it must be {expected}") from None
 
 
 def _misfit(prefix, tree, path):
@@ -109,9 +108,9 @@ def _misfit(prefix, tree, path):
     if isinstance(prefix, Mapping) and isinstance(tree, Mapping):
         unknown, missing = ([*(key for key in a if key not in b)] for a, b in ((prefix, tree), (tree, prefix)))
         if unknown:
-            return f"has {shown(unknown[0])}{at}, which the parameters do not have"
+            return f"has {unknown[0]!r:.60}{at}, which the parameters do not have"
         if missing:
-            return f"lacks {shown(missing[0])}{at}"
+            return f"lacks {missing[0]!r:.60}{at}"
         below = (_misfit(prefix[key], tree[key], f"{path}/{key}".lstrip("/")) for key in prefix)
         return next(filter(None, below), None)
     if isinstance(prefix, Mapping | list | tuple) and type(prefix) is not type(tree):
@@ -433,7 +432,7 @@ def check_optimizer(caller: str, optimizer: Any) -> None:
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         hint = ", called" if callable(optimizer) else ""
         raise TypeError(
-            f"{caller}: {shown(optimizer)} is not an optimizer; give an Optax one{hint}, such as optax.adamw(2e-5)"
+            f"{caller}: {optimizer!r:.60} is not an optimizer; give an Optax one{hint}, such as optax.adamw(2e-5)"
         )
 
 

@@ -187,7 +187,7 @@ def test_other_wrong_flags(hub, home, tmp_path, monkeypatch, capsys):
     assert "--hub_model_id: needs --push_to_hub" in refused([*args, "--hub_model_id", "a/b"], capsys)
     grid = ["compare", "--methods", "pats", "--tasks", "sst2", "--seeds", "1", "--output_dir", str(tmp_path / "grid")]
     assert "--push_to_hub: upload one run" in refused([*grid, "--push_to_hub"], capsys)
-    assert "--push_to_hub is not supported: this program uploads nothing" in refused(["gym", "--push_to_hub"], capsys)
+    assert "--push_to_hub: a gym keeps no model to upload" in refused(["gym", "--push_to_hub"], capsys)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "--push_to_hub: HF_HUB_OFFLINE is set" in refused([*args, "--push_to_hub"], capsys)
 

@@ -62,12 +62,12 @@ def None_state():
 
 
 WRONG_MASKS = [
-    ([True, False], InputError, "is a list, where the parameters have a dict"),
-    ({"encoder": True}, InputError, "lacks 'head'"),
-    ({"encoder": True, "head": True, "pooler": True}, InputError, "has 'pooler', which the parameters do not have"),
-    ({"encoder": {"kernel": True}, "head": False}, InputError, "lacks 'bias' at encoder"),
-    ({"encoder": True, "head": {"kernel": True}}, InputError, "is a dict at head, where the parameters have an array"),
-    (lambda params: list(params), InputError, "is a list, where the parameters have a dict"),
+    ([True, False], ValueError, "is a list, where the parameters have a dict"),
+    ({"encoder": True}, ValueError, "lacks 'head'"),
+    ({"encoder": True, "head": True, "pooler": True}, ValueError, "has 'pooler', which the parameters do not have"),
+    ({"encoder": {"kernel": True}, "head": False}, ValueError, "lacks 'bias' at encoder"),
+    ({"encoder": True, "head": {"kernel": True}}, ValueError, "is a dict at head, where the parameters have an array"),
+    (lambda params: list(params), ValueError, "is a list, where the parameters have a dict"),
     ("encoder", TypeError, "holds 'encoder'"),
     ({"encoder": 0.5, "head": True}, TypeError, "holds 0.5"),
     ({"encoder": True, "head": jnp.ones(3)}, TypeError, "holds Array("),

@@ -4,47 +4,18 @@ Only the files of the model, or of the adapter, and a card are uploaded: no chec
 files, no predictions. The token is the one that `huggingface_hub` finds: of ``hf auth login``, or in ``HF_TOKEN``.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
 
 import rich.console
 
-from pats_jax.core.settings import Group, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.reporting.console import say
-
-if TYPE_CHECKING:
-    from pats_jax.run.settings import TrainingSettings
+from pats_jax.run import model_card, run_folder
+from pats_jax.run.settings import TrainingSettings
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a model's folder, as save_pretrained writes it
 _NOT_THESE = ("text_estimator.json",)  # what an estimator keeps besides, which has paths
-
-
-@dataclasses.dataclass(frozen=True)
-class HubSettings(Group):
-    """Whether and where to publish the model."""
-
-    title: ClassVar[str] = "hub"
-
-    push_to_hub: bool = setting(
-        False, "upload the model and its card to the Hugging Face hub at the end", of_one_start=True
-    )
-    hub_model_id: str | None = setting(
-        None, "with --push_to_hub: the repository, USER/NAME; if unset, named after output_dir", of_one_start=True
-    )
-    hub_private_repo: bool | None = setting(
-        None,
-        "with --push_to_hub: whether a new repository is private; if unset, as the account says",
-        of_one_start=True,
-    )
-
-    def check(self) -> None:
-        super().check()
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) is not None and not self.push_to_hub:
-                raise InputError(f"--{name}: needs --push_to_hub")
 
 
 def check_ready(repo_id: str | None, source: str, token: str | None = None) -> None:
@@ -72,7 +43,7 @@ def check_ready(repo_id: str | None, source: str, token: str | None = None) -> N
         raise InputError(f"{source}: no token of the hub; run `hf auth login`, or set HF_TOKEN")
 
 
-def publish(settings: "TrainingSettings", folder: pathlib.Path, console: rich.console.Console) -> None:
+def publish(settings: TrainingSettings, folder: pathlib.Path, console: rich.console.Console) -> None:
     """Uploads the model of a finished run, if ``--push_to_hub`` asks for it.
 
     Args:
@@ -83,8 +54,6 @@ def publish(settings: "TrainingSettings", folder: pathlib.Path, console: rich.co
     Raises:
       InputError: if the hub refuses it or cannot be reached; the run itself is complete.
     """
-    from pats_jax.run import model_card, run_folder  # settings are read without them
-
     if not settings.hub.push_to_hub:
         return
     results = run_folder.read_results(folder)
