@@ -343,7 +343,7 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
     """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), settings.adapter)
     model, params, config = models.from_pretrained(
         settings.model.model_name_or_path,
         num_labels=task.num_labels,

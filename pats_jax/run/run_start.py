@@ -125,7 +125,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = runners.make_runner(devices.parallel, fsdp=devices.fsdp, num_devices=devices.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = settings.replace(output_dir=settings.folder.output_dir or default_folder)
-    settings = settings.with_layers(*runners.default_form(runner.platform))
+    settings = settings.with_layers(*runners.default_form(runner.platform), settings.adapter)
     folder = pathlib.Path(str(settings.folder.output_dir))
     lock = FolderLock(folder)
     resuming = settings.folder.resume and (folder / "config.json").exists()

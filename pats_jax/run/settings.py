@@ -126,8 +126,15 @@ class TunedModel(Composed):
         if self.model.attention == "cudnn" and self.model_attention != "cudnn":
             raise InputError("--attention cudnn: not available with --fsdp or --deterministic")
 
-    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
-        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+    def with_layers(
+        self, layers: Literal["separate", "stacked"], unroll: int, adapter: "peft.PeftConfig | None"
+    ) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing.
+
+        An adapter on some layers needs separate ones.
+        """
+        if adapter is not None and adapter.differs_by_layer:
+            layers = "separate"
         return self.replace(model=self.model.with_layers(layers, unroll))
 
 
