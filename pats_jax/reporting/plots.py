@@ -254,7 +254,7 @@ def plot_effects(
     names = list(dict.fromkeys(name for rows in longest_first for name in rows))
     columns = 1 if len(panels) <= 4 else 2  # narrow enough to be read on a phone
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 + 3.2 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
+    figure = Figure(figsize=(2.4 + 2.8 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
