@@ -89,7 +89,7 @@ def test_of_runs_it_says_how_many_what_runs_and_the_time_left():
     terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
     with CountProgress(console, 5, "runs", clock=lambda: now[0]) as showing:
         now[0] = 130.0
-        showing.show("a, b", under_way=0.05)
+        showing.show("a, b", under_way=0.4)
         assert showing.line() == "0 of 5 runs; now a, b", "a compilation is not the speed of a run"
         showing.show("a, b", under_way=0.5)  # half a run in 30 s
         assert showing.line() == "0 of 5 runs, 4 min 30 s left; now a, b"

@@ -10,6 +10,7 @@ from pats_jax.comparison.seed_statistics import ArmNumbers, Comparison, Differen
 from pats_jax.core import files
 from pats_jax.reporting import plots
 from pats_jax.reporting.report_page import Page, code, plain
+from pats_jax.training.settings import counted
 
 _NONE = "–"
 _SIGNIFICANT = 0.05
@@ -271,7 +272,7 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         texts += [
             "p is from that test, on the differences seed by seed. The interval is a BCa bootstrap of their mean; it "
             "is too narrow for few seeds, so treat it as a hint with fewer than about ten.",
-            f"p (Holm) is corrected for the {len(differences)} comparisons by task on this page. A method is shown to "
+            f"p (Holm) is corrected for the {counted(len(differences), 'comparison')} by task on this page. A method is shown to "
             "differ if its p over all tasks, corrected for the methods, is below 0.05.",
         ]
     else:

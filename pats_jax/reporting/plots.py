@@ -259,7 +259,9 @@ def plot_effects(
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for number, (axes, (title, rows)) in enumerate(zip(grid, panels.items(), strict=False)):
-        axes.set_title(_name(title, 80), fontsize=10)
+        axes.set_title(
+            _name(title, 80), fontsize=10, loc="right" if len(title) > 30 else "center"
+        )  # room is on the left
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), [""] * len(names) if number % columns else list(map(_name, names)))
         axes.tick_params(labelbottom=True)

@@ -171,7 +171,7 @@ class CountProgress:
         return f"{duration((self._clock() - self._started) / done * (self._total - done))} left"
 
 
-_ENOUGH = 0.1  # of a run, to tell how long all take: the first steps come after a compilation
+_ENOUGH = 0.5  # of a run, to tell how long all take: its first steps come after a compilation
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
