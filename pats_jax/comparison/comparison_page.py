@@ -272,8 +272,8 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         texts += [
             "p is from that test, on the differences seed by seed. The interval is a BCa bootstrap of their mean; it "
             "is too narrow for few seeds, so treat it as a hint with fewer than about ten.",
-            f"p (Holm) is corrected for the {counted(len(differences), 'comparison')} by task on this page. A method is "
-            "shown to differ if its p over all tasks, corrected for the methods, is below 0.05.",
+            f"p (Holm) is corrected for the {counted(len(differences), 'comparison')} by task on this page. A method "
+            "is shown to differ if its p over all tasks, corrected for the methods, is below 0.05.",
         ]
     else:
         texts.append("Nothing is compared: no two methods share a finished seed.")
