@@ -25,7 +25,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, own_data, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, own_data, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
 from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs, task_loss
@@ -58,6 +58,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
         with run_start.begin(settings, default_folder(settings), console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                hub.publish(start.settings, start.folder, start.console)
                 return start.finished
             return carry_out(start, loading, keep_batch=settings.batches.train_batch_size is not None)
 
