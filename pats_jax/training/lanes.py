@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pats_jax import methods, objectives, random, train_state, transforms, trees
 from pats_jax.core.settings import Flat
@@ -38,6 +39,8 @@ LANE_NUMBERS = (
     "lnsr_lambda",
 )
 _OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+
+LANE = "lane"  # the axis of a mesh that lanes are dealt out to
 
 Arrays = dict[str, Any]
 
@@ -144,6 +147,10 @@ class LaneProgram:
       total_steps: number of optimizer steps, for methods that work in stages.
       responses: the names of the responses that lanes may have; all of them are computed, one is taken.
       regression: whether labels are scores.
+      accumulation_steps: micro-batches in a step.
+      norms: whether the step measures the norms of parameters and update, see `make_train_step`.
+      trainable: a tree of bools like the parameters, which are trained; None: what the methods say.
+      mesh: devices that the lanes are dealt out to, with the one axis `LANE`, which divides their number; None: one.
     """
 
     apply_fn: Callable
@@ -151,6 +158,10 @@ class LaneProgram:
     total_steps: int
     responses: tuple[str, ...] = ("linear",)
     regression: bool = False
+    accumulation_steps: int = 1
+    norms: bool = False
+    trainable: Any = None
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
@@ -163,7 +174,7 @@ class LaneProgram:
         def init(params, own, lanes, rates):
             first = jax.tree.map(lambda x: x[0], (own, lanes))
             axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
-            return jax.vmap(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+            return self._mapped(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
 
         return jax.jit(init)
 
@@ -177,7 +188,7 @@ class LaneProgram:
 
         def step(state, lanes, frozen, rates, batch):
             axes = lane_axes(state)
-            mapped = jax.vmap(self._step, (axes, 0, None, None, 0), (axes, 0))
+            mapped = self._mapped(self._step, (axes, 0, None, None, 0), (axes, 0))
             return mapped(state, lanes, frozen, rates, batch)
 
         return jax.jit(step, donate_argnums=0)
@@ -188,15 +199,80 @@ class LaneProgram:
         alone = train_state.make_predict_step(self.apply_fn)
 
         def predict(params, frozen, batch):
-            of_lane = jax.vmap(lambda own: alone(trees.combine(own, frozen), batch), (lane_axes(params),))
-            return of_lane(params)
+            def of_lane(own, frozen, batch):
+                return alone(trees.combine(own, frozen), batch)
+
+            return self._mapped(of_lane, (lane_axes(params), None, None), 0)(params, frozen, batch)
 
         return jax.jit(predict)
 
+    @functools.cached_property
+    def figures(self) -> Callable[[LaneState, Arrays, Any], dict[str, jax.Array]]:
+        """``figures(state, lanes, rates)``, jitted: the learning rate of the last step, and what the methods did in it.
+
+        By name, (lanes,).
+        """
+
+        def of_lane(state, lane, rates):
+            optimizer, chosen = (settings := self._settings(lane)).optimizer, settings.methods
+
+            def schedule(count):
+                return optimizer.learning_rate * rates[count]
+
+            rate = schedule(jnp.maximum(state.step - state.skipped - 1, 0))
+            did = methods.statistics(chosen, schedule, optimizer.learning_rate, state.opt_state)
+            return {"learning_rate": rate, **did}
+
+        return jax.jit(
+            lambda state, lanes, rates: self._mapped(of_lane, (lane_axes(state), 0, None), 0)(state, lanes, rates)
+        )
+
+    @functools.cached_property
+    def choose(self) -> Callable[[jax.Array, Any, Any], Any]:
+        """``choose(which, params, others)``, jitted: params of the lanes in which, bool (lanes,), of the rest others.
+
+        The others are donated.
+        """
+
+        def choose(which, params, others):
+            axes = lane_axes(params)
+            one = self._mapped(
+                lambda own, *both: jax.tree.map(lambda a, b: jnp.where(own, a, b), *both), (0, axes, axes), axes
+            )
+            return one(which, params, others)
+
+        return jax.jit(choose, donate_argnums=2)
+
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trained and frozen parameters; the latter is None if all are trained."""
-        trainable = methods.trainable_mask(self.settings.methods, params)
+        trainable = self.trainable
+        if trainable is None:
+            trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
+
+    def shapes(self, tree: Any, axes: Any = None) -> Any:
+        """A tree of arrays, of lanes along these axes (see `jax.vmap`), as shapes that say where each lies."""
+        return self._each(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, axes)
+
+    def place(self, tree: Any, axes: Any = None) -> Any:
+        """Puts a tree of arrays, of lanes along these axes, on the devices."""
+        return self._each(jax.device_put, tree, axes)
+
+    def _each(self, function, tree, axes):
+        if isinstance(axes, int | None):
+            return jax.tree.map(lambda x: function(x, self._sharding(axes)), tree)
+        return jax.tree.map(lambda x, axis: function(x, self._sharding(axis)), tree, axes)
+
+    def _sharding(self, axis):
+        return None if self.mesh is None else NamedSharding(self.mesh, _spec(axis))
+
+    def _mapped(self, function, in_axes, out_axes):
+        """`jax.vmap` over the lanes, each device its own ones."""
+        mapped = jax.vmap(function, in_axes, out_axes)
+        if self.mesh is None:
+            return mapped
+        in_specs, out_specs = (jax.tree.map(_spec, axes, is_leaf=lambda x: x is None) for axes in (in_axes, out_axes))
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _init(self, params, own, lane, rates):
         settings = self._settings(lane)
@@ -210,6 +286,8 @@ class LaneProgram:
         settings = self._settings(lane)
         # Weights that are not numbers make a loss that is none: the step is skipped.
         frozen_lane = state.skipped > settings.loop.max_nonfinite_steps
+        if "ended" in lane:
+            frozen_lane |= lane["ended"]
         batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
         loss_fn = objectives.with_objectives(
             self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
@@ -223,7 +301,9 @@ class LaneProgram:
             stored_key=random.StoredKey(lane["words"], random.NAME),
             frozen=frozen,
         )
-        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True, norms=False)(alone, batch)
+        alone, metrics = train_state.make_train_step(
+            loss_fn, accumulation_steps=self.accumulation_steps, skip_nonfinite=True, norms=self.norms
+        )(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 
@@ -253,6 +333,11 @@ class LaneProgram:
         for name in others:
             w = jnp.where(number == names.index(name), transforms.RESPONSES[name](r), w)
         return w
+
+
+def _spec(axis):
+    """How an array with lanes along an axis, or without them, is dealt out to the devices."""
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, LANE)
 
 
 def lane_batches(
@@ -319,10 +404,11 @@ class CompiledLanes:
         """
         self.program, self.lanes = program, len(lanes["words"])
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
-        self._params, self._own = _shapes(params), _shapes(own)
-        self._arguments = _shapes(lanes), _shapes(rates)
-        self.state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
-        self._frozen = _shapes(program.split(self._params)[1])
+        self._params, self._own = program.shapes(params), program.shapes(own, 0)
+        self._arguments = program.shapes(lanes, 0), program.shapes(rates)
+        state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
+        self.state: LaneState = program.shapes(state, lane_axes(state))
+        self._frozen = program.shapes(program.split(self._params)[1])
         self._programs: dict[tuple, concurrent.futures.Future] = {}
         self.begin(("init",), program.init, self._params, self._own, *self._arguments)
 
@@ -330,12 +416,12 @@ class CompiledLanes:
         """Begins to compile the step for batches of that shape, (lanes, rows, length), unless it has been."""
         lanes, rates = self._arguments
         key = ("step", *batch["input_ids"].shape)
-        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
+        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, self.program.shapes(batch, 0))
 
     def expect_predict(self, batch: Arrays) -> None:
         """Begins to compile the prediction for batches of that shape, (rows, length), unless it has been."""
         key = ("predict", *batch["input_ids"].shape)
-        self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
+        self.begin(key, self.program.predict, self.state.params, self._frozen, self.program.shapes(batch))
 
     def init(self, *arguments: Any) -> LaneState:
         """`LaneProgram.init`."""
@@ -351,6 +437,15 @@ class CompiledLanes:
         self.expect_predict(batch)
         return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
 
+    def expect_figures(self) -> None:
+        """Begins to compile `figures`, unless it has been."""
+        self.begin(("figures",), self.program.figures, self.state, *self._arguments)
+
+    def figures(self, state: LaneState, lanes: Arrays, rates: Any) -> dict[str, jax.Array]:
+        """`LaneProgram.figures`; waits for its program."""
+        self.expect_figures()
+        return self.call(("figures",), state, lanes, rates)
+
     def call(self, key: tuple, *arguments: Any) -> Any:
         """Calls what was begun under a key; waits for its program."""
         return self._programs[key].result()(*arguments)
@@ -359,11 +454,6 @@ class CompiledLanes:
         """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
         if key not in self._programs:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
-
-
-def _shapes(tree):
-    """A tree of arrays as shapes and dtypes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 @dataclasses.dataclass
