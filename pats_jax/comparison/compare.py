@@ -1,4 +1,4 @@
-"""A grid of methods x tasks x seeds, each run by the GLUE program in its own process: `pats-jax compare`.
+"""A grid of arms x tasks x seeds, each run by the GLUE program in its own process: `pats-jax compare`.
 
 This process starts no JAX backend, so accelerators are free for the runs.
 """
@@ -10,18 +10,19 @@ import logging
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import rich.console
 
 from pats_jax.comparison import comparison_page, seed_statistics
+from pats_jax.comparison.arms import Arm, make_arms, split_lists
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.core import files
-from pats_jax.core.settings import Composed, entries, setting
+from pats_jax.core.settings import Composed, setting
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
-from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
+from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
 from pats_jax.reporting.report_page import aligned
@@ -43,7 +44,8 @@ _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --exec
 class Grid(Composed):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
-    All other flags are those of `pats-jax glue`, and apply to every run.
+    All other flags are those of `pats-jax glue`, and apply to every run. Several values of one, such as
+    `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
     """
 
     title: ClassVar[str] = "grid"
@@ -51,9 +53,6 @@ class Grid(Composed):
         "method": "use --methods",
         "task_name": "use --tasks",
         "seed": "use --seeds",
-        **dict.fromkeys(
-            ("train_file", "validation_file", "test_file"), "a grid compares GLUE tasks; use --tasks and --data_dir"
-        ),
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
@@ -67,7 +66,9 @@ class Grid(Composed):
         "methods, named as in `pats-jax glue --method`; finetune is the baseline if listed",
         is_basic=True,
     )
-    tasks: tuple[str, ...] = setting((), "cola sst2 mrpc stsb qqp mnli qnli rte wnli", is_basic=True)
+    tasks: tuple[str, ...] = setting(
+        (), "cola sst2 mrpc stsb qqp mnli qnli rte wnli; for your own data use --train_file", is_basic=True
+    )
     seeds: tuple[int, ...] = setting((), "run each method on each task with each of these seeds", is_basic=True)
     report_only: bool = setting(False, "run nothing; report on the finished runs in output_dir", is_basic=True)
     workers: WorkerSettings = WorkerSettings()
@@ -78,16 +79,14 @@ class Grid(Composed):
             raise InputError("--output_dir is missing")
         for name in () if self.report_only else ("methods", "tasks", "seeds"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "tasks":
                 raise InputError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
 
-    def runs(self) -> list[Run]:
-        """Seed by seed, so an unfinished grid has all methods for its first seeds."""
-        return [
-            Run(task, method, seed) for seed, task, method in itertools.product(self.seeds, self.tasks, self.methods)
-        ]
+    def runs(self, arms: Iterable[Arm]) -> list[Run]:
+        """Seed by seed, so an unfinished grid has all arms for its first seeds."""
+        return [Run(task, arm, seed) for seed, task, arm in itertools.product(self.seeds, self.tasks, arms)]
 
 
 def run(args: list[str], console: rich.console.Console) -> None:
@@ -107,17 +106,19 @@ def run(args: list[str], console: rich.console.Console) -> None:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
+    grid = name_data(grid, others)
     shared = as_before(grid, check(grid, others))
-    check_place(root, grid)
+    runs = grid.runs(shared)
+    check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
-        record_start(root, grid, command, fleet.machines())
+        record_start(root, runs, command, fleet.machines())
         failures = run_all(grid, shared, command, console, fleet)
         for failed, reason in failures.items():
             logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
-        if len(failures) < len(grid.runs()):
+        if len(failures) < len(runs):
             report(root, console)
     if failures:
-        raise InputError(f"{len(failures)} of {len(grid.runs())} runs failed; repeat the command to retry them")
+        raise InputError(f"{len(failures)} of {len(runs)} runs failed; repeat the command to retry them")
 
 
 # what to run
@@ -133,7 +134,25 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
     return flags.parse_part(args, "pats-jax compare", Grid, Settings)
 
 
-Shared = dict[str, Settings]  # method -> the settings of its runs, but for task, seed and folder
+def name_data(grid: Grid, others: list[str]) -> Grid:
+    """The grid with a name for one's own data in place of a task: that of the training file.
+
+    Raises:
+      InputError: if there are both, or neither.
+    """
+    given = flags.flag_names(others)
+    if grid.tasks:
+        for name in ("train_file", "validation_file", "test_file"):
+            if name in given:
+                raise InputError(f"--{name}: cannot be used with --tasks")
+        return grid
+    if "train_file" not in given:
+        raise InputError("--tasks is missing; for your own data, set --train_file and --validation_file instead")
+    path = str(flags.value_of("--train_file", others))
+    return grid.replace(tasks=(files.checked_name(pathlib.Path(path).stem, "--train_file"),))
+
+
+Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
 
 
 def check(grid: Grid, others: list[str]) -> Shared:
@@ -142,21 +161,29 @@ def check(grid: Grid, others: list[str]) -> Shared:
     Raises:
       InputError: on anything wrong in the grid.
     """
-    for name in grid.tasks:
+    is_own = "train_file" in flags.flag_names(others)
+    for name in () if is_own else grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
-    of_any = frozenset(flag for names in grid.methods for kind in get_methods(names) for flag in entries(kind))
+    lists, others = split_lists(others)
+    own = [*([] if is_own else ["--task_name", grid.tasks[0]]), "--seed", str(grid.seeds[0])]
+    some = flags.parse([*others, *own], "pats-jax compare", Settings, frozenset(Settings.all_entries()))
+    arms = make_arms(grid.methods, lists, some.peft)
+    of_any = frozenset(flag for arm in arms for flag in flags.read_by(Settings, {"peft": some.peft, **arm.settings()}))
     shared = {}
-    for method in grid.methods:
-        own = ["--task_name", grid.tasks[0], "--method", method, "--seed", str(grid.seeds[0])]
-        settings = flags.parse([*others, *own], "pats-jax compare", Settings, of_any)
+    for arm in arms:
+        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", Settings, of_any)
         if not {"train", "eval"} <= settings.phases:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
         if settings.length.sensitivity_batches is None:  # the report shows it for every method
             settings = settings.replace(sensitivity_batches=SENSITIVITY_BATCHES)
-        shared[method] = settings
-    for run in grid.runs():
+        shared[arm] = settings
+        for method in settings.methods:
+            reason = settings.peft and method.why_not_with(settings.peft)
+            if reason:
+                raise InputError(f"--peft {settings.peft} --method {method.name}: {reason}")
+    for run in grid.runs(shared):
         settings_of(run, pathlib.Path(str(grid.output_dir)), shared).check()
     return shared
 
@@ -170,12 +197,12 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
       InputError: if a run has different settings; the message names both.
     """
     root, rows = pathlib.Path(str(grid.output_dir)), None
-    for run in dict.fromkeys([*recorded_runs(root), *grid.runs()]):
+    for run in dict.fromkeys([*recorded_runs(root), *grid.runs(shared)]):
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
         saved = read_config(str(path), Settings)
-        settings = settings_of(run, root, shared | {run.method: shared.get(run.method) or _alike(shared, saved)})
+        settings = settings_of(run, root, shared | {run.arm: shared.get(run.arm) or _alike(shared, run.arm, saved)})
         try:
             resuming(settings, saved)
         except InputError as error:
@@ -189,29 +216,37 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
                         f"a step differently, also set --train_batch_size {saved.batches.train_batch_size}"
                     )
             rows = saved.batches.train_batch_size
-    return shared if rows is None else {name: one.replace(train_batch_size=rows) for name, one in shared.items()}
+    return {
+        arm: one if rows is None or one.batches.train_batch_size else one.replace(train_batch_size=rows)
+        for arm, one in shared.items()
+    }
 
 
-def _alike(shared, saved):
-    """The shared settings with the methods of a saved run, which the grid no longer lists."""
-    return next(iter(shared.values())).replace(methods=saved.methods)
+def _alike(shared, arm, saved):
+    """The settings of an arm that the grid no longer lists: as a saved run has those by which arms differ."""
+    listed = {flag for each in (arm, *shared) for flag, _ in each.overrides} - {"peft"}
+    theirs = saved.flat()
+    kept = {flag: theirs[flag] for flag in listed & theirs.keys()}
+    return next(iter(shared.values())).replace(methods=saved.methods, adapters=saved.adapters, **kept)
 
 
 def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
-    """The settings of a run: the shared ones of its method and its own."""
-    return shared[run.method].replace(task_name=run.task, seed=run.seed, output_dir=str(run.folder(root)))
+    """The settings of a run: the shared ones of its arm and its own."""
+    settings = shared[run.arm]
+    task = {} if settings.data.own_file else {"task_name": run.task}
+    return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
 # the grid's folder
 
 
-def check_place(root: pathlib.Path, grid: Grid) -> None:
+def check_place(root: pathlib.Path, runs: Sequence[Run]) -> None:
     """Raises InputError if the folder contains files that the grid would overwrite, or links that leave the folder."""
     if not (root / "grid.json").exists():
         present = next((name for name in _OWN if os.path.lexists(root / name)), None)
         if present:
             raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
-    for path in (root / "plots", *(run.folder(root) for run in grid.runs())):
+    for path in (root / "plots", *(run.folder(root) for run in runs)):
         files.checked_place(path / "file", root)
 
 
@@ -223,11 +258,10 @@ def report_lock(root: pathlib.Path) -> FolderLock:
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
-def record_start(root: pathlib.Path, grid: Grid, command: str, machines: list[dict[str, str]]) -> None:
-    """Adds the grid, the command and the machines to grid.json, which records every start."""
+def record_start(root: pathlib.Path, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
+    """Adds the runs, the command and the machines to grid.json, which records every start."""
     before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
-    runs = [dataclasses.asdict(run) for run in grid.runs()]
-    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": machines}
+    now: dict[str, list[Any]] = {"runs": [run.record() for run in runs], "commands": [command], "machines": machines}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
     files.write_json(root / "grid.json", merged)
 
@@ -243,17 +277,29 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
         return None
     grid = files.read_record(path, GridFile)
     for number, run in enumerate(grid["runs"]):
-        task = glue_tasks.TASKS.get(run["task"])
-        if task is None or "train" not in task.files:
-            raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task for a grid")
+        files.checked_name(run["task"], f"{path}: runs.{number}.task")
         files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
+        if run.get("overrides"):
+            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides")
+            files.checked_name(Run.from_record(run).arm.folder, f"{path}: runs.{number}.overrides")
     return grid
+
+
+def check_overrides(overrides: Mapping[str, Any], source: str) -> None:
+    """Raises InputError if one of an arm's settings is unknown or invalid."""
+    known = Settings.all_entries()
+    for flag, value in overrides.items():
+        if flag not in known:
+            raise InputError(f"{source}: {shown(flag)} is not a setting")
+        expected = known[flag].fault(value)
+        if expected:
+            raise InputError(f"{source}.{flag}: {shown(value, quoted=False)}: must be {expected}")
 
 
 def recorded_runs(root: pathlib.Path) -> list[Run]:
     """The runs in grid.json; none if there is no such file."""
     grid = read_grid(root)
-    return [Run(**run) for run in grid["runs"]] if grid else []
+    return [Run.from_record(run) for run in grid["runs"]] if grid else []
 
 
 def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
@@ -299,7 +345,7 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     Raises:
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
-    root, runs = pathlib.Path(str(grid.output_dir)), grid.runs()
+    root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
     run_of = {job_of(run, root, shared): run for run in runs if not is_finished(run, root)}
     failures: dict[Run, str] = {}
     if len(run_of) < len(runs):

@@ -212,11 +212,20 @@ class MetricsLine(TypedDict):
 # grid.json
 
 
+Overridden = (
+    Annotated[int, annotated_types.Interval(ge=-(2**63), lt=2**63)]
+    | Annotated[float, annotated_types.Interval(ge=-3.5e38, le=3.5e38)]
+    | str
+    | None
+)
+
+
 class GridRun(TypedDict):
-    """A run of a grid, see `seed_statistics.Run`."""
+    """A run of a grid, see `seed_statistics.Run`; overrides are those of its arm, see `arms.Arm`."""
 
     task: str
     method: str
+    overrides: NotRequired[dict[str, Overridden]]
     seed: Seed
 
 
