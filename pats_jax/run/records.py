@@ -229,6 +229,14 @@ class GridRun(TypedDict):
     seed: Seed
 
 
+class LaneSetFile(TypedDict):
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+
+    runs: list[GridRun]
+    lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
+    layers: Literal["separate", "stacked"]
+
+
 class GridFile(TypedDict):
     """grid.json: of all starts of `pats-jax compare` in its folder."""
 

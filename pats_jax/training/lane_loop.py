@@ -76,8 +76,8 @@ class LaneHooks:
     def on_record(self, lane: int, record: Record) -> None:
         """Called when a lane logs a record."""
 
-    def evaluate(self, state: Any) -> list[dict[str, float] | InputError]:
-        """Scores of each lane, or why it has none. May raise `Preempted`."""
+    def evaluate(self, state: Any, lanes: Sequence[int]) -> dict[int, dict[str, float] | InputError]:
+        """Scores of these lanes, or why one has none. May raise `Preempted`."""
         raise NotImplementedError
 
     def keep(self, state: Any, lanes: np.ndarray) -> None:
@@ -168,7 +168,7 @@ class _Loop:
             return
         self._fetch()  # so that the pause is that of the evaluation alone
         with self._clock.paused():
-            found = self._hooks.evaluate(self.state)
+            found = self._hooks.evaluate(self.state, due)
         for lane in due:
             scores = found[lane]
             if isinstance(scores, InputError):

@@ -25,20 +25,7 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.models.layout import layer_axis
-from pats_jax.training.settings import LoopSettings
-
-# The settings that are arrays in the step: each lane may have its own.
-LANE_NUMBERS = (
-    "learning_rate",
-    "weight_decay",
-    "noise_scale",
-    "decay",
-    "r3f_lambda",
-    "r_drop_alpha",
-    "smart_alpha",
-    "lnsr_lambda",
-)
-_OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+from pats_jax.training.settings import LANE_NUMBERS, OF_A_LANE, LoopSettings
 
 LANE = "lane"  # the axis of a mesh that lanes are dealt out to
 
@@ -91,6 +78,11 @@ def lane_axes(tree: Any) -> Any:
     return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
 
 
+def with_own(params: Any, own: Any) -> Any:
+    """Parameters with some of them, a part of the tree, in the place of theirs."""
+    return unflatten_dict(flatten_dict(params) | flatten_dict(own))
+
+
 def lane_of(tree: Any, lane: int) -> Any:
     """One lane's part of a state of lanes, or of a part of it."""
     return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
@@ -110,7 +102,7 @@ def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
         differing = [
             name
             for name in dict.fromkeys([*flat[0], *other])
-            if name not in _OF_A_LANE and other.get(name) != flat[0].get(name)
+            if name not in OF_A_LANE and other.get(name) != flat[0].get(name)
         ]
         if differing:
             raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
@@ -276,7 +268,7 @@ class LaneProgram:
 
     def _init(self, params, own, lane, rates):
         settings = self._settings(lane)
-        params = unflatten_dict(flatten_dict(params) | flatten_dict(own))
+        params = with_own(params, own)
         params, _ = self.split(methods.starting_params(settings.methods, params, settings.seed))
         params = jax.tree.map(jnp.asarray, params)
         zero = jnp.zeros([], jnp.int32)
@@ -446,6 +438,13 @@ class CompiledLanes:
         self.expect_figures()
         return self.call(("figures",), state, lanes, rates)
 
+    def bytes_of_step(self, batch: Arrays) -> int:
+        """The memory of one device that the step for batches of that shape takes, by XLA's own figures."""
+        self.expect_step(batch)
+        found = self._programs[("step", *batch["input_ids"].shape)].result().memory_analysis()
+        parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+        return sum(parts) - found.alias_size_in_bytes
+
     def call(self, key: tuple, *arguments: Any) -> Any:
         """Calls what was begun under a key; waits for its program."""
         return self._programs[key].result()(*arguments)
@@ -454,6 +453,20 @@ class CompiledLanes:
         """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
         if key not in self._programs:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
+
+
+def fitting_lanes(most: int, needed: Callable[[int], int], limit: float) -> int:
+    """The largest number of lanes, at least 1, that is found to fit into memory.
+
+    Args:
+      most: of interest.
+      needed: the bytes that so many lanes take; each call may compile a program.
+      limit: bytes that there are.
+    """
+    number = most
+    while number > 1 and (bytes_needed := needed(number)) > limit:
+        number = max(1, min(number - 1, int(number * limit / bytes_needed)))
+    return number
 
 
 @dataclasses.dataclass
@@ -502,7 +515,7 @@ def fit(
 
     def evaluate():
         parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
-        logits[len(pending)] = _in_order(jax.device_get(parts))
+        logits[len(pending)] = in_order(jax.device_get(parts))
 
     with prefetch(jax.device_put(batch) for _, batch in data) as ready:
         for batch in ready:
@@ -518,7 +531,8 @@ def fit(
     return TrainedLanes(state, stacked, logits, diverged)
 
 
-def _in_order(parts):
+def in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Logits (lanes, rows, num_labels) in the order of the rows, from batches of row numbers and logits."""
     order = np.concatenate([rows for rows, _ in parts])
     logits = np.concatenate([part[:, : len(rows)] for rows, part in parts], axis=1)
     result = np.empty_like(logits)

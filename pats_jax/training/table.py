@@ -80,6 +80,11 @@ class TableSource:
         self.batch_size *= runner.num_devices
         self.plan = self._plan(epoch=0)
 
+    @property
+    def platform(self) -> str:
+        """JAX's name for the kind of the devices, see `MeshRunner.platform`."""
+        return self._runner.platform
+
     def with_boundaries(self, boundaries: list[int]) -> "TableSource":
         """The same rows in batches of other lengths."""
         return TableSource(
