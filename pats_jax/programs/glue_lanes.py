@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
+from flax.traverse_util import flatten_dict
 from typing_extensions import TypedDict
 
 from pats_jax import glue, methods, models, train_state, trees
@@ -291,6 +292,7 @@ class Group:
                 trainable=peft.trainable_mask(model, params) if settings.adapter else None,
                 mesh=mesh,
             )
+            check_own_layers(program, params, own)
             self._compiled[number] = lanes.CompiledLanes(program, params, own, arrays, rates)
         training = LaneTraining(
             self._compiled[number],
@@ -416,6 +418,14 @@ class Group:
 
 DEFAULT_ON_CPU = 4
 _SHARE_OF_MEMORY = 0.8  # the rest is for the evaluation, and for what the allocator cannot use
+
+
+def check_own_layers(program: lanes.LaneProgram, params: Any, own: Any) -> None:
+    """Raises InputError if layers that the seed draws are not trained: lanes share those."""
+    frozen = flatten_dict(program.split(params)[1] or {})
+    for path in flatten_dict(own):
+        if frozen.get(path) is not None:
+            raise InputError(f"{'.'.join(path)}: new, so drawn by seed, but not trained; set --lanes 1")
 
 
 def _lanes_and_mesh(runs: int, devices: np.ndarray) -> tuple[int, jax.sharding.Mesh | None]:
