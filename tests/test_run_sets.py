@@ -135,7 +135,7 @@ def test_kept_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "devices, lanes", [("1 cpu", 4), ("2 cpu", 4), ("unknown", None), ("1 NVIDIA H100 80GB HBM3", None)]
+    "devices, lanes", [("1 cpu", 4), ("2 cpu", 4), ("unknown", 4), ("1 NVIDIA H100 80GB HBM3", None)]
 )
 def test_the_default_number_of_lanes(devices, lanes):
     assert run_sets.default_lanes([{"devices of JAX": "1 cpu"}, {"devices of JAX": devices}]) == lanes
