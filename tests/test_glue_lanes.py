@@ -19,6 +19,7 @@ from pats_jax import glue
 from pats_jax.errors import InputError, Preempted
 from pats_jax.programs import glue_lanes
 from pats_jax.run import flags, lane_training, run_folder
+from pats_jax.training import lanes
 from pats_jax.training.table import TableSource
 
 STEPS = 15
@@ -239,6 +240,30 @@ def test_rounds_models_and_patience(base, tmp_path):
         assert results(lane)["model_step"] == results(folder)["model_step"]
         steps.append(results(lane)["steps"])
     assert len(set(steps)) > 1
+
+
+@pytest.mark.slow
+def test_as_many_lanes_as_fit_into_memory(base, tmp_path, monkeypatch):
+    """By XLA's figures, which must count each lane's parameters and moments."""
+    used = {}
+    real = lanes.CompiledLanes.bytes_of_step
+
+    def bytes_of_step(self, batch):
+        used[self.lanes] = real(self, batch)
+        return used[self.lanes]
+
+    monkeypatch.setattr(lanes.CompiledLanes, "bytes_of_step", bytes_of_step)
+    owns = [{"seed": seed} for seed in range(6)]
+    changes = {"max_steps": 4, "do_predict": False}
+    monkeypatch.setattr(glue_lanes, "memory_of", lambda device: 2**40)
+    in_lanes(settings_of(base, tmp_path / "large", owns, **changes), tmp_path / "large" / "set")
+    assert list(used) == [6] and run_folder.read_metrics(tmp_path / "large" / "run5")[0]["timing"]["lanes"] == 6
+    parameters = run_folder.read_results(tmp_path / "large" / "run0")["num_parameters"]
+    assert used[6] > 6 * 12 * parameters
+    monkeypatch.setattr(glue_lanes, "memory_of", lambda device: used[6] / 2)
+    in_lanes(settings_of(base, tmp_path / "small", owns, **changes), tmp_path / "small" / "set")
+    chosen = run_folder.read_metrics(tmp_path / "small" / "run0")[0]["timing"]["lanes"]
+    assert 1 <= chosen <= 2 and used[chosen] < 0.8 * used[6] / 2
 
 
 @pytest.mark.slow

@@ -19,11 +19,10 @@ from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 from pats_jax.run.records import LaneSetFile
 from pats_jax.run.settings import Settings
-from pats_jax.training.settings import OF_A_LANE
+from pats_jax.training.settings import LANES_ON_CPU, OF_A_LANE
 
 logger = logging.getLogger(__name__)
 
-LANES_ON_CPU = 4
 FOLDER, FILE = "lanes", "lanes.json"
 _OF_A_RUN = {*OF_A_LANE, "task_name"} - {"response"}
 

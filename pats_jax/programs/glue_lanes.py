@@ -39,6 +39,7 @@ from pats_jax.run.training_run import Trained
 from pats_jax.training import fine_tuning, lanes, preemption, runners, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.lane_evaluation import LaneLogits, LanePredictor
+from pats_jax.training.settings import LANES_ON_CPU
 from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
 
 logger = logging.getLogger(__name__)
@@ -92,10 +93,10 @@ def main(text: str, console: rich.console.Console) -> None:
         devices = runners.make_runner(num_devices=parsed[0].devices.num_devices).mesh.devices.ravel()
         asked = stack.enter_context(preemption.watch())
         runs = [
-            LaneRun(run["run"], start, pathlib.Path(run["log"]))
-            for start, run in zip(starts, request["runs"], strict=True)
+            LaneRun(run["run"], dataclasses.replace(start, settings=start.settings.over(1)), pathlib.Path(run["log"]))
+            for start, run in zip(starts, request["runs"], strict=True)  # a finished one's batches are not filled in
         ]
-        shared = Shared.load(starts[0].settings, starts[0].runner, loading.result())
+        shared = Shared.load(runs[0].settings, starts[0].runner, loading.result())
         group = Group(shared, runs, pathlib.Path(request["folder"]), devices, request["keeps_models"], console, asked)
         group.carry_out(request["lanes"])
 
@@ -247,7 +248,7 @@ class Group:
             return found["lanes"]
         most = len(self._runs)
         if asked_lanes is None:
-            asked_lanes = DEFAULT_ON_CPU if self._shared.runner.platform == "cpu" else self._fitting(most)
+            asked_lanes = self._fitting(most)
         files.make_folder(self._folder)
         runs = [run.place for run in self._runs]
         files.write_json(path, LaneSetFile(runs=runs, lanes=min(asked_lanes, most), layers=layers))
@@ -255,14 +256,16 @@ class Group:
 
     def _fitting(self, most):
         """The number of lanes that fit into the devices' memory, by XLA's own figures."""
+        memory = memory_of(self._devices[0])
+        if memory is None:
+            return LANES_ON_CPU
 
         def needed(number):
             training = self._build(list(self._runs[:number])).training
             longest = max(training.one_of_each_shape(0), key=lambda batch: batch["input_ids"].size)
             return training.compiled.bytes_of_step(longest)
 
-        limit = self._devices[0].memory_stats()["bytes_limit"]
-        return lanes.fitting_lanes(most, needed, _SHARE_OF_MEMORY * limit)
+        return lanes.fitting_lanes(most, needed, _SHARE_OF_MEMORY * memory)
 
     def _build(self, runs: list[LaneRun]) -> Round:
         """The training of some runs."""
@@ -416,8 +419,13 @@ class Group:
         return methods.starting_params(settings.methods, lanes.with_own(part.training.params, own), settings.seed)
 
 
-DEFAULT_ON_CPU = 4
 _SHARE_OF_MEMORY = 0.8  # the rest is for the evaluation, and for what the allocator cannot use
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """The bytes that JAX may use on a device; None on a CPU, which does not say."""
+    found = device.memory_stats()
+    return None if found is None else found["bytes_limit"]
 
 
 def check_own_layers(program: lanes.LaneProgram, params: Any, own: Any) -> None:

@@ -268,7 +268,7 @@ def train(
         compiling = shape_costs.compile_seconds(training.params, training.sources[0].platform)
         bar = stack.enter_context(StepProgress(console, training.rhythm.total_steps, first_step, compiling))
         journals = [
-            start and stack.enter_context(_journal(start, own.records))
+            None if start is None else stack.enter_context(_journal(start, own.records))
             for start, own in zip(starts, progress.lanes, strict=True)
         ]
         hooks = SetHooks(training, predictors, logits, checkpoints, bar.show, journals, best)

@@ -197,6 +197,7 @@ class Timing(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     seconds: NotRequired[Seconds]
+    lanes: NotRequired[Annotated[int, annotated_types.Interval(ge=1, le=100_000)]]  # runs that share these seconds
 
 
 class MetricsLine(TypedDict):
@@ -234,7 +235,7 @@ class LaneSetFile(TypedDict):
 
     runs: list[GridRun]
     lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
-    layers: Literal["separate", "stacked"]
+    layers: Literal["auto", "separate", "stacked"]
 
 
 class GridFile(TypedDict):

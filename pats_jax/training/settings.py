@@ -18,6 +18,7 @@ LANE_NUMBERS = (
     "lnsr_lambda",
 )
 OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+LANES_ON_CPU = 4  # where nobody says how many
 
 
 def counted(number: int, noun: str) -> str:
