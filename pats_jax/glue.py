@@ -27,7 +27,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
 from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs
@@ -60,6 +60,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
         with run_start.begin(settings, default_folder(settings), console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                hub.publish(start.settings, start.folder, start.console)
                 return start.finished
             return carry_out(start, loading)
 
@@ -345,7 +346,7 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
     """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), settings.adapter)
     model, params, config = models.from_pretrained(
         settings.model.model_name_or_path,
         num_labels=task.num_labels,

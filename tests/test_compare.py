@@ -184,7 +184,7 @@ def test_seconds_per_step_leave_out_the_line_that_compiled(tmp_path):
 def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
     one = write_run(tmp_path, Run("mrpc", Arm("pats"), 1), 0.8, losses=(0.9, 0.5, 0.1))
     two = write_run(tmp_path, Run("mrpc", Arm("pats"), 2), 0.6, losses=(0.7, 0.6))
-    (numbers,) = seed_statistics.summarise_task([one, two], ["pats"], "pats").methods.values()
+    (numbers,) = seed_statistics.summarise_task([one, two], {Arm("pats"): None}).methods.values()
     loss = numbers.curves["loss"]
     assert dataclasses.asdict(loss) == {
         "step": [10, 20],

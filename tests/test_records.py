@@ -383,7 +383,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(own):
     ):
         grid = {"runs": [grid_record("pats") | {name: value}], "commands": [], "machines": []}
         write(own / "grid" / "grid.json", grid)
-        with pytest.raises(InputError, match=re.escape(f"{own}/grid/grid.json: runs.0.{name}: ")):
+        with pytest.raises(InputError, match=re.escape(f"{own}/grid/grid.json: runs.0.{name}")):
             report_on_grid(own)
 
 

@@ -99,8 +99,8 @@ def make_arms(methods: Sequence[str], lists: Lists, peft: str | None) -> list[Ar
       InputError: no arm reads one of the listed settings.
     """
     found: dict[Arm, None] = {}
-    for method, *values in itertools.product(methods, *lists.values()):
-        chosen = dict(zip(lists, values, strict=True))
+    for method, values in itertools.product(methods, itertools.product(*lists.values())):
+        chosen: dict[str, Value] = dict(zip(lists, values, strict=True))
         read = flags.read_by(Settings, {"peft": peft, **chosen, "method": method})
         found[Arm(method, tuple((flag, value) for flag, value in chosen.items() if flag in read))] = None
     taken = {flag for arm in found for flag, _ in arm.overrides}

@@ -58,6 +58,7 @@ class Grid(Composed):
         "seed": "use --seeds",
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
@@ -123,7 +124,10 @@ def run(args: list[str], console: rich.console.Console) -> None:
     runs = grid.runs(shared)
     check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
-        record_start(root, runs, command, fleet.machines())
+        machines = fleet.machines()
+        record_start(root, runs, command, machines)
+        if grid.lanes is None:
+            grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
         for failed, (reason, log) in failures.items():
             logger.error("%s failed: %s; see %s", failed.name, reason, log)
@@ -355,22 +359,23 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
     root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
-    lanes = default_lanes(fleet.machines()) if grid.lanes is None else grid.lanes
 
     def known_settings(run: Run) -> Settings | None:
         return settings_of(run, root, shared) if run.arm in shared else None
 
-    set_of = {
-        job_of(one, root, shared, lanes, grid.keep_models): one for one in in_sets(runs, known_settings, root, lanes)
-    }
-    missing = sum(not is_finished(run, root) for one in set_of.values() for run in one.runs)
+    sets = in_sets(runs, known_settings, root, grid.lanes)
+    set_of = {job_of(one, root, shared, grid): one for one in sets}
     failures: Failures = {}
-    if missing < len(runs):
-        say(console, f"{len(runs) - missing} of {len(runs)} runs are already finished")
-    with workers.note_signals() as asked, CountProgress(console, missing, "runs") as progress:
+    if finished := sum(is_finished(run, root) for run in runs):
+        say(console, f"{finished} of {len(runs)} runs are already finished")
+    total = sum(len(one.runs) for one in sets)
+    if sets:
+        say(console, workers.forecast(total, "runs", seconds_taken(root), grid.workers))
+    with workers.note_signals() as asked, CountProgress(console, total, "runs") as progress:
 
         def show(jobs: Sequence[Job]) -> None:
-            progress.show(", ".join(map(workers.how_far, jobs)))
+            under_way = sum(len(set_of[job].runs) * workers.share_done(job) for job in jobs)
+            progress.show(", ".join(map(workers.how_far, jobs)), under_way=under_way)
 
         with contextlib.closing(workers.run_jobs(list(set_of), fleet, root, asked, show)) as all_ended:
             for job, ended in all_ended:
@@ -390,7 +395,16 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     return failures
 
 
-def job_of(one: RunSet, root: pathlib.Path, shared: Shared, lanes: int | None, keep_models: str) -> Job:
+def seconds_taken(root: pathlib.Path) -> list[float]:
+    """How long the finished runs of a grid trained; those in lanes share their seconds."""
+    results = (run_folder.read_results(run.folder(root)) for run in recorded_runs(root))
+    timings = (one.get("timing") for one in results if one)
+    found = ((timing.get("train_seconds"), timing.get("lanes", 1)) for timing in timings if isinstance(timing, dict))
+    numbers = (pair for pair in found if all(isinstance(x, int | float) and 0 < x < 1e9 for x in pair))
+    return [seconds / lanes for seconds, lanes in numbers]
+
+
+def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
     """The process of a set of runs, or of a run alone."""
     log = str(one.log_file(root).absolute())
     results = tuple(str((run.folder(root) / "results.json").absolute()) for run in one.runs)
@@ -406,8 +420,8 @@ def job_of(one: RunSet, root: pathlib.Path, shared: Shared, lanes: int | None, k
             }
             for run in one.runs
         ],
-        "lanes": lanes,
-        "keeps_models": keep_models != "none",
+        "lanes": grid.lanes,
+        "keeps_models": grid.keep_models != "none",
     }
     return Job(one.title, ("-m", "pats_jax", "glue-lanes"), log, results, json.dumps(request))
 

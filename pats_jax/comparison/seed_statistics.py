@@ -421,7 +421,7 @@ def summarise_task(finished: Sequence[FinishedRun], compared_with: Mapping[Arm, 
             **dataclasses.asdict(Spread.of(list(scores.values()))),
             scores=scores,
             best_mean=float(np.mean([one.best_score for one in runs])),
-            baseline=baseline and baseline.label,
+            baseline=baseline.label if baseline else None,
             difference=paired_difference(scores, scores_of[baseline]) if baseline else None,
             seconds_per_step=float(np.median(seconds)) if seconds else None,
             curves={

@@ -202,12 +202,13 @@ class Tuner:
 
 def load_start(settings: GymSettings, start: TuningStart) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    adapter = settings.adapter(start.kind) if start.adapter is None else None
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), adapter)
     model = settings.model
     return option_scoring.load_scorer(
         start.model,
         settings.tuning.head,
-        settings.adapter(start.kind) if start.adapter is None else None,
+        adapter,
         key=settings.seed,
         adapter=start.adapter,
         mlm_head_from=start.base,

@@ -28,6 +28,11 @@ Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], An
 FlatTree = dict[ParameterPath, Any]  # path -> array
 
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
+_LINEAR_LAYERS = (
+    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    *("intermediate.dense", "output.dense"),
+)
+_MOST_LAYERS = 100  # whose names are tried; the largest encoders have 48
 _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
 
@@ -60,6 +65,11 @@ class PeftConfig(abc.ABC):
 
     def __post_init__(self):
         check_fields(self, prefix="")
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """Whether it may change some encoder layers in other ways than others, which needs separate layers."""
+        return False
 
     @property
     def virtual_tokens(self) -> int:
@@ -143,6 +153,25 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
     return found
+
+
+def differs_by_layer(pattern: str, what: str) -> bool:
+    """Whether a regex for `linear_layers` can match other linear layers in one encoder layer than in another.
+
+    Args:
+        pattern: The regex.
+        what: Its name in error messages.
+
+    Raises:
+        InputError: It is not a valid regex, or takes too long.
+    """
+    matches = compile_pattern(pattern, what)
+    numbers = range(_MOST_LAYERS)
+    return any(
+        len({matches(f"{prefix}.encoder.layer.{number}.{layer}") for number in numbers}) > 1
+        for prefix in ("bert", "roberta")
+        for layer in _LINEAR_LAYERS
+    )
 
 
 def exactly(names: Iterable[str]) -> str:

@@ -28,7 +28,15 @@ from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, exactly, linear_layers, own_variable
+from pats_jax.models.peft.config import (
+    FlatTree,
+    Interceptor,
+    PeftConfig,
+    differs_by_layer,
+    exactly,
+    linear_layers,
+    own_variable,
+)
 from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
@@ -65,6 +73,13 @@ class Ia3Config(PeftConfig):
     merges: ClassVar[bool] = True
     # PEFT sets fan_in_fan_out to what a layer has, with a warning
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, ("init_ia3_weights", "fan_in_fan_out"))
+
+    @property
+    def differs_by_layer(self) -> bool:
+        return any(
+            differs_by_layer(pattern, flag)
+            for pattern, flag in ((self.input_layers, "ia3_input_layers"), (self.output_layers, "ia3_output_layers"))
+        )
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         scaled_inputs = _layers(base, self.input_layers, "ia3_input_layers")

@@ -26,6 +26,7 @@ from pats_jax.models.peft.config import (
     FlatTree,
     Interceptor,
     PeftConfig,
+    differs_by_layer,
     exactly,
     linear_layers,
     nodes_with,
@@ -96,6 +97,10 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
+
+    @property
+    def differs_by_layer(self) -> bool:
+        return differs_by_layer(self.layers, "lora_layers")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         tree = {}
