@@ -304,15 +304,14 @@ def test_lanes_over_devices(base, tmp_path, devices, runs):
     ids=str,
 )
 def test_methods_and_adapters_in_lanes(base, tmp_path, changes):
-    """By their losses: one evaluation of a few rows could not tell."""
+    """The second of two lanes, by its losses and norms: one evaluation of a few rows could not tell."""
     owns = [{"seed": 1}, {"seed": 2, "learning_rate": 3e-4}]
-    known = {"method": base.method, "peft": None} | changes
-    values = tiny.read_flags(type(base), **base.flat() | {"learning_rate": 1e-3} | known)
-    base = type(base)(**values)
+    short = {"max_steps": 8, "logging_steps": 1, "eval_steps": 8, "do_predict": False, "load_best_model_at_end": False}
+    known = {"method": base.method, "peft": None, "sensitivity_batches": 0} | short | changes
+    base = type(base)(**tiny.read_flags(type(base), **base.flat() | known))
     in_lanes(settings_of(base, tmp_path / "lanes", owns), tmp_path / "set")
-    for number, run in enumerate(settings_of(base, tmp_path / "alone", owns)):
-        glue.run(run)
-        close(lines(tmp_path / "lanes" / f"run{number}"), lines(tmp_path / "alone" / f"run{number}"))
+    glue.run(settings_of(base, tmp_path / "alone", owns)[1])
+    close(lines(tmp_path / "lanes" / "run1"), lines(tmp_path / "alone" / "run1"))
 
 
 @pytest.mark.slow

@@ -79,11 +79,12 @@ def why_alone(settings: Settings) -> str | None:
     for method in settings.methods:
         if not method.works_in_lanes:
             return f"--method {method.name}"
-    if settings.loop.profile:
-        return "--profile"
-    if settings.model.ignore_mismatched_sizes:
-        return "--ignore_mismatched_sizes"
-    return None
+    flags = {
+        "profile": settings.loop.profile,
+        "ignore_mismatched_sizes": settings.model.ignore_mismatched_sizes,
+        "push_to_hub": settings.hub.push_to_hub,
+    }
+    return next((f"--{flag}" for flag, value in flags.items() if value), None)
 
 
 def default_lanes(machines: Iterable[dict[str, str]]) -> int | None:
