@@ -134,8 +134,9 @@ class Shared:
       task: what is learnt.
       splits: the data; of runs of ``--low_resource``, the training rows of the first.
       texts: the splits as texts of the model.
-      model: without an adapter.
-      params: its parameters; the new layers are those of the first run.
+      plain: the model without an adapter, and its parameters.
+      model: with the adapter, if there is one.
+      params: its parameters; new layers and adapter are those of the first run.
       config: the model's.
       order: see `Predictor.order`.
       runner: one device.
@@ -144,6 +145,7 @@ class Shared:
     task: tasks.Task
     splits: dict[str, readers.Split]
     texts: glue.Texts
+    plain: tuple[Any, Any]
     model: Any
     params: Any
     config: Any
@@ -155,10 +157,11 @@ class Shared:
         """Loads and checks them."""
         task, splits = glue.load_data(settings)
         plain = settings.replace(adapters=(), attention="einsum")  # cuDNN's kernel does not work under vmap
-        model, params, config = glue.load_model(plain, task, splits)
+        *loaded, config = glue.load_model(plain, task, splits)
+        model, params = glue.add_adapter(settings, *loaded)
         texts = glue.Texts.check(splits, tokenizer, model, settings.model.max_seq_length)
         order = None if task.labels is None else labels.match_labels(task.labels, list(config.id2label.values()))
-        return cls(task, splits, texts, model, params, config, order, runner)
+        return cls(task, splits, texts, (loaded[0], loaded[1]), model, params, config, order, runner)
 
     def data_of(self, settings: Settings) -> tuple[dict[str, readers.Split], batches.Tokens]:
         """The splits of a run, and the tokens of its training rows."""
@@ -176,7 +179,7 @@ class Shared:
         own = models.new_layers(runs[0].model.model_name_or_path, self.config, keys=seeds)
         if runs[0].adapter is None:
             return own
-        drawn = [glue.add_adapter(run, self.model, self.params)[1]["peft"] for run in runs]
+        drawn = [glue.add_adapter(run, *self.plain)[1]["peft"] for run in runs]
         return {**own, "peft": jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *drawn)}
 
 
@@ -190,7 +193,6 @@ class Round:
       predictors: of all lanes.
       logits: what they score.
       measures: sensitivity of each lane by its parameters; None: it is not measured.
-      model: with its adapter, if there is one.
     """
 
     runs: list[LaneRun]
@@ -198,7 +200,6 @@ class Round:
     predictors: list[LanePredictor]
     logits: LaneLogits
     measures: list[Any]
-    model: Any
 
 
 class Group:
@@ -273,7 +274,7 @@ class Group:
         number, mesh = _lanes_and_mesh(len(runs), self._devices)
         filled = [*runs, *[runs[0]] * (number - len(runs))]
         data = [shared.data_of(run.settings) for run in filled]
-        model, params = glue.add_adapter(settings, shared.model, shared.params)
+        model, params = shared.model, shared.params
         plain = train_state.make_loss_fn(model.apply, regression=shared.task.is_regression, deterministic=True)
         sources = [self._source(run.settings, *of_run, params, plain) for run, of_run in zip(filled, data, strict=True)]
         runs = [run.with_buckets(len(source.boundaries)) for run, source in zip(runs, sources, strict=False)]
@@ -314,7 +315,7 @@ class Group:
             self._predictor(settings, model, params, training, logits, lane, *of_run)
             for lane, of_run in enumerate(data)
         ]
-        return Round(runs, training, predictors, logits, self._measures(settings, params, sources), model)
+        return Round(runs, training, predictors, logits, self._measures(settings, params, sources))
 
     def _source(self, settings, splits, tokens, params, plain):
         shared = self._shared
@@ -405,7 +406,7 @@ class Group:
         one = Trained(params, trained.progress.lanes[lane].records, facts, draw=draw)
         predictor = part.predictors[lane]
         finish = glue.Finish(
-            run.start, shared.task, part.model, shared.texts.tokenizer, predictor, keeps_model=self._keeps_models
+            run.start, shared.task, shared.model, shared.texts.tokenizer, predictor, keeps_model=self._keeps_models
         )
         results = glue.describe_run(settings, shared.task, params) | facts | finish.use(one)
         run_folder.check_links(folder)
