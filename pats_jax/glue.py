@@ -215,6 +215,7 @@ class Finish:
     """What follows a training: scores and predictions on the devices, then the folder.
 
     Attributes:
+      keeps_model: whether the model is written.
       files: predictions by file name, once they are made.
       examined: what the model gets wrong, once it is known.
     """
@@ -224,6 +225,7 @@ class Finish:
     model: Any
     tokenizer: Any
     predictor: Predictor
+    keeps_model: bool = True
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     examined: diagnosis.Examination | None = None
 
@@ -247,7 +249,8 @@ class Finish:
     def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
         """Writes model, predictions, plots and card."""
         settings, folder = self.start.settings, self.start.folder
-        save_model(folder, settings, self.model, params, self.tokenizer)
+        if self.keeps_model:
+            save_model(folder, settings, self.model, params, self.tokenizer)
         if self.files:
             write_files(folder / "predictions", self.files)
         if self.examined:
@@ -334,6 +337,11 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     )
     for method in settings.methods:
         method.check_model(config.num_hidden_layers)
+    return *add_adapter(settings, model, params), config
+
+
+def add_adapter(settings: Settings, model: Any, params: Any) -> tuple[Any, Any]:
+    """A plain model and its parameters, with the adapter of ``--peft`` if there is one."""
     modules = settings.adapter
     if modules:
         if not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
@@ -343,7 +351,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
             )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
         pe_modules.check_methods(settings.peft, settings.methods, params)
-    return model, params, config
+    return model, params
 
 
 def tokenize_split(

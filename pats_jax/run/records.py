@@ -206,6 +206,7 @@ class Timing(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     seconds: NotRequired[Seconds]
+    lanes: NotRequired[Annotated[int, annotated_types.Interval(ge=1, le=100_000)]]  # runs that share these seconds
 
 
 class MetricsLine(TypedDict):
@@ -236,6 +237,14 @@ class GridRun(TypedDict):
     method: str
     overrides: NotRequired[dict[str, Overridden]]
     seed: Seed
+
+
+class LaneSetFile(TypedDict):
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+
+    runs: list[GridRun]
+    lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
+    layers: Literal["auto", "separate", "stacked"]
 
 
 class GridFile(TypedDict):
