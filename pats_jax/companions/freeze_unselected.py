@@ -31,6 +31,7 @@ def freeze_unselected(
       A gradient transformation; its state is ``inner``'s.
 
     Raises:
+      TypeError: if ``inner`` is not an optimizer.
       ValueError: from ``init``, if there is no such transform inside.
 
     Examples:
@@ -44,7 +45,7 @@ def freeze_unselected(
       [-0.55 -0.05]
       [-0.55  0.  ]
     """
-    inner = trees.as_extra_args_transform(inner)
+    inner = trees.as_extra_args_transform("freeze_unselected", inner)
 
     def init(params):
         state = inner.init(params)

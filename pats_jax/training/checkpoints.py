@@ -55,6 +55,7 @@ FORMAT = 1
 _ITEM, _RECORD = "state", "record.json"
 
 Progress = TypeVar("Progress")
+State = TypeVar("State")
 Result = TypeVar("Result")
 
 
@@ -137,12 +138,12 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{self._folder}: cannot be read ({error.strerror})") from None
 
-    def save(self, step: int, state: TrainState, progress: Any, best_step: int | None = None) -> None:
+    def save(self, step: int, state: Any, progress: Any, best_step: int | None = None) -> None:
         """Copies the state off the devices and writes it in the background; does nothing if it is already saved.
 
         Args:
           step: the number of the checkpoint.
-          state: what to save, as arrays of the whole mesh.
+          state: what to save, a `TrainState` or another tree, as arrays of the whole mesh.
           progress: anything that JSON can hold.
           best_step: the checkpoint with the best score so far, which must not go as long as this one is kept.
 
@@ -174,7 +175,7 @@ class Checkpoints:
             with _in_one_line(self._folder):
                 self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState, kind: type[Progress] = dict) -> tuple[TrainState, Progress] | None:  # type: ignore[assignment]
+    def restore(self, state: State, kind: type[Progress] = dict) -> tuple[State, Progress] | None:  # type: ignore[assignment]
         """Restores the newest valid checkpoint: it and the best checkpoint that it names are undamaged.
 
         A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
@@ -309,7 +310,7 @@ class Checkpoints:
             if found != digest:
                 raise _Damaged(f"{_ITEM}/{name} does not match what was saved")
 
-    def _arrays(self, step, state, record) -> TrainState:
+    def _arrays(self, step, state: State, record) -> State:
         """The state in a verified checkpoint."""
         wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
@@ -484,7 +485,7 @@ _SYSTEM_WORDS = [
 ]
 
 
-def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
+def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
     """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
 
     The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
@@ -504,7 +505,7 @@ def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
     return arrays, kinds
 
 
-def _put_together(state: TrainState, arrays: Arrays) -> TrainState:
+def _put_together(state: State, arrays: Arrays) -> State:
     """Puts the arrays of `_take_apart` into a state of the same structure."""
     leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
 
