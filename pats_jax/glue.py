@@ -216,8 +216,8 @@ class Finish:
 
     Attributes:
       keeps_model: whether the model is written.
-      files: predictions by file name, once they are made.
-      examined: what the model gets wrong, once it is known.
+      files: file name -> predictions, once they are made.
+      examined: the examination of the model, once it is made.
     """
 
     start: run_start.Start[Settings]

@@ -57,14 +57,15 @@ class TrainState(train_state.TrainState):
         key: int | jax.Array,
         trainable: Any = None,
     ):
-        """The state before the first step.
+        """Creates the state before the first step.
 
         Args:
           apply_fn: the model's apply function.
-          params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
-          tx: any Optax optimizer; nothing extra is passed to its ``update``. It sees the trainable parameters only.
+          params: a tree of parameters; training steps that donate the state invalidate them, so copy them if you need
+            them later.
+          tx: any Optax optimizer; it sees only the trainable parameters, and its ``update`` gets no extra arguments.
           key: an int (a key of the fast kind) or a typed key.
-          trainable: a tree of bools like params, which are trained; None trains all.
+          trainable: a tree of bools like params, True at leaves to train; None trains all.
 
         Raises:
           TypeError: if ``tx`` is not an optimizer.

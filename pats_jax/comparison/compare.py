@@ -346,7 +346,7 @@ Failures = dict[Run, tuple[str, pathlib.Path]]  # why a run failed, and the log 
 
 
 def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> Failures:
-    """Runs what is not finished, and returns why each failed run failed.
+    """Runs the unfinished runs; returns failed run -> reason.
 
     Args:
       grid: what to run.

@@ -83,6 +83,9 @@ def why_alone(settings: Settings) -> str | None:
         "profile": settings.loop.profile,
         "ignore_mismatched_sizes": settings.model.ignore_mismatched_sizes,
         "push_to_hub": settings.hub.push_to_hub,
+        "class_weights": settings.loss.class_weights,
+        "label_smoothing_factor": settings.loss.label_smoothing_factor,
+        "validation_split_percentage": settings.data.validation_split_percentage,  # each seed holds out other rows
     }
     return next((f"--{flag}" for flag, value in flags.items() if value), None)
 

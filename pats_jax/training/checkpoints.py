@@ -176,20 +176,21 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def restore(self, state: State, kind: type[Progress] = dict) -> tuple[State, Progress] | None:  # type: ignore[assignment]
-        """Restores the newest valid checkpoint: it and the best checkpoint that it names are undamaged.
+        """Restores the newest checkpoint that is undamaged, as is the best checkpoint that it names.
 
-        A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
-        renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
+        A damaged one is renamed STEP.damaged, with a warning. One whose best checkpoint is damaged or missing is
+        renamed STEP.without_best: training from the checkpoint before it makes the same best one again. None is
+        removed.
 
         Args:
-          state: a state of the same tree, with separate or stacked layers; its shardings are where the arrays go.
-          kind: what the progress is, for `files.parse_record`.
+          state: a state of the same tree, with separate or stacked layers; the arrays get its shardings.
+          kind: the type of the progress, for `files.parse_record`.
 
         Returns:
-          The state and the progress that were saved, or None where there is no whole checkpoint.
+          The saved state and progress, or None if there is no undamaged checkpoint.
 
         Raises:
-          InputError: if a checkpoint cannot be read, or is sound but of another format, model or optimizer.
+          InputError: if a checkpoint cannot be read, or is undamaged but of another format, model or optimizer.
         """
         there_were = steps = self.steps
         while steps:
@@ -486,9 +487,9 @@ _SYSTEM_WORDS = [
 
 
 def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
-    """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
+    """The arrays by path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of keys.
 
-    The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
+    The project's own states hold keys as `random.StoredKey`. Typed keys in Optax's states are replaced by their words.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_stored_key)
     arrays, kinds = {}, {}

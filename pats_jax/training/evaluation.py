@@ -75,7 +75,7 @@ class Predictor:
         return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
 
     def rows_and_batches(self, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Row numbers and batches of a split, this process's own rows of them."""
+        """Row numbers and batches of a split, with only this process's own rows."""
         tokens, devices = self.tokenize(name), self.runner.num_devices
         passes = self.evaluations if name.startswith("validation") else 1
         boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)

@@ -309,7 +309,7 @@ def _fetch(fetched, pending):
 
 
 def summarise(steps: list[dict[str, float]], progress: Progress) -> Record:
-    """One record: means over the steps that were not skipped, share of padding, number of skipped steps."""
+    """Makes a record: means over the steps that were not skipped, share of padding, number of skipped steps."""
     kept = [step for step in steps if not _was_skipped(step)]
     names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
     means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}

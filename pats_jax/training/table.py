@@ -161,7 +161,7 @@ class TableSource:
         )
 
     def planned(self, first_step: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields rows and length of every step from a step (counted from 0) on, without end."""
+        """Yields rows and length of every step after ``first_step`` steps, without end."""
         epoch, done = divmod(first_step, len(self.plan))
         for number in itertools.count(epoch):
             yield from self._plan(number)[done:]
