@@ -151,21 +151,25 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
 
 
 def name_data(grid: Grid, others: list[str]) -> Grid:
-    """The grid with a name for one's own data in place of a task: that of the training file.
+    """The grid with a name for one's own data in place of a task: that of the training file or of the data set.
 
     Raises:
       InputError: if there are both, or neither.
     """
     given = flags.flag_names(others)
     if grid.tasks:
-        for name in ("train_file", "validation_file", "test_file"):
+        for name in (*_OWN_DATA, "validation_file", "test_file"):
             if name in given:
                 raise InputError(f"--{name}: cannot be used with --tasks")
         return grid
-    if "train_file" not in given:
-        raise InputError("--tasks is missing; for your own data, set --train_file and --validation_file instead")
-    path = str(flags.value_of("--train_file", others))
-    return grid.replace(tasks=(files.checked_name(pathlib.Path(path).stem, "--train_file"),))
+    own = next((name for name in _OWN_DATA if name in given), None)
+    if own is None:
+        raise InputError("--tasks is missing; for your own data, set --train_file or --dataset_name instead")
+    path = pathlib.Path(str(flags.value_of(f"--{own}", others)))
+    return grid.replace(tasks=(files.checked_name(path.stem if own == "train_file" else path.name, f"--{own}"),))
+
+
+_OWN_DATA = ("train_file", "dataset_name")  # the one or the other
 
 
 Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
@@ -177,7 +181,7 @@ def check(grid: Grid, others: list[str]) -> Shared:
     Raises:
       InputError: if anything in the grid is wrong.
     """
-    is_own = "train_file" in flags.flag_names(others)
+    is_own = not set(_OWN_DATA).isdisjoint(flags.flag_names(others))
     for name in () if is_own else grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
@@ -250,7 +254,7 @@ def _alike(shared, arm, saved):
 def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
     """The settings of a run: the shared ones of its arm and its own."""
     settings = shared[run.arm]
-    task = {} if settings.data.own_file else {"task_name": run.task}
+    task = {} if settings.data.own_name else {"task_name": run.task}
     return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
