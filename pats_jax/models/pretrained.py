@@ -128,12 +128,7 @@ def from_pretrained(
     )
     shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
-    if matched.surplus:
-        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
-    if matched.new:
-        new = ", ".join(map(convert.tensor_name, matched.new))
-        hint = "" if own_labels is None else "; train the head before you use it"
-        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
+    _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
@@ -141,6 +136,16 @@ def from_pretrained(
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
+
+
+def _report_match(matched, name_or_dir, has_head):
+    """Warns about tensors that are unused, and about new ones."""
+    if matched.surplus:
+        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
+    if matched.new:
+        new = ", ".join(map(convert.tensor_name, matched.new))
+        hint = "; train the head before you use it" if has_head else ""
+        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
 
 
 def _read_parameters(files, sources, shapes, folder):
