@@ -352,7 +352,7 @@ def test_a_task_refuses_what_is_for_own_data(capsys):
         line = tiny.refused(capsys, "glue", "--task_name", "mrpc", f"--{flag}", value)
         assert f"--{flag}: --task_name mrpc has its own; omit the flag" in line
     line = tiny.refused(capsys, "prime", "--label_smoothing_factor", "0.1")
-    assert "--label_smoothing_factor is not supported" in line
+    assert "--label_smoothing_factor: is for `pats-jax train` and `pats-jax glue`; omit it" in line
 
 
 # real texts

@@ -207,7 +207,7 @@ def test_what_nothing_reads_is_refused(home, capsys):
     line = tiny.refused(capsys, "train", *tiny.flags(**given), "--metric_for_best_model", "accuracy")
     assert "--metric_for_best_model: needs --do_eval" in line
     line = tiny.refused(capsys, "prime", "--class_weights", "balanced")
-    assert "--class_weights is not supported: the loss is plain cross-entropy" in line
+    assert "--class_weights: is for `pats-jax train` and `pats-jax glue`; omit it" in line
 
 
 def test_the_estimators_take_them_by_keyword(home):

@@ -225,6 +225,11 @@ class Settings(TrainingSettings):
         return self.replace(batches=self.batches.over(num_devices))
 
 
+# Flags of these programs that other programs refuse.
+OF_CLASSIFIERS = dict.fromkeys(
+    ("dataset_name", "dataset_config_name", "class_weights", "label_smoothing_factor", "metric_for_best_model"),
+    "is for `pats-jax train` and `pats-jax glue`; omit it",
+)
 _A_TASK = "is for GLUE tasks; use `pats-jax glue`"
 
 

@@ -69,6 +69,9 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+_OF_SEVERAL = {"accuracy", "macro_f1", "micro_f1"}  # labels to a row
+
+
 def compute_metrics(
     metrics: Task | str | Sequence[str], predictions: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
@@ -89,7 +92,8 @@ def compute_metrics(
     task = get_task(metrics) if isinstance(metrics, str) else metrics
     names = task.metrics if isinstance(task, Task) else task
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if predictions.shape != labels.shape or predictions.ndim not in (1, 2) or len(labels) == 0:
+    several = predictions.ndim == 2 and {*names} <= _OF_SEVERAL
+    if predictions.shape != labels.shape or not (predictions.ndim == 1 or several) or len(labels) == 0:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must be vectors of equal length")
     if not (np.all(np.isfinite(predictions)) and np.all(np.isfinite(labels))):
         raise ValueError("predictions and labels must be finite")
