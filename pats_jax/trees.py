@@ -53,8 +53,8 @@ def resolve_layer_mask(mask: Any, params: Any, name: str = "mask") -> Any:
     """As `resolve_mask`, but a leaf of which the mask selects some layers has an array of bools (layers,)."""
 
     def kept(keep):
-        is_own = is_masked(keep) or isinstance(keep, bool | np.bool_ | np.ndarray | jax.Array)
-        if not is_own or getattr(keep, "dtype", np.dtype(bool)) != np.bool_:
+        is_own = is_masked(keep) or isinstance(keep, bool | int | np.generic | np.ndarray | jax.Array)
+        if not is_own or getattr(keep, "dtype", np.dtype(bool)).kind not in "bui":  # whole numbers count as bools
             raise TypeError(f"{name}: holds {keep!r:.60}; it must be {_A_MASK}")
         return as_kept(keep)
 

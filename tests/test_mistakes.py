@@ -91,6 +91,7 @@ def test_a_wrong_keep_mask_is_named(mask, kind, said):
 
 def test_right_masks_are_taken():
     for mask in (
+        1,
         None,
         True,
         {"encoder": {"kernel": True, "bias": False}, "head": False},
