@@ -293,7 +293,7 @@ def test_lanes_over_devices(base, tmp_path, devices, runs):
         {"method": "sage"},
         {"method": "child-f+l2-sp"},
         {"method": "sift"},
-        {"method": "smart+lnsr", "lnsr_layer": 1},
+        {"method": "smart+lnsr", "lnsr_layer": 0},
         {"method": "perturbed"},
         {"low_resource": 16},
         {"gradient_accumulation_steps": 2},

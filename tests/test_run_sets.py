@@ -105,7 +105,8 @@ def test_a_damaged_set_is_one_line(tmp_path):
 def test_why_a_run_of_a_set_failed(tmp_path):
     runs = [Run("sst2", Arm("pats"), seed) for seed in range(2)]
     shared = {Arm("pats"): test_compare.BASE.replace(method="pats")}
-    job = compare.job_of(RunSet(tuple(runs), "set1"), tmp_path, shared, 2, "none")
+    grid = compare.Grid(lanes=2, keep_models="none")
+    job = compare.job_of(RunSet(tuple(runs), "set1"), tmp_path, shared, grid)
     assert json.loads(job.stdin)["lanes"] == 2 and not json.loads(job.stdin)["keeps_models"]
     finish(tmp_path, runs[0])
     run_sets.log_file(tmp_path, runs[1]).write_text("pats-jax: error: diverged\n")
