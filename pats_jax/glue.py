@@ -25,7 +25,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, own_data, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, own_data, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
 from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs, task_loss
@@ -58,6 +58,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
         with run_start.begin(settings, default_folder(settings), console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                hub.publish(start.settings, start.folder, start.console)
                 return start.finished
             return carry_out(start, loading, keep_batch=settings.batches.train_batch_size is not None)
 
@@ -214,8 +215,9 @@ class Finish:
     """What follows a training: scores and predictions on the devices, then the folder.
 
     Attributes:
-      files: predictions by file name, once they are made.
-      examined: what the model gets wrong, once it is known.
+      keeps_model: whether the model is written.
+      files: file name -> predictions, once they are made.
+      examined: the examination of the model, once it is made.
     """
 
     start: run_start.Start[Settings]
@@ -223,6 +225,7 @@ class Finish:
     model: Any
     tokenizer: Any
     predictor: Predictor
+    keeps_model: bool = True
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     examined: diagnosis.Examination | None = None
 
@@ -246,7 +249,8 @@ class Finish:
     def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
         """Writes model, predictions, plots and card."""
         settings, folder = self.start.settings, self.start.folder
-        save_model(folder, settings, self.model, params, self.tokenizer)
+        if self.keeps_model:
+            save_model(folder, settings, self.model, params, self.tokenizer)
         if self.files:
             write_files(folder / "predictions", self.files)
         if self.examined:
@@ -333,6 +337,11 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     )
     for method in settings.methods:
         method.check_model(config.num_hidden_layers)
+    return *add_adapter(settings, model, params), config
+
+
+def add_adapter(settings: Settings, model: Any, params: Any) -> tuple[Any, Any]:
+    """A plain model and its parameters, with the adapter of ``--peft`` if there is one."""
     modules = settings.adapter
     if modules:
         if not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
@@ -342,7 +351,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
             )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
         pe_modules.check_methods(settings.peft, settings.methods, params)
-    return model, params, config
+    return model, params
 
 
 def tokenize_split(

@@ -11,7 +11,7 @@ import optax
 from flax import serialization
 from flax.training import train_state
 
-from pats_jax import random, trees
+from pats_jax import random, transforms, trees
 from pats_jax.errors import InputError
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
@@ -57,19 +57,25 @@ class TrainState(train_state.TrainState):
         key: int | jax.Array,
         trainable: Any = None,
     ):
-        """The state before the first step.
+        """Creates the state before the first step.
 
         Args:
           apply_fn: the model's apply function.
-          params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
-          tx: any Optax optimizer; nothing extra is passed to its ``update``. It sees the trainable parameters only.
+          params: a tree of parameters; training steps that donate the state invalidate them, so copy them if you need
+            them later.
+          tx: any Optax optimizer; it sees only the trainable parameters, and its ``update`` gets no extra arguments.
           key: an int (a key of the fast kind) or a typed key.
-          trainable: a tree of bools like params, which are trained; None trains all.
+          trainable: a tree of bools like params, True at leaves to train; None trains all.
+
+        Raises:
+          TypeError: if ``tx`` is not an optimizer.
         """
+        trees.check_optimizer("TrainState.create", tx)
         stored_key, frozen = random.StoredKey.of(random.as_key(key)), None
         if trainable is not None:
             params, frozen = trees.partition(trainable, params)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, stored_key=stored_key, frozen=frozen)
+        transforms.warn_of_followers(state.opt_state)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
 
 

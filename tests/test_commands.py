@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 import tiny
 from packaging.requirements import Requirement
@@ -215,11 +216,16 @@ def shrink(args):
         flags["data_dir"] = "builtin"
         if "--out_of_domain" in rest:
             flags["out_of_domain_dir"] = "NLI"
+        rest = without(rest, "push_to_hub", "hub_model_id")  # tests/test_hub.py uploads
     if "prompt" in rest:
         flags["prompt_length"] = "4"  # the tiny model has few positions
     if command == "compare":
         rest = without(rest, "executor", "scheduler")
-        rest = without(rest, "methods") + ["--methods", *values_of(rest, "methods")[:2]]
+        for name, count in {"methods": 2, "learning_rate": 2, "noise_scale": 1, "peft": 2}.items():
+            if f"--{name}" in rest:
+                rest = [*without(rest, name), f"--{name}", *values_of(rest, name)[:count]]
+        if "--train_file" in rest:
+            del flags["tasks"], flags["data_dir"]
     new = [word for name, value in flags.items() for word in (f"--{name}", value)]
     return [command, *without(rest, *flags), *new]
 
@@ -234,7 +240,8 @@ def _bind(function, **options):
 
 
 def _compare(args):
-    compare.check(*compare.parse(args))
+    grid, others = compare.parse(args)
+    compare.check(compare.name_data(grid, others), others)
 
 
 def _builtin(args):
@@ -309,6 +316,9 @@ def home(tmp_path_factory):
         (home / name).parent.mkdir(exist_ok=True)
         tiny.save_checkpoint(home / name)
     texts, praises = tiny.sentences(24, 0)
+    words = np.where(praises, "good", "bad")
+    for file in ("reviews.csv", "dev.csv"):
+        tiny.write_table(home / file, ("text", "label"), *zip(texts, words, strict=True), separator=",")
     (home / "texts.tsv").write_text("sentence\n" + "".join(f"{text}\n" for text in texts[:5]))
     labels = ["good" if praise else "bad" for praise in praises]
     for file in ("mine.csv", "reviews.csv"):

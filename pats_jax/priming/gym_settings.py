@@ -115,6 +115,7 @@ class GymSettings(TunedModel):
         "learning_rate": "use --grid, which sets the learning rates of each kind",
         **OF_CLASSIFIERS,
         **dict.fromkeys(("overwrite", "resume"), _NOT_NEEDED),
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "a gym keeps no model to upload"),
         **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), _ONE_BATCH),
         **dict.fromkeys(("early_stopping_patience", "load_best_model_at_end"), _ALL_STEPS),
         **dict.fromkeys(("fsdp", "coordinator_address", "num_processes", "process_id"), _ONE_DEVICE),

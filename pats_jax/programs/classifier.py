@@ -25,13 +25,14 @@ from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.models.labels import match_labels
 from pats_jax.programs.own_texts import Columns, are_lists, labels_of, read_split, write_rows
 from pats_jax.programs.predict import LoadedModel
-from pats_jax.run import run_folder
+from pats_jax.run import hub, model_card, run_folder
 from pats_jax.run.records import PeftKind
 from pats_jax.run.settings import Settings
 from pats_jax.training.evaluation import probabilities
 from pats_jax.training.metrics import compute_metrics
 
 _DESCRIPTION = "text_estimator.json"  # in a saved folder: what `load` needs besides the model
+_PHASES = ("do_train", "do_eval", "do_regression")  # which `fit` sets by itself
 _NOT_SETTINGS = {"method_settings", "settings", "validation", "text_columns", "label_column", "verbose"}
 
 
@@ -258,6 +259,35 @@ class _TextEstimator(BaseEstimator):
         described = {"estimator": type(self).__name__, "parameters": self.get_params(deep=False), "classes": classes}
         text = json.dumps(described, indent=1, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
         (target / _DESCRIPTION).write_text(text, encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the model with a card to the Hugging Face hub; creates the repository if there is none.
+
+        Args:
+          repo_id: ``USER/NAME``, or ``NAME`` for the token's owner.
+          private: whether a new repository is private; None: as the account says.
+          token: of the hub; None: that of ``hf auth login`` or ``HF_TOKEN``.
+
+        Returns:
+          The repository's address.
+
+        Raises:
+          InputError: there is no token, or the hub refuses the upload or cannot be reached.
+        """
+        check_is_fitted(self, "model_folder_")
+        hub.check_ready(repo_id, "push_to_hub", token)
+        settings, source = self._program_settings(pathlib.Path("run"), {}), self.model_folder_.path
+        known = {"method": self.method, "peft": self.peft, "seed": self.seed, "versions": run_folder.versions()}
+        results = {**known, "model_name_or_path": self.model_name_or_path, **getattr(self, "results_", {})}
+        paths = [flag for flag, entry in settings.all_entries().items() if entry.about.is_path]
+
+        def card(name: str) -> str:
+            whole = not (source / "adapter_config.json").exists()
+            return model_card.for_hub(
+                name, settings.to_dict(), results, settings.defaults(), whole=whole, paths=[*paths, *_PHASES]
+            )
+
+        return hub.push(source, card, repo_id, private=private, token=token)
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Self:

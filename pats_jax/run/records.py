@@ -206,6 +206,7 @@ class Timing(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     seconds: NotRequired[Seconds]
+    lanes: NotRequired[Annotated[int, annotated_types.Interval(ge=1, le=100_000)]]  # runs that share these seconds
 
 
 class MetricsLine(TypedDict):
@@ -221,12 +222,29 @@ class MetricsLine(TypedDict):
 # grid.json
 
 
+Overridden = (
+    Annotated[int, annotated_types.Interval(ge=-(2**63), lt=2**63)]
+    | Annotated[float, annotated_types.Interval(ge=-3.5e38, le=3.5e38)]
+    | str
+    | None
+)
+
+
 class GridRun(TypedDict):
-    """A run of a grid, see `seed_statistics.Run`."""
+    """A run of a grid, see `seed_statistics.Run`; overrides are those of its arm, see `arms.Arm`."""
 
     task: str
     method: str
+    overrides: NotRequired[dict[str, Overridden]]
     seed: Seed
+
+
+class LaneSetFile(TypedDict):
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+
+    runs: list[GridRun]
+    lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
+    layers: Literal["auto", "separate", "stacked"]
 
 
 class GridFile(TypedDict):

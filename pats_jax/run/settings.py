@@ -74,6 +74,31 @@ class FolderSettings(Group):
             raise InputError("--resume and --overwrite cannot be used together")
 
 
+@dataclasses.dataclass(frozen=True)
+class HubSettings(Group):
+    """Whether and where to publish the model."""
+
+    title: ClassVar[str] = "hub"
+
+    push_to_hub: bool = setting(
+        False, "upload the model and its card to the Hugging Face hub at the end", of_one_start=True
+    )
+    hub_model_id: str | None = setting(
+        None, "with --push_to_hub: the repository, USER/NAME; if unset, named after output_dir", of_one_start=True
+    )
+    hub_private_repo: bool | None = setting(
+        None,
+        "with --push_to_hub: whether a new repository is private; if unset, as the account says",
+        of_one_start=True,
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise InputError(f"--{name}: needs --push_to_hub")
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class TunedModel(Composed):
     """The settings of every program that trains: model, methods, compilation, seed."""
@@ -122,6 +147,7 @@ class TrainingSettings(TunedModel):
 
     adapters: "tuple[peft.PeftConfig, ...]" = ()  # of --peft: one, or none
     folder: FolderSettings = FolderSettings()
+    hub: HubSettings = HubSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loop: LoopSettings = LoopSettings()
     saving: SavingSettings = SavingSettings()

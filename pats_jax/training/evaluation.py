@@ -6,7 +6,7 @@ import functools
 import io
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
+from pats_jax.train_state import Batch
 from pats_jax.training import metrics
 from pats_jax.training.loop import predict_logits
 from pats_jax.training.runners import CompiledProgram, MeshRunner
@@ -59,18 +60,22 @@ class Predictor:
         Raises:
           InputError: if they are not finite, for instance because the model has diverged.
         """
-        logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
+        logits = self.raw_logits(params, name)
         check_finite(logits, "lower learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
+
+    def raw_logits(self, params: Any, name: str) -> np.ndarray:
+        """Logits (rows, num_labels) of a split, in the order of the model's head, finite or not."""
+        return predict_logits(self._predict, params, self.rows_and_batches(name), len(self.tokenize(name)))
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
         """Functions that compile the programs of `evaluate`, one per shape, for the shapes of parameters."""
         names = [name for name in self.splits if name.startswith("validation")]
-        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self._batches(name)}
+        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self.rows_and_batches(name)}
         return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
 
-    def _batches(self, name):
-        """Row numbers and batches of a split, this process's own rows of them."""
+    def rows_and_batches(self, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Row numbers and batches of a split, with only this process's own rows."""
         tokens, devices = self.tokenize(name), self.runner.num_devices
         passes = self.evaluations if name.startswith("validation") else 1
         boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)

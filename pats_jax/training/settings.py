@@ -6,6 +6,20 @@ from typing import ClassVar, Literal, Self
 from pats_jax.core.settings import POSITIVE, PROBABILITY, Group, Range, at_least, setting
 from pats_jax.errors import InputError
 
+# The settings that are arrays in the step: each lane may have its own.
+LANE_NUMBERS = (
+    "learning_rate",
+    "weight_decay",
+    "noise_scale",
+    "decay",
+    "r3f_lambda",
+    "r_drop_alpha",
+    "smart_alpha",
+    "lnsr_lambda",
+)
+OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+LANES_ON_CPU = 4  # where nobody says how many
+
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun, such as ``1 device`` or ``2 devices``."""
