@@ -119,9 +119,9 @@ def pats_noise(
         sd_t = noise_scale * std(W_0) * w_t         W_0 the tensor at init, population standard deviation
         update = u + sd_t * xi_t                    xi_t independent, zero mean, unit variance, new at every step
 
-    ``noise_scale`` thus reads: standard deviation of the noise on a parameter of zero sensitivity, in standard
-    deviations of its tensor. The noise stays in the parameters; over T steps it grows like sqrt(T). The idea is the
-    paper's; the formulas are ours. A parameter whose s_t is not finite keeps its S (ours).
+    ``noise_scale`` is thus the standard deviation of the noise on a parameter of zero sensitivity, in units of its
+    tensor's standard deviation. The noise stays in the parameters: over T steps it grows like sqrt(T). A parameter
+    whose s_t is not finite keeps its S. The idea is the paper's; the formulas are ours.
 
     Goes last in a chain: what stands after it would change the noise, too. `with_raw_gradient` and `TrainState.create`
     warn where the optimizer's state shows that something does, such as Adam's moments; parts without a state, such as
@@ -130,7 +130,7 @@ def pats_noise(
     has.
 
     Args:
-      noise_scale: a number >= 0, or a schedule of the number of updates made so far (t-1).
+      noise_scale: a number >= 0, or a schedule of the number of updates so far, t-1.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       decay: decay of the moving average of sensitivity, in [0, 1).
       response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a function of the r >= 0 of one
@@ -249,8 +249,8 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
 
     Raises:
       TypeError: if ``inner`` is not an optimizer.
-      ValueError: from ``init``, if gradients are accumulated somewhere inside (by
-        ``optax.MultiSteps(...).gradient_transformation()``), so that the raw gradient is not known here.
+      ValueError: from ``init``, if gradients are accumulated inside (by
+        ``optax.MultiSteps(...).gradient_transformation()``), where the raw gradient is not known.
     """
     trees.check_optimizer("with_raw_gradient", inner)
     if isinstance(inner, optax.MultiSteps):

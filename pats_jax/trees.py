@@ -29,9 +29,9 @@ def is_absent(x: Any) -> bool:
 
 
 def resolve_mask(mask: Any, params: Any, name: str = "mask") -> Any:
-    """The mask (a tree prefix of bools, a function of params, None for every leaf) as a tree of bools like params.
+    """A mask (a tree prefix of bools, a function of params, or None for every leaf) as a tree of bools like params.
 
-    optax.MaskedNode counts as a leaf. An array of bools, one for each layer of a leaf, is one bool if all are the same.
+    optax.MaskedNode counts as a leaf. An array of bools, one per layer of a leaf, becomes one bool if all are equal.
 
     Args:
       mask: the mask.
@@ -40,8 +40,8 @@ def resolve_mask(mask: Any, params: Any, name: str = "mask") -> Any:
 
     Raises:
       TypeError: if one of its leaves is not of bools.
-      ValueError: if its structure is not a prefix of that of params, or if it takes some layers of a leaf and leaves
-        others out.
+      ValueError: if its structure is not a prefix of that of params, or if the mask selects some layers of a leaf but
+        not others.
     """
     resolved = resolve_layer_mask(mask, params, name)
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(resolved)):
@@ -50,7 +50,7 @@ def resolve_mask(mask: Any, params: Any, name: str = "mask") -> Any:
 
 
 def resolve_layer_mask(mask: Any, params: Any, name: str = "mask") -> Any:
-    """As `resolve_mask`; a leaf some of whose layers the mask takes has an array of bools (layers,)."""
+    """As `resolve_mask`, but a leaf of which the mask selects some layers has an array of bools (layers,)."""
 
     def kept(keep):
         is_own = is_masked(keep) or isinstance(keep, bool | int | np.generic | np.ndarray | jax.Array)
@@ -72,7 +72,7 @@ def as_kept(keep: Any) -> bool | np.ndarray:
 
 
 def _resolve_prefix(prefix, params, convert, name, expected):
-    """A tree like params of the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
+    """A tree like params with the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
     treedef: Any  # its methods are not in JAX's type stubs
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_masked)
     parts = parts_of(treedef, prefix, params, name, expected)

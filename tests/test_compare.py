@@ -375,7 +375,7 @@ class Home:
 
     def compare(self, *flags, methods="finetune pats", seeds="1 2"):
         args = ["--methods", *methods.split(), "--tasks", "mrpc", "--seeds", *seeds.split(), "--output_dir", self.grid]
-        args += ["--model_name_or_path", "model", *flags]
+        args += ["--model_name_or_path", "model", "--lanes", "1", *flags]
         out = io.StringIO()
         compare.run(list(map(str, args)), rich.console.Console(file=out))
         return out.getvalue()
@@ -551,7 +551,7 @@ def test_a_grid_of_real_runs(seeds, tmp_path, monkeypatch):
         --methods finetune pats --tasks sst2 --seeds {seeds} --jobs 2 --output_dir {tmp_path / "grid"}
         --model_name_or_path {tiny.save_checkpoint(tmp_path / "checkpoint")}
         --data_dir {tiny.write_sst2(tmp_path / "data")} --max_seq_length 16 --per_device_train_batch_size 8
-        --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2
+        --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2 --lanes 1
         --learning_rate 1e-2 --noise_scale 0.1"""
     compare.run(shlex.split(flags), rich.console.Console(file=io.StringIO()))
     found = json.loads((tmp_path / "grid" / "comparison.json").read_text())

@@ -32,7 +32,7 @@ def freeze_unselected(
 
     Raises:
       TypeError: if ``inner`` is not an optimizer.
-      ValueError: from ``init``, if there is no such transform inside.
+      ValueError: from ``init``, if ``inner`` contains no such transform.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax

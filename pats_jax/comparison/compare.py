@@ -1,4 +1,4 @@
-"""A grid of arms x tasks x seeds, each run by the GLUE program in its own process: `pats-jax compare`.
+"""A grid of arms x tasks x seeds, run by the GLUE program, side by side or each in its own process: `pats-jax compare`.
 
 This process starts no JAX backend, so accelerators are free for the runs.
 """
@@ -6,20 +6,23 @@ This process starts no JAX backend, so accelerators are free for the runs.
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import pathlib
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+import shutil
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import rich.console
 
 from pats_jax.comparison import comparison_page, seed_statistics
 from pats_jax.comparison.arms import Arm, make_arms, split_lists
+from pats_jax.comparison.run_sets import RunSet, check_lanes, default_lanes, in_sets, is_finished, log_file
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.core import files
-from pats_jax.core.settings import Composed, setting
+from pats_jax.core.settings import Composed, at_least, setting
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.methods import SENSITIVITY_BATCHES
@@ -71,6 +74,15 @@ class Grid(Composed):
         (), "cola sst2 mrpc stsb qqp mnli qnli rte wnli; for your own data use --train_file", is_basic=True
     )
     seeds: tuple[int, ...] = setting((), "run each method on each task with each of these seeds", is_basic=True)
+    lanes: int | None = setting(
+        None,
+        "runs trained side by side in one process; if unset, 4 on a CPU, else as many as fit; 1: a process each",
+        at_least(1, 100_000),
+        is_basic=True,
+    )
+    keep_models: Literal["none", "best", "all"] = setting(
+        "all", "which runs keep their model; best: of each task and arm, the run with the best score"
+    )
     report_only: bool = setting(False, "run nothing; report on the finished runs in output_dir", is_basic=True)
     workers: WorkerSettings = WorkerSettings()
 
@@ -112,10 +124,13 @@ def run(args: list[str], console: rich.console.Console) -> None:
     runs = grid.runs(shared)
     check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
-        record_start(root, runs, command, fleet.machines())
+        machines = fleet.machines()
+        record_start(root, runs, command, machines)
+        if grid.lanes is None:
+            grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
-        for failed, reason in failures.items():
-            logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
+        for failed, (reason, log) in failures.items():
+            logger.error("%s failed: %s; see %s", failed.name, reason, log)
         if len(failures) < len(runs):
             report(root, console)
     if failures:
@@ -136,21 +151,25 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
 
 
 def name_data(grid: Grid, others: list[str]) -> Grid:
-    """The grid with a name for one's own data in place of a task: that of the training file.
+    """The grid with a name for one's own data in place of a task: that of the training file or of the data set.
 
     Raises:
       InputError: if there are both, or neither.
     """
     given = flags.flag_names(others)
     if grid.tasks:
-        for name in ("train_file", "validation_file", "test_file"):
+        for name in (*_OWN_DATA, "validation_file", "test_file"):
             if name in given:
                 raise InputError(f"--{name}: cannot be used with --tasks")
         return grid
-    if "train_file" not in given:
-        raise InputError("--tasks is missing; for your own data, set --train_file and --validation_file instead")
-    path = str(flags.value_of("--train_file", others))
-    return grid.replace(tasks=(files.checked_name(pathlib.Path(path).stem, "--train_file"),))
+    own = next((name for name in _OWN_DATA if name in given), None)
+    if own is None:
+        raise InputError("--tasks is missing; for your own data, set --train_file or --dataset_name instead")
+    path = pathlib.Path(str(flags.value_of(f"--{own}", others)))
+    return grid.replace(tasks=(files.checked_name(path.stem if own == "train_file" else path.name, f"--{own}"),))
+
+
+_OWN_DATA = ("train_file", "dataset_name")  # the one or the other
 
 
 Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
@@ -162,7 +181,7 @@ def check(grid: Grid, others: list[str]) -> Shared:
     Raises:
       InputError: if anything in the grid is wrong.
     """
-    is_own = "train_file" in flags.flag_names(others)
+    is_own = not set(_OWN_DATA).isdisjoint(flags.flag_names(others))
     for name in () if is_own else grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
@@ -179,6 +198,7 @@ def check(grid: Grid, others: list[str]) -> Shared:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
         if settings.length.sensitivity_batches is None:  # the report shows it for every method
             settings = settings.replace(sensitivity_batches=SENSITIVITY_BATCHES)
+        check_lanes(settings, grid.lanes)
         shared[arm] = settings
         for method in settings.methods:
             reason = settings.peft and method.why_not_with(settings.peft)
@@ -234,7 +254,7 @@ def _alike(shared, arm, saved):
 def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
     """The settings of a run: the shared ones of its arm and its own."""
     settings = shared[run.arm]
-    task = {} if settings.data.own_file else {"task_name": run.task}
+    task = {} if settings.data.own_name else {"task_name": run.task}
     return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
@@ -303,12 +323,6 @@ def recorded_runs(root: pathlib.Path) -> list[Run]:
     return [Run.from_record(run) for run in grid["runs"]] if grid else []
 
 
-def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
-    """The file for a run's output, next to its folder."""
-    folder = run.folder(root)
-    return folder.with_name(f"{folder.name}.log")
-
-
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
     """Writes the report on the finished runs and prints its tables.
 
@@ -332,9 +346,11 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 
 # running
 
+Failures = dict[Run, tuple[str, pathlib.Path]]  # why a run failed, and the log that says more
 
-def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> dict[Run, str]:
-    """Runs what is not finished, and returns why each failed run failed.
+
+def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> Failures:
+    """Runs the unfinished runs; returns failed run -> reason.
 
     Args:
       grid: what to run.
@@ -347,25 +363,34 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
     root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
-    run_of = {job_of(run, root, shared): run for run in runs if not is_finished(run, root)}
-    failures: dict[Run, str] = {}
-    if len(run_of) < len(runs):
-        say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
-    if run_of:
-        say(console, workers.forecast(len(run_of), "runs", seconds_taken(root), grid.workers))
-    with workers.note_signals() as asked, CountProgress(console, len(run_of), "runs") as progress:
+
+    def known_settings(run: Run) -> Settings | None:
+        return settings_of(run, root, shared) if run.arm in shared else None
+
+    sets = in_sets(runs, known_settings, root, grid.lanes)
+    set_of = {job_of(one, root, shared, grid): one for one in sets}
+    failures: Failures = {}
+    if finished := sum(is_finished(run, root) for run in runs):
+        say(console, f"{finished} of {len(runs)} runs are already finished")
+    total = sum(len(one.runs) for one in sets)
+    if sets:
+        say(console, workers.forecast(total, "runs", seconds_taken(root), grid.workers))
+    with workers.note_signals() as asked, CountProgress(console, total, "runs") as progress:
 
         def show(jobs: Sequence[Job]) -> None:
-            progress.show(", ".join(map(workers.how_far, jobs)), under_way=sum(map(workers.share_done, jobs)))
+            under_way = sum(len(set_of[job].runs) * workers.share_done(job) for job in jobs)
+            progress.show(", ".join(map(workers.how_far, jobs)), under_way=under_way)
 
-        with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
+        with contextlib.closing(workers.run_jobs(list(set_of), fleet, root, asked, show)) as all_ended:
             for job, ended in all_ended:
-                run = run_of[job]
-                why = failure(run, root, job, ended)
-                if why:
-                    failures[run] = why
-                say(console, f"{outcome(run, root)} ({ended.seconds:.0f} s)")
-                progress.show(ended=1)
+                ended_runs = set_of[job].runs
+                for run in ended_runs:
+                    why = failure(run, root, job, ended)
+                    if why:
+                        failures[run] = why
+                    say(console, f"{outcome(run, root)} ({seconds_of(ended, len(ended_runs))})")
+                drop_models(grid.keep_models, {(run.task, run.arm) for run in ended_runs}, runs, root)
+                progress.show(ended=len(ended_runs))
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
@@ -375,23 +400,34 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
 
 
 def seconds_taken(root: pathlib.Path) -> list[float]:
-    """How long the finished runs of a grid trained."""
+    """How long the finished runs of a grid trained; those in lanes share their seconds."""
     results = (run_folder.read_results(run.folder(root)) for run in recorded_runs(root))
     timings = (one.get("timing") for one in results if one)
-    found = (timing.get("train_seconds") for timing in timings if isinstance(timing, dict))
-    return [seconds for seconds in found if isinstance(seconds, int | float) and 0 < seconds < 1e9]
+    found = ((timing.get("train_seconds"), timing.get("lanes", 1)) for timing in timings if isinstance(timing, dict))
+    numbers = (pair for pair in found if all(isinstance(x, int | float) and 0 < x < 1e9 for x in pair))
+    return [seconds / lanes for seconds, lanes in numbers]
 
 
-def is_finished(run: Run, root: pathlib.Path) -> bool:
-    """Whether the run has written its results.json, the last of its files."""
-    return run_folder.read_results(run.folder(root)) is not None
-
-
-def job_of(run: Run, root: pathlib.Path, shared: Shared) -> Job:
-    """The process of a run."""
-    results = run.folder(root) / "results.json"
-    log = log_file(root, run)
-    return Job(run.name, tuple(glue_arguments(run, root, shared)), str(log.absolute()), (str(results.absolute()),))
+def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
+    """The process of a set of runs, or of a run alone."""
+    log = str(one.log_file(root).absolute())
+    results = tuple(str((run.folder(root) / "results.json").absolute()) for run in one.runs)
+    if one.name is None:
+        return Job(one.title, tuple(glue_arguments(one.runs[0], root, shared)), log, results)
+    request = {
+        "folder": str(one.folder(root).absolute()),
+        "runs": [
+            {
+                "run": run.record(),
+                "arguments": glue_arguments(run, root, shared)[3:],
+                "log": str(log_file(root, run).absolute()),
+            }
+            for run in one.runs
+        ],
+        "lanes": grid.lanes,
+        "keeps_models": grid.keep_models != "none",
+    }
+    return Job(one.title, ("-m", "pats_jax", "glue-lanes"), log, results, json.dumps(request))
 
 
 def glue_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
@@ -405,7 +441,38 @@ def outcome(run: Run, root: pathlib.Path) -> str:
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
-def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> str | None:
-    """Why a run failed; None if it succeeded."""
+def seconds_of(ended: Ended, runs: int) -> str:
+    """How long a process took."""
+    return f"{ended.seconds:.0f} s" + (f" for {runs} runs" if runs > 1 else "")
+
+
+def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> tuple[str, pathlib.Path] | None:
+    """Why a run failed, and the log that says more; None if it succeeded."""
+    log, own_log = pathlib.Path(job.log), log_file(root, run)
     why = workers.reason(job, ended)
-    return why if why or is_finished(run, root) else workers.last_line(log_file(root, run))
+    if why and not (is_finished(run, root) and log.name != own_log.name):  # the others of a set may have failed
+        return why, log
+    return None if is_finished(run, root) else (workers.last_line(own_log), own_log)
+
+
+def drop_models(keep: str, kinds: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
+    """Removes the models of finished runs of these tasks and arms that are not to be kept, see ``keep_models``."""
+    if keep == "all":
+        return
+    found = (FinishedRun.read(run, root) for run in runs if (run.task, run.arm) in kinds)
+    best: dict[tuple[str, Arm], FinishedRun] = {}
+    finished = [one for one in found if one is not None]
+    for one in finished if keep == "best" else ():
+        kind = one.run.task, one.run.arm
+        if kind not in best or one.score > best[kind].score:
+            best[kind] = one
+    kept = {one.run for one in best.values()}
+    for one in finished:
+        if one.run not in kept:
+            folder = one.run.folder(root)
+            run_folder.check_links(folder, _MODELS)
+            for name in _MODELS:
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+
+_MODELS = ("model", "adapter")

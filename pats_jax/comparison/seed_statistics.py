@@ -116,10 +116,13 @@ class FinishedRun:
         return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
 
     def seconds_per_step(self) -> float | None:
-        """Median over the logged lines except the first, which includes compilation; None if there is no other."""
+        """Median over the logged lines except the first, which includes compilation; None if there is no other.
+
+        Of runs in lanes, the share of one lane.
+        """
         lines = [record for record in self.records if "loss" in record]
         times = [
-            line["timing"]["seconds"] / (line["step"] - before["step"])
+            line["timing"]["seconds"] / (line["step"] - before["step"]) / line["timing"].get("lanes", 1)
             for before, line in zip(lines[:-1], lines[1:], strict=True)
             if "timing" in line and "seconds" in line["timing"]
         ]

@@ -41,7 +41,7 @@ def plot_scores(
     majority: float,
     title: str = "Validation score",
 ) -> None:
-    """The main metric by step, one line a run, with the score of the majority class.
+    """The main metric by step, one line per run, with the score of the majority class.
 
     Args:
       path: the PNG file to write.

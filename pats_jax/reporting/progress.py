@@ -95,7 +95,7 @@ class StepProgress:
 
 
 class CountProgress:
-    """Shows how many of some runs have ended, the time left, and what runs now; a context manager.
+    """Shows how many runs have ended, the time left, and what runs now; a context manager.
 
     On a terminal it is a bar, elsewhere a line every half minute; nothing on a quiet console. The time left is known
     once a run has ended, or a part of one is done: the speed is that of all of them.

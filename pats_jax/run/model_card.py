@@ -29,14 +29,17 @@ _NOT_CHANGED_BY_HAND = ("output_dir", "train_batch_size", "length_buckets", "sen
 Values = Mapping[str, Any]  # of settings, or of results.json
 
 
-def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
-    """Writes the card of a `pats-jax glue` run.
+def write_fine_tuned(
+    folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None, program: str = "glue"
+) -> None:
+    """Writes the card of a `pats-jax glue` or `pats-jax train` run.
 
     Args:
       folder: the run's folder, with the saved model.
       settings: all settings, by name.
       results: the content of results.json.
       defaults: the program's own settings; the card shows those that differ. None: it shows all.
+      program: its subcommand.
     """
     from huggingface_hub import ModelCardData
 
@@ -49,7 +52,7 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
     lines = [
         f"# {markdown_text(results['model_name_or_path'])} fine-tuned on {markdown_text(results['data'])}",
         "",
-        f"Trained by `pats-jax glue` with {method}, seed {results['seed']}"
+        f"Trained by `pats-jax {program}` with {method}, seed {results['seed']}"
         + (f", {results['steps']} steps." if "steps" in results else "."),
         "",
         *_score_table(results),
@@ -69,7 +72,7 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
         model_name=visible(folder.name),
         eval_results=_eval_results(settings, results),
     )
-    _write(folder, "glue", data, lines, _changed(settings, defaults), results)
+    _write(folder, program, data, lines, _changed(settings, defaults), results)
 
 
 def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:

@@ -399,7 +399,7 @@ def reason(job: Job, ended: Ended) -> str | None:
 
 
 def how_far(job: Job) -> str:
-    """A job's name, and the last step that its log tells of, if any."""
+    """A job's name, and the last step in its log, if any."""
     steps = _steps_told(job)
     return f"{job.name} {steps[-1][0]}" if steps else job.name
 
