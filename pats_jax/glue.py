@@ -46,10 +46,10 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
       console: where to print progress and scores; None: nowhere.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
 
     Raises:
-      InputError: on invalid settings, data or checkpoint, before anything is written; or if training diverges, or
+      InputError: if settings, data or checkpoint are invalid, before anything is written; or if training diverges, or
         the disk is full.
       Preempted: if the run was asked to stop; it has been saved.
     """
@@ -65,7 +65,7 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
 
 
 def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> JsonObject:
-    """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
+    """Carries out `run` after settings and devices have been checked, while the tokenizer is loading."""
     settings, runner = start.settings, start.runner
 
     # data and model
@@ -106,7 +106,7 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The texts of a run, checked against tokenizer and model, and tokenized when they are first asked for."""
+    """The texts of a run, checked against tokenizer and model, and tokenised on first use."""
 
     splits: dict[str, readers.Split]
     tokenizer: Any
@@ -117,10 +117,10 @@ class Texts:
     def check(
         cls, splits: dict[str, readers.Split], tokenizer: Any, model: models.SequenceClassifier, max_seq_length: int
     ) -> "Texts":
-        """The texts of these splits.
+        """Checks the texts of the splits.
 
         Raises:
-          InputError: a text cannot be one of the model's.
+          InputError: if a text is not suitable for the model.
         """
         max_length = sequence_length(max_seq_length, model)
         tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
@@ -189,7 +189,7 @@ def make_training(
 
 
 def described_layers(settings: Settings) -> str:
-    """The regex of the parameters whose sensitivity results.json describes: those that get noise, or would."""
+    """The regex of the parameters whose sensitivity results.json describes: those that get, or would get, noise."""
     noisy = [method for method in settings.methods if isinstance(method, Noise)]
     return (noisy or [Pats()])[0].noise_layers
 
@@ -212,7 +212,7 @@ class Finish:
     examined: diagnosis.Classification | diagnosis.Regression | None = None
 
     def use(self, trained: Trained) -> JsonObject:
-        """Evaluates and predicts; gives what results.json holds of it. May raise `Preempted`."""
+        """Evaluates and predicts; returns its part of results.json. May raise `Preempted`."""
         settings, found = self.start.settings, {}
         if "train" not in settings.phases and "eval" in settings.phases:
             trained.records.append({"step": 0, "eval": self.predictor.evaluate(trained.params)})
@@ -342,7 +342,7 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
     """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), settings.adapter)
     model, params, config = models.from_pretrained(
         settings.model.model_name_or_path,
         num_labels=task.num_labels,
@@ -375,7 +375,7 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
 def tokenize_split(
     name: str, split: readers.Split, tokenizer: Any, model: models.SequenceClassifier, max_length: int
 ) -> batches.Tokens:
-    """Tokenizes a split; warns how many of its texts were truncated.
+    """Tokenises a split; warns how many of its texts were truncated.
 
     Raises:
       InputError: if the model has no embedding for a token.
@@ -422,7 +422,7 @@ def save_model(
 
 
 def describe_run(settings: Settings, task: tasks.Task, params: Any) -> JsonObject:
-    """What results.json records before training."""
+    """The part of results.json that is known before training."""
     return {
         "model_name_or_path": settings.model.model_name_or_path,
         "task_name": settings.data.task_name,
@@ -484,7 +484,7 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: JsonObject, records: l
 
 
 def summary(results: JsonObject, folder: pathlib.Path) -> str:
-    """The run in two lines."""
+    """A summary of the run in two lines."""
     kind = f"{results['peft']}, " if results.get("peft") else ""
     title = f"{kind}{results['method']} on {results['data']}"
     if "final" not in results:

@@ -91,14 +91,14 @@ class Grid(Composed):
 
 
 def run(args: list[str], console: rich.console.Console) -> None:
-    """Runs what is left of the grid, and writes the report.
+    """Runs the unfinished runs of the grid, and writes the report.
 
     Args:
       args: the command line.
-      console: where progress, scores and tables go.
+      console: where to print progress, scores and tables.
 
     Raises:
-      InputError: on invalid input, before anything runs; or after the report, if some runs failed.
+      InputError: if the input is invalid, before anything runs; or, after the report, if some runs failed.
       Preempted: if the grid was asked to stop; its runs have been saved.
     """
     grid, others = parse(args)
@@ -127,7 +127,7 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
     """The grid, and the remaining flags for its runs.
 
     Raises:
-      InputError: if these include a flag that the grid sets itself.
+      InputError: if the arguments include a flag that the grid sets itself.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
     return flags.parse_part(args, "pats-jax compare", Grid, Settings)
@@ -140,7 +140,7 @@ def check(grid: Grid, others: list[str]) -> Shared:
     """Checks the grid, and gives the settings that its runs share.
 
     Raises:
-      InputError: on anything wrong in the grid.
+      InputError: if anything in the grid is wrong.
     """
     for name in grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
@@ -236,7 +236,7 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
     """Reads grid.json: ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
 
     Raises:
-      InputError: naming the file, if it is damaged, or contains a name that cannot be that of a folder.
+      InputError: if the file is damaged, or contains a name that cannot be that of a folder; the message names it.
     """
     path = root / "grid.json"
     if not os.path.lexists(path):
@@ -263,7 +263,7 @@ def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
 
 
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
-    """Writes the report on the finished runs, and prints its tables.
+    """Writes the report on the finished runs and prints its tables.
 
     Raises:
       InputError: if there is no grid or no finished run, or if runs have different settings.

@@ -178,7 +178,7 @@ class Pooled:
 
 @dataclasses.dataclass(frozen=True)
 class SeedCurve:
-    """Mean, lowest and highest value over runs, at the steps that all of them share; lists of one length."""
+    """Mean, lowest and highest value over runs, at the steps that all of them share; lists of the same length."""
 
     step: list[int]
     mean: list[float]
@@ -265,7 +265,7 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
 
 
 def _with_holm(tasks: dict[str, TaskNumbers]) -> dict[str, TaskNumbers]:
-    """The same with Holm's p-values, over all comparisons of all tasks."""
+    """Adds Holm's adjusted p-values, over all comparisons of all tasks."""
     p_values = {
         (task, name): method.difference.p_value
         for task, numbers in tasks.items()
@@ -311,7 +311,7 @@ Name = TypeVar("Name")
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's adjusted p-values (1979): sorted, times the number of those that are left, never decreasing.
+    """Holm's adjusted p-values (1979): in increasing order, p times the number of values left, made non-decreasing.
 
     Examples:
       >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
@@ -327,8 +327,8 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
 def pooled_difference(by_task: Mapping[str, Mapping[int, float]]) -> Pooled:
     """The mean over tasks of the mean difference, stratified by task.
 
-    The interval, 95 %, is that of the bootstrap that resamples seeds within each task (percentiles). The p-value,
-    two-sided, is that of the test that flips the signs of differences at random. Draws start from a fixed seed.
+    The 95 % interval comes from a percentile bootstrap that resamples seeds within each task. The two-sided p-value
+    comes from a test that flips the signs of differences at random. Draws have a fixed seed.
 
     Args:
       by_task: task -> seed -> difference.
@@ -350,7 +350,7 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:
     """The settings that all runs share, without those that identify a run.
 
     Raises:
-      InputError: naming a run with different settings.
+      InputError: if a run has different settings; the message names it.
     """
     first = finished[0].settings
     found, of_method = first.to_dict(), {first.method: first}
@@ -408,7 +408,7 @@ def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], base
 def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
     """Differences from the baseline, seed by seed, over the seeds that both have.
 
-    Differences are rounded to 12 decimals, so that equal differences of scores such as 0.85 and 0.84 are ties.
+    Differences are rounded to 12 decimals, so equal differences of scores such as 0.85 and 0.84 are ties.
 
     Args:
       scores: seed -> score.
@@ -438,7 +438,7 @@ def smallest_p_value(count: int) -> float:
 def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | None]:
     """The mean's 95 % bootstrap interval (BCa, Efron 1987; by SciPy), or None and a note that says why.
 
-    The resampling starts from a fixed seed: the same values give the same interval.
+    Resampling has a fixed seed, so the same values give the same interval.
 
     Args:
       values: (n,).
@@ -461,9 +461,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | No
 
 
 def wilcoxon_p_value(values: np.ndarray) -> tuple[float | None, str | None]:
-    """The two-sided p-value of Wilcoxon's signed-rank test that differences lie around 0, and a note on zeros.
+    """The two-sided p-value of Wilcoxon's signed-rank test that differences are centred at 0, and a note on zeros.
 
-    Zeros are left out, as Wilcoxon (1945) does.
+    Zeros are left out, as in Wilcoxon (1945).
 
     Args:
       values: (n,).

@@ -1,4 +1,4 @@
-"""From files, folders and the hub to texts and labels.
+"""Reads texts and labels from files, folders and the hub.
 
 ``read_glue`` reads the TSV folders of the GLUE distribution, each task with its own quirks; ``read_hub`` the same
 tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads your own
@@ -12,8 +12,9 @@ In your own files, columns are found by name, the first of these that exists:
 * the label: ``label``; ``gold_label``; ``score``. Rows whose ``gold_label`` is ``-`` are left out: there the annotators
   of SNLI and MNLI did not agree.
 
-The files of one task have their columns by one rule: those of the training file are looked for first. What labels mean
-is told in ``labels``. CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
+The files of one task have their columns by one rule: those of the training file are looked for first.
+`pats_jax.data.labels` describes the meaning of labels. CSV files may have quotes; in TSV files quotes have no meaning,
+as in GLUE.
 """
 
 import contextlib
@@ -67,11 +68,11 @@ class Split:
     """The rows of one split, in the order of their file.
 
     Attributes:
-      sentence1: First (or only) text of each row.
-      sentence2: Second text of each row; None for single texts.
+      sentence1: first (or only) text of each row.
+      sentence2: second text of each row; None for single texts.
       labels: int32 class indices or float32 scores, (rows,); None without labels.
-      ids: The official index of each row, else row numbers from "0".
-      label_names: Names of the classes by index; None where labels are scores or not known.
+      ids: the official index of each row, else row numbers from "0".
+      label_names: names of the classes by index; None where labels are scores or not known.
     """
 
     sentence1: list[str]
@@ -94,7 +95,7 @@ class Split:
         )
 
     def first(self, rows: int | None) -> "Split":
-        """The first ``rows`` rows, as ``--max_train_samples`` of the run_glue examples means it; None keeps all."""
+        """The first ``rows`` rows, as for ``--max_train_samples`` in the run_glue examples; None keeps all."""
         if rows is not None and rows <= 0:
             raise ValueError(f"rows must be positive, got {rows}")
         return Split(
@@ -116,10 +117,10 @@ def load_task(
     """Reads a GLUE task from wherever ``--data_dir`` points.
 
     Args:
-      task: A row of the task table, or its name.
+      task: a row of the task table, or its name.
       data_dir: ``"builtin"`` for the built-in data, a folder of GLUE's TSV files, or None for the hub.
-      splits: Splits to read, see ``read_glue``.
-      seed: Seed of the built-in data.
+      splits: splits to read, see ``read_glue``.
+      seed: seed of the built-in data.
     """
     task = get_task(task) if isinstance(task, str) else task
     if data_dir is None:
@@ -139,17 +140,17 @@ def read_glue(
     """Reads a task from the TSV files of the GLUE distribution.
 
     Args:
-      task: A row of the task table, or its name.
-      data_dir: The folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
-      splits: Any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
-          bring "validation_mismatched" and "test_mismatched" along where those files exist.
+      task: a row of the task table, or its name.
+      data_dir: the folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
+      splits: any of "train", "validation" and "test", which must exist. For MNLI, "validation" and "test" include
+        "validation_mismatched" and "test_mismatched" if those files exist.
 
     Returns:
       Split name -> rows. A test split without a label column, or with other labels than the task's (such as -1), has
       ``labels=None``.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -220,11 +221,11 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """Reads a task from ``nyu-mll/glue`` on the hub, or from the local cache that ``datasets`` keeps of it.
 
     Args:
-      task: A row of the task table, or its name.
-      splits: As for ``read_glue``.
+      task: a row of the task table, or its name.
+      splits: as for ``read_glue``.
 
     Raises:
-      InputError: The hub cannot be reached, and the task is not in the cache.
+      InputError: if the hub cannot be reached, and the task is not in the cache.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -235,15 +236,15 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
 
 
 def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
-    """What ``datasets.load_dataset`` loads.
+    """Loads a dataset by ``datasets.load_dataset``.
 
     Args:
-      instead: For the error message: the flag to set, and to what, to work offline.
-      path: The set's name on the hub.
-      **arguments: The others that it takes.
+      instead: the flag and value to use without a network, for the error message.
+      path: the dataset's name on the hub.
+      **arguments: other arguments of ``load_dataset``.
 
     Raises:
-      InputError: The hub cannot be reached and the cache does not hold the set.
+      InputError: if the hub cannot be reached and the cache does not hold the set.
     """
     import datasets
 
@@ -262,7 +263,7 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
 
 
 def reaches_hub(path: str) -> bool:
-    """Whether the hub answers a question about a set, whatever its answer is; asks once."""
+    """Whether the hub answers a request about a dataset, whatever the answer is; asks once."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -277,7 +278,7 @@ def reaches_hub(path: str) -> bool:
 
 @contextlib.contextmanager
 def cache_alone_if(offline: bool) -> Iterator[None]:
-    """Has ``datasets`` look in its cache alone; without a network it would ask the hub for half a minute."""
+    """Makes ``datasets`` use only its cache; without a network it would retry the hub for half a minute."""
     import datasets
     import huggingface_hub
 
@@ -317,15 +318,16 @@ def load_files(
     where these have them.
 
     Args:
-      files: Split name -> file.
-      label_names: Names of the classes by index, for instance those of a saved model.
-      regression: Whether the labels are scores; None: as `labels.find_classes` finds.
+      files: split name -> file.
+      label_names: names of the classes by index, for instance those of a saved model.
+      regression: whether the labels are scores; None: as `labels.find_classes` finds.
 
     Returns:
       Split name -> rows, all with the same ``label_names``. "test" is read as ``read_texts`` does, without labels.
 
     Raises:
-      InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
+      InputError: as from `read_file`; or if labels are missing where they are needed, or one file holds pairs and
+        another single texts.
     """
     found: dict[str, Split] = {}
     columns = _Columns()
@@ -365,16 +367,16 @@ def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, reg
     """Reads your own file.
 
     Args:
-      path: A ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
-      label_names: Names of the classes by index.
-      regression: Whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
-          in the file, see `labels.find_classes`.
+      path: a ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
+      label_names: names of the classes by index.
+      regression: whether the labels are scores. None without ``label_names`` means that this and the classes are found
+        in the file, see `labels.find_classes`.
 
     Returns:
       The rows; ``labels`` is None if there is no label column, or it is empty.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     return _read_labelled(Path(path), _Columns(), label_names, regression)[0]
 
@@ -429,10 +431,10 @@ def _read_table(path: Path, wanted: Collection[str] = _WANTED, further: str = ""
 
 
 def leave_out_unlabelled(table: Table, column: str) -> Table:
-    """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many do not.
+    """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many rows do not.
 
     Raises:
-      InputError: No row has one.
+      InputError: if no row has a gold label.
     """
     rows = [row for row, cell in enumerate(table.columns[column]) if cell != NO_GOLD_LABEL]
     if not rows:

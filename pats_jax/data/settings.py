@@ -1,4 +1,4 @@
-"""The settings that say which data to read, and how much of them."""
+"""The settings that say which data to read, and how much."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -12,7 +12,7 @@ OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings(Group):
-    """A GLUE task or files of one's own."""
+    """A GLUE task, or your own files."""
 
     title: ClassVar[str] = "data"
 
@@ -69,7 +69,7 @@ class DataSettings(Group):
 
     @property
     def own_file(self) -> str | None:
-        """The first of the files of one's own."""
+        """The first of your own files, else None."""
         return self.train_file or self.validation_file or self.test_file
 
 

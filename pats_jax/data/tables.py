@@ -36,11 +36,11 @@ class Table:
     """The requested columns of a file.
 
     Attributes:
-      path: The file, for messages.
-      header: Names of all columns of the file, also of those that were not kept.
-      columns: Column name -> one string a row.
-      lines: Line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
-      before_line: Text between the path and such a number in messages.
+      path: the file, for messages.
+      header: names of all columns of the file, also of those that were not kept.
+      columns: column name -> one string per row.
+      lines: line of the file, counted from 1, on which each row begins; in a JSON array, the number of the row.
+      before_line: text between the path and such a number in messages.
     """
 
     path: Path
@@ -72,11 +72,11 @@ class Table:
         """Class indices int32 (rows,) of a label column.
 
         Args:
-          column: Name of the column.
-          written: How the file writes each class, in the order of the indices.
+          column: name of the column.
+          written: how the file writes each class, in the order of the indices.
 
         Raises:
-          InputError: A label is not one of those; the message names file and line.
+          InputError: if a label is none of ``written``; the message names file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -91,7 +91,7 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-          InputError: A score is not a number that float32 can hold; the message names file and line.
+          InputError: if a score is not a number that float32 can hold; the message names file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
@@ -104,7 +104,7 @@ class Table:
 
 
 def finite_number(cell: str) -> float | None:
-    """The number that a cell holds, None if it holds none or one that float32 cannot hold."""
+    """The number in a cell; None if there is none, or float32 cannot hold it."""
     if not NUMBER.fullmatch(cell.strip()):
         return None
     value = float(cell)
@@ -112,7 +112,7 @@ def finite_number(cell: str) -> float | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message; at most ten, since a file may hold hundreds."""
+    """Names as text for a message; at most ten, because a file may hold hundreds."""
     told = ", ".join(map(shown, names[:10]))
     return f"{told} and {len(names) - 10} more" if len(names) > 10 else told
 
@@ -121,8 +121,8 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-      InputError: The file is missing, no regular file, unreadable, empty or not UTF-8 (with the line of the first bad
-        byte).
+      InputError: if the file is missing, not a regular file, unreadable, empty or not UTF-8 (with the line of the first
+        bad byte).
     """
     data = read_bytes(path)
     try:
@@ -136,9 +136,9 @@ def read_text(path: Path) -> str:
 
 
 def check_characters(text: str, place: str) -> None:
-    """Raises InputError if a text has a lone surrogate, which no tokenizer takes and no file holds.
+    """Raises InputError if a text has a lone surrogate, which no tokenizer accepts and no file can hold.
 
-    UTF-8 has none, but the escapes of JSON can spell them.
+    UTF-8 has none, but JSON escapes can.
     """
     if not text.isascii():
         try:
@@ -149,9 +149,9 @@ def check_characters(text: str, place: str) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines of a text, parted at line feeds only; a carriage return before one and empty lines at the end are dropped.
+    """Splits a text only at line feeds; drops a carriage return before one, and empty lines at the end.
 
-    ``str.splitlines`` would also part at form feeds and Unicode separators, which do occur inside GLUE's sentences.
+    ``str.splitlines`` would also split at form feeds and Unicode separators, which occur in GLUE's sentences.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     while lines and not lines[-1]:
@@ -162,19 +162,19 @@ def split_lines(text: str) -> list[str]:
 def read_tsv(
     path: Path, wanted: Collection[str], *, header: Sequence[str] | None = None, broken_rows: float = 0.0
 ) -> tuple[Table, list[int]]:
-    """Reads a tab-separated file in which quotes mean nothing.
+    """Reads a tab-separated file, in which quotes have no meaning.
 
     Args:
-      path: The file.
-      wanted: Columns to keep, as far as the file has them.
-      header: Column names of a file without a header line.
-      broken_rows: Largest fraction of rows with too few columns that is skipped instead of rejected.
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      header: column names of a file without a header line.
+      broken_rows: largest fraction of rows with too few columns that is skipped instead of rejected.
 
     Returns:
       The table and the line numbers of the rows left out.
 
     Raises:
-      InputError: As ``read_text``, a row with the wrong number of columns, or no rows.
+      InputError: as from `read_text`; or if a row has the wrong number of columns, or there are no rows.
     """
     lines = split_lines(read_text(path))
     first_line = 1 if header else 2
@@ -195,10 +195,10 @@ def read_tsv(
 
 
 def read_csv(path: Path, wanted: Collection[str]) -> Table:
-    """Reads a comma-separated file with a header; quotes protect what they hold, blank lines do not count.
+    """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
 
     Raises:
-      InputError: As ``read_tsv``, or quotes that do not match.
+      InputError: as from `read_tsv`; or if quotes do not match.
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
     reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
@@ -232,7 +232,7 @@ _CSV_LIMIT = threading.Lock()
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lifts the csv module's limit on the length of a field, 131,072 characters, which all its readers share."""
+    """Lifts the csv module's global limit on the length of a field, 131,072 characters."""
     with _CSV_LIMIT:
         limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
@@ -245,7 +245,7 @@ class JsonObject(dict):
     """A JSON object.
 
     Attributes:
-      twice: The keys that occur more than once; their last value counts.
+      twice: the keys that occur more than once; their last value counts.
     """
 
     twice: Sequence[str] = ()
@@ -264,10 +264,10 @@ class JsonObject(dict):
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
-    """The objects of a file of JSON lines, each with its line number; blank lines do not count.
+    """The objects of a file of JSON lines, each with its line number; ignores blank lines.
 
     Raises:
-      InputError: A line is not a JSON object; the message names file and line.
+      InputError: if a line is not a JSON object; the message names file and line.
     """
     for number, line in enumerate(split_lines(text), 1):
         if line.strip():
@@ -278,14 +278,14 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
 
 
 def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
-    """Reads JSON lines, one object a line, or a ``.json`` file that is one array of objects.
+    """Reads JSON lines, one object per line, or a ``.json`` file that is one array of objects.
 
     All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
     string.
 
     Raises:
-      InputError: As ``read_text``; or a row is not an object, lacks a key, has a key that the first row lacks, has a
-        key twice, or has a list, an object or a lone surrogate as a value.
+      InputError: as from `read_text`; or if a row is not an object, lacks a key, has a key that the first row lacks,
+        has a key twice, or has a list, an object or a lone surrogate as a value.
     """
     text = read_text(path)
     is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
@@ -342,7 +342,7 @@ def _collect(
     header_line: int = 1,
     before_line: str = ":",
 ) -> Table:
-    """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
+    """Keeps the wanted columns row by row, so MNLI's parse trees, most of its files, are never all in memory."""
     for position, name in enumerate(header):
         if name in wanted and name in header[:position]:
             raise InputError(f"{path}:{header_line}: two columns are named {name!r}; rename or remove one")

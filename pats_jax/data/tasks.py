@@ -4,8 +4,8 @@ Three sources agree on the tasks but not on their details, and the table holds a
 
 * the TSV folders of the GLUE distribution (Wang et al., ICLR 2019, gluebenchmark.com);
 * the hub's ``nyu-mll/glue``, whose order of labels is the order of the class indices here too;
-* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set, as many rows as that has
-  (the card of ``nyu-mll/glue`` counts them).
+* the files that the GLUE server reads: header ``index<TAB>prediction``, one file per test set, with as many rows as the
+  test set (the card of ``nyu-mll/glue`` counts them).
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ class Task:
     """One row of the table.
 
     Attributes:
-      name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
-      folder: Folder of the GLUE distribution.
-      tsv_texts: Columns of the one or two texts in the TSV files.
-      hub_texts: The same columns in ``nyu-mll/glue``.
-      tsv_label: Column of the label in the labelled TSV files.
-      labels: Names of the classes in the order of their indices; None for regression.
-      metrics: Names of functions in ``pats_jax.metrics``.
-      prediction_files: Test split -> file that the GLUE server reads.
-      test_rows: Test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
-      files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
-      hub_splits: Split -> split of ``nyu-mll/glue``.
-      tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
+      name: the name in lower case, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
+      folder: folder of the GLUE distribution.
+      tsv_texts: columns of the one or two texts in the TSV files.
+      hub_texts: the same columns in ``nyu-mll/glue``.
+      tsv_label: column of the label in the labelled TSV files.
+      labels: names of the classes in the order of their indices; None for regression.
+      metrics: names of functions in ``pats_jax.metrics``.
+      prediction_files: test split -> file that the GLUE server reads.
+      test_rows: test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
+      files: split -> names its TSV file in ``folder`` may have, the distribution's own first.
+      hub_splits: split -> split of ``nyu-mll/glue``.
+      tsv_label_is_name: whether the TSV files, and the server, write a label by name; else by class index.
       headerless: TSV file without a header line -> its columns.
-      score_range: Lowest and highest score of a regression task.
+      score_range: lowest and highest score of a regression task.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Task:
         """Writes one prediction as the GLUE server reads it.
 
         Args:
-          prediction: Class index, or a score, which is cut to the task's range and written with three decimals.
+          prediction: a class index, or a score, which is clipped to the task's range and written with three decimals.
         """
         if self.labels is None:
             low, high = self.score_range or (float("-inf"), float("inf"))
@@ -191,7 +191,7 @@ def get_task(name: str, flag: str = "task_name") -> Task:
     """Looks a task up by its name, in upper or lower case; the flag is for the error message.
 
     Raises:
-      InputError: There is no such task; the message lists all tasks.
+      InputError: if there is no such task; the message lists all tasks.
     """
     if name.lower() not in TASKS:
         raise InputError(f"{flag} {shown(name, quoted=False)}: no such task; choose one of {', '.join(TASKS)}")
@@ -204,7 +204,7 @@ def own_task(labels: tuple[str, ...] | None) -> Task:
     F1 is left out, because nothing says which of two classes is the positive one.
 
     Args:
-      labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.
+      labels: names of the classes in the order of their indices, as written in predictions; None for scores.
     """
     metrics = ("pearson", "spearmanr") if labels is None else ("accuracy",)
     files = {"test": "test.tsv"}

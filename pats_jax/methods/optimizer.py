@@ -1,4 +1,4 @@
-"""The optimizer that the methods meet in: AdamW with clipping and the linear schedule."""
+"""The optimizer that combines the methods: AdamW with clipping and a linear schedule."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,22 +39,22 @@ def make_optimizer(
     schedule: optax.Schedule | None = None,
     response: transforms.Response | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with clipping and the linear schedule, and what the chosen methods add to it.
+    """Makes AdamW with clipping and a linear schedule, with the parts that the chosen methods add.
 
-    Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
+    Weight decay applies only to weight matrices, not to biases and LayerNorm.
 
     Args:
-      settings: of AdamW; numbers may be traced.
-      chosen: the methods, whose numbers may be traced, too.
+      settings: the settings of AdamW; numbers may be traced.
+      chosen: the methods; their numbers may be traced too.
       total_steps: number of optimizer steps.
-      params: the parameters that are trained.
-      seed: an int or a typed key, of the methods' random numbers.
+      params: the trained parameters.
+      seed: an int or a typed key, for the methods' random numbers.
       fisher: see `Context`; required by Child-Tuning D.
-      schedule: the learning rate by step; None: `learning_rate_schedule`.
+      schedule: the learning rate by step; None means `learning_rate_schedule`.
       response: see `Context`.
 
     Raises:
-      InputError: on a regex that matches no parameter, or a stage of less than one step.
+      InputError: if a regex matches no parameter, or a stage has less than one step.
     """
     schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
     context = Context(total_steps, schedule, settings.learning_rate, params, seed, fisher, response)
@@ -79,7 +79,7 @@ def make_optimizer(
 
 
 def _is_matrix(params):
-    """A tree of bools like params; the layer axis of stacked layers is no dimension of a tensor."""
+    """A tree of bools like params: whether a tensor is a matrix, not counting the axis of stacked layers."""
     return jax.tree.map(lambda p, axis: p.ndim - (axis >= 0) > 1, params, layer_axis(params))
 
 
@@ -97,7 +97,11 @@ def _clip_by_global_norm(max_norm):
 
 
 def trainable_mask(chosen: Sequence[Method], params: Any) -> Any:
-    """A tree of bools like params: which parameters the methods train; None if they train all."""
+    """A tree of bools like params: the parameters that the methods train; None if they train all.
+
+    Raises:
+      InputError: if the regex matches no parameter, or only some layers of a stacked one.
+    """
     patterns = [method.trainable for method in chosen if method.trainable]
     mask = layer_mask(params, patterns[0], "the trained parameters") if patterns else None
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
@@ -121,7 +125,7 @@ SENSITIVITY_BATCHES = 8
 
 
 def sensitivity_batches(asked: int | None, chosen: Sequence[Method]) -> int:
-    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    """The number of batches to measure sensitivity on before and after training; if unset, 0 without PATS."""
     if asked is not None:
         return asked
     return SENSITIVITY_BATCHES if any(method.reports_sensitivity for method in chosen) else 0
@@ -133,7 +137,7 @@ def turns_dropout_off(chosen: Sequence[Method], total_steps: int) -> bool:
 
 
 class DropoutRates(TypedDict):
-    """Arguments of `models.from_pretrained`; None: the checkpoint's rate."""
+    """Dropout rates for `models.from_pretrained`; None means the checkpoint's rate."""
 
     hidden_dropout: float | None
     attention_dropout: float | None
@@ -144,9 +148,9 @@ def dropout_rates(model: ModelSettings, chosen: Sequence[Method], total_steps: i
     """The rates that were set, else 0 if a method's authors train without dropout, else None.
 
     Args:
-      model: may set the rates.
+      model: the settings of the model, which may set the rates.
       chosen: the methods.
-      total_steps: number of optimizer steps; None: nothing is trained.
+      total_steps: number of optimizer steps; None if nothing is trained.
     """
     authors = 0.0 if total_steps is not None and turns_dropout_off(chosen, total_steps) else None
     hidden, attention = model.hidden_dropout, model.attention_dropout

@@ -9,7 +9,7 @@ from pats_jax.core.settings import POSITIVE, PROBABILITY, Group, Range, at_least
 
 @dataclasses.dataclass(frozen=True)
 class AdamWSettings(Group):
-    """AdamW, but for the learning rate."""
+    """The settings of AdamW, without the learning rate."""
 
     title: ClassVar[str] = "optimizer"
 
@@ -40,5 +40,5 @@ class OptimizerSettings(AdamWSettings):
 
     @classmethod
     def at(cls, learning_rate: float, others: AdamWSettings) -> "OptimizerSettings":
-        """These settings with a learning rate."""
+        """The settings ``others`` with a learning rate."""
         return cls(learning_rate=learning_rate, **{f.name: getattr(others, f.name) for f in dataclasses.fields(others)})

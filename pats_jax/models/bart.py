@@ -4,7 +4,7 @@ Module names are those of the Hugging Face tensor names:
 ``params["model"]["decoder"]["layers"]["0"]["encoder_attn"]["q_proj"]["kernel"]``.
 
 References:
-    Lewis et al. 2020, BART: Denoising Sequence-to-Sequence Pre-training (arXiv:1910.13461).
+  Lewis et al. 2020, BART: Denoising Sequence-to-Sequence Pre-training (arXiv:1910.13461).
 """
 
 import functools

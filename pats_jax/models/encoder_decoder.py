@@ -32,9 +32,9 @@ class Cache(NamedTuple):
     """What the decoder keeps from token to token; each field holds one pair of keys and values per layer.
 
     Attributes:
-        own: Of the tokens before: (batch, heads, beams, length, width) each. A beam writes to the slot of its number,
-            and what was written never moves: `Chosen` says whose slots a beam goes on from.
-        cross: Of the encoder's states, (batch, heads, source length, width) each, the same for all beams.
+      own: of the tokens before: (batch, heads, beams, length, width) each. A beam writes to the slot of its number,
+        and what was written never moves: `Chosen` says whose slots a beam goes on from.
+      cross: of the encoder's states, (batch, heads, source length, width) each, the same for all beams.
     """
 
     own: tuple[KeysValues, ...]
@@ -77,15 +77,15 @@ class Attention(nn.Module):
     """Multi-head attention whose keys and values may be kept.
 
     Attributes:
-        names: Of the projections to queries, keys, values and output.
-        heads: Their number.
-        width: Units of a head.
-        features: Units of the output.
-        deviations: Of the kernels' normal distributions, in the order of the names.
-        use_bias: Whether the projections have biases.
-        scale: What the scores are multiplied by.
-        dropout: The rate on the weights.
-        dtype: The dtype of computation.
+      names: of the projections to queries, keys, values and output.
+      heads: their number.
+      width: units of a head.
+      features: units of the output.
+      deviations: of the kernels' normal distributions, in the order of the names.
+      use_bias: whether the projections have biases.
+      scale: what the scores are multiplied by.
+      dropout: the rate on the weights.
+      dtype: the dtype of computation.
     """
 
     names: tuple[str, str, str, str]
@@ -114,13 +114,13 @@ class Attention(nn.Module):
         """Attends from tokens to others.
 
         Args:
-            hidden: The tokens that attend, (batch, queries, hidden).
-            kept: The keys and values of those attended to.
-            biases: Added to the scores (batch, heads, queries, length), float32.
-            deterministic: No dropout.
+          hidden: the tokens that attend, (batch, queries, hidden).
+          kept: the keys and values of those attended to.
+          biases: added to the scores (batch, heads, queries, length), float32.
+          deterministic: no dropout.
 
         Returns:
-            (batch, queries, features)
+          (batch, queries, features)
         """
         key, value = kept
         query = self._project(self.names[0], hidden) * self.scale
@@ -135,14 +135,14 @@ class Attention(nn.Module):
         """Attends from one new token of each beam to that beam's tokens so far.
 
         Args:
-            hidden: (batch, beams, hidden).
-            kept: (batch, heads, beams, length, width) each, from earlier steps.
-            position: The place of the new tokens, ().
-            chosen: See `Chosen`.
-            bias: Added to the scores, (heads, length).
+          hidden: (batch, beams, hidden).
+          kept: (batch, heads, beams, length, width) each, from earlier steps.
+          position: the place of the new tokens, ().
+          chosen: see `Chosen`.
+          bias: added to the scores, (heads, length).
 
         Returns:
-            (batch, beams, features), and what is kept from now on.
+          (batch, beams, features), and what is kept from now on.
         """
         query = self._project(self.names[0], hidden) * self.scale
         place = (0, 0, 0, position, 0)
@@ -168,10 +168,10 @@ class LayerStack(nn.Module):
     A layer's dropout key is folded from the layer's number, so both layouts draw the same.
 
     Attributes:
-        make_layer: Makes a layer, a module ``layer(hidden, *constants, deterministic=...)``.
-        count: How many layers there are.
-        form: How they are held and run.
-        dtype: The dtype of computation.
+      make_layer: makes a layer, a module ``layer(hidden, *constants, deterministic=...)``.
+      count: how many layers there are.
+      form: how they are held and run.
+      dtype: the dtype of computation.
     """
 
     make_layer: Callable[..., nn.Module]
@@ -247,12 +247,12 @@ class EncoderDecoder(nn.Module):
     `T5` and `Bart` are the two.
 
     Attributes:
-        config: Sizes and rates.
-        dtype: The dtype of computation, float32 or bfloat16; parameters are float32 always.
-        gradient_checkpointing: Keep only what goes from layer to layer for the backward pass, and compute the rest
-            again: less memory, about a third more work. Logits and gradients are the same but for rounding.
-        layers: ``"separate"`` or ``"stacked"``, see `pats_jax.models.SequenceClassifier`; for both stacks.
-        unroll: Layers in one iteration of the loop over stacked layers; 0: all of them, without a loop.
+      config: sizes and rates.
+      dtype: the dtype of computation, float32 or bfloat16; parameters are float32 always.
+      gradient_checkpointing: keep only what goes from layer to layer for the backward pass, and compute the rest
+        again: less memory, about a third more work. Logits and gradients are the same but for rounding.
+      layers: ``"separate"`` or ``"stacked"``, see `pats_jax.models.SequenceClassifier`; for both stacks.
+      unroll: layers in one iteration of the loop over stacked layers; 0: all of them, without a loop.
     """
 
     config: Seq2SeqConfig
@@ -283,18 +283,18 @@ class EncoderDecoder(nn.Module):
         """Computes float32 logits, (batch, target length, vocab_size).
 
         Args:
-            input_ids: The source's tokens, (batch, source length).
-            attention_mask: 1 for tokens and 0 for padding, like input_ids; all tokens if absent.
-            decoder_input_ids: What the decoder reads, (batch, target length).
-            decoder_attention_mask: Like decoder_input_ids; all tokens if absent, as in Transformers: padding after the
-                last token is not seen anyway.
-            labels: What the decoder is to predict, (batch, target length), -100 where nothing is: in the place of
-                decoder_input_ids, which are then the labels, shifted to the right by one.
-            deterministic: No dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
+          input_ids: the source's tokens, (batch, source length).
+          attention_mask: 1 for tokens and 0 for padding, like input_ids; all tokens if absent.
+          decoder_input_ids: what the decoder reads, (batch, target length).
+          decoder_attention_mask: like decoder_input_ids; all tokens if absent, as in Transformers: padding after the
+            last token is not seen anyway.
+          labels: what the decoder is to predict, (batch, target length), -100 where nothing is: in the place of
+            decoder_input_ids, which are then the labels, shifted to the right by one.
+          deterministic: no dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
 
         Raises:
-            ValueError: None or both of labels and decoder_input_ids are given, or a sequence is longer than the model
-                has positions.
+          ValueError: if none or both of labels and decoder_input_ids are given, or a sequence is longer than the model
+            has positions.
         """
         if (labels is None) == (decoder_input_ids is None):
             raise ValueError("pass exactly one of labels and decoder_input_ids")
@@ -331,14 +331,14 @@ class EncoderDecoder(nn.Module):
         """The logits of what follows one new token of each beam; the layers must be separate.
 
         Args:
-            tokens: (batch, beams).
-            position: Their place, (): 0 for the start token.
-            cache: From `start_cache` or the step before.
-            chosen: See `Chosen`.
-            attention_mask: The source's, (batch, source length).
+          tokens: (batch, beams).
+          position: their place, (): 0 for the start token.
+          cache: from `start_cache` or the step before.
+          chosen: see `Chosen`.
+          attention_mask: the source's, (batch, source length).
 
         Returns:
-            float32 (batch, beams, vocab_size), and the cache.
+          float32 (batch, beams, vocab_size), and the cache.
         """
         hidden, bias = self.started(tokens, position, cache.own[0][0].shape[3])
         masked, own = padding_bias(attention_mask), []

@@ -28,10 +28,10 @@ class Generated(NamedTuple):
     """Generated texts.
 
     Attributes:
-        sequences: int32 (batch, num_return_sequences, longest): each from the start token on, then filled up.
-        scores: float32 (batch, num_return_sequences): sums of log-probabilities over lengths, see
-            `GenerationConfig.length_penalty`. Of greedy search 0.
-        length: (), the tokens of the longest sequence, to which Transformers cuts them all.
+      sequences: int32 (batch, num_return_sequences, longest): each from the start token on, then filled up.
+      scores: float32 (batch, num_return_sequences): sums of log-probabilities over lengths, see
+        `GenerationConfig.length_penalty`. Of greedy search 0.
+      length: (), the tokens of the longest sequence, to which Transformers cuts them all.
     """
 
     sequences: Array
@@ -45,16 +45,16 @@ def make_generate_step(
     """A pure function that generates texts; wrap it in ``jax.jit``.
 
     Args:
-        model: A T5 or BART with either layout of layers. With stacked ones, the decoder's are taken apart first.
-        settings: How.
+      model: a T5 or BART with either layout of layers. With stacked ones, the decoder's are taken apart first.
+      settings: how.
 
     Returns:
-        ``generate(params, batch)``: batch a dict of ``input_ids`` (batch, source length) and, where some of it is
-        padding, ``attention_mask``; other entries are not read. Under jit with a batch sharded over a mesh, so is the
-        search.
+      ``generate(params, batch)``: batch a dict of ``input_ids`` (batch, source length) and, where some of it is
+      padding, ``attention_mask``; other entries are not read. Under jit with a batch sharded over a mesh, so is the
+      search.
 
     Raises:
-        InputError: The settings do not fit the model.
+      InputError: if the settings do not fit the model.
     """
     _check(model, settings)
 
@@ -80,17 +80,17 @@ def generate(
     """Generates texts; a program is compiled for each model, settings and shape.
 
     Args:
-        model: A T5 or BART.
-        params: Its parameters.
-        input_ids: The sources' tokens, (batch, source length).
-        attention_mask: 1 for tokens and 0 for padding, like input_ids; all tokens if absent.
-        settings: How, such as `GenerationConfig.from_pretrained` gives them.
+      model: a T5 or BART.
+      params: its parameters.
+      input_ids: the sources' tokens, (batch, source length).
+      attention_mask: 1 for tokens and 0 for padding, like input_ids; all tokens if absent.
+      settings: how, such as `GenerationConfig.from_pretrained` gives them.
 
     Returns:
-        int32 (batch * num_return_sequences, length): what ``generate`` of Transformers returns.
+      int32 (batch * num_return_sequences, length): what ``generate`` of Transformers returns.
 
     Raises:
-        InputError: The settings do not fit the model.
+      InputError: if the settings do not fit the model.
     """
     batch = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
     found = jax.device_get(_generate(model, settings, params, jax.tree.map(jnp.asarray, batch)))
@@ -187,10 +187,10 @@ class _Greedy(NamedTuple):
     """Greedy search.
 
     Attributes:
-        length: (), of the sequences so far.
-        sequences: int32 (batch, 1, longest).
-        is_finished: bool (batch,).
-        cache: The decoder's.
+      length: (), of the sequences so far.
+      sequences: int32 (batch, 1, longest).
+      is_finished: bool (batch,).
+      cache: the decoder's.
     """
 
     length: Array
@@ -223,18 +223,18 @@ class _Beams(NamedTuple):
     """Beam search.
 
     Attributes:
-        length: (), of the running sequences.
-        running: int32 (batch, beams, longest).
-        scores: float32 (batch, beams), their sums of log-probabilities, the highest first.
-        slots: int32 (batch, beams, longest - 1): for each token of a running sequence, the beam that wrote its keys
-            and values to the cache.
-        finished: int32 (batch, beams, longest): the candidates.
-        finished_scores: float32 (batch, beams), the highest first.
-        finished_lengths: int32 (batch, beams), tokens after the start token.
-        is_finished: bool (batch, beams): whether there is a candidate.
-        is_open: bool (batch,): whether a running sequence may still become one of the candidates.
-        all_ended: bool (), whether all continuations of the last step ended.
-        cache: The decoder's.
+      length: (), of the running sequences.
+      running: int32 (batch, beams, longest).
+      scores: float32 (batch, beams), their sums of log-probabilities, the highest first.
+      slots: int32 (batch, beams, longest - 1): for each token of a running sequence, the beam that wrote its keys
+        and values to the cache.
+      finished: int32 (batch, beams, longest): the candidates.
+      finished_scores: float32 (batch, beams), the highest first.
+      finished_lengths: int32 (batch, beams), tokens after the start token.
+      is_finished: bool (batch, beams): whether there is a candidate.
+      is_open: bool (batch,): whether a running sequence may still become one of the candidates.
+      all_ended: bool (), whether all continuations of the last step ended.
+      cache: the decoder's.
     """
 
     length: Array
@@ -254,10 +254,10 @@ class _Continuations(NamedTuple):
     """The best continuations of a step, the best first.
 
     Attributes:
-        sequences: int32 (batch, continuations, longest).
-        scores: float32 (batch, continuations), sums of log-probabilities.
-        parents: int32 (batch, continuations), the beams that they continue.
-        ended: bool (batch, continuations).
+      sequences: int32 (batch, continuations, longest).
+      scores: float32 (batch, continuations), sums of log-probabilities.
+      parents: int32 (batch, continuations), the beams that they continue.
+      ended: bool (batch, continuations).
     """
 
     sequences: Array

@@ -87,23 +87,23 @@ class GenerationConfig:
     """How texts are generated, by the rules and with the names of Transformers 5.
 
     Attributes:
-        max_length: The longest output in tokens, including the start token.
-        max_new_tokens: The same without it; takes precedence. With neither of the two, 20.
-        min_length: No end before so many tokens, including the start token.
-        min_new_tokens: The same without it; takes precedence.
-        num_beams: 1 is greedy search, more is beam search.
-        early_stopping: When a beam search ends for a text: True, as soon as there are ``num_beams`` candidates; False,
-            when the best running beam scores below the worst candidate for its present length; ``"never"``, when it
-            could not reach it at any length.
-        length_penalty: A candidate's score is the sum of its log-probabilities over its length to this power.
-        no_repeat_ngram_size: No sequence of so many tokens occurs twice; 0: any may.
-        forced_bos_token_id: The first token after the start token.
-        forced_eos_token_id: The last token at the longest length.
-        num_return_sequences: How many of the beams' candidates to return, the best first.
-        decoder_start_token_id: What the decoder reads first; if absent ``bos_token_id``.
-        bos_token_id: See there.
-        eos_token_id: Each of these ends a text; none if empty.
-        pad_token_id: What follows the end; if absent the first of ``eos_token_id``.
+      max_length: the longest output in tokens, including the start token.
+      max_new_tokens: the same without it; takes precedence. With neither of the two, 20.
+      min_length: no end before so many tokens, including the start token.
+      min_new_tokens: the same without it; takes precedence.
+      num_beams: 1 is greedy search, more is beam search.
+      early_stopping: when a beam search ends for a text: True, as soon as there are ``num_beams`` candidates; False,
+        when the best running beam scores below the worst candidate for its present length; ``"never"``, when it
+        could not reach it at any length.
+      length_penalty: a candidate's score is the sum of its log-probabilities over its length to this power.
+      no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0: any may.
+      forced_bos_token_id: the first token after the start token.
+      forced_eos_token_id: the last token at the longest length.
+      num_return_sequences: how many of the beams' candidates to return, the best first.
+      decoder_start_token_id: what the decoder reads first; if absent ``bos_token_id``.
+      bos_token_id: see there.
+      eos_token_id: each of these ends a text; none if empty.
+      pad_token_id: what follows the end; if absent the first of ``eos_token_id``.
     """
 
     max_length: int | None = None
@@ -158,7 +158,7 @@ class GenerationConfig:
         """What the decoder reads first.
 
         Raises:
-            InputError: Nothing says it.
+          InputError: if nothing says it.
         """
         start = self.bos_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id
         if start is None:
@@ -184,11 +184,11 @@ class GenerationConfig:
         """Reads the content of a ``generation_config.json``.
 
         Args:
-            values: The parsed JSON object.
-            source: What to call it in error messages.
+          values: the parsed JSON object.
+          source: what to call it in error messages.
 
         Raises:
-            InputError: An option that we do not have, or a value of a wrong type or out of range.
+          InputError: if an option that we do not have, or a value of a wrong type or out of range.
         """
         names = {entry.name for entry in dataclasses.fields(cls)}
         own = {name: value for name, value in values.items() if name in names and value is not None}
@@ -223,11 +223,11 @@ class GenerationConfig:
         """Reads a checkpoint's ``generation_config.json``; without one, what its ``config.json`` implies.
 
         Args:
-            name_or_dir: As for `pats_jax.models.from_pretrained_seq2seq`.
-            revision: The branch, tag or commit of a hub repository.
+          name_or_dir: as for `pats_jax.models.from_pretrained_seq2seq`.
+          revision: the branch, tag or commit of a hub repository.
 
         Raises:
-            InputError: As from `from_dict`, or the checkpoint cannot be found or read.
+          InputError: as from `from_dict`, or the checkpoint cannot be found or read.
         """
         folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
         path = folder / GENERATION_FILE

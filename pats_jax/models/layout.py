@@ -1,4 +1,4 @@
-"""Separate and stacked layers: the two layouts of a model's parameters, and the way from one to the other.
+"""Separate and stacked layers: the two layouts of a model's parameters, and conversion between them.
 
 Separate layers have a subtree each, ``encoder.layer.0.output.dense.kernel``; stacked ones have one subtree whose leaves
 have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers. An
@@ -20,14 +20,14 @@ _NAMES = ("layer", "layers", "block")
 
 
 def stack_layers(tree: Any) -> Any:
-    """A tree of separate layers as one of stacked layers; a tree without separate layers stays as it is.
+    """Stacks the separate layers in a tree; a tree without separate layers is returned as it is.
 
     Args:
-        tree: Parameters, or any tree that holds trees like them: gradients, the state of an optimizer. NumPy's arrays
-            stay NumPy's.
+      tree: parameters, or any tree that contains trees like them: gradients, the state of an optimizer. NumPy arrays
+        stay NumPy arrays.
 
     Raises:
-        ValueError: The layers do not all hold the same leaves, in the same shapes.
+      ValueError: if the layers differ in their leaves or in the shapes of these.
     """
     return _map_stacks(lambda layers, _: _stack(layers), tree)
 
@@ -36,9 +36,9 @@ def unstack_layers(tree: Any, num_layers: int | Mapping[str, int]) -> Any:
     """The inverse of `stack_layers`.
 
     Args:
-        tree: As for `stack_layers`.
-        num_layers: The layers of the encoder; of an encoder-decoder ``{"encoder": ..., "decoder": ...}``, as
-            ``config.num_layers_of`` gives them.
+      tree: as for `stack_layers`.
+      num_layers: the number of layers; for an encoder-decoder ``config.num_layers_of``, which is
+        ``{"encoder": ..., "decoder": ...}``.
     """
     depths = num_layers if isinstance(num_layers, Mapping) else {"encoder": num_layers, "decoder": num_layers}
     return _map_stacks(lambda layers, side: _unstack(layers, depths[side]), tree)
@@ -54,8 +54,8 @@ def has_stacked_layers(tree: Any) -> bool:
 def layer_axis(params: Any) -> Any:
     """A tree of ints like params: 0 for the leaves of stacked layers, -1 for all others.
 
-    The argument ``layer_axis`` of `pats_jax.pats_noise` and the other transforms, for this library's models: each layer
-    of such a leaf is a tensor of its own. optax.MaskedNode counts as a leaf.
+    Pass this function as ``layer_axis`` to `pats_jax.pats_noise` and the other transforms when you train this library's
+    models: they then treat each layer of a stacked leaf as a tensor of its own. optax.MaskedNode counts as a leaf.
     """
 
     return jax.tree_util.tree_map_with_path(
@@ -64,11 +64,11 @@ def layer_axis(params: Any) -> Any:
 
 
 def separate_names(path: tuple, leaf: Any) -> list[str]:
-    """The names that a leaf has with separate layers, ``bert.encoder.layer.0.output.dense.kernel``: one for each layer.
+    """The names of a leaf with separate layers, one per layer: ``bert.encoder.layer.0.output.dense.kernel``, ...
 
     Args:
-        path: The leaf's path, as JAX gives it.
-        leaf: The leaf, stacked or not.
+      path: the leaf's path, a tuple of JAX key entries.
+      leaf: the leaf, stacked or not.
     """
     place, names = _place_of_stack(path), [_name(entry) for entry in path]
     if place is None:
@@ -82,7 +82,7 @@ def is_stacked(path: tuple) -> bool:
 
 
 def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
-    """As `separate_names`; of a leaf of a separate layer the one name of the stack."""
+    """As `separate_names`; for a leaf of a separate layer, the one name that it has in stacked layers."""
     place, names = _place_of_layer(path), [_name(entry) for entry in path]
     if place is not None and names[place].isdecimal():
         return [".".join((*names[:place], *names[place + 1 :]))]
@@ -90,20 +90,20 @@ def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
 
 
 def layer_number(path: tuple) -> int | None:
-    """The number of a separate layer that a leaf belongs to."""
+    """The number of the separate layer that a leaf belongs to, else None."""
     place = _place_of_layer(path)
     name = None if place is None else _name(path[place])
     return int(name) if name is not None and name.isdecimal() else None
 
 
 def _place_of_stack(path):
-    """Where in a leaf's path the number of its layer would stand; None if it has one, or is of no layer."""
+    """The place in a leaf's path where the layer's number would be; None if the path has one, or is not in a layer."""
     place = _place_of_layer(path)
     return None if place is None or _name(path[place]).isdecimal() else place
 
 
 def _place_of_layer(path):
-    """Where in a leaf's path its layer's number, or what is in each layer, stands; None if it is of no layer."""
+    """The place in a leaf's path that follows, for instance, ``encoder.layer``; None if it is not in a layer."""
     names = [_name(entry) for entry in path]
     return next((place for place in range(2, len(names)) if tuple(names[place - 2 : place]) in _STACKS), None)
 
@@ -113,7 +113,7 @@ def _name(entry):
 
 
 def _map_stacks(function: Callable[[Mapping[str, Any], str], Any], tree: Any) -> Any:
-    """The tree with ``function(layers, side)`` in the place of the layers of each encoder and decoder in it."""
+    """The tree with ``function(layers, side)`` in place of the layers of each encoder and decoder in it."""
 
     def replaced(path, node):
         name = _name_of_layers(path, node)

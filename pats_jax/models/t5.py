@@ -5,7 +5,7 @@ Module names are those of the Hugging Face tensor names: ``params["decoder"]["bl
 0 and all blocks use: ``params["encoder"]["relative_attention_bias"]["embedding"]``.
 
 References:
-    Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer
+  Raffel et al. 2020, Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer
     (arXiv:1910.10683); Chung et al. 2022, Scaling Instruction-Finetuned Language Models (arXiv:2210.11416).
 """
 

@@ -60,7 +60,7 @@ class TuningSettings(Group):
         """The learning rates to try for a kind.
 
         Raises:
-          InputError: ``--grid`` is not of the form KIND=RATE,RATE.
+          InputError: if ``--grid`` is not of the form KIND=RATE,RATE.
         """
         rates: dict[str, tuple[float, ...]] = {name: (rate,) for name, rate in LEARNING_RATES.items()}
         for text in self.grid:
@@ -78,7 +78,7 @@ class TuningSettings(Group):
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel(Group):
-    """Tuning of the whole model, beside the adapters; it has no settings of its own."""
+    """Tuning of the whole model, as an alternative to adapters; it has no settings of its own."""
 
     kind: ClassVar[Literal["full"]] = "full"
 

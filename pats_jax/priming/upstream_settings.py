@@ -55,7 +55,7 @@ class UpstreamSettings(Group):
             )
 
     def check_split(self, num_devices: int) -> None:
-        """Raises InputError if the tasks of a step cannot be split evenly across so many devices."""
+        """Raises InputError if the tasks of a step cannot be split evenly across ``num_devices`` devices."""
         if self.tasks_per_step % (num_devices * self.gradient_accumulation_steps):
             raise InputError(
                 f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across "
@@ -96,7 +96,7 @@ class PrimingSettings(TrainingSettings):
 
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
-        """As config.json is now: the first version wrote task_batch_size as query_batch_size."""
+        """The current names: the first version wrote task_batch_size as query_batch_size."""
         if "query_batch_size" not in saved:
             return saved
         return {"task_batch_size" if key == "query_batch_size" else key: value for key, value in saved.items()}

@@ -1,4 +1,4 @@
-"""`TextClassifier` and `TextRegressor`: the program `pats-jax glue` behind the conventions of scikit-learn."""
+"""`TextClassifier` and `TextRegressor`: the program `pats-jax glue` with the interface of scikit-learn."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ _NOT_SETTINGS = {"method_settings", "settings", "validation", "text_columns", "l
 
 
 class ModelFolder:
-    """The folder of a trained model or adapter, which lives as long as the object, and can be pickled."""
+    """The folder of a trained model or adapter; it exists as long as the object, which can be pickled."""
 
     def __init__(self, source: pathlib.Path):
         self._start()
@@ -48,7 +48,7 @@ class ModelFolder:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, loaded when it is first needed."""
+        """The model, loaded on first use."""
         if self._loaded is None:
             self._loaded = LoadedModel.load(str(self.path))
         return self._loaded
@@ -130,16 +130,16 @@ class _TextEstimator(BaseEstimator):
     # training
 
     def fit(self, texts: Any, labels: Any = None, validation: Any = None) -> Self:
-        """Trains, as `pats-jax glue` does with the same settings and data.
+        """Trains like `pats-jax glue` with the same settings and data.
 
         Args:
           texts: a list of strings or of pairs, a DataFrame, or a `datasets.Dataset`.
-          labels: one for each text; None: those in ``label_column`` of a table.
-          validation: a fraction of the rows, or data: ``(texts, labels)`` or a table with labels; None: the fraction of
-            the constructor. 0 leaves validation out.
+          labels: one label per text; None: the column ``label_column`` of a table.
+          validation: a fraction of the rows, or data: ``(texts, labels)`` or a table with labels; None: the
+            constructor's fraction. 0 omits validation.
 
         Raises:
-          InputError: on invalid settings, texts or labels.
+          InputError: if settings, texts or labels are invalid.
         """
         split, values = self._read(texts, labels)
         classes, written = self._written(values)
@@ -226,7 +226,7 @@ class _TextEstimator(BaseEstimator):
             return self.model_folder_.loaded.logits(split, None, self.per_device_eval_batch_size)
 
     def evaluate(self, texts: Any, labels: Any = None) -> dict[str, float]:
-        """The scores that `pats-jax glue` gives: accuracy, or for a regressor the correlations.
+        """The scores of `pats-jax glue`: accuracy, or the correlations for a regressor.
 
         Args:
           texts: as for `fit`.
@@ -242,7 +242,7 @@ class _TextEstimator(BaseEstimator):
         """Writes a folder that `load`, `pats-jax predict` and Transformers open (with an adapter, the PEFT library).
 
         Raises:
-          InputError: the folder is there and not empty.
+          InputError: if the folder exists and is not empty.
         """
         check_is_fitted(self, "model_folder_")
         target = pathlib.Path(folder)
@@ -256,10 +256,10 @@ class _TextEstimator(BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Self:
-        """A fitted estimator from a folder of `save`, or from any folder of a model, such as a run's ``model/``.
+        """Loads a fitted estimator from a folder of `save`, or from any model folder, such as a run's ``model/``.
 
         Raises:
-          InputError: it is no such folder, or that of the other estimator.
+          InputError: if it is not such a folder, or is that of the other estimator.
         """
         source = pathlib.Path(folder)
         if not source.is_dir():
@@ -280,39 +280,39 @@ class _TextEstimator(BaseEstimator):
 class TextClassifier(ClassifierMixin, _TextEstimator):
     """Classifies texts, or pairs of texts, by a fine-tuned model.
 
-    It trains as `pats-jax glue` does with files of the same rows: with the same seed on the same devices, the weights
-    and scores are the same. The run's folder is temporary unless ``output_dir`` is given; then the rows are kept beside
-    it, in ``OUTPUT_DIR.data``.
+    It trains like `pats-jax glue` with files of the same rows: with the same seed and devices, weights and scores are
+    the same. The run's folder is temporary unless ``output_dir`` is given; then the rows are kept next to it, in
+    ``OUTPUT_DIR.data``.
 
     Args:
       model_name_or_path: local folder, hub id, or installed package with a model.
       method: a method listed by `pats-jax methods`, or several joined with ``+``.
-      noise_scale: of a method with noise; None: the method's default.
+      noise_scale: scale of the noise, for methods with noise; None: the method's default.
       learning_rate: the peak of the schedule.
-      num_train_epochs: passes over the training data.
-      max_steps: optimizer steps; -1: as many as the epochs take.
+      num_train_epochs: number of passes over the training data.
+      max_steps: number of optimizer steps; -1: as many as the epochs take.
       per_device_train_batch_size: rows per device.
       per_device_eval_batch_size: rows per device, also in prediction.
-      max_seq_length: tokens; longer texts are truncated.
+      max_seq_length: maximum length in tokens; longer texts are truncated.
       warmup_ratio: fraction of the steps over which the learning rate rises.
-      weight_decay: AdamW's.
-      load_best_model_at_end: keep the model with the best validation score, not the last one.
-      early_stopping_patience: stop after so many evaluations without a better score.
-      peft: train only an adapter of this kind and the head.
+      weight_decay: the weight decay of AdamW.
+      load_best_model_at_end: whether to keep the model with the best validation score instead of the last one.
+      early_stopping_patience: number of evaluations without a better score after which to stop; None: never.
+      peft: the kind of adapter to train with the head; None: train the whole model.
       dtype: type for computation, ``"float32"`` or ``"bfloat16"``.
-      num_devices: use only so many devices; None: all.
-      seed: of the new head, the order of examples, dropout, noise, and the validation rows.
-      method_settings: further settings of the method, by name; also of methods from other packages.
+      num_devices: number of devices to use; None: all.
+      seed: seed of the new head, the order of examples, dropout, noise, and the validation rows.
+      method_settings: further settings of the method, by name, including methods from other packages.
       settings: any other settings of `pats-jax glue`, by name.
       validation: the fraction of the rows that `fit` holds out, each class in proportion; 0: none.
-      text_columns: the one or two text columns of a table; None: all columns but the label's.
+      text_columns: the one or two text columns of a table; None: all but the label column.
       label_column: the label column of a table.
       output_dir: the folder of the run, as `pats-jax glue` writes it; None: a temporary one.
       verbose: whether to show progress.
 
     Attributes:
       classes_: the labels, sorted, (num_classes,).
-      results_: what results.json of the run holds.
+      results_: the content of the run's results.json.
       model_folder_: the trained model.
     """
 
@@ -334,7 +334,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         return labels
 
     def _written(self, labels):
-        """The classes, and the labels as they stand in a file."""
+        """The classes, and the labels as written in a file."""
         try:
             classes = np.unique(labels)
         except TypeError:
@@ -354,7 +354,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         return [str(label) for label in labels.astype(classes.dtype).tolist()]
 
     def _rows(self, classes, size):
-        """The same, with each class in proportion; the only row of a class is for training."""
+        """As for both estimators, with each class in proportion; the only row of a class is for training."""
         names, of_row, counts = np.unique(classes, return_inverse=True, return_counts=True)
         common = np.flatnonzero(counts[of_row] > 1)
         kinds = int((counts > 1).sum())
@@ -386,7 +386,7 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
 class TextRegressor(RegressorMixin, _TextEstimator):
     """Scores texts, or pairs of texts, by a fine-tuned model; the parameters are those of `TextClassifier`.
 
-    `score` is R squared, as in scikit-learn; `evaluate` gives Pearson's and Spearman's correlation.
+    `score` is R², as in scikit-learn; `evaluate` returns Pearson's and Spearman's correlations.
     """
 
     _regression = True
@@ -418,7 +418,7 @@ class TextRegressor(RegressorMixin, _TextEstimator):
 
 @contextlib.contextmanager
 def _told_in_python() -> Iterator[None]:
-    """Errors of the program, with parameters for flags and rows for lines of files; signals as Python has them."""
+    """Converts errors of the program, to name parameters and rows instead of flags and lines, and its signals."""
     try:
         yield
     except InputError as error:

@@ -1,6 +1,6 @@
-"""`pats-jax`: the command line, each subcommand a thin call into the room that does the work.
+"""`pats-jax`: the command line; each subcommand calls the module that does the work.
 
-Heavy modules are imported only when a subcommand needs them, so ``--help`` and ``--version`` answer at once.
+Heavy modules are imported only when a subcommand needs them, so ``--help`` and ``--version`` are fast.
 """
 
 import contextlib
@@ -103,13 +103,13 @@ def _tell(message):
 
 
 def _leave_stdout():
-    """Discards what is still to be written, so that it does not fail again at exit."""
+    """Discards what is still to be written, so that writing does not fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refusal(error):
-    """What the system refused to do, in one line."""
+    """What the system refused, in one line."""
     cannot = "could not be written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "cannot be used"
     has_name = isinstance(error.filename, str | bytes)  # not the number of an open file
     path = shown(os.fsdecode(error.filename), 300, quoted=False) if has_name else "a file"
@@ -274,7 +274,7 @@ def _show_warnings_in_a_line() -> None:
 
 
 class _Line(logging.Formatter):
-    """A record as one line, whatever its message holds."""
+    """Formats a record as one line, whatever its message contains."""
 
     def format(self, record):
         return console.one_line(super().format(record))

@@ -1,4 +1,4 @@
-"""Texts and labels as people have them in Python: lists, pairs, data frames and sets of `datasets`."""
+"""Reads texts and labels from Python objects: lists, pairs, data frames and Hugging Face datasets."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class Columns:
     """Where texts and labels are in a table.
 
     Attributes:
-      texts: one or two columns; None: all but the label's, of which there must be one or two.
+      texts: the one or two columns of the texts; None: all but the label column, which must leave one or two.
       label: the column of the labels.
     """
 
@@ -26,10 +26,10 @@ class Columns:
     label: str
 
     def of_texts(self, names: Sequence[str]) -> list[str]:
-        """The columns of the texts among those of a table.
+        """The columns of the texts, of a table's columns ``names``.
 
         Raises:
-          InputError: there are not one or two of them.
+          InputError: if a column is missing, or there are not one or two of them.
         """
         given = [self.texts] if isinstance(self.texts, str) else self.texts
         chosen = [name for name in names if name != self.label] if given is None else list(given)
@@ -42,14 +42,14 @@ class Columns:
 
 
 def read_split(texts: Any, columns: Columns) -> Split:
-    """The rows of texts, without labels.
+    """Reads rows of texts, without labels.
 
     Args:
-      texts: a list or array of strings or of pairs, a DataFrame, or a set of `datasets`.
-      columns: those of a table.
+      texts: a list or array of strings or of pairs, a DataFrame, or a `datasets.Dataset`.
+      columns: the columns of a table.
 
     Raises:
-      InputError: these are not texts; the message names the row.
+      InputError: if they are not texts; the message names the row.
     """
     if isinstance(texts, str):
         raise InputError("texts: one string; give a list of texts")
@@ -85,10 +85,10 @@ def _check_row(number, row, is_pair):
 
 
 def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
-    """The labels (rows,) that are given, or those in the label column of a table.
+    """The given labels, (rows,), or those in the label column of a table.
 
     Raises:
-      InputError: there are none, or not one for each row.
+      InputError: if there are no labels, or one is missing.
     """
     if labels is None:
         if not _is_table(texts):
@@ -113,7 +113,7 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
 
 
 def _column(table, name):
-    """The labels of a table; classes that a set of `datasets` knows are given by name."""
+    """The labels in a table; if a `datasets.Dataset` has class names, these are the labels."""
     feature: Any = table.features.get(name) if hasattr(table, "column_names") else None
     values = list(table[name])
     return feature.int2str(values) if hasattr(feature, "int2str") else values

@@ -1,4 +1,4 @@
-"""Pictures of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
+"""Plots of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
 
 import io
 import itertools
@@ -76,14 +76,14 @@ def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) 
 
 
 def plot_confusion(path: pathlib.Path, counts: np.ndarray, names: Sequence[str]) -> None:
-    """How many rows of each class are given which: colours are shares of a class, numbers are rows.
+    """The confusion matrix: colours are shares of a class, numbers are rows.
 
-    With more than 12 classes the numbers are left out, with more than 40 the names.
+    Numbers are left out for more than 12 classes, names for more than 40.
 
     Args:
       path: the PNG file to write.
       counts: (classes, classes), the true class first.
-      names: of the classes.
+      names: the names of the classes.
     """
     figure, axes = _figure("Confusion matrix", "predicted class", "true class")
     size = len(names)
@@ -103,13 +103,13 @@ def plot_confusion(path: pathlib.Path, counts: np.ndarray, names: Sequence[str])
 
 
 def plot_reliability(path: pathlib.Path, confidence: np.ndarray, accuracy: np.ndarray, rows: np.ndarray) -> None:
-    """Accuracy by confidence, which lie on the diagonal if the probabilities are calibrated; the size is of the rows.
+    """Accuracy by confidence, on the diagonal if probabilities are calibrated; the size of a dot shows its rows.
 
     Args:
       path: the PNG file to write.
-      confidence: mean of the largest probability in each bin, (bins,).
-      accuracy: the share of its rows that are right, (bins,).
-      rows: their number, (bins,).
+      confidence: the mean of the largest probability in each bin, (bins,).
+      accuracy: the share of rows in each bin that are right, (bins,).
+      rows: the number of rows in each bin, (bins,).
     """
     title = "Reliability: above the line too timid, below too sure"
     figure, axes = _figure(title, "largest probability, mean of a bin", "share of its rows that are right")
@@ -121,12 +121,12 @@ def plot_reliability(path: pathlib.Path, confidence: np.ndarray, accuracy: np.nd
 
 
 def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray) -> None:
-    """Predicted minus true score by true score, a dot a row.
+    """Predicted minus true score by true score, one dot per row.
 
     Args:
       path: the PNG file to write.
       labels: true scores, (rows,).
-      residuals: (rows,).
+      residuals: predicted minus true scores, (rows,).
     """
     figure, axes = _figure("Residuals on the validation data", "true score", "predicted minus true score")
     axes.axhline(0, color=_BEFORE, linestyle="--")
@@ -135,7 +135,7 @@ def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray
 
 
 def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float) -> None:
-    """The scores of several methods: every seed a dot, the mean a bar, the score of the majority class a line.
+    """The scores of several methods: a dot per seed, a bar for the mean, a line for the score of the majority class.
 
     Args:
       path: the PNG file to write.
@@ -156,7 +156,7 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
 
 
 class Curve(Protocol):
-    """Mean, lowest and highest value over seeds by step; lists of one length."""
+    """Mean, lowest and highest value over seeds by step; lists of the same length."""
 
     @property
     def step(self) -> list[int]: ...
@@ -223,7 +223,7 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
 def plot_effects(
     path: pathlib.Path, panels: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], label: str
 ) -> None:
-    """Effects as dots with their intervals, a row each, beside a line at 0; one panel a task or baseline.
+    """Effects as dots with intervals, one per row, next to a line at 0; one panel per task or baseline.
 
     All panels have the same rows, in the order of the panel with the most rows, and the same scale.
 
@@ -259,7 +259,7 @@ def plot_effects(
 
 
 def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], title: str) -> None:
-    """Relative gain by task, a dot an arm; tasks stand in the order of their mean gain over the arms that have them.
+    """Relative gain by task, one dot per arm; tasks are ordered by their mean gain over the arms that have them.
 
     Args:
       path: the PNG file to write.
@@ -287,7 +287,7 @@ def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], titl
 
 
 def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], last: int, title: str) -> None:
-    """By step, the share of tunings that have reached a dev score: the empirical distribution of the steps it takes.
+    """The share of tunings that have reached a dev score, by step: the empirical distribution of the steps needed.
 
     Args:
       path: the PNG file to write.
@@ -309,7 +309,7 @@ def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], 
 
 
 def _legend_beside(figure, axes):
-    """Beside the axes, where it hides nothing; the order is that of the drawing."""
+    """Places the legend next to the axes, where it hides nothing, in drawing order."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper")
@@ -326,7 +326,7 @@ def _figure(title, xlabel, ylabel):
 
 
 def _name(text, longest=_LONGEST_NAME):
-    """A text from outside as a picture shows it: as it is, not as a formula, and cut in the middle where it is long."""
+    """An outside text for a picture: shown as it is, not as a formula, and shortened in the middle if long."""
     text = visible(text)
     if len(text) > longest:
         half = longest // 2

@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, a line every half minute in a pipe, a file or a notebook."""
+"""Shows progress: a bar on a terminal, a line every half minute in a pipe, a file or a notebook."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class StepProgress:
-    """Shows compilation, then steps, percent, loss and time left; a context manager.
+    """Shows compilation, then steps, percentage, loss and time left; a context manager.
 
     Nothing is shown on a quiet console.
     """
@@ -32,12 +32,12 @@ class StepProgress:
         """Shows nothing yet.
 
         Args:
-          console: where it is shown.
-          total: steps of the training.
-          first: steps made before this start.
-          compile_seconds: what compilation is expected to take.
-          seconds_between_lines: where there is no bar.
-          clock: gives seconds.
+          console: where to show progress.
+          total: number of steps of the training.
+          first: number of steps made before this start.
+          compile_seconds: the expected time of compilation.
+          seconds_between_lines: time between lines if there is no bar.
+          clock: a function that returns seconds.
         """
         self._console, self._total, self._first = console, total, first
         self._wait, self._clock = seconds_between_lines, clock
@@ -66,7 +66,7 @@ class StepProgress:
             self._thread.join()
 
     def show(self, *, completed: int | None = None, status: str | None = None) -> None:
-        """Takes what has changed: the number of steps made, or what else is to be said."""
+        """Updates the number of steps made, or the status."""
         if status is not None:
             self._status = status
         if completed is not None:
@@ -113,11 +113,11 @@ class CountProgress:
         """Shows nothing yet.
 
         Args:
-          console: where it is shown.
-          total: how many there are.
-          things: what they are called, in the plural.
-          seconds_between_lines: where there is no bar.
-          clock: gives seconds.
+          console: where to show progress.
+          total: number of runs.
+          things: what to call them, in the plural.
+          seconds_between_lines: time between lines if there is no bar.
+          clock: a function that returns seconds.
         """
         self._console, self._total, self._things = console, total, things
         self._wait, self._clock, self._started = seconds_between_lines, clock, clock()
@@ -167,7 +167,7 @@ _ALL = 1e9  # seconds: more than any grid takes
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-    """A bar with steps, percent, a status, and time left."""
+    """A bar with steps, percentage, a status, and time left."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -190,7 +190,7 @@ def about(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds as people say it.
+    """A number of seconds as text.
 
     Examples:
       >>> duration(9), duration(95), duration(7300)

@@ -174,7 +174,7 @@ def _hub_id(name: str) -> str | None:
 
 
 def _license(name: str) -> str | None:
-    """The license that the base model's own card names, if that is on this machine."""
+    """The license that the base model's own card names, if the card is on this machine."""
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(name, "README.md") if _hub_id(name) else f"{name}/README.md"
@@ -262,7 +262,7 @@ def _is_whole(folder: pathlib.Path, results: Values) -> bool:
 
 
 def _use(folder: pathlib.Path, results: Values) -> list[str]:
-    """How to load the model and to serve it: whole, or as an adapter for the base model."""
+    """How to load and serve the model: whole, or as an adapter for the base model."""
     whole = _is_whole(folder, results)
     part = str(folder / ("model" if whole else "adapter"))
     count, kind = results["num_labels"], results.get("peft")

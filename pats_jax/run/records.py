@@ -2,7 +2,7 @@
 
 A file may have more fields than its record. A field that is `NotRequired` is missing in files of some versions or some
 runs. Scores are finite, and every number is small enough to compute with. A name that becomes part of a path is one of
-a closed set, or goes through `files.checked_name`.
+a fixed set, or is checked by `files.checked_name`.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -63,7 +63,7 @@ class ScoreInterval(TypedDict):
 
 
 class ClassRecord(TypedDict):
-    """How one class is recognised, see `diagnosis.ClassFigures`."""
+    """How well one class is recognised, see `diagnosis.ClassFigures`."""
 
     label: str
     precision: Share
@@ -74,7 +74,7 @@ class ClassRecord(TypedDict):
 
 
 class MajorityClass(TypedDict):
-    """The most frequent class of the validation rows, its share, and the scores of always giving it."""
+    """The most frequent class of the validation rows, its share, and the scores of always predicting it."""
 
     label: str
     share: Share
@@ -82,7 +82,7 @@ class MajorityClass(TypedDict):
 
 
 class MeanAnswer(TypedDict):
-    """The mean score of the validation rows, and the errors of always giving it."""
+    """The mean score of the validation rows, and the errors of always predicting it."""
 
     value: float
     loss: float
@@ -90,7 +90,7 @@ class MeanAnswer(TypedDict):
 
 
 class Examined(TypedDict):
-    """What the examinations of classes and of scores share: rows, main score and its interval, loss."""
+    """Shared by the examinations of classes and of scores: rows, main score and its interval, loss."""
 
     rows: Count
     metric: str
@@ -110,7 +110,7 @@ class ClassificationDiagnosis(Examined):
 
 
 class RegressionDiagnosis(Examined):
-    """The examination of a model that gives scores, see `diagnosis.Regression`."""
+    """The examination of a model that predicts scores, see `diagnosis.Regression`."""
 
     mean_absolute_error: float
     explained_variance: float
@@ -130,7 +130,7 @@ class GlueResults(TypedDict):
 
 
 class PrimedResults(TypedDict):
-    """Of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
+    """Results of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     model_name_or_path: str
@@ -152,13 +152,13 @@ class Figures(TypedDict):
 
 
 class FiguresOfAll(TypedDict):
-    """Those of all parameters together."""
+    """The figures of all parameters together."""
 
     all: Figures
 
 
 class Histogram(TypedDict):
-    """Shares of the values between edges, which are one more."""
+    """The shares of the values between edges; there is one more edge than shares."""
 
     edges: list[Score]
     before: list[Score]
@@ -174,7 +174,7 @@ class Concentration(TypedDict):
 
 
 class ComparedResults(TypedDict):
-    """Of a run of `pats-jax glue` that was trained and evaluated: what `pats-jax compare` reads."""
+    """Results of a trained and evaluated run of `pats-jax glue`, as `pats-jax compare` reads them."""
 
     data: str
     main_metric: str
@@ -200,7 +200,7 @@ class Timing(TypedDict):
 
 
 class MetricsLine(TypedDict):
-    """A line of metrics.jsonl: of some steps, or of an evaluation. Early versions wrote losses that are not finite."""
+    """A line of metrics.jsonl, for some steps or an evaluation. Early versions wrote losses that are not finite."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     step: Count
@@ -221,7 +221,7 @@ class GridRun(TypedDict):
 
 
 class GridFile(TypedDict):
-    """grid.json: of all starts of `pats-jax compare` in its folder."""
+    """The content of grid.json: all starts of `pats-jax compare` in its folder."""
 
     runs: list[GridRun]
     commands: list[str]
@@ -232,7 +232,7 @@ class GridFile(TypedDict):
 
 
 class Curve(TypedDict):
-    """The dev scores of a tuning by step, lists of one length."""
+    """The dev scores of a tuning by step, lists of the same length."""
 
     step: list[Count]
     dev: list[Score]
@@ -265,7 +265,7 @@ class TuningRecord(TypedDict):
 
 
 class SubmittedConfig(TypedDict):
-    """The settings that tell what a run answers; the config.json of a saved model has no task."""
+    """The settings that say what a run predicts; the config.json of a saved model has no task."""
 
     task_name: NotRequired[str | None]
     data_dir: NotRequired[str | None]

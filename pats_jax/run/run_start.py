@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Start(Generic[Kind]):
-    """A run that is about to start; a context manager, which releases the folder at its end.
+    """A run that is about to start; a context manager that releases the folder at its end.
 
     Attributes:
       settings: the settings, with folder, layers and batch sizes filled in.
       runner: runs steps on the run's devices.
       folder: the output folder.
-      console: prints for process 0; silent in all others.
+      console: where process 0 prints; silent in all others.
       resuming: whether the run resumes the one in the folder.
       finished: the results of that run, if it is already finished.
       lock: the lock of the folder, which process 0 takes.
@@ -108,7 +108,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
       console: where to print progress and scores; None: nowhere.
 
     Raises:
-      InputError: on invalid settings, missing devices, or a folder that cannot be used.
+      InputError: if settings are not valid, devices are missing, or the folder cannot be used.
     """
     settings.check()
     processes, devices, compiler = settings.processes, settings.devices, settings.compiler
@@ -123,7 +123,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = runners.make_runner(devices.parallel, fsdp=devices.fsdp, num_devices=devices.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = settings.replace(output_dir=settings.folder.output_dir or default_folder)
-    settings = settings.with_layers(*runners.default_form(runner.platform))
+    settings = settings.with_layers(*runners.default_form(runner.platform), settings.adapter)
     folder = pathlib.Path(str(settings.folder.output_dir))
     lock = FolderLock(folder)
     resuming = settings.folder.resume and (folder / "config.json").exists()

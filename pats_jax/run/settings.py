@@ -1,4 +1,4 @@
-"""The settings of the programs that train: groups that belong to whoever reads them, composed for each program.
+"""The settings of the programs that train: groups that belong to the modules that read them, composed per program.
 
 The flags of a program are the names of its settings, and so are the keys of config.json; see `pats_jax.run.flags`.
 """
@@ -75,7 +75,7 @@ class FolderSettings(Group):
 
 @dataclasses.dataclass(frozen=True, init=False)
 class TunedModel(Composed):
-    """What every program that trains reads: model, methods, compilation, seed."""
+    """The settings of every program that trains: model, methods, compilation, seed."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE}
 
@@ -93,7 +93,7 @@ class TunedModel(Composed):
 
     @property
     def model_attention(self) -> str:
-        """The model's ``attention``: cuDNN's is not known to keep to one order of its sums."""
+        """The model's ``attention``; with ``--deterministic`` not cuDNN's, whose order of summation may vary."""
         return "einsum" if self.compiler.deterministic else self.model.attention
 
     def check(self) -> None:
@@ -101,14 +101,21 @@ class TunedModel(Composed):
         if self.model.attention == "cudnn" and self.model_attention != "cudnn":
             raise InputError("--attention cudnn: not available with --fsdp or --deterministic")
 
-    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
-        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+    def with_layers(
+        self, layers: Literal["separate", "stacked"], unroll: int, adapter: "peft.PeftConfig | None"
+    ) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing.
+
+        An adapter on some layers needs separate ones.
+        """
+        if adapter is not None and adapter.differs_by_layer:
+            layers = "separate"
         return self.replace(model=self.model.with_layers(layers, unroll))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class TrainingSettings(TunedModel):
-    """What the programs with one training a run read, besides: optimizer, loop, checkpoints, devices, folder."""
+    """The further settings of programs with one training per run: optimizer, loop, checkpoints, devices, folder."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE, "adapters": PEFT_CHOICE}
 
@@ -137,11 +144,11 @@ class TrainingSettings(TunedModel):
 
     @property
     def model_attention(self) -> str:
-        """The model's ``attention``: cuDNN's cannot be cut as --fsdp may do, either."""
+        """The model's ``attention``; with ``--fsdp`` not cuDNN's, which cannot be sharded that way."""
         return "einsum" if self.devices.fsdp > 1 else super().model_attention
 
     def over(self, num_devices: int) -> Self:
-        """The same settings with the sizes of batches filled in for this many devices.
+        """The same settings, with batch sizes filled in for this many devices.
 
         Raises:
           InputError: if a step cannot be split evenly.
@@ -185,7 +192,7 @@ Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
 def resuming(ours: Kind, saved: Kind) -> Kind:
-    """The settings for resuming a saved run: what it chose where they are unset, on the devices available now.
+    """The settings for resuming a saved run: unset ones are those that it chose, on the devices available now.
 
     Raises:
       InputError: if a setting that defines the run differs; the message names each one that does.

@@ -78,15 +78,15 @@ class Session:
 
 
 def run_job(job: Job, number: int, session: Session) -> Ended:
-    """Starts the child process of a job, and waits for it.
+    """Starts the child process of a job and waits for it.
 
     Args:
       job: the job.
-      number: tells the jobs of a session apart.
-      session: what it belongs to.
+      number: the job's number in its session.
+      session: the session that the job belongs to.
 
     Raises:
-      InputError: the log cannot be written, or a child of an earlier worker still runs after ten minutes.
+      InputError: if the log cannot be written, or a child of an earlier worker still runs after ten minutes.
     """
     since = time.perf_counter()
     lock = FolderLock(pathlib.Path(session.folder), name=f"{_LOCK_OF_JOB}{number}")
@@ -154,7 +154,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def _stop(session: str) -> list[int]:
-    """Sends SIGTERM to the children of a session, lets no other start, and returns the numbers of their jobs."""
+    """Sends SIGTERM to the children of a session, prevents others from starting, and returns their jobs' numbers."""
     with _guard:
         _stopped.add(session)
         running = dict(_children[session])
@@ -172,10 +172,10 @@ def _kill(session: str) -> None:
 
 
 def open_log(path: pathlib.Path) -> BinaryIO:
-    """Opens a file, made with its folder, to which output of processes is appended; no link is followed.
+    """Opens a file for the output of processes, which is appended; creates its folder, and follows no link.
 
     Raises:
-      InputError: the system refuses.
+      InputError: if the system refuses.
     """
     files.make_folder(path.parent)
     try:
@@ -189,7 +189,7 @@ def open_log(path: pathlib.Path) -> BinaryIO:
 
 
 class Workers(Protocol):
-    """An executor, and what reaches the children that its threads have started."""
+    """An executor, with access to the children that its threads have started."""
 
     @property
     def executor(self) -> concurrent.futures.Executor: ...
@@ -201,7 +201,7 @@ class Workers(Protocol):
         """Calls a function in every process whose threads start children, and returns the results."""
 
     def machines(self) -> list[dict[str, str]]:
-        """Describes the machines of these processes; of several that are alike, one."""
+        """Describes the machines of these processes; machines that are alike are listed once."""
 
 
 class LocalWorkers:
@@ -210,7 +210,7 @@ class LocalWorkers:
     ends_with_worker = False
 
     def __init__(self, jobs: int, lock: FolderLock) -> None:
-        """Makes as many threads as jobs may run at a time; the children hold the lock of the program's folder, too."""
+        """Makes a thread for each job that may run at a time; children hold the lock of the program's folder too."""
         shares = collections.deque(shares_of_cores(jobs))
         self.inherited = lock.descriptors
         self.executor = concurrent.futures.ThreadPoolExecutor(jobs, initializer=lambda: _pin(shares.popleft()))
@@ -223,7 +223,7 @@ class LocalWorkers:
 
 
 def _pin(cores: set[int] | None) -> None:
-    """Pins this thread, and so the processes that it will start."""
+    """Pins this thread, and so the processes that it starts later."""
     if cores is not None:
         os.sched_setaffinity(0, cores)
 
@@ -246,7 +246,7 @@ class DaskWorkers:
         """Checks the workers of a connected client.
 
         Raises:
-          InputError: one has several threads, or another version of this package.
+          InputError: if a worker has several threads, or another version of this package.
         """
         self._client, self._address = client, address
         for worker, threads in client.nthreads().items():
@@ -280,11 +280,11 @@ def connect(settings: WorkerSettings, lock: FolderLock) -> Iterator[Workers]:
     """The workers of the settings.
 
     Args:
-      settings: checked ones.
-      lock: the lock of the program's folder, which local children hold, too.
+      settings: the settings, checked.
+      lock: the lock of the program's folder, which local children hold too.
 
     Raises:
-      InputError: dask is not installed, no scheduler answers, or a worker does not fit.
+      InputError: if dask is not installed, no scheduler answers, or a worker is not suitable.
     """
     if settings.executor == "local":
         local = LocalWorkers(settings.jobs, lock)
@@ -313,7 +313,7 @@ def hold(folder: pathlib.Path) -> Iterator[FolderLock]:
     """Locks a program's folder against other programs and the children of a killed one; yields the lock.
 
     Raises:
-      InputError: one of them uses the folder.
+      InputError: if one of them is using the folder.
     """
     with FolderLock(folder) as lock:
         if any(folder_lock.is_taken(path) for path in folder.glob(f"{_LOCK_OF_JOB}*")):
@@ -328,20 +328,20 @@ def run_jobs(
     asked: preemption.Preemption,
     show: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> Generator[tuple[Job, Ended], None, None]:
-    """Runs jobs in their order, and yields each when it has ended.
+    """Runs jobs in order, and yields each when it has ended.
 
-    It ends early if this process has noted a signal, or when it is closed: children are then asked to stop, and it
-    waits until they have saved; if the wait is interrupted they are killed.
+    It ends early if this process has noted a signal, or when it is closed. It then asks children to stop, waits until
+    they have saved, and kills them if the wait is interrupted.
 
     Args:
-      jobs: what to run.
-      workers: where.
+      jobs: the jobs.
+      workers: where to run them.
       folder: the program's folder.
       asked: notes the signals of this process.
-      show: is called now and then with the jobs that run here.
+      show: called regularly with the jobs that run here.
 
     Raises:
-      InputError: a child cannot be started, or the connection to dask is lost.
+      InputError: if a child cannot be started, or the connection to dask is lost.
     """
     more = workers.ends_with_worker, workers.inherited
     session = Session(uuid.uuid4().hex, str(folder.absolute()), os.getcwd(), *more)
@@ -361,7 +361,7 @@ def _result(future: concurrent.futures.Future) -> Ended:
     """How a job ended.
 
     Raises:
-      InputError: its child could not be started, or the connection to dask is lost.
+      InputError: if the child could not be started, or the connection to dask is lost.
     """
     try:
         return future.result()

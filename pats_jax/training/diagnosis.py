@@ -1,7 +1,7 @@
-"""What a model gets right and wrong on labelled rows: figures by class, calibration, an interval, the costliest rows.
+"""Examines a model on labelled rows: figures by class, calibration, an interval, the rows with the largest loss.
 
-A run of `pats-jax glue` examines the model that it keeps on its validation data: `examine` gives everything, ``record``
-is what results.json has of it, and ``tables`` are the files of the run's folder ``diagnosis/``.
+`pats-jax glue` examines the model that it keeps on its validation data: `examine` returns everything, ``record`` is its
+part of results.json, and ``tables`` are the files in the run's folder ``diagnosis/``.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ COSTLIEST = 20
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A bootstrap interval of a score: what other rows of the same kind may give the same model.
+    """A bootstrap interval of a score: the scores that the same model may get on other rows of the same kind.
 
-    It says nothing of other seeds of training.
+    It says nothing about other training seeds.
     """
 
     low: float
@@ -39,15 +39,15 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class ClassFigures:
-    """How one class is recognised; a figure that divides by 0 is 0.
+    """How well one class is recognised; a figure that would divide by 0 is 0.
 
     Attributes:
       label: its name.
-      precision: the share of the rows given this class that have it.
-      recall: the share of its rows that are given it.
-      f1: harmonic mean of the two.
-      support: its rows.
-      predicted: the rows that are given it.
+      precision: the share of the rows predicted as this class that belong to it.
+      recall: the share of its rows that are predicted as it.
+      f1: the harmonic mean of precision and recall.
+      support: the number of its rows.
+      predicted: the number of rows predicted as it.
     """
 
     label: str
@@ -75,11 +75,11 @@ class Classification:
 
     Attributes:
       split: the rows.
-      names: of the classes.
-      logits: (rows, classes) float32.
-      scores: the task's metrics.
-      main_metric: the one that counts.
-      interval: of that.
+      names: the names of the classes.
+      logits: the logits, (rows, classes) float32.
+      scores: the values of the task's metrics.
+      main_metric: the name of the main metric.
+      interval: the interval of the main metric.
     """
 
     split: Split
@@ -101,14 +101,14 @@ class Classification:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64 (rows, classes)."""
+        """The softmax of the logits, (rows, classes) float64."""
         import scipy.special
 
         return scipy.special.softmax(self.logits.astype(np.float64), axis=1)
 
     @property
     def losses(self) -> np.ndarray:
-        """Cross-entropy of each row, float64 (rows,)."""
+        """The cross-entropy of each row, (rows,) float64."""
         import scipy.special
 
         log = scipy.special.log_softmax(self.logits.astype(np.float64), axis=1)
@@ -116,7 +116,7 @@ class Classification:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Rows by true class and given class, (classes, classes)."""
+        """The number of rows by true and predicted class, (classes, classes)."""
         from sklearn.metrics import confusion_matrix
 
         return confusion_matrix(self.labels, self.answers, labels=np.arange(len(self.names)))
@@ -213,10 +213,10 @@ class Classification:
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """The examination of a model that gives scores; attributes as those of `Classification`.
+    """The examination of a model that predicts scores; other attributes are as in `Classification`.
 
     Attributes:
-      answers: (rows,) float32.
+      answers: the predicted scores, (rows,) float32.
     """
 
     split: Split
@@ -232,7 +232,7 @@ class Regression:
 
     @property
     def residuals(self) -> np.ndarray:
-        """Given minus true score, float64 (rows,)."""
+        """Predicted minus true score, (rows,) float64."""
         return self.answers.astype(np.float64) - self.labels
 
     def record(self) -> JsonObject:
@@ -284,10 +284,10 @@ def examine(
     """Examines a model on the split ``validation``.
 
     Args:
-      predictor: has task and splits.
+      predictor: has the task and the splits.
       params: the parameters that the run keeps.
-      model_step: the step that they are of; None if they were not trained.
-      evaluated_step: the step of the last evaluation, whose logits are used again where it is the same.
+      model_step: their step; None if they were not trained.
+      evaluated_step: the step of the last evaluation; if it is the same, its logits are reused.
     """
     split, task = predictor.splits["validation"], predictor.task
     logits = predictor.last_logits.get("validation") if model_step in (None, evaluated_step) else None
@@ -295,10 +295,10 @@ def examine(
 
 
 def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classification | Regression:
-    """Examines a model by its logits (rows, num_labels) on labelled rows.
+    """Examines a model by its logits, (rows, num_labels), on labelled rows.
 
     Raises:
-      InputError: the rows have no labels.
+      InputError: if the rows have no labels.
     """
     answers, labels = decide(logits, task), true_labels(split)
     scores = metrics.compute_metrics(task.metrics, answers, labels)
@@ -309,10 +309,10 @@ def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classificati
 
 
 def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = BINS) -> list[Bin]:
-    """Rows by their largest probability, in bins of equal width.
+    """Groups rows by their largest probability, in bins of equal width.
 
     Args:
-      probabilities: (rows, classes).
+      probabilities: the probabilities, (rows, classes).
       labels: class indices, (rows,).
       count: number of bins.
     """
@@ -326,7 +326,7 @@ def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = 
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean over rows of |accuracy - confidence| of a row's bin."""
+    """The expected calibration error: the mean over rows of |accuracy - confidence| of the row's bin."""
     return sum(one.rows * abs(one.accuracy - one.confidence) for one in bins) / sum(one.rows for one in bins)
 
 

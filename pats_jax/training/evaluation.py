@@ -28,17 +28,17 @@ class Predictor:
     """Scores parameters on the validation splits and writes predictions for the test splits.
 
     Attributes:
-      predict: gives logits (batch, num_labels) for parameters and this process's own rows of a batch.
-      runner: deals rows out to the devices.
-      task: what is scored, and how.
+      predict: returns logits (batch, num_labels) for parameters and this process's own rows of a batch.
+      runner: distributes rows over the devices.
+      task: the task, with its metrics.
       splits: the data by name.
-      tokenize: gives the tokens of a split by its name; called when they are first needed, and again at each use.
-      batch_size: rows of a device.
+      tokenize: returns the tokens of a split by its name; called at each use.
+      batch_size: number of rows per device.
       interrupt: called after every batch; what it raises ends the prediction.
-      order: for each class of the task its place in the model's head, (classes,); None: the same order.
+      order: for each class of the task, its place in the model's head, (classes,); None if the order is the same.
       shape_cost: see `shape_costs`, for one pass.
-      evaluations: how often the validation data is scored.
-      last_logits: of the last evaluation, by split.
+      evaluations: the number of times that the validation data is scored.
+      last_logits: the logits of the last evaluation, by split.
     """
 
     predict: CompiledProgram
@@ -57,14 +57,14 @@ class Predictor:
         """Logits (rows, num_labels) of a split, in the order of the task's classes.
 
         Raises:
-          InputError: if they are not finite, for instance since the model has diverged.
+          InputError: if they are not finite, for instance because the model has diverged.
         """
         logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
         check_finite(logits, "lower learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
-        """Compile what `evaluate` will run, a shape each, for the shapes of parameters."""
+        """Functions that compile the programs of `evaluate`, one per shape, for the shapes of parameters."""
         names = [name for name in self.splits if name.startswith("validation")]
         shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self._batches(name)}
         return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
@@ -120,7 +120,7 @@ class Predictor:
     def predictions(self, params: Any) -> dict[str, str]:
         """The files for the GLUE server, by name: a header, then index, tab and prediction for each row.
 
-        Beside each file of classes is ``probabilities/FILE``, with a column for each class.
+        Each file of classes has a counterpart ``probabilities/FILE``, with a column for each class.
         """
         files = {}
         for name in ("test", "test_mismatched", "ax"):
@@ -197,9 +197,9 @@ def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
 def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Converts predictions of a three-class inference model to the classes of a set that may have two.
 
-    The model's answer is the largest of its three probabilities; neutral and contradiction are then both
-    not_entailment where the set has that class. (The probabilities of the two are not added: an entailment of 0.4
-    stays one beside 0.3 and 0.3. This is the paper's rule, DPS, arXiv 2211.01642.)
+    The model predicts the class with the largest of its three probabilities; neutral and contradiction then both become
+    not_entailment if the set has that class. The probabilities of these two are not added, so an entailment of 0.4 wins
+    over 0.3 and 0.3. This is the rule of the DPS paper (arXiv 2211.01642).
 
     Args:
       answers: class indices of the model, (rows,).
@@ -218,7 +218,7 @@ def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np
 
 
 def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered with a warning to the number of positions of the model.
+    """``--max_seq_length``, reduced with a warning to the model's number of positions.
 
     Raises:
       InputError: if virtual tokens leave no room for a text.

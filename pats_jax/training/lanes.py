@@ -1,8 +1,9 @@
 """Lanes: many trainings as one program, side by side on a leading axis that `jax.vmap` maps over.
 
 The lanes of a set share model, data and method. They differ in seed, in the numbers `LANE_NUMBERS` and in how noise
-depends on sensitivity. A lane has its own head, order of rows, dropout and noise, and gives what its run gives alone;
-frozen parameters are shared. Batches have the same shapes for all seeds, see `pats_jax.data.batches.epoch_plan`.
+depends on sensitivity. Each lane has its own head, order of rows, dropout and noise, and gives the same result as its
+run alone; frozen parameters are shared. Batches have the same shapes for all seeds, see
+`pats_jax.data.batches.epoch_plan`.
 """
 
 import concurrent.futures
@@ -43,7 +44,7 @@ Arrays = dict[str, Any]
 
 
 class LaneSettings(Protocol):
-    """The settings of a lane's run; a program's own have them, among others."""
+    """The settings of a lane's run; a program's settings have them, among others."""
 
     @property
     def seed(self) -> Any: ...
@@ -61,15 +62,15 @@ class LaneSettings(Protocol):
         """Every setting by its flag."""
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with others, by their flags."""
+        """A copy with changed settings, by their flags."""
 
 
 class LaneState(NamedTuple):
     """The states of all lanes; every leaf has an axis of lanes, see `lane_axes`.
 
     Attributes:
-      step: (lanes,) int32, steps made, skipped ones included.
-      skipped: (lanes,) int32, steps that were skipped because loss or gradient was not finite.
+      step: steps made, skipped ones included, (lanes,) int32.
+      skipped: steps that were skipped because loss or gradient was not finite, (lanes,) int32.
       params: the trained parameters.
       opt_state: the state of the optimizer.
     """
@@ -81,9 +82,9 @@ class LaneState(NamedTuple):
 
 
 def lane_axes(tree: Any) -> Any:
-    """Where each leaf of a state of lanes has them: 1 for stacked layers, whose first axis is that of layers, else 0.
+    """The axis of lanes of each leaf of a state: 1 for stacked layers, whose first axis is that of layers, else 0.
 
-    So `jax.lax.scan` takes layer after layer without a copy.
+    `jax.lax.scan` can then take one layer after another without a copy.
     """
     return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
 
@@ -94,13 +95,13 @@ def lane_of(tree: Any, lane: int) -> Any:
 
 
 def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
-    """What the lanes differ in, as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
+    """The settings of each lane as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
 
     Args:
       runs: the settings of each lane.
 
     Raises:
-      InputError: naming a setting that differs and must not.
+      InputError: if a setting differs that must not; the message names it.
     """
     flat = [run.flat() for run in runs]
     for other in flat[1:]:
@@ -119,14 +120,14 @@ def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
 
 
 def rate_table(settings: OptimizerSettings, total_steps: int, capacity: int | None = None) -> np.ndarray:
-    """The schedule of a run with peak 1: the factor of the learning rate by step, float32 (capacity,), 0 after the end.
+    """The schedule of a run: the factor of the peak learning rate by step, float32 (capacity,), 0 after the end.
 
-    As a table it is data, so trainings of different lengths can share a program.
+    As a table, the schedule is data, so trainings of different lengths can share a program.
 
     Args:
-      settings: their ``warmup_ratio`` counts.
+      settings: the settings of the optimizer, of which ``warmup_ratio`` is used.
       total_steps: number of optimizer steps.
-      capacity: length of the table, at least total_steps; None: total_steps.
+      capacity: length of the table, at least total_steps; None means total_steps.
     """
     schedule = methods.learning_rate_schedule(dataclasses.replace(settings, learning_rate=1.0), total_steps)
     table = np.zeros(total_steps if capacity is None else capacity, np.float32)
@@ -140,9 +141,9 @@ class LaneProgram:
 
     Attributes:
       apply_fn: the model's apply function.
-      settings: what the lanes share.
+      settings: the settings that the lanes share.
       total_steps: number of optimizer steps, for methods that work in stages.
-      responses: the names of the responses that lanes may have; all of them are computed, one is taken.
+      responses: the names of the responses that lanes may have; all are computed, and each lane uses one.
       regression: whether labels are scores.
     """
 
@@ -156,8 +157,8 @@ class LaneProgram:
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
         """``init(params, own, lanes, rates) -> LaneState``, jitted.
 
-        ``params`` are those that all lanes share, ``own`` a part of that tree with a leading axis of lanes that takes
-        their place (the heads), ``lanes`` from `lane_arrays`, ``rates`` from `rate_table`.
+        ``params`` are the parameters that all lanes share; ``own`` is a part of that tree (the heads), with a leading
+        axis of lanes, that replaces theirs; ``lanes`` come from `lane_arrays`, ``rates`` from `rate_table`.
         """
 
         def init(params, own, lanes, rates):
@@ -228,7 +229,7 @@ class LaneProgram:
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 
     def _settings(self, lane):
-        """The settings of one lane: traced numbers, and a key for the seed."""
+        """The settings of one lane: traced numbers, and a key instead of the seed."""
         own: Flat = {name: lane[name] for name in LANE_NUMBERS if name in lane}
         own["seed"] = random.key_from_data(lane["words"], random.NAME)
         return self.settings.replace(**own)
@@ -246,7 +247,7 @@ class LaneProgram:
         )
 
     def _respond(self, number, r):
-        """w of one tensor by the lane's response."""
+        """The response w of one tensor, by the lane's own response."""
         names = list(transforms.RESPONSES)
         chosen, *others = self.responses
         w = transforms.RESPONSES[chosen](r)
@@ -268,10 +269,10 @@ def lane_batches(
     Args:
       tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,).
-      batch_size: rows of a lane's batch.
+      batch_size: number of rows in a lane's batch.
       boundaries: bucket lengths.
-      seeds: of the lanes.
-      total_steps: how many batches.
+      seeds: the seeds of the lanes.
+      total_steps: number of batches.
 
     Yields:
       The padded length, and a batch whose arrays have a leading axis of lanes.
@@ -287,7 +288,7 @@ def lane_batches(
 
 
 def _fill(tokens, labels, rows_of_lanes, batch_size, length):
-    """`fill_batch` of every lane, all at once."""
+    """As `fill_batch`, for all lanes at once."""
     filler = batch_size - len(rows_of_lanes[0])
     filled = np.stack([np.concatenate([rows, np.full(filler, rows[0])]) for rows in rows_of_lanes])
     batch = batches.fill_batch(tokens, labels, filled.ravel(), filled.size, length)
@@ -297,23 +298,23 @@ def _fill(tokens, labels, rows_of_lanes, batch_size, length):
 
 
 class CompiledLanes:
-    """The programs of lanes, compiled in threads, one for each shape of batches.
+    """The programs of lanes, compiled in threads, one per batch shape.
 
-    Compiled once, they serve every set of as many lanes with the same sizes of model and table of rates.
+    The programs can be used for every set of lanes of the same number, with the same sizes of model and rate table.
 
     Attributes:
-      program: what is compiled.
-      lanes: how many.
-      state: a `LaneState` of shapes.
+      program: the programs to compile.
+      lanes: the number of lanes.
+      state: the shapes of a `LaneState`.
     """
 
     def __init__(self, program: LaneProgram, params: Any, own: Any, lanes: Arrays, rates: np.ndarray):
-        """Begins with the initialisation.
+        """Starts to compile the initialisation.
 
         Args:
-          program: what to compile.
+          program: the programs to compile.
           params: the shared parameters, or their shapes.
-          own: parameters of the lanes' own, as for `LaneProgram.init`.
+          own: the lanes' own parameters, as for `LaneProgram.init`.
           lanes: from `lane_arrays`.
           rates: from `rate_table`.
         """
@@ -327,13 +328,13 @@ class CompiledLanes:
         self.begin(("init",), program.init, self._params, self._own, *self._arguments)
 
     def expect_step(self, batch: Arrays) -> None:
-        """Begins to compile the step for batches of that shape, (lanes, rows, length), unless it has been."""
+        """Starts to compile the step for batches of that shape, (lanes, rows, length), unless already done."""
         lanes, rates = self._arguments
         key = ("step", *batch["input_ids"].shape)
         self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
 
     def expect_predict(self, batch: Arrays) -> None:
-        """Begins to compile the prediction for batches of that shape, (rows, length), unless it has been."""
+        """Starts to compile the prediction for batches of that shape, (rows, length), unless already done."""
         key = ("predict", *batch["input_ids"].shape)
         self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
 
@@ -352,11 +353,11 @@ class CompiledLanes:
         return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
 
     def call(self, key: tuple, *arguments: Any) -> Any:
-        """Calls what was begun under a key; waits for its program."""
+        """Calls the program of a key; waits until it is compiled."""
         return self._programs[key].result()(*arguments)
 
     def begin(self, key: tuple, function: Any, *arguments: Any) -> None:
-        """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
+        """Starts to compile a jitted function under a key, for arguments or their shapes, unless already done."""
         if key not in self._programs:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
 
@@ -371,10 +372,10 @@ class TrainedLanes:
     """The result of `fit`.
 
     Attributes:
-      state: after the last step.
-      metrics: by name, (steps, lanes).
-      logits: of the evaluation rows, (lanes, rows, num_labels), by the number of steps made.
-      diverged: (lanes,) bool, lanes that were frozen because loss or gradient was not finite too often.
+      state: the state after the last step.
+      metrics: name -> values, (steps, lanes).
+      logits: number of steps made -> logits of the evaluation rows, (lanes, rows, num_labels).
+      diverged: whether a lane was frozen because loss or gradient was not finite too often, (lanes,) bool.
     """
 
     state: LaneState
@@ -397,13 +398,13 @@ def fit(
 
     Args:
       compiled: the programs.
-      state: where to start; it is given away.
+      state: the state to start from; it is donated.
       lanes: from `lane_arrays`.
       frozen: parameters that are not trained, or None.
       rates: from `rate_table`.
       data: from `lane_batches`.
       evaluation: from `pats_jax.data.batches.eval_batches`.
-      eval_steps: steps between evaluations.
+      eval_steps: number of steps between evaluations.
     """
     lanes, frozen, rates = jax.device_put((lanes, frozen, rates))
     evaluation = [(rows, jax.device_put(batch)) for rows, batch in evaluation]

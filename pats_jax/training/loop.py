@@ -1,6 +1,6 @@
 """The loop: steps, logging that does not stall the device, evaluation, checkpoints, early stopping.
 
-Nothing in it knows of tasks or texts: what a step is, what is measured and where lines go is handed in.
+The loop knows nothing of tasks or texts: the step, the measurements and the destination of lines are arguments.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class Rhythm:
       total_steps: length of the training.
       logging_steps: steps between logged lines.
       eval_steps: steps between evaluations.
-      save_steps: steps between checkpoints, and after the last step of a run longer than that; 0: none, but when the
-        run is asked to end.
+      save_steps: steps between checkpoints; a longer run also saves after its last step. With 0, only a run that is
+        asked to stop saves.
       save_best: whether to save after every evaluation that is the best so far.
       patience: stop after this many evaluations without a better score; None: never before the last step.
-      max_nonfinite_steps: how many steps with a non-finite loss or gradient to skip; one more is an error.
+      max_nonfinite_steps: number of steps with a non-finite loss or gradient to skip; one more is an error.
     """
 
     total_steps: int
@@ -47,7 +47,7 @@ class Rhythm:
 
     @property
     def evaluations(self) -> int:
-        """How often the model is evaluated, unless training stops early."""
+        """The number of evaluations, unless training stops early."""
         return -(-self.total_steps // self.eval_steps)
 
     def logs_at(self, step: int) -> bool:
@@ -59,13 +59,13 @@ class Rhythm:
         return step % self.eval_steps == 0 or step == self.total_steps
 
     def saves_at(self, step: int, ended: bool) -> bool:
-        """Whether a checkpoint is saved after this step (counted from 1), at which training may end."""
+        """Whether a checkpoint is saved after this step (counted from 1), with which training may have ended."""
         return self.save_steps > 0 and (step % self.save_steps == 0 or (ended and step > self.save_steps))
 
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a run: all that its future depends on, besides the `TrainState`.
+    """The progress of a run: everything that its future depends on, besides the `TrainState`.
 
     Attributes:
       step: optimizer steps made.
@@ -98,7 +98,7 @@ class Hooks:
     """Callbacks of the loop; each does nothing unless a subclass overrides it.
 
     Attributes:
-      metric: the score that picks the best evaluation.
+      metric: the score that selects the best evaluation.
       evaluates: whether anything is evaluated.
     """
 
@@ -106,7 +106,7 @@ class Hooks:
     evaluates: bool = False
 
     def before_step(self, step: int, state: TrainState) -> None:
-        """Called before a step (counted from 1), which takes the state's buffers."""
+        """Called before a step (counted from 1), which invalidates the state's buffers."""
 
     def on_step(self, step: int, state: TrainState) -> None:
         """Called when a step is dispatched; the device may still be running it."""
@@ -138,24 +138,24 @@ def fit(
 ) -> tuple[TrainState, Progress]:
     """Trains up to ``rhythm.total_steps`` steps, or until early stopping.
 
-    The device runs ahead of Python: metrics are fetched at logging steps and checkpoints only.
+    The device runs asynchronously: metrics are fetched only at logging steps and checkpoints.
 
     Args:
-      state: where to start; its buffers are given away if train_step donates them.
+      state: the state to start from; train_step may donate its buffers.
       train_step: a compiled step.
-      batches: from the step after ``progress.step`` on, pairs of a batch and its counts: ``examples`` and ``tokens``
-        that are real, and ``computed_tokens``.
+      batches: pairs of a batch and its counts, starting after ``progress.step``; the counts are real ``examples`` and
+        ``tokens``, and ``computed_tokens``.
       rhythm: when to log, evaluate and save.
       hooks: what to do then.
       progress: the progress of a resumed run; changed in place.
-      preemption: tells that the run is asked to end.
+      preemption: says whether the run is asked to stop.
 
     Returns:
       The state and the progress after the last step.
 
     Raises:
       InputError: if more steps than allowed were not finite.
-      Preempted: if the run was asked to end; it has been saved then.
+      Preempted: if the run was asked to stop; it has been saved.
     """
     loop = _Loop(state, rhythm, hooks, Progress() if progress is None else progress)
     while True:
@@ -182,7 +182,7 @@ class _Loop:
         self._saved_at = progress.step
 
     def step(self, train_step, batches):
-        """Makes a step, and logs if a line is due."""
+        """Makes a step, and logs a line if one is due."""
         with self._clock.waiting_for_data():
             batch, counts = next(batches)
         self._hooks.before_step(self.progress.step + 1, self.state)
@@ -206,7 +206,7 @@ class _Loop:
         self._hooks.on_record(progress.records[-1])
 
     def has_ended(self):
-        """Whether the last step was the last one; logs what is left then, and saves if that is due."""
+        """Whether training has ended; if so, logs what is left, and saves if that is due."""
         progress, rhythm, metric = self.progress, self._rhythm, self._hooks.metric
         ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, metric)
         if ended and (self._fetched or self._pending):
@@ -245,13 +245,13 @@ def predict_logits(
     """Logits of all rows, in order.
 
     Args:
-      predict_step: a compiled step that gives logits (batch, num_labels).
+      predict_step: a compiled step that returns logits (batch, num_labels).
       params: the model's parameters.
-      batches: pairs of row numbers (n,) and a batch whose first n rows are theirs; the rest is filler.
-      rows: number of rows in all.
+      batches: pairs of row numbers, (n,), and a batch whose first n rows are these; the rest is filler.
+      rows: total number of rows.
 
     Returns:
-      (rows, num_labels) float32.
+      The logits, (rows, num_labels) float32.
     """
     parts = [(index, predict_step(params, batch)) for index, batch in batches]
     order = np.concatenate([index for index, _ in parts])

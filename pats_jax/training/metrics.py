@@ -1,7 +1,7 @@
-"""The scores of the GLUE and few-shot tasks, by scikit-learn and SciPy, under the names that ``evaluate`` gives them.
+"""The scores of the GLUE and few-shot tasks, from scikit-learn and SciPy, under the names that ``evaluate`` uses.
 
-Each metric is a function ``(predictions, labels) -> float`` of two arrays (rows,). Where one is not defined because
-the predictions are all the same, it is 0.0: a model that has learned nothing scores nothing.
+Each metric is a function ``(predictions, labels) -> float`` of two arrays (rows,). A metric that is undefined because
+all predictions are the same is 0.0: a model that has learned nothing scores nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,15 +64,15 @@ def compute_metrics(
     """Scores predictions by a task's metrics.
 
     Args:
-      metrics: A task, its name, or names of metrics.
-      predictions: Class indices or scores, (rows,).
-      labels: The true ones, (rows,).
+      metrics: a task, its name, or names of metrics.
+      predictions: class indices or scores, (rows,).
+      labels: the true classes or scores, (rows,).
 
     Returns:
-      Metric name -> value, and their mean as ``combined_score`` where there are several, as in ``run_glue``.
+      Metric name -> value, and, if there are several, their mean as ``combined_score``, as in ``run_glue``.
 
     Raises:
-      ValueError: The arrays differ in shape, are empty or hold nan or infinity.
+      ValueError: if the arrays differ in shape, are empty, or contain NaN or infinity.
     """
     task = get_task(metrics) if isinstance(metrics, str) else metrics
     names = task.metrics if isinstance(task, Task) else task
@@ -90,21 +90,21 @@ def compute_metrics(
 def bootstrap_interval(
     names: Sequence[str], predictions: np.ndarray, labels: np.ndarray, level: float, resamples: int, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile interval of a score, or of the mean of several, when rows are drawn anew with replacement.
+    """The percentile bootstrap interval of a score, or of the mean of several: rows are drawn with replacement.
 
-    A score of classes depends on a resample only through the number of rows with each pair of label and prediction,
-    which is multinomial; so that is drawn.
+    A score of classes depends only on the number of rows with each pair of label and prediction, which is multinomial;
+    so these numbers are drawn.
 
     Args:
-      names: Names of metrics.
-      predictions: Class indices or scores, (rows,).
-      labels: The true ones, (rows,).
-      level: The share of the resamples' scores that is between the ends.
-      resamples: How many are drawn.
-      seed: Of the draw.
+      names: names of metrics.
+      predictions: class indices or scores, (rows,).
+      labels: the true classes or scores, (rows,).
+      level: the share of the resamples' scores inside the interval.
+      resamples: the number of resamples.
+      seed: the seed of the draws.
 
     Returns:
-      Its two ends; twice the score itself where there is one row.
+      The two ends of the interval; both are the score itself if there is only one row.
     """
     rng = np.random.default_rng(seed)
     if len(labels) == 1:
@@ -121,16 +121,16 @@ def bootstrap_interval(
 
 
 def scores_of_counts(name: str, labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A score of classes for many tables of counts at once.
+    """A score of classes, for many tables of counts at once.
 
     Args:
-      name: Name of the metric.
-      labels: True class of each cell of the table, (cells,).
-      predictions: Predicted class of each cell, (cells,).
-      counts: Rows in each cell, (tables, cells).
+      name: name of the metric.
+      labels: the true class of each cell, (cells,).
+      predictions: predicted class of each cell, (cells,).
+      counts: rows in each cell, (tables, cells).
 
     Returns:
-      (tables,); 0 where the metric is not defined.
+      The scores, (tables,); 0 where the metric is undefined.
     """
     classes = np.arange(max(labels.max(), predictions.max(), 1) + 1)
     hit = (labels == predictions)[:, None]
@@ -151,7 +151,7 @@ def scores_of_counts(name: str, labels: np.ndarray, predictions: np.ndarray, cou
 
 
 def _resampled_correlations(names, predictions, labels, resamples, rng):
-    """The mean of correlations, (resamples,); 0 for one that is not defined."""
+    """The mean of correlations, (resamples,); an undefined one counts as 0."""
     pairs = np.stack([predictions, labels]).astype(np.float64)
     size = max(1, _MOST_VALUES // len(labels))  # resamples at a time
     parts = []
@@ -181,7 +181,7 @@ _CORRELATIONS = {"pearson": _pearson_rows, "spearmanr": _spearman_rows}
 
 
 def _quotient(above, below):
-    """above / below, and 0 where below is."""
+    """The quotient above / below; 0 where below is 0."""
     return np.divide(above, below, out=np.zeros(np.shape(above)), where=below > 0)
 
 

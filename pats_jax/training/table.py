@@ -23,7 +23,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
     """The number of optimizer steps.
 
     Raises:
-      InputError: there are more than anybody could count in 32 bits.
+      InputError: if there are more steps than 32 bits can count.
     """
     if length.max_steps > 0:
         return length.max_steps
@@ -36,7 +36,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
 def bucket_boundaries(
     settings: BatchSettings, runner: runners.MeshRunner, params: Any, lengths: np.ndarray, rows: int
 ) -> list[int]:
-    """As many bucket lengths as are set; else as many as are worth their compilation when so many rows pass."""
+    """The bucket lengths: as many as are set, else as many as are worth compiling for ``rows`` rows."""
     if settings.length_buckets is not None:
         return batches.bucket_boundaries(lengths, settings.length_buckets)
     cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
@@ -44,10 +44,10 @@ def bucket_boundaries(
 
 
 class TableSource:
-    """The rows of a table in batches of a few lengths, an epoch after the other.
+    """The rows of a table in batches of a few lengths, one epoch after another.
 
     Attributes:
-      examples: how many rows there are.
+      examples: number of rows.
       boundaries: the lengths of batches.
       plan: (rows, length) of each step of the first epoch.
     """
@@ -65,13 +65,13 @@ class TableSource:
         """Plans the first epoch.
 
         Args:
-          settings: the sizes of batches, filled in.
-          runner: where the batches go.
+          settings: the batch sizes, filled in.
+          runner: puts the batches on the devices.
           tokens: the texts.
           labels: their labels.
           boundaries: see `bucket_boundaries`.
-          loss_without_dropout: what sensitivity and Fisher information are measured with.
-          seed: of the order of rows.
+          loss_without_dropout: the loss to measure sensitivity and Fisher information with.
+          seed: the seed of the order of rows.
         """
         self._settings, self._runner, self._tokens, self._labels = settings, runner, tokens, labels
         self._loss_without_dropout, self._seed = loss_without_dropout, seed
@@ -115,9 +115,9 @@ class TableSource:
         """``measure(params)``: sensitivity by tensor on some batches of the first epoch, all of one shape.
 
         Args:
-          num_batches: how many; 0: None is returned.
-          num_layers: of the model.
-          mask: which tensors are described, as separate layers.
+          num_batches: number of batches; with 0, the result is None.
+          num_layers: the model's number of layers.
+          mask: the tensors to describe, as separate layers.
         """
         if not num_batches:
             return None
@@ -133,7 +133,7 @@ class TableSource:
         return measure
 
     def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any]:
-        """The mask of Child-Tuning D, from one pass over the training data."""
+        """``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, from one pass over the training data."""
 
         def loss_fn(params, batch, key):
             return self._loss_without_dropout(trees.combine(params, frozen), batch, key)
