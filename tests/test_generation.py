@@ -39,14 +39,15 @@ def generated(model, params, batch, settings):
     return found.sequences.reshape(-1, found.sequences.shape[-1])[:, : int(found.length)]
 
 
-@pytest.mark.parametrize(("kind", "number"), CASES)
+@pytest.mark.parametrize(("kind", "number"), [*CASES[:-1], pytest.param(*CASES[-1], marks=pytest.mark.slow)])
 def test_tokens_are_those_of_transformers(kind, number):
     model, params, _ = from_pretrained_seq2seq(FIXTURES / kind, layers="stacked" if number else "separate")
     found = generated(model, params, source(kind), settings_of(kind, **FEW[kind][number]))
     np.testing.assert_array_equal(found, stored(kind)[f"generated/{number}"])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("t5-1.1", marks=pytest.mark.slow), "bart"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5-1.1", "bart"])
 def test_greedy_search_with_a_cache_is_that_without(kind):
     """Each token from the logits of the whole sequence so far."""
     model, params, config = from_pretrained_seq2seq(FIXTURES / kind)
@@ -61,6 +62,7 @@ def test_greedy_search_with_a_cache_is_that_without(kind):
     assert len(np.unique(tokens[:, 1:])) > 2
 
 
+@pytest.mark.slow
 def test_many_beams_find_the_best_text():
     """With more beams than there are texts, the winner is the best of all texts of at most three words."""
     model, params, config = from_pretrained_seq2seq(FIXTURES / "t5")
