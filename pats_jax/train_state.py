@@ -11,7 +11,7 @@ import optax
 from flax import serialization
 from flax.training import train_state
 
-from pats_jax import random, trees
+from pats_jax import random, transforms, trees
 from pats_jax.errors import InputError
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
@@ -19,6 +19,7 @@ Metrics = dict[str, jax.Array]
 IGNORED = -100  # the label of a place in a target that the loss leaves out, as in torch
 
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+RowLoss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits (batch, num_labels), labels) -> (batch,)
 
 
 class TrainState(train_state.TrainState):
@@ -58,19 +59,25 @@ class TrainState(train_state.TrainState):
         key: int | jax.Array,
         trainable: Any = None,
     ):
-        """The state before the first step.
+        """Creates the state before the first step.
 
         Args:
           apply_fn: the model's apply function.
-          params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
-          tx: any Optax optimizer; nothing extra is passed to its ``update``. It sees the trainable parameters only.
+          params: a tree of parameters; training steps that donate the state invalidate them, so copy them if you need
+            them later.
+          tx: any Optax optimizer; it sees only the trainable parameters, and its ``update`` gets no extra arguments.
           key: an int (a key of the fast kind) or a typed key.
-          trainable: a tree of bools like params, which are trained; None trains all.
+          trainable: a tree of bools like params, True at leaves to train; None trains all.
+
+        Raises:
+          TypeError: if ``tx`` is not an optimizer.
         """
+        trees.check_optimizer("TrainState.create", tx)
         stored_key, frozen = random.StoredKey.of(random.as_key(key)), None
         if trainable is not None:
             params, frozen = trees.partition(trainable, params)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, stored_key=stored_key, frozen=frozen)
+        transforms.warn_of_followers(state.opt_state)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
 
 
@@ -210,13 +217,18 @@ def global_norms(before: Any, after: Any) -> Metrics:
     return {"param_norm": optax.tree.norm(before), "update_norm": optax.tree.norm(optax.tree.sub(after, before))}
 
 
-def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic: bool = False) -> LossFn:
+def make_loss_fn(
+    apply_fn: Callable, *, regression: bool = False, deterministic: bool = False, row_loss: RowLoss | None = None
+) -> LossFn:
     """Makes a loss function: the weighted mean of cross-entropy, or of the squared error for regression.
 
     Args:
       apply_fn: a model's apply function, which returns logits (batch, num_labels).
-      regression: whether labels are float scores (batch,), with logits (batch, 1), instead of int32 classes (batch,).
+      regression: whether labels are float scores (batch,), with logits (batch, 1). Otherwise they are int32 classes
+        (batch,) or, where a row may have several labels, 0 or 1, (batch, num_labels); the loss of a row is then the
+        mean over its labels of the sigmoid cross-entropy.
       deterministic: whether dropout is off; the key is then unused.
+      row_loss: ``row_loss(logits, labels)``, the loss of each row, (batch,); None: as above.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``,
@@ -226,11 +238,13 @@ def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic:
       InputError: from ``loss_fn``, if a batch has no labels.
     """
 
+    costs = row_loss or functools.partial(losses, regression=regression)
+
     def loss_fn(params, batch, key):
         check_labels(batch)
         rngs = None if deterministic else {"dropout": key}
         logits = apply_fn({"params": params}, **model_inputs(batch), deterministic=deterministic, rngs=rngs)
-        return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
+        return weighted_mean(costs(logits, batch["labels"]), batch.get("weights")), {}
 
     return loss_fn
 
@@ -301,10 +315,15 @@ def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
 
 
 def losses(logits: jax.Array, labels: jax.Array, regression: bool) -> jax.Array:
-    """The cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels)."""
+    """The cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels).
+
+    With labels (batch, num_labels) of 0 and 1, it is the mean over them of the sigmoid cross-entropy.
+    """
     logits = logits.astype(jnp.float32)
     if regression:
         return jnp.square(logits[:, 0] - labels)
+    if labels.ndim == 2:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 

@@ -119,15 +119,18 @@ def pats_noise(
         sd_t = noise_scale * std(W_0) * w_t         W_0 the tensor at init, population standard deviation
         update = u + sd_t * xi_t                    xi_t independent, zero mean, unit variance, new at every step
 
-    ``noise_scale`` thus reads: standard deviation of the noise on a parameter of zero sensitivity, in standard
-    deviations of its tensor. The noise stays in the parameters; over T steps it grows like sqrt(T). The idea is the
-    paper's; the formulas are ours. A parameter whose s_t is not finite keeps its S (ours).
+    ``noise_scale`` is thus the standard deviation of the noise on a parameter of zero sensitivity, in units of its
+    tensor's standard deviation. The noise stays in the parameters: over T steps it grows like sqrt(T). A parameter
+    whose s_t is not finite keeps its S. The idea is the paper's; the formulas are ours.
 
-    Goes last in a chain. The raw gradient comes in by Optax's extra argument ``grad``, which `with_raw_gradient`
-    supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update has.
+    Goes last in a chain: what stands after it would change the noise, too. `with_raw_gradient` and `TrainState.create`
+    warn where the optimizer's state shows that something does, such as Adam's moments; parts without a state, such as
+    `optax.sgd` without momentum, cannot be seen. The raw gradient comes in by Optax's extra argument ``grad``, which
+    `with_raw_gradient` supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update
+    has.
 
     Args:
-      noise_scale: a number >= 0, or a schedule of the number of updates made so far (t-1).
+      noise_scale: a number >= 0, or a schedule of the number of updates so far, t-1.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       decay: decay of the moving average of sensitivity, in [0, 1).
       response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a function of the r >= 0 of one
@@ -245,9 +248,11 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
       The same transformation with ``grad`` supplied; its state is ``inner``'s.
 
     Raises:
-      ValueError: from ``init``, if gradients are accumulated somewhere inside (by
-        ``optax.MultiSteps(...).gradient_transformation()``), so that the raw gradient is not known here.
+      TypeError: if ``inner`` is not an optimizer.
+      ValueError: from ``init``, if gradients are accumulated inside (by
+        ``optax.MultiSteps(...).gradient_transformation()``), where the raw gradient is not known.
     """
+    trees.check_optimizer("with_raw_gradient", inner)
     if isinstance(inner, optax.MultiSteps):
         return _inside_multi_steps(inner, with_raw_gradient)
     inner = optax.with_extra_args_support(inner)
@@ -258,6 +263,7 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
             raise ValueError(
                 "with_raw_gradient: gradients are accumulated inside; put optax.MultiSteps around it instead"
             )
+        warn_of_followers(state)
         return state
 
     def update(updates, state, params=None, **extra_args):
@@ -298,6 +304,7 @@ def pats(
       A gradient transformation whose ``update`` requires params.
 
     Raises:
+      TypeError: if ``inner`` is not an optimizer.
       ValueError: see `pats_noise` and `with_raw_gradient`.
 
     Examples:
@@ -311,6 +318,7 @@ def pats(
       >>> bool(jnp.max(jnp.abs(params)) < 0.1)
       True
     """
+    trees.check_optimizer("pats", inner)
     noise = pats_noise(
         noise_scale,
         key=key,
@@ -435,6 +443,41 @@ def _warn_of_rounding(params):
             "away; keep the parameters in float32 and compute in bfloat16",
             stacklevel=3,
         )
+
+
+def warn_of_followers(opt_state: Any) -> None:
+    """Warns if a chain has `pats_noise` before a part with a state, which then changes the noise, too.
+
+    Seen in the state alone: a part without one, and one hidden in a wrapper's state, is not noticed.
+
+    Args:
+      opt_state: the state of any optimizer.
+    """
+    chains = jax.tree.leaves(opt_state, is_leaf=lambda x: type(x) is tuple)
+    for chain in (x for x in chains if type(x) is tuple):
+        noisy = [bool(trees.find_states(part, PatsNoiseState)) for part in chain]
+        for before, part in enumerate(chain):
+            if any(noisy[:before]) and not noisy[before] and (name := _changing(part)):
+                warnings.warn(
+                    f"pats_noise stands before {name} in the chain, which changes the noise, too; put pats_noise last",
+                    stacklevel=1,  # one place for all callers: Python then shows it once
+                )
+                return
+        for part in chain:
+            warn_of_followers(part)
+
+
+def _changing(part):
+    """The name of the first state in a part of a chain that holds arrays, and does not only watch; else None."""
+
+    def is_own(x):
+        return isinstance(x, tuple) and hasattr(x, "_fields")
+
+    states = [x for x in jax.tree.leaves(part, is_leaf=is_own) if is_own(x) and jax.tree.leaves(x)]
+    return next((name for name in (type(x).__name__ for x in states) if name not in _WATCHING), None)
+
+
+_WATCHING = {"MonitorState", "SnapshotState", "ZeroNansState"}  # of Optax: they leave a finite update as it is
 
 
 def _inside_multi_steps(multi_steps, wrap):

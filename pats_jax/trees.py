@@ -28,23 +28,41 @@ def is_absent(x: Any) -> bool:
     return x is None or is_masked(x)
 
 
-def resolve_mask(mask: Any, params: Any) -> Any:
-    """The mask (a tree prefix of bools, a function of params, None for every leaf) as a tree of bools like params.
+def resolve_mask(mask: Any, params: Any, name: str = "mask") -> Any:
+    """A mask (a tree prefix of bools, a function of params, or None for every leaf) as a tree of bools like params.
 
-    optax.MaskedNode counts as a leaf. An array of bools, one for each layer of a leaf, is one bool if all are the same.
+    optax.MaskedNode counts as a leaf. An array of bools, one per layer of a leaf, becomes one bool if all are equal.
+
+    Args:
+      mask: the mask.
+      params: the parameters.
+      name: the argument's name in messages.
 
     Raises:
-      ValueError: if it takes some layers of a leaf and leaves others out.
+      TypeError: if one of its leaves is not of bools.
+      ValueError: if its structure is not a prefix of that of params, or if the mask selects some layers of a leaf but
+        not others.
     """
-    resolved = resolve_layer_mask(mask, params)
+    resolved = resolve_layer_mask(mask, params, name)
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(resolved)):
-        raise ValueError("mask: takes some layers of a stacked leaf and leaves others out; use separate layers")
+        raise ValueError(f"{name}: takes some layers of a stacked leaf and leaves others out; use separate layers")
     return resolved
 
 
-def resolve_layer_mask(mask: Any, params: Any) -> Any:
-    """As `resolve_mask`; a leaf some of whose layers the mask takes has an array of bools (layers,)."""
-    return _resolve_prefix(True if mask is None else mask(params) if callable(mask) else mask, params, as_kept)
+def resolve_layer_mask(mask: Any, params: Any, name: str = "mask") -> Any:
+    """As `resolve_mask`, but a leaf of which the mask selects some layers has an array of bools (layers,)."""
+
+    def kept(keep):
+        is_own = is_masked(keep) or isinstance(keep, bool | int | np.generic | np.ndarray | jax.Array)
+        if not is_own or getattr(keep, "dtype", np.dtype(bool)).kind not in "bui":  # whole numbers count as bools
+            raise TypeError(f"{name}: holds {keep!r:.60}; it must be {_A_MASK}")
+        return as_kept(keep)
+
+    resolved = True if mask is None else mask(params) if callable(mask) else mask
+    return _resolve_prefix(resolved, params, kept, name, _A_MASK)
+
+
+_A_MASK = "a tree of bools like the parameters, or a function of the parameters that returns one"
 
 
 def as_kept(keep: Any) -> bool | np.ndarray:
@@ -53,11 +71,52 @@ def as_kept(keep: Any) -> bool | np.ndarray:
     return bool(kept.flat[0]) if kept.size and np.all(kept == kept.flat[0]) else kept
 
 
-def _resolve_prefix(prefix, params, convert):
-    """A tree like params of the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
-    return jax.tree.map(
-        lambda x, part: jax.tree.map(lambda _: convert(x), part, is_leaf=is_masked), prefix, params, is_leaf=is_masked
-    )
+def _resolve_prefix(prefix, params, convert, name, expected):
+    """A tree like params with the converted leaves of a tree prefix; optax.MaskedNode counts as a leaf."""
+    treedef: Any  # its methods are not in JAX's type stubs
+    leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_masked)
+    parts = parts_of(treedef, prefix, params, name, expected)
+    whole = [
+        jax.tree.map(lambda _, x=x: convert(x), part, is_leaf=is_masked) for x, part in zip(leaves, parts, strict=True)
+    ]
+    return treedef.unflatten(whole)
+
+
+def parts_of(treedef: Any, prefix: Any, params: Any, name: str, expected: str) -> list[Any]:
+    """The parts of params that stand at the leaves of a tree prefix.
+
+    Args:
+      treedef: the structure of the prefix.
+      prefix: the prefix.
+      params: the parameters.
+      name: the prefix's name in messages.
+      expected: what it must be.
+
+    Raises:
+      ValueError: if it is no prefix of params; the message says where.
+    """
+    try:
+        return treedef.flatten_up_to(params)
+    except (TypeError, ValueError):
+        found = _misfit(prefix, params, "") or "has another structure than the parameters"
+        raise ValueError(f"{name}: {found}; it must be {expected}") from None
+
+
+def _misfit(prefix, tree, path):
+    """Where a tree prefix of dicts differs from a tree; None if its dicts do not tell."""
+    at = f" at {path}" if path else ""
+    if isinstance(prefix, Mapping) and isinstance(tree, Mapping):
+        unknown, missing = ([*(key for key in a if key not in b)] for a, b in ((prefix, tree), (tree, prefix)))
+        if unknown:
+            return f"has {unknown[0]!r:.60}{at}, which the parameters do not have"
+        if missing:
+            return f"lacks {missing[0]!r:.60}{at}"
+        below = (_misfit(prefix[key], tree[key], f"{path}/{key}".lstrip("/")) for key in prefix)
+        return next(filter(None, below), None)
+    if isinstance(prefix, Mapping | list | tuple) and type(prefix) is not type(tree):
+        kind = "an array" if hasattr(tree, "shape") else f"a {type(tree).__name__}"
+        return f"is a {type(prefix).__name__}{at}, where the parameters have {kind}"
+    return None
 
 
 def cut_to(mask: Any, params: Any) -> Any:
@@ -167,7 +226,7 @@ def resolve_layer_axis(layer_axis: LayerAxis, params: Any) -> Any:
       ValueError: if a leaf has no such axis.
     """
     prefix = -1 if layer_axis is None else layer_axis(params) if callable(layer_axis) else layer_axis
-    axes = _resolve_prefix(prefix, params, int)
+    axes = _resolve_prefix(prefix, params, int, "layer_axis", "an int, or a tree of ints like the parameters")
 
     def check(axis, leaf):
         if not is_masked(leaf) and not -1 <= axis < leaf.ndim:
@@ -223,9 +282,11 @@ def _number(name: str) -> int:
 
 
 def as_extra_args_transform(
+    caller: str,
     inner: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer as a gradient transformation that takes extra arguments, used or not."""
+    """An optimizer as a gradient transformation that takes extra arguments, used or not; see `check_optimizer`."""
+    check_optimizer(caller, inner)
     return optax.with_extra_args_support(
         inner.gradient_transformation() if isinstance(inner, optax.MultiSteps) else inner
     )
@@ -369,6 +430,15 @@ def check_number(argument: str, value: Any, holds: Callable[[float], bool], expe
         return
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or not holds(float(value)):
         raise ValueError(f"{argument}={value!r} must be {expected}")
+
+
+def check_optimizer(caller: str, optimizer: Any) -> None:
+    """Raises TypeError if something, a learning rate for instance, is given in place of an optimizer."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        hint = ", called" if callable(optimizer) else ""
+        raise TypeError(
+            f"{caller}: {optimizer!r:.60} is not an optimizer; give an Optax one{hint}, such as optax.adamw(2e-5)"
+        )
 
 
 def is_plainly(value: Any, number: float) -> bool:

@@ -124,7 +124,8 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
       A gradient transformation; its state holds a copy of the mask.
 
     Raises:
-      ValueError: from ``init``, on a mask that is not of bools or not of its parameter's shape.
+      ValueError: from ``init``, on a mask that is not of bools, or whose structure or shapes are not those of the
+        parameters.
 
     Examples:
       >>> import jax.numpy as jnp, pats_jax
@@ -143,7 +144,11 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
         def hold(keep, part):
             return jax.tree.map(functools.partial(_hold_mask, keep), part, is_leaf=trees.is_masked)
 
-        return ChildTuningDState(jax.tree.map(hold, keep_mask, params, is_leaf=trees.is_absent))
+        treedef: Any  # its methods are not in JAX's type stubs
+        leaves, treedef = jax.tree.flatten(keep_mask, is_leaf=trees.is_absent)
+        expected = "a tree prefix of bools, or of arrays of bools of the parameters' shapes"
+        parts = trees.parts_of(treedef, keep_mask, params, "keep_mask", expected)
+        return ChildTuningDState(treedef.unflatten(map(hold, leaves, parts)))
 
     def update(updates, state, params=None):
         del params

@@ -31,7 +31,8 @@ def freeze_unselected(
       A gradient transformation; its state is ``inner``'s.
 
     Raises:
-      ValueError: from ``init``, if there is no such transform inside.
+      TypeError: if ``inner`` is not an optimizer.
+      ValueError: from ``init``, if ``inner`` contains no such transform.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
@@ -44,7 +45,7 @@ def freeze_unselected(
       [-0.55 -0.05]
       [-0.55  0.  ]
     """
-    inner = trees.as_extra_args_transform(inner)
+    inner = trees.as_extra_args_transform("freeze_unselected", inner)
 
     def init(params):
         state = inner.init(params)

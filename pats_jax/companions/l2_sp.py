@@ -69,7 +69,7 @@ def l2_sp(
         raise ValueError("head_mask=None: say which leaves are the new head, or False if there are none")
 
     def init(params):
-        pretrained = jax.tree.map(lambda is_head: not is_head, trees.resolve_mask(head_mask, params))
+        pretrained = jax.tree.map(lambda is_head: not is_head, trees.resolve_mask(head_mask, params, "head_mask"))
         return L2SpState(jax.tree.map(jnp.copy, trees.cut_to(pretrained, params)))
 
     def update(updates, state, params=None):

@@ -59,6 +59,7 @@ def sift(
       bit).
 
     Raises:
+      TypeError: if ``inner`` is not an optimizer.
       ValueError: if rate is outside (0, 1]; from ``update`` without params.
 
     Examples:
@@ -77,7 +78,7 @@ def sift(
     """
     check_number("rate", rate, lambda x: 0 < x <= 1, "in (0, 1]")
     mask = False if is_plainly(rate, 1) else mask
-    inner = trees.as_extra_args_transform(inner)
+    inner = trees.as_extra_args_transform("sift", inner)
 
     def init(params):
         sifted = trees.cut_to(trees.resolve_mask(mask, params), params)

@@ -5,8 +5,9 @@ from the data's own lengths to minimise the number of padding tokens, and a batc
 rows of weight 0.
 
 A batch is a dict of NumPy arrays: ``input_ids``, ``attention_mask`` and ``token_type_ids`` int32 (batch, length);
-``labels`` int32 classes or float32 scores (batch,), absent for unlabelled rows; ``weights`` float32 (batch,), 0 for
-filler rows and 1 for all others.
+``labels`` int32 classes or float32 scores (batch,) or, where a row may have several labels, float32 0 or 1 (batch,
+labels), absent for unlabelled rows; ``weights`` float32 (batch,), 0 for filler rows and 1, or the weight of their
+class, for all others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -349,6 +350,8 @@ def fill_batch(
     batch_size: int,
     length: int,
     own: np.ndarray | None = None,
+    *,
+    row_weights: np.ndarray | None = None,
 ) -> Batch:
     """Builds the arrays of one batch.
 
@@ -362,9 +365,10 @@ def fill_batch(
       batch_size: rows of the batch.
       length: padded length, at least that of the longest of ``rows``.
       own: the entries of the batch to build, in this order, such as those of one process; None builds all.
+      row_weights: the weight of each row of the table, float32 (rows,); None: 1.
     """
     weights = np.zeros(batch_size, np.float32)
-    weights[: len(rows)] = 1.0
+    weights[: len(rows)] = 1.0 if row_weights is None else row_weights[rows]
     filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
     if own is not None:
         weights, filled = weights[own], filled[own]

@@ -57,7 +57,7 @@ def find_classes(table: Table, column: str, regression: bool | None = None) -> t
         regression = not all(_WHOLE.fullmatch(cell.strip()) for cell in cells)
         _announce(table, names, regression)
     elif regression is None:
-        logger.info("%s: %s", table.path, _told(names))
+        logger.info("%s: %s", table.path, told_of_classes(names))
     if all_numbers:
         _warn_of_hidden(table, column, values)
     if not regression:
@@ -142,13 +142,13 @@ def _announce(table: Table, names: Sequence[str], regression: bool) -> None:
         told = f"scores from {shown(names[0], quoted=False)} to {shown(names[-1], quoted=False)}"
         logger.info("%s: %s; for classes, set do_regression false", table.path, told)
     else:
-        logger.info("%s: %s; for scores, set do_regression", table.path, _told(names))
+        logger.info("%s: %s; for scores, set do_regression", table.path, told_of_classes(names))
 
 
-def _told(names: Sequence[str]) -> str:
+def told_of_classes(names: Sequence[str], noun: str = "classes") -> str:
     """The classes as text, ``3 classes: a, b, c``; at most the first ten."""
     told = ", ".join(shown(name.strip(), 40, quoted=False) for name in names[:10])
-    return f"{len(names)} classes: {told}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+    return f"{len(names)} {noun}: {told}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
 
 
 def _warn_of_hidden(table: Table, column: str, values: dict[str, Number]) -> None:

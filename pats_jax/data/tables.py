@@ -1,4 +1,4 @@
-"""Reads TSV, CSV and JSON files into columns of strings; every error names its line."""
+"""Reads TSV, CSV, JSON and parquet files into columns of strings; every error names its line or row."""
 
 import collections
 import contextlib
@@ -11,8 +11,8 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ class Table:
       path: the file, for messages.
       header: names of all columns of the file, also of those that were not kept.
       columns: column name -> one string per row.
-      lines: line of the file, counted from 1, on which each row begins; in a JSON array, the number of the row.
+      lines: line of the file, counted from 1, on which each row begins; elsewhere the number of the row.
       before_line: text between the path and such a number in messages.
+      class_names: column -> names of its classes by index, where the data gives them.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Table:
     columns: dict[str, list[str]]
     lines: Sequence[int]
     before_line: str = ":"
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -124,7 +126,11 @@ def read_text(path: Path) -> str:
       InputError: if the file is missing, not a regular file, unreadable, empty or not UTF-8 (with the line of the first
         bad byte).
     """
-    data = read_bytes(path)
+    return decoded(read_bytes(path), path)
+
+
+def decoded(data: bytes, path: Path) -> str:
+    """The text of the bytes of a file; see ``read_text``."""
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -194,14 +200,20 @@ def read_tsv(
     return _collect(path, names, rows(), wanted), broken
 
 
-def read_csv(path: Path, wanted: Collection[str]) -> Table:
+def read_csv(path: Path, wanted: Collection[str], delimiter: str = ",") -> Table:
     """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      delimiter: the character between cells.
 
     Raises:
       InputError: as from `read_tsv`; or if quotes do not match.
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
-    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True, delimiter=delimiter)
+    between = "commas" if delimiter == "," else shown(delimiter)
 
     def records() -> Iterator[Row]:
         while True:
@@ -218,7 +230,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     def rows() -> Iterator[Row]:
         for line, cells in found:
             if len(cells) != len(header):
-                raise InputError(_wrong_count(path, line, len(cells), len(header), between="commas"))
+                raise InputError(_wrong_count(path, line, len(cells), len(header), between))
             yield line, cells
 
     with _long_fields():
@@ -277,11 +289,16 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
             yield number, record
 
 
-def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
+def read_json_rows(path: Path, wanted: Collection[str], lists: Collection[str] = ()) -> Table:
     """Reads JSON lines, one object per line, or a ``.json`` file that is one array of objects.
 
     All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
     string.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      lists: columns whose values may be lists, which become their JSON text, too.
 
     Raises:
       InputError: as from `read_text`; or if a row is not an object, lacks a key, has a key that the first row lacks,
@@ -299,7 +316,10 @@ def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
         for number, record in itertools.chain([first] if first else [], records):
             place = f"{path}{before_line}{number}"
             record.check(place, wanted)
-            cells = [_json_cell(place, record, key, begin) if key in wanted else "" for key in header]
+            absent = next((key for key in header if key in wanted and key not in record), None)
+            if absent is not None:
+                raise InputError(f"{place}: no key {absent!r}, but {begin} has it")
+            cells = [as_cell(place, key, record[key], lists) if key in wanted else "" for key in header]
             added = sorted(lacking.intersection(record))
             if added:
                 raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; add it to all rows or to none")
@@ -317,17 +337,75 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
         yield number, record
 
 
-def _json_cell(place: str, record: JsonObject, key: str, begin: str) -> str:
-    if key not in record:
-        raise InputError(f"{place}: no key {key!r}, but {begin} has it")
-    value = record[key]
-    if isinstance(value, dict | list):
-        raise InputError(f"{place}: {key!r} is {'a list' if isinstance(value, list) else 'an object'}, not a string")
+def as_cell(place: str, column: str, value: Any, lists: Collection[str] = ()) -> str:
+    """A value of JSON, parquet or a set of `datasets` as the text of a cell.
+
+    Args:
+      place: where it stands, for messages.
+      column: the name of its column.
+      value: the value.
+      lists: columns whose values may be lists.
+
+    Raises:
+      InputError: if it is not a string, a number, true or false, or null.
+    """
+    if isinstance(value, list) and column in lists:
+        return json.dumps(value)
+    if not isinstance(value, str | int | float | None):
+        kinds = {"a list": list, "an object": dict}
+        kind = next((name for name, one in kinds.items() if isinstance(value, one)), type(value).__name__)
+        raise InputError(f"{place}: {column!r} is {kind}, not a string")
     if value is None:
         return ""
     cell = value if isinstance(value, str) else json.dumps(value)
-    check_characters(cell, f"{place}: {key!r}")
+    check_characters(cell, f"{place}: {column!r}")
     return cell
+
+
+def read_parquet(path: Path, wanted: Collection[str], lists: Collection[str] = ()) -> Table:
+    """Reads a parquet file; values become text as those of JSON do.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      lists: columns whose values may be lists.
+
+    Raises:
+      InputError: if the file is no parquet file, or has no rows, two wanted columns of one name, or a value of another
+        kind.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    data = read_bytes(path)
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(data))
+        header = list(file.schema_arrow.names)
+        _check_names(path, header, wanted)
+        kept = [name for name in header if name in wanted]
+        read = file.read(columns=kept)
+        columns = {name: read.column(name).to_pylist() for name in kept}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a parquet file, or a damaged one ({reason})") from None
+    return table_of_values(path, header, columns, file.metadata.num_rows, lists)
+
+
+def table_of_values(
+    path: Path, header: Sequence[str], columns: Mapping[str, Sequence[Any]], rows: int, lists: Collection[str] = ()
+) -> Table:
+    """A table from columns of values, see ``as_cell``; ``path`` is what messages call it.
+
+    Raises:
+      InputError: if there are no rows, or a value is of another kind.
+    """
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    cells = {
+        name: [as_cell(f"{path}, row {number}", name, value, lists) for number, value in enumerate(values, 1)]
+        for name, values in columns.items()
+    }
+    return Table(path, header, cells, range(1, rows + 1), ", row ")
 
 
 def _wrong_count(path: Path, line: int, found: int, expected: int, between: str) -> str:
@@ -343,9 +421,7 @@ def _collect(
     before_line: str = ":",
 ) -> Table:
     """Keeps the wanted columns row by row, so MNLI's parse trees, most of its files, are never all in memory."""
-    for position, name in enumerate(header):
-        if name in wanted and name in header[:position]:
-            raise InputError(f"{path}:{header_line}: two columns are named {name!r}; rename or remove one")
+    _check_names(f"{path}:{header_line}", header, wanted)
     kept = {name: position for position, name in enumerate(header) if name in wanted}
     columns: dict[str, list[str]] = {name: [] for name in kept}
     lines = []
@@ -356,3 +432,9 @@ def _collect(
     if not lines:
         raise InputError(f"{path}: no rows{'' if before_line == ', row ' else ' below the header'}")
     return Table(path, header, columns, lines, before_line)
+
+
+def _check_names(place: object, header: Sequence[str], wanted: Collection[str]) -> None:
+    for position, name in enumerate(header):
+        if name in wanted and name in header[:position]:
+            raise InputError(f"{place}: two columns are named {name!r}; rename or remove one")

@@ -54,6 +54,7 @@ class Method(Group):
       trainable: regex of the trained parameters; the others have no gradient and no state.
       conflicts: name of another method -> why the two exclude each other.
       reports_sensitivity: whether sensitivity is measured before and after training unless the user says otherwise.
+      works_in_lanes: whether trainings side by side, under `jax.vmap`, can use it.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Method(Group):
     trainable: ClassVar[str | None] = None
     conflicts: ClassVar[dict[str, str]] = {}
     reports_sensitivity: ClassVar[bool] = False
+    works_in_lanes: ClassVar[bool] = True
 
     @classmethod
     def has(cls, part: str) -> bool:

@@ -1,4 +1,4 @@
-"""The optimizer that combines the methods: AdamW with clipping and a linear schedule."""
+"""The optimizer that combines the methods: AdamW with clipping and a schedule."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,12 +20,27 @@ from pats_jax.models.settings import ModelSettings
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
-    """Linear warmup from 0 over ``warmup_ratio`` of the steps, rounded up, then linear decay to 0 at the end."""
+    """The learning rate by step, as Transformers' schedules of these names have it.
+
+    ::
+
+        warmup: peak * step / W over the first W steps, ``warmup_ratio`` of them, rounded up
+        linear: peak * (1 - x);   cosine: peak * (1 + cos(pi x)) / 2;   constant_with_warmup: peak
+                x = (step - W) / (total_steps - W)
+        constant: peak, without warmup
+    """
+    kind, peak = settings.lr_scheduler_type, settings.learning_rate
+    if kind == "constant":
+        return optax.constant_schedule(peak)
     warmup_steps = math.ceil(total_steps * settings.warmup_ratio)  # as Transformers' TrainingArguments count them
-    peak = settings.learning_rate
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
+    warmup, rest = optax.linear_schedule(0.0, peak, warmup_steps), total_steps - warmup_steps
+    if kind == "constant_with_warmup":
+        after = optax.constant_schedule(peak)
+    elif kind == "cosine" and rest:
+        after = optax.cosine_decay_schedule(peak, rest)
+    else:
+        after = optax.linear_schedule(peak, 0.0, rest)
+    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
 
 def make_optimizer(

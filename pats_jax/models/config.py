@@ -28,7 +28,8 @@ _SIZES = (
     "type_vocab_size",
 )
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
+_PROBLEM_TYPES = ("regression", "single_label_classification", MULTI_LABEL)
 _MOST_LABELS = 1_000_000  # that a number alone may ask for, without names
 _LARGEST_FLOAT = 3.4e38  # of float32
 
@@ -63,6 +64,11 @@ class EncoderConfig:
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether the head answers yes or no to each label, by the logistic function of its logit."""
+        return self.problem_type == MULTI_LABEL
 
     @property
     def label2id(self) -> dict[str, int]:

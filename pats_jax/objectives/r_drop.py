@@ -35,4 +35,4 @@ def r_drop(alpha: float | jax.Array = 1.0) -> Objective:
             return Term(squared_difference(step.logits, second), (second,))
         return Term(symmetric_kl(step.logits, second) / 2, (second,))
 
-    return Objective("r_drop", alpha, term)
+    return Objective("r_drop", alpha, term, compares_classes=True)

@@ -75,7 +75,7 @@ def smart(
         difference = squared_difference if step.regression else _symmetric_kl_of_fixed_targets
         return Term(difference(step.logits, logits))
 
-    return Objective("smart", alpha, term)
+    return Objective("smart", alpha, term, compares_classes=True)
 
 
 def _symmetric_kl_of_fixed_targets(logits, other):

@@ -89,11 +89,18 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
+            if missing:
+                finished = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
+                say(console, workers.forecast(len(missing), "tunings", _seconds(finished), settings.workers))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
                 tune_all(settings, missing, console, tokenizer)
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
+
+
+def _seconds(records):
+    return [record["seconds"] for record in records if record.get("seconds")]
 
 
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart]:

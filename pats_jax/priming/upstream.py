@@ -25,7 +25,7 @@ from pats_jax.priming import meta_losses, option_scoring
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.training import fine_tuning, preemption, runners
 from pats_jax.training.fine_tuning import Training
 from pats_jax.training.metrics import accuracy
@@ -42,6 +42,7 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     with run_start.begin(settings, default_folder(settings), console) as start:
         if start.finished:
             say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+            hub.publish(start.settings, start.folder, start.console)
             return start.finished
         return carry_out(start)
 

@@ -87,6 +87,8 @@ def _check_row(number, row, is_pair):
 def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
     """The given labels, (rows,), or those in the label column of a table.
 
+    Where a text may have several labels, they are tuples; see `are_lists`.
+
     Raises:
       InputError: if there are no labels, or one is missing.
     """
@@ -97,6 +99,8 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
             names = ", ".join(map(str, _names(texts)))
             raise InputError(f"label_column: no column {columns.label!r}; there are {names}")
         labels = _column(texts, columns.label)
+    if _has_lists(labels):
+        return _as_tuples(labels)
     if isinstance(labels, (list, tuple)):
         kinds = {isinstance(label, str) for label in labels if label is not None}
         if len(kinds) == 2:
@@ -112,11 +116,41 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
     return found
 
 
+def are_lists(labels: np.ndarray) -> bool:
+    """Whether labels of `labels_of` are tuples, of a text's several labels."""
+    return labels.dtype == object and len(labels) > 0 and isinstance(labels[0], tuple)
+
+
+def _has_lists(labels):
+    """Whether labels are given as lists, sets or tuples of names."""
+    if isinstance(labels, str) or not hasattr(labels, "__iter__") or getattr(labels, "ndim", 1) != 1:
+        return False
+    first = next(iter(labels), None)
+    return isinstance(first, (list, tuple, set, frozenset)) or getattr(first, "ndim", 0) == 1
+
+
+def _as_tuples(labels):
+    """Lists of labels as tuples, object (rows,)."""
+    found = np.empty(len(labels), object)
+    for row, own in enumerate(labels):
+        if isinstance(own, str) or not hasattr(own, "__iter__"):
+            raise InputError(f"labels, row {row}: {shown(own)}: must be a list of labels, as row 0 is")
+        found[row] = tuple(own)
+        if not all(isinstance(label, str | int | np.integer) for label in found[row]):
+            raise InputError(f"labels, row {row}: {shown(own)}: must be a list of strings or whole numbers")
+        if len(set(found[row])) < len(found[row]):
+            raise InputError(f"labels, row {row}: {shown(own)}: a label is there twice")
+    return found
+
+
 def _column(table, name):
     """The labels in a table; if a `datasets.Dataset` has class names, these are the labels."""
     feature: Any = table.features.get(name) if hasattr(table, "column_names") else None
     values = list(table[name])
-    return feature.int2str(values) if hasattr(feature, "int2str") else values
+    if hasattr(feature, "int2str"):
+        return feature.int2str(values)
+    of_list: Any = getattr(feature, "feature", None)  # a list of classes
+    return [of_list.int2str(own) for own in values] if hasattr(of_list, "int2str") else values
 
 
 def _is_table(texts):
@@ -127,7 +161,7 @@ def _names(table):
     return list(table.column_names if hasattr(table, "column_names") else table.columns)
 
 
-def write_rows(path: pathlib.Path, split: Split, labels: Sequence[str | float]) -> None:
+def write_rows(path: pathlib.Path, split: Split, labels: Sequence[str | float | list[str]]) -> None:
     """Writes texts with labels as JSON lines, which `pats-jax glue` reads."""
     with path.open("w", encoding="utf-8") as file:
         for row, label in enumerate(labels):

@@ -5,7 +5,7 @@ import itertools
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,28 +25,36 @@ def plot_loss(path: pathlib.Path, records: list[JsonObject]) -> None:
     """Training loss and learning rate by step, from the lines of metrics.jsonl that have a ``loss``."""
     lines = [record for record in records if "loss" in record]
     figure, axes = _figure("Training loss", "step", "mean loss since the last point")
-    axes.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=_AFTER, label="loss")
+    marker = "o" if len(lines) == 1 else None  # a line of one point is not seen
+    axes.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=_AFTER, marker=marker, label="loss")
     rates = axes.twinx()
-    rates.plot([r["step"] for r in lines], [r["learning_rate"] for r in lines], color=_BEFORE, linestyle="--")
+    rate = [r["learning_rate"] for r in lines]
+    rates.plot([r["step"] for r in lines], rate, color=_BEFORE, linestyle="--", marker=marker)
     rates.set_ylabel("learning rate (dashed)")
     _save(figure, path)
 
 
-def plot_scores(path: pathlib.Path, runs: dict[str, list[JsonObject]], metric: str, majority: float) -> None:
-    """The main metric by step, one line a run, with the score of the majority class.
+def plot_scores(
+    path: pathlib.Path,
+    runs: dict[str, list[JsonObject]],
+    metric: str,
+    majority: float,
+    title: str = "Validation score",
+) -> None:
+    """The main metric by step, one line per run, with the score of the majority class.
 
     Args:
       path: the PNG file to write.
       runs: name of a run -> its lines of metrics.jsonl, of which those with an ``eval`` are drawn.
       metric: name of the metric.
       majority: its value when every row is given the most frequent class.
+      title: of the picture.
     """
-    figure, axes = _figure("Validation score", "step", metric)
-    for (name, records), color in zip(runs.items(), itertools.cycle(_COLORS), strict=False):
+    figure, axes = _figure(title, "step", metric)
+    for number, (name, records) in enumerate(runs.items()):
         lines = [record for record in records if "eval" in record]
-        axes.plot(
-            [r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=_name(name)
-        )
+        scores, style = [r["eval"][metric] for r in lines], _line_style(number, len(runs))
+        axes.plot([r["step"] for r in lines], scores, marker="o", label=_name(name), **style)
     axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
     axes.legend()
     _save(figure, path)
@@ -155,6 +163,15 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
     _save(figure, path)
 
 
+def _line_style(number: int, count: int) -> dict[str, Any]:
+    """Color, dashes and width of a line: later ones are narrower, so that none hides another."""
+    return {
+        "color": _COLORS[number % len(_COLORS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "linewidth": 4.0 - 2.8 * number / max(1, count - 1) if count > 1 else 1.5,
+    }
+
+
 class Curve(Protocol):
     """Mean, lowest and highest value over seeds by step; lists of the same length."""
 
@@ -189,11 +206,10 @@ def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve
         axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
         axes.grid(alpha=0.3)
         for number, (method, of_method) in enumerate(curves.items()):
-            color, curve = _COLORS[number % len(_COLORS)], of_method[name]
-            dashes, marker = _DASHES[number % len(_DASHES)], "." if name == "score" else None
-            style = {"linestyle": dashes, "marker": marker, "linewidth": 4.0 - 2.8 * number / max(1, len(curves) - 1)}
-            axes.plot(curve.step, curve.mean, color=color, label=_name(method), **style)
-            axes.fill_between(curve.step, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+            curve, style = of_method[name], _line_style(number, len(curves))
+            marker = "." if name == "score" else None
+            axes.plot(curve.step, curve.mean, marker=marker, label=_name(method), **style)
+            axes.fill_between(curve.step, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
         axes.legend()
     _save(figure, path)
 
@@ -210,8 +226,8 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     figure, axes = _figure("Distribution of sensitivity, mean over seeds", "sensitivity |θ·g|", "share of parameters")
     powers = 10.0 ** np.asarray(edges)
     axes.stairs(before, powers, color=_BEFORE, fill=True, alpha=0.4, label="before training")
-    for (method, shares), color in zip(after.items(), itertools.cycle(_COLORS), strict=False):
-        axes.stairs(shares, powers, color=color, label=f"after, {_name(method)}")
+    for number, (method, shares) in enumerate(after.items()):
+        axes.stairs(shares, powers, label=f"after, {_name(method)}", **_line_style(number, len(after)))
     held = np.flatnonzero(np.max([before, *after.values()], axis=0) > 1e-4)
     if held.size:
         axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
@@ -238,12 +254,14 @@ def plot_effects(
     names = list(dict.fromkeys(name for rows in longest_first for name in rows))
     columns = 1 if len(panels) <= 4 else 2  # narrow enough to be read on a phone
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 + 3.2 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
+    figure = Figure(figsize=(2.4 + 2.8 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for number, (axes, (title, rows)) in enumerate(zip(grid, panels.items(), strict=False)):
-        axes.set_title(_name(title, 80), fontsize=10)
+        axes.set_title(
+            _name(title, 80), fontsize=10, loc="right" if len(title) > 30 else "center"
+        )  # room is on the left
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), [""] * len(names) if number % columns else list(map(_name, names)))
         axes.tick_params(labelbottom=True)

@@ -38,6 +38,7 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 3px; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 480px) {
   body { font-size: 15px; margin: 1rem auto; padding: 0 .7rem; }
+  h1 { font-size: 1.5rem; }
   th, td { font-size: .82rem; padding: .25rem .35rem; }
 }
 """

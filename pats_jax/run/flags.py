@@ -39,24 +39,19 @@ FOREIGN_FLAGS = {
     "bf16": "use --dtype bfloat16",
     "cache_dir": "set the environment variable HF_HOME",
     "config_name": "the config is read from --model_name_or_path",
-    "dataset_config_name": "use --task_name, or --train_file and --validation_file",
-    "dataset_name": "use --task_name, or --train_file and --validation_file",
     "dataloader_num_workers": "the training process builds the batches",
     "eval_strategy": "evaluation follows each epoch; use --eval_steps to change that",
     "evaluation_strategy": "evaluation follows each epoch; use --eval_steps to change that",
     "fp16": "use --dtype bfloat16, which needs no scaling of the loss",
     "group_by_length": "batches are always grouped by length; see --length_buckets",
-    "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
-    "label_names": "labels are read from --train_file",
-    "label_smoothing_factor": "the loss is plain cross-entropy",
-    "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
+    "label_column_names": "use --label_column_name",
+    "label_names": "labels are read from the training data",
+    "learning_rate_scheduler": "use --lr_scheduler_type",
     "logging_dir": "metrics.jsonl, plots/ and tensorboard/ are written to --output_dir",
     "logging_strategy": "use --logging_steps",
-    "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
     "max_length": "use --max_seq_length",
     "max_train_steps": "use --max_steps",
-    "metric_for_best_model": "each task has a fixed main metric",
     "model_revision": "download the revision and set --model_name_or_path to its folder",
     "no_cuda": "set the environment variable JAX_PLATFORMS=cpu",
     "num_warmup_steps": "use --warmup_ratio",
@@ -65,7 +60,6 @@ FOREIGN_FLAGS = {
     "overwrite_output_dir": "use --overwrite",
     "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
     "preprocessing_num_workers": "the tokenizer always uses all cores",
-    "push_to_hub": "nothing is uploaded",
     "run_name": "use --output_dir",
     "resume_from_checkpoint": "use --resume, which loads the newest checkpoint in --output_dir",
     "save_strategy": "use --save_steps",
@@ -123,7 +117,7 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
     if {"help", "h", "help_all"} & set(given):
         show_help(prog, kind, everything="help_all" in given)
     _refuse_foreign(given, prog, kind)
-    path = _value_of("--config", args)
+    path = value_of("--config", args)
     saved = {} if path is None else _given(path, kind)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
         saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
@@ -339,10 +333,10 @@ def _as_path(flag, value):
     return tuple(path_of_flag(f"--{flag}", each) for each in value) if isinstance(value, tuple) else value
 
 
-def _value_of(flag, args):
+def value_of(flag: str, args: list[str]) -> str | None:
+    """The value of a flag, such as ``--config``, among arguments; None if it is not given."""
     for position, arg in enumerate(args):
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-        if arg == flag and position + 1 < len(args):
-            return args[position + 1]
+        if _is_flag(arg) and flag_names([arg])[0] == flag.lstrip("-"):
+            _, has_value, value = arg.partition("=")
+            return value if has_value else next(iter(args[position + 1 :]), None)
     return None

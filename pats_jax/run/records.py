@@ -117,6 +117,15 @@ class RegressionDiagnosis(Examined):
     mean_answer: MeanAnswer
 
 
+class SeveralLabelsDiagnosis(Examined):
+    """The examination of a model that may give a text several labels, see `diagnosis.SeveralLabels`."""
+
+    macro_f1: Share
+    micro_f1: Share
+    exact_match: Share
+    classes: list[ClassRecord]
+
+
 class GlueResults(TypedDict):
     """Results of any run of `pats-jax glue`, as its summary prints them."""
 
@@ -126,7 +135,7 @@ class GlueResults(TypedDict):
     peft: NotRequired[str | None]
     final: NotRequired[Evaluation]
     out_of_domain: NotRequired[dict[str, AccuracyScores]]
-    diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis]
+    diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis | SeveralLabelsDiagnosis]
 
 
 class PrimedResults(TypedDict):
@@ -197,6 +206,7 @@ class Timing(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     seconds: NotRequired[Seconds]
+    lanes: NotRequired[Annotated[int, annotated_types.Interval(ge=1, le=100_000)]]  # runs that share these seconds
 
 
 class MetricsLine(TypedDict):
@@ -212,12 +222,29 @@ class MetricsLine(TypedDict):
 # grid.json
 
 
+Overridden = (
+    Annotated[int, annotated_types.Interval(ge=-(2**63), lt=2**63)]
+    | Annotated[float, annotated_types.Interval(ge=-3.5e38, le=3.5e38)]
+    | str
+    | None
+)
+
+
 class GridRun(TypedDict):
-    """A run of a grid, see `seed_statistics.Run`."""
+    """A run of a grid, see `seed_statistics.Run`; overrides are those of its arm, see `arms.Arm`."""
 
     task: str
     method: str
+    overrides: NotRequired[dict[str, Overridden]]
     seed: Seed
+
+
+class LaneSetFile(TypedDict):
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+
+    runs: list[GridRun]
+    lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
+    layers: Literal["auto", "separate", "stacked"]
 
 
 class GridFile(TypedDict):
@@ -262,6 +289,12 @@ class TuningRecord(TypedDict):
 
 
 # config.json, as `pats-jax submission` reads it
+
+
+class RunColumns(TypedDict):
+    """The columns that a run was told; `pats-jax predict` looks for them first."""
+
+    text_column_names: NotRequired[list[str] | None]
 
 
 class SubmittedConfig(TypedDict):

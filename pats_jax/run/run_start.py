@@ -12,7 +12,7 @@ import rich.console
 
 from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError
-from pats_jax.run import compilation_cache, replacing, run_folder, xla_flags
+from pats_jax.run import compilation_cache, hub, replacing, run_folder, xla_flags
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.journal import check_tensorboard
@@ -111,6 +111,8 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
       InputError: if settings are not valid, devices are missing, or the folder cannot be used.
     """
     settings.check()
+    if settings.hub.push_to_hub:
+        hub.check_ready(settings.hub.hub_model_id, "--push_to_hub")
     processes, devices, compiler = settings.processes, settings.devices, settings.compiler
     xla_flags.set_defaults(compiler.deterministic)
     compilation_cache.keep_compiled_programs(compiler.compilation_cache_dir)

@@ -19,7 +19,7 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError, Preempted
 from pats_jax.reporting import plots
 from pats_jax.reporting.progress import StepProgress
-from pats_jax.run import run_folder
+from pats_jax.run import hub, run_folder
 from pats_jax.run.journal import Journal
 from pats_jax.run.run_start import Start
 from pats_jax.training import preemption, runners, shape_costs
@@ -135,6 +135,8 @@ def carry_out(start: Start, job: Job, results: JsonObject, asked: preemption.Pre
                 run_folder.check_links(folder)
                 job.write(trained, params, results)
                 start.finish(results)
+    if runners.is_first():
+        hub.publish(start.settings, folder, start.console)
     return results
 
 

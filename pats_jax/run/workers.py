@@ -31,6 +31,7 @@ import numpy as np
 import pats_jax
 from pats_jax.core import files
 from pats_jax.errors import InputError
+from pats_jax.reporting.progress import duration
 from pats_jax.run import folder_lock
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.worker_settings import WorkerSettings
@@ -398,16 +399,27 @@ def reason(job: Job, ended: Ended) -> str | None:
 
 
 def how_far(job: Job) -> str:
-    """A job's name, and the last step that its log tells of, if any."""
+    """A job's name, and the last step in its log, if any."""
+    steps = _steps_told(job)
+    return f"{job.name} {steps[-1][0]}" if steps else job.name
+
+
+def share_done(job: Job) -> float:
+    """The share of its steps that a job has made, as far as its log tells."""
+    steps = _steps_told(job)
+    return int(steps[-1][1]) / 100 if steps else 0.0
+
+
+def _steps_told(job: Job) -> list[tuple[str, str]]:
+    """What the end of a log tells of steps: the words, and the percentage."""
     log = pathlib.Path(job.log)
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _END_OF_LOG))
             text = file.read().decode(errors="replace")
     except OSError:  # not begun, or on another machine
-        return job.name
-    steps = re.findall(r"^step \d+ of \d+ \(\d+%\)", text, re.MULTILINE)
-    return f"{job.name} {steps[-1]}" if steps else job.name
+        return []
+    return re.findall(r"^(step \d+ of \d+ \((\d+)%\))", text, re.MULTILINE)
 
 
 _END_OF_LOG = 4096  # bytes
@@ -418,6 +430,28 @@ def last_line(log: pathlib.Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return last.removeprefix("pats-jax: error: ")
+
+
+def forecast(count: int, things: str, seconds: Sequence[float], settings: WorkerSettings) -> str:
+    """What some runs will take, before they start.
+
+    Args:
+      count: how many there are.
+      things: what they are called, in the plural.
+      seconds: what finished ones took.
+      settings: where they run; a cluster's workers may come and go, so nothing is said of their time.
+
+    Examples:
+      >>> forecast(6, "runs", [110.0, 130.0], WorkerSettings(jobs=2))
+      '6 runs to do: about 6 min 0 s, if each takes 2 min 0 s as the finished ones did'
+      >>> forecast(6, "runs", [], WorkerSettings())
+      '6 runs to do; the time left is shown as soon as it can be told'
+    """
+    if not seconds or settings.executor != "local":
+        return f"{count} {things} to do; the time left is shown as soon as it can be told"
+    each = sum(seconds) / len(seconds)
+    whole = each * -(-count // settings.jobs)
+    return f"{count} {things} to do: about {duration(whole)}, if each takes {duration(each)} as the finished ones did"
 
 
 @contextlib.contextmanager

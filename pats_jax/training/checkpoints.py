@@ -55,6 +55,7 @@ FORMAT = 1
 _ITEM, _RECORD = "state", "record.json"
 
 Progress = TypeVar("Progress")
+State = TypeVar("State")
 Result = TypeVar("Result")
 
 
@@ -137,12 +138,12 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{self._folder}: cannot be read ({error.strerror})") from None
 
-    def save(self, step: int, state: TrainState, progress: Any, best_step: int | None = None) -> None:
+    def save(self, step: int, state: Any, progress: Any, best_step: int | None = None) -> None:
         """Copies the state off the devices and writes it in the background; does nothing if it is already saved.
 
         Args:
           step: the number of the checkpoint.
-          state: what to save, as arrays of the whole mesh.
+          state: what to save, a `TrainState` or another tree, as arrays of the whole mesh.
           progress: anything that JSON can hold.
           best_step: the checkpoint with the best score so far, which must not go as long as this one is kept.
 
@@ -174,21 +175,22 @@ class Checkpoints:
             with _in_one_line(self._folder):
                 self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState, kind: type[Progress] = dict) -> tuple[TrainState, Progress] | None:  # type: ignore[assignment]
-        """Restores the newest valid checkpoint: it and the best checkpoint that it names are undamaged.
+    def restore(self, state: State, kind: type[Progress] = dict) -> tuple[State, Progress] | None:  # type: ignore[assignment]
+        """Restores the newest checkpoint that is undamaged, as is the best checkpoint that it names.
 
-        A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
-        renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
+        A damaged one is renamed STEP.damaged, with a warning. One whose best checkpoint is damaged or missing is
+        renamed STEP.without_best: training from the checkpoint before it makes the same best one again. None is
+        removed.
 
         Args:
-          state: a state of the same tree, with separate or stacked layers; its shardings are where the arrays go.
-          kind: what the progress is, for `files.parse_record`.
+          state: a state of the same tree, with separate or stacked layers; the arrays get its shardings.
+          kind: the type of the progress, for `files.parse_record`.
 
         Returns:
-          The state and the progress that were saved, or None where there is no whole checkpoint.
+          The saved state and progress, or None if there is no undamaged checkpoint.
 
         Raises:
-          InputError: if a checkpoint cannot be read, or is sound but of another format, model or optimizer.
+          InputError: if a checkpoint cannot be read, or is undamaged but of another format, model or optimizer.
         """
         there_were = steps = self.steps
         while steps:
@@ -309,7 +311,7 @@ class Checkpoints:
             if found != digest:
                 raise _Damaged(f"{_ITEM}/{name} does not match what was saved")
 
-    def _arrays(self, step, state, record) -> TrainState:
+    def _arrays(self, step, state: State, record) -> State:
         """The state in a verified checkpoint."""
         wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
@@ -484,10 +486,10 @@ _SYSTEM_WORDS = [
 ]
 
 
-def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
-    """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
+def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
+    """The arrays by path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of keys.
 
-    The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
+    The project's own states hold keys as `random.StoredKey`. Typed keys in Optax's states are replaced by their words.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_stored_key)
     arrays, kinds = {}, {}
@@ -504,7 +506,7 @@ def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
     return arrays, kinds
 
 
-def _put_together(state: TrainState, arrays: Arrays) -> TrainState:
+def _put_together(state: State, arrays: Arrays) -> State:
     """Puts the arrays of `_take_apart` into a state of the same structure."""
     leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from pats_jax.core.files import JsonObject
 from pats_jax.data.readers import Split
-from pats_jax.data.tasks import Task
+from pats_jax.data.tasks import Task, join_labels
 from pats_jax.reporting import plots
 from pats_jax.training import metrics
-from pats_jax.training.evaluation import Predictor, decide, to_tsv, true_labels
+from pats_jax.training.evaluation import Predictor, decide, probabilities, to_tsv, true_labels
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -145,9 +145,11 @@ class Classification:
 
         most_frequent = int(np.argmax(np.bincount(self.labels)))
         constant = np.full(len(self.labels), most_frequent)
-        always = metrics.compute_metrics(
-            [name for name in self.scores if name in metrics.METRICS], constant, self.labels
-        )
+        names = list(self.scores)
+        always = {name: metrics.METRICS[name](constant, self.labels) for name in names if name in metrics.METRICS}
+        if "combined_score" in names:  # the mean of those before it
+            averaged = names[: names.index("combined_score")]
+            always["combined_score"] = float(np.mean([always[name] for name in averaged]))
         return {
             "rows": len(self.labels),
             "metric": self.main_metric,
@@ -177,7 +179,7 @@ class Classification:
         answer_of = [self.names[answer] for answer in self.answers]
         losses, probabilities = self.losses, self.probabilities
         worst = np.argsort(-losses, kind="stable")[:COSTLIEST]
-        texts = _texts(self.split)
+        texts = self.split.texts
         return {
             "classes.tsv": to_tsv(
                 [field.name for field in dataclasses.fields(ClassFigures)],
@@ -262,7 +264,7 @@ class Regression:
 
     def tables(self) -> dict[str, str]:
         """The files of ``diagnosis/`` by name."""
-        residuals, texts = self.residuals, _texts(self.split)
+        residuals, texts = self.residuals, self.split.texts
         worst = np.argsort(-np.abs(residuals), kind="stable")[:COSTLIEST]
         header = ("index", "label", "prediction", "residual")
 
@@ -278,9 +280,90 @@ class Regression:
         }
 
 
-def examine(
-    predictor: Predictor, params: Any, *, model_step: int | None, evaluated_step: int
-) -> Classification | Regression:
+@dataclasses.dataclass(frozen=True)
+class SeveralLabels:
+    """The examination of a model that may give a text several labels; attributes as those of `Classification`."""
+
+    split: Split
+    names: tuple[str, ...]
+    logits: np.ndarray
+    scores: dict[str, float]
+    main_metric: str
+    interval: Interval
+
+    @property
+    def labels(self) -> np.ndarray:
+        """0 or 1, (rows, labels)."""
+        return true_labels(self.split).astype(np.int32)
+
+    @property
+    def answers(self) -> np.ndarray:
+        """1 where the probability is above one half, else 0, (rows, labels)."""
+        return (self.logits > 0).astype(np.int32)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Mean over the labels of the sigmoid cross-entropy of each row, float64 (rows,)."""
+        logits = self.logits.astype(np.float64)
+        return np.mean(np.logaddexp(0.0, logits) - self.labels * logits, axis=1)
+
+    @property
+    def classes(self) -> list[ClassFigures]:
+        """The figures of each label."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        columns = precision_recall_fscore_support(self.labels, self.answers, zero_division=0.0)
+        return [
+            ClassFigures(name, float(p), float(r), float(f), int(s), int(n))
+            for name, p, r, f, s, n in zip(self.names, *columns, self.answers.sum(axis=0), strict=True)
+        ]
+
+    def record(self) -> JsonObject:
+        """As `records.SeveralLabelsDiagnosis`."""
+        return {
+            "rows": len(self.labels),
+            "metric": self.main_metric,
+            "score": self.scores[self.main_metric],
+            "interval": dataclasses.asdict(self.interval),
+            "loss": float(np.mean(self.losses)),
+            "macro_f1": metrics.macro_f1(self.answers, self.labels),
+            "micro_f1": metrics.micro_f1(self.answers, self.labels),
+            "exact_match": metrics.accuracy(self.answers, self.labels),
+            "classes": [dataclasses.asdict(one) for one in self.classes],
+        }
+
+    def draw(self, folder: pathlib.Path) -> None:
+        """There is no picture of several labels."""
+
+    def tables(self) -> dict[str, str]:
+        """The files of ``diagnosis/`` by name."""
+        losses, texts = self.losses, self.split.texts
+        right, given = ([join_labels(self.names, row) for row in rows] for rows in (self.labels, self.answers))
+        worst = np.argsort(-losses, kind="stable")[:COSTLIEST]
+
+        def line(row):
+            return [self.split.ids[row], right[row], given[row], f"{losses[row]:.4f}"]
+
+        shares = probabilities(self.logits.astype(np.float64), is_multi_label=True)
+        header = ("index", "labels", "prediction", "loss")
+        return {
+            "classes.tsv": to_tsv(
+                [field.name for field in dataclasses.fields(ClassFigures)],
+                ([_cell(value) for value in dataclasses.astuple(one)] for one in self.classes),
+            ),
+            "largest_losses.tsv": to_tsv(
+                (*header, *texts), ([*line(row), *(column[row] for column in texts.values())] for row in worst)
+            ),
+            "validation.tsv": to_tsv(
+                (*header, *self.names), ([*line(row), *(f"{p:.4f}" for p in shares[row])] for row in range(len(losses)))
+            ),
+        }
+
+
+Examination = Classification | Regression | SeveralLabels
+
+
+def examine(predictor: Predictor, params: Any, *, model_step: int | None, evaluated_step: int) -> Examination:
     """Examines a model on the split ``validation``.
 
     Args:
@@ -294,17 +377,20 @@ def examine(
     return examine_logits(predictor.logits(params, "validation") if logits is None else logits, split, task)
 
 
-def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classification | Regression:
+def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Examination:
     """Examines a model by its logits, (rows, num_labels), on labelled rows.
 
     Raises:
       InputError: if the rows have no labels.
     """
     answers, labels = decide(logits, task), true_labels(split)
-    scores = metrics.compute_metrics(task.metrics, answers, labels)
-    interval = Interval(*metrics.bootstrap_interval(task.metrics, answers, labels, LEVEL, RESAMPLES))
+    scores, main = metrics.compute_metrics(task, answers, labels), task.main_metric
+    names = task.metrics if main == "combined_score" else (main,)
+    interval = Interval(*metrics.bootstrap_interval(names, answers, labels, LEVEL, RESAMPLES))
     if task.labels is None:
         return Regression(split, answers, scores, task.main_metric, interval)
+    if task.is_multi_label:
+        return SeveralLabels(split, task.labels, logits, scores, main, interval)
     return Classification(split, task.labels, logits, scores, task.main_metric, interval)
 
 
@@ -328,12 +414,6 @@ def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = 
 def calibration_error(bins: Sequence[Bin]) -> float:
     """The expected calibration error: the mean over rows of |accuracy - confidence| of the row's bin."""
     return sum(one.rows * abs(one.accuracy - one.confidence) for one in bins) / sum(one.rows for one in bins)
-
-
-def _texts(split):
-    """Name -> texts, of a row's one or two."""
-    texts = {"sentence1": split.sentence1, "sentence2": split.sentence2}
-    return {name: column for name, column in texts.items() if column is not None}
 
 
 def _cell(value):

@@ -6,7 +6,7 @@ import functools
 import io
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
+from pats_jax.train_state import Batch
 from pats_jax.training import metrics
 from pats_jax.training.loop import predict_logits
 from pats_jax.training.runners import CompiledProgram, MeshRunner
@@ -59,18 +60,22 @@ class Predictor:
         Raises:
           InputError: if they are not finite, for instance because the model has diverged.
         """
-        logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
+        logits = self.raw_logits(params, name)
         check_finite(logits, "lower learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
+
+    def raw_logits(self, params: Any, name: str) -> np.ndarray:
+        """Logits (rows, num_labels) of a split, in the order of the model's head, finite or not."""
+        return predict_logits(self._predict, params, self.rows_and_batches(name), len(self.tokenize(name)))
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
         """Functions that compile the programs of `evaluate`, one per shape, for the shapes of parameters."""
         names = [name for name in self.splits if name.startswith("validation")]
-        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self._batches(name)}
+        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self.rows_and_batches(name)}
         return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
 
-    def _batches(self, name):
-        """Row numbers and batches of a split, this process's own rows of them."""
+    def rows_and_batches(self, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Row numbers and batches of a split, with only this process's own rows."""
         tokens, devices = self.tokenize(name), self.runner.num_devices
         passes = self.evaluations if name.startswith("validation") else 1
         boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)
@@ -92,10 +97,13 @@ class Predictor:
         return self._scores(answer)
 
     def evaluate_majority(self) -> dict[str, float]:
-        """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels."""
+        """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels.
+
+        Of several labels to a text, those that more than half of the texts have.
+        """
         labels = true_labels(self.splits.get("train") or self.splits["validation"])
-        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
-        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
+        answer = constant_answer(labels, self.task)
+        return self._scores(lambda name: np.repeat(answer[None], len(self.splits[name]), axis=0))
 
     def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, JsonObject]:
         """Accuracy and number of rows on other inference sets, by name; see `fold` for sets with two classes."""
@@ -113,7 +121,7 @@ class Predictor:
         scores: dict[str, float] = {}
         for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
             if name in self.splits:
-                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
+                split_scores = metrics.compute_metrics(self.task, answer(name), true_labels(self.splits[name]))
                 scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
         return scores
 
@@ -132,19 +140,49 @@ class Predictor:
             file = task.prediction_files["test" if name == "ax" else name]
             files[file] = to_tsv(("index", "prediction"), rows)
             if task.labels is not None:
-                files[f"probabilities/{file}"] = probability_table(ids, logits, task.labels)
+                files[f"probabilities/{file}"] = probability_table(
+                    ids, logits, task.labels, is_multi_label=task.is_multi_label
+                )
         return files
 
 
-def probability_table(ids: Sequence[str], logits: np.ndarray, names: Sequence[str]) -> str:
-    """A TSV with the columns ``index`` and ``prediction``, by name, and one for the probability of each class."""
+def probability_table(
+    ids: Sequence[str],
+    logits: np.ndarray,
+    names: Sequence[str],
+    texts: Mapping[str, Sequence[str]] | None = None,
+    digits: int = 4,
+    is_multi_label: bool = False,
+) -> str:
+    """A TSV with the columns ``index`` and ``prediction``, by name, one for the probability of each class, and texts.
+
+    Args:
+      ids: of the rows.
+      logits: (rows, classes).
+      names: of the classes.
+      texts: further columns, each (rows,).
+      digits: of the probabilities, behind the point.
+      is_multi_label: whether a row may have several of the classes.
+    """
+    texts = texts or {}
+    if is_multi_label:
+        said = [tasks.join_labels(names, row) for row in logits > 0]
+    else:
+        said = [names[index] for index in np.argmax(logits, axis=1)]
+    rows = (
+        (index, answer, *(f"{p:.{digits}f}" for p in row), *further)
+        for index, answer, row, *further in zip(
+            ids, said, probabilities(logits, is_multi_label), *texts.values(), strict=True
+        )
+    )
+    return to_tsv(("index", "prediction", *names, *texts), rows)
+
+
+def probabilities(logits: np.ndarray, is_multi_label: bool = False) -> np.ndarray:
+    """The probability of each class, or of each of several labels, (rows, num_labels), from logits of this shape."""
     import scipy.special  # the help of the program needs none
 
-    rows = (
-        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
-        for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True)
-    )
-    return to_tsv(("index", "prediction", *names), rows)
+    return scipy.special.expit(logits) if is_multi_label else scipy.special.softmax(logits, axis=1)
 
 
 def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -190,8 +228,20 @@ def true_labels(split: readers.Split) -> np.ndarray:
 
 
 def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
-    """Predicted scores (rows,) for regression, else class indices (rows,), from logits (rows, num_labels)."""
+    """Predicted scores (rows,) for regression, else class indices (rows,), from logits (rows, num_labels).
+
+    With several labels to a text, 1 for those whose probability is above one half, else 0, (rows, num_labels).
+    """
+    if task.is_multi_label:
+        return (logits > 0).astype(np.int32)
     return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
+
+
+def constant_answer(labels: np.ndarray, task: tasks.Task) -> np.ndarray:
+    """The answer of a model that knows the labels alone, () or (labels,): see `Predictor.evaluate_majority`."""
+    if task.is_multi_label:
+        return (labels.mean(axis=0) > 0.5).astype(np.int32)
+    return np.asarray(labels.mean() if task.is_regression else np.bincount(labels).argmax())
 
 
 def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pats_jax import methods, objectives, random, train_state, transforms, trees
 from pats_jax.core.settings import Flat
@@ -25,20 +26,9 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.models.layout import layer_axis
-from pats_jax.training.settings import LoopSettings
+from pats_jax.training.settings import LANE_NUMBERS, OF_A_LANE, LoopSettings
 
-# The settings that are arrays in the step: each lane may have its own.
-LANE_NUMBERS = (
-    "learning_rate",
-    "weight_decay",
-    "noise_scale",
-    "decay",
-    "r3f_lambda",
-    "r_drop_alpha",
-    "smart_alpha",
-    "lnsr_lambda",
-)
-_OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+LANE = "lane"  # the axis of a mesh that lanes are dealt out to
 
 Arrays = dict[str, Any]
 
@@ -89,6 +79,11 @@ def lane_axes(tree: Any) -> Any:
     return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
 
 
+def with_own(params: Any, own: Any) -> Any:
+    """Parameters with some of them, a part of the tree, in the place of theirs."""
+    return unflatten_dict(flatten_dict(params) | flatten_dict(own))
+
+
 def lane_of(tree: Any, lane: int) -> Any:
     """One lane's part of a state of lanes, or of a part of it."""
     return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
@@ -108,7 +103,7 @@ def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
         differing = [
             name
             for name in dict.fromkeys([*flat[0], *other])
-            if name not in _OF_A_LANE and other.get(name) != flat[0].get(name)
+            if name not in OF_A_LANE and other.get(name) != flat[0].get(name)
         ]
         if differing:
             raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
@@ -145,6 +140,10 @@ class LaneProgram:
       total_steps: number of optimizer steps, for methods that work in stages.
       responses: the names of the responses that lanes may have; all are computed, and each lane uses one.
       regression: whether labels are scores.
+      accumulation_steps: micro-batches in a step.
+      norms: whether the step measures the norms of parameters and update, see `make_train_step`.
+      trainable: a tree of bools like the parameters, which are trained; None: what the methods say.
+      mesh: devices that the lanes are dealt out to, with the one axis `LANE`, which divides their number; None: one.
     """
 
     apply_fn: Callable
@@ -152,6 +151,10 @@ class LaneProgram:
     total_steps: int
     responses: tuple[str, ...] = ("linear",)
     regression: bool = False
+    accumulation_steps: int = 1
+    norms: bool = False
+    trainable: Any = None
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
@@ -164,7 +167,7 @@ class LaneProgram:
         def init(params, own, lanes, rates):
             first = jax.tree.map(lambda x: x[0], (own, lanes))
             axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
-            return jax.vmap(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+            return self._mapped(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
 
         return jax.jit(init)
 
@@ -178,7 +181,7 @@ class LaneProgram:
 
         def step(state, lanes, frozen, rates, batch):
             axes = lane_axes(state)
-            mapped = jax.vmap(self._step, (axes, 0, None, None, 0), (axes, 0))
+            mapped = self._mapped(self._step, (axes, 0, None, None, 0), (axes, 0))
             return mapped(state, lanes, frozen, rates, batch)
 
         return jax.jit(step, donate_argnums=0)
@@ -189,19 +192,84 @@ class LaneProgram:
         alone = train_state.make_predict_step(self.apply_fn)
 
         def predict(params, frozen, batch):
-            of_lane = jax.vmap(lambda own: alone(trees.combine(own, frozen), batch), (lane_axes(params),))
-            return of_lane(params)
+            def of_lane(own, frozen, batch):
+                return alone(trees.combine(own, frozen), batch)
+
+            return self._mapped(of_lane, (lane_axes(params), None, None), 0)(params, frozen, batch)
 
         return jax.jit(predict)
 
+    @functools.cached_property
+    def figures(self) -> Callable[[LaneState, Arrays, Any], dict[str, jax.Array]]:
+        """``figures(state, lanes, rates)``, jitted: the learning rate of the last step, and what the methods did in it.
+
+        By name, (lanes,).
+        """
+
+        def of_lane(state, lane, rates):
+            optimizer, chosen = (settings := self._settings(lane)).optimizer, settings.methods
+
+            def schedule(count):
+                return optimizer.learning_rate * rates[count]
+
+            rate = schedule(jnp.maximum(state.step - state.skipped - 1, 0))
+            did = methods.statistics(chosen, schedule, optimizer.learning_rate, state.opt_state)
+            return {"learning_rate": rate, **did}
+
+        return jax.jit(
+            lambda state, lanes, rates: self._mapped(of_lane, (lane_axes(state), 0, None), 0)(state, lanes, rates)
+        )
+
+    @functools.cached_property
+    def choose(self) -> Callable[[jax.Array, Any, Any], Any]:
+        """``choose(which, params, others)``, jitted: params of the lanes in which, bool (lanes,), of the rest others.
+
+        The others are donated.
+        """
+
+        def choose(which, params, others):
+            axes = lane_axes(params)
+            one = self._mapped(
+                lambda own, *both: jax.tree.map(lambda a, b: jnp.where(own, a, b), *both), (0, axes, axes), axes
+            )
+            return one(which, params, others)
+
+        return jax.jit(choose, donate_argnums=2)
+
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trained and frozen parameters; the latter is None if all are trained."""
-        trainable = methods.trainable_mask(self.settings.methods, params)
+        trainable = self.trainable
+        if trainable is None:
+            trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
+
+    def shapes(self, tree: Any, axes: Any = None) -> Any:
+        """A tree of arrays, of lanes along these axes (see `jax.vmap`), as shapes that say where each lies."""
+        return self._each(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, axes)
+
+    def place(self, tree: Any, axes: Any = None) -> Any:
+        """Puts a tree of arrays, of lanes along these axes, on the devices."""
+        return self._each(jax.device_put, tree, axes)
+
+    def _each(self, function, tree, axes):
+        if isinstance(axes, int | None):
+            return jax.tree.map(lambda x: function(x, self._sharding(axes)), tree)
+        return jax.tree.map(lambda x, axis: function(x, self._sharding(axis)), tree, axes)
+
+    def _sharding(self, axis):
+        return None if self.mesh is None else NamedSharding(self.mesh, _spec(axis))
+
+    def _mapped(self, function, in_axes, out_axes):
+        """`jax.vmap` over the lanes, each device its own ones."""
+        mapped = jax.vmap(function, in_axes, out_axes)
+        if self.mesh is None:
+            return mapped
+        in_specs, out_specs = (jax.tree.map(_spec, axes, is_leaf=lambda x: x is None) for axes in (in_axes, out_axes))
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _init(self, params, own, lane, rates):
         settings = self._settings(lane)
-        params = unflatten_dict(flatten_dict(params) | flatten_dict(own))
+        params = with_own(params, own)
         params, _ = self.split(methods.starting_params(settings.methods, params, settings.seed))
         params = jax.tree.map(jnp.asarray, params)
         zero = jnp.zeros([], jnp.int32)
@@ -211,6 +279,8 @@ class LaneProgram:
         settings = self._settings(lane)
         # Weights that are not numbers make a loss that is none: the step is skipped.
         frozen_lane = state.skipped > settings.loop.max_nonfinite_steps
+        if "ended" in lane:
+            frozen_lane |= lane["ended"]
         batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
         loss_fn = objectives.with_objectives(
             self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
@@ -224,7 +294,9 @@ class LaneProgram:
             stored_key=random.StoredKey(lane["words"], random.NAME),
             frozen=frozen,
         )
-        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True, norms=False)(alone, batch)
+        alone, metrics = train_state.make_train_step(
+            loss_fn, accumulation_steps=self.accumulation_steps, skip_nonfinite=True, norms=self.norms
+        )(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 
@@ -254,6 +326,11 @@ class LaneProgram:
         for name in others:
             w = jnp.where(number == names.index(name), transforms.RESPONSES[name](r), w)
         return w
+
+
+def _spec(axis):
+    """How an array with lanes along an axis, or without them, is dealt out to the devices."""
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, LANE)
 
 
 def lane_batches(
@@ -320,10 +397,11 @@ class CompiledLanes:
         """
         self.program, self.lanes = program, len(lanes["words"])
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
-        self._params, self._own = _shapes(params), _shapes(own)
-        self._arguments = _shapes(lanes), _shapes(rates)
-        self.state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
-        self._frozen = _shapes(program.split(self._params)[1])
+        self._params, self._own = program.shapes(params), program.shapes(own, 0)
+        self._arguments = program.shapes(lanes, 0), program.shapes(rates)
+        state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
+        self.state: LaneState = program.shapes(state, lane_axes(state))
+        self._frozen = program.shapes(program.split(self._params)[1])
         self._programs: dict[tuple, concurrent.futures.Future] = {}
         self.begin(("init",), program.init, self._params, self._own, *self._arguments)
 
@@ -331,12 +409,12 @@ class CompiledLanes:
         """Starts to compile the step for batches of that shape, (lanes, rows, length), unless already done."""
         lanes, rates = self._arguments
         key = ("step", *batch["input_ids"].shape)
-        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
+        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, self.program.shapes(batch, 0))
 
     def expect_predict(self, batch: Arrays) -> None:
         """Starts to compile the prediction for batches of that shape, (rows, length), unless already done."""
         key = ("predict", *batch["input_ids"].shape)
-        self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
+        self.begin(key, self.program.predict, self.state.params, self._frozen, self.program.shapes(batch))
 
     def init(self, *arguments: Any) -> LaneState:
         """`LaneProgram.init`."""
@@ -352,6 +430,22 @@ class CompiledLanes:
         self.expect_predict(batch)
         return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
 
+    def expect_figures(self) -> None:
+        """Begins to compile `figures`, unless it has been."""
+        self.begin(("figures",), self.program.figures, self.state, *self._arguments)
+
+    def figures(self, state: LaneState, lanes: Arrays, rates: Any) -> dict[str, jax.Array]:
+        """`LaneProgram.figures`; waits for its program."""
+        self.expect_figures()
+        return self.call(("figures",), state, lanes, rates)
+
+    def bytes_of_step(self, batch: Arrays) -> int:
+        """The memory of one device that the step for batches of that shape takes, by XLA's own figures."""
+        self.expect_step(batch)
+        found = self._programs[("step", *batch["input_ids"].shape)].result().memory_analysis()
+        parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+        return sum(parts) - found.alias_size_in_bytes
+
     def call(self, key: tuple, *arguments: Any) -> Any:
         """Calls the program of a key; waits until it is compiled."""
         return self._programs[key].result()(*arguments)
@@ -362,9 +456,18 @@ class CompiledLanes:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
 
 
-def _shapes(tree):
-    """A tree of arrays as shapes and dtypes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def fitting_lanes(most: int, needed: Callable[[int], int], limit: float) -> int:
+    """The largest number of lanes, at least 1, that is found to fit into memory.
+
+    Args:
+      most: of interest.
+      needed: the bytes that so many lanes take; each call may compile a program.
+      limit: bytes that there are.
+    """
+    number = most
+    while number > 1 and (bytes_needed := needed(number)) > limit:
+        number = max(1, min(number - 1, int(number * limit / bytes_needed)))
+    return number
 
 
 @dataclasses.dataclass
@@ -413,7 +516,7 @@ def fit(
 
     def evaluate():
         parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
-        logits[len(pending)] = _in_order(jax.device_get(parts))
+        logits[len(pending)] = in_order(jax.device_get(parts))
 
     with prefetch(jax.device_put(batch) for _, batch in data) as ready:
         for batch in ready:
@@ -429,7 +532,8 @@ def fit(
     return TrainedLanes(state, stacked, logits, diverged)
 
 
-def _in_order(parts):
+def in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Logits (lanes, rows, num_labels) in the order of the rows, from batches of row numbers and logits."""
     order = np.concatenate([rows for rows, _ in parts])
     logits = np.concatenate([part[:, : len(rows)] for rows, part in parts], axis=1)
     result = np.empty_like(logits)

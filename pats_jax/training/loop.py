@@ -176,7 +176,7 @@ class _Loop:
 
     def __init__(self, state, rhythm, hooks, progress):
         self.state, self.progress = state, progress
-        self._rhythm, self._hooks, self._clock = rhythm, hooks, _Clock()
+        self._rhythm, self._hooks, self._clock = rhythm, hooks, Clock()
         self._fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
         self._pending: list[Record] = []  # ... and those that may still be on the device
         self._saved_at = progress.step
@@ -197,7 +197,7 @@ class _Loop:
     def evaluate(self):
         """Evaluates after the last step, if that is due and not done."""
         step, progress = self.progress.step, self.progress
-        if not (self._hooks.evaluates and step and self._rhythm.evaluates_at(step)) or _was_evaluated(progress):
+        if not (self._hooks.evaluates and step and self._rhythm.evaluates_at(step)) or was_evaluated(progress):
             return
         self._fetch()  # so that the pause is that of the evaluation alone
         with self._clock.paused():
@@ -208,7 +208,7 @@ class _Loop:
     def has_ended(self):
         """Whether training has ended; if so, logs what is left, and saves if that is due."""
         progress, rhythm, metric = self.progress, self._rhythm, self._hooks.metric
-        ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, metric)
+        ended = progress.step >= rhythm.total_steps or is_out_of_patience(progress, rhythm, metric)
         if ended and (self._fetched or self._pending):
             self._log()
         if _is_to_be_saved(progress, rhythm, metric, ended):
@@ -226,9 +226,9 @@ class _Loop:
     def _log(self):
         progress = self.progress
         self._fetch()
-        record = _summarise(self._fetched, progress)
+        record = summarise(self._fetched, progress)
         if progress.skipped_steps > self._rhythm.max_nonfinite_steps:
-            raise InputError(_divergence(progress, self.state))
+            raise InputError(divergence(progress, self.state.params))
         record |= self._hooks.describe(progress, self.state) | {"timing": self._clock.lap()}
         progress.records.append(record)
         progress.pending = []
@@ -261,7 +261,7 @@ def predict_logits(
     return result
 
 
-class _Clock:
+class Clock:
     """Counts seconds, seconds of waiting for data, examples and tokens since the last record, without evaluations."""
 
     def __init__(self):
@@ -270,28 +270,36 @@ class _Clock:
     def _restart(self):
         self._started, self._waited, self._examples, self._tokens = time.perf_counter(), 0.0, 0.0, 0.0
 
-    def count(self, counts):
+    def count(self, counts: dict[str, float]) -> None:
+        """Counts a step's examples and tokens."""
         self._examples += counts["examples"]
         self._tokens += counts["tokens"]
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
+        """The time of what is done meanwhile does not count."""
         since = time.perf_counter()
         yield
         self._started += time.perf_counter() - since
 
     @contextlib.contextmanager
-    def waiting_for_data(self):
+    def waiting_for_data(self) -> Iterator[None]:
+        """The time of what is done meanwhile counts as waiting, too."""
         since = time.perf_counter()
         yield
         self._waited += time.perf_counter() - since
 
-    def lap(self):
+    def lap(self) -> dict[str, float]:
+        """As `read`; then counts from 0."""
+        found = self.read()
+        self._restart()
+        return found
+
+    def read(self) -> dict[str, float]:
+        """What a record's ``timing`` holds."""
         seconds = time.perf_counter() - self._started
         rates = {"examples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
-        waited = self._waited
-        self._restart()
-        return {"seconds": seconds, "data_wait_seconds": waited, **rates}
+        return {"seconds": seconds, "data_wait_seconds": self._waited, **rates}
 
 
 def _fetch(fetched, pending):
@@ -300,8 +308,8 @@ def _fetch(fetched, pending):
     pending.clear()
 
 
-def _summarise(steps, progress):
-    """One record: means over the steps that were not skipped, share of padding, number of skipped steps."""
+def summarise(steps: list[dict[str, float]], progress: Progress) -> Record:
+    """Makes a record: means over the steps that were not skipped, share of padding, number of skipped steps."""
     kept = [step for step in steps if not _was_skipped(step)]
     names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
     means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}
@@ -315,10 +323,10 @@ def _was_skipped(step):
     return step["skipped"] == 1 if "skipped" in step else not math.isfinite(step["loss"])
 
 
-def _divergence(progress, state):
-    """The message when training has diverged."""
+def divergence(progress: Progress, params: Any) -> str:
+    """The message when training has diverged, with the parameters that it has come to."""
     sizes: list[tuple[str, jax.Array]] = []
-    for path, p in jax.tree_util.tree_leaves_with_path(state.params):
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
         names = separate_names(path, p)
         within = None if len(names) == 1 else tuple(range(1, p.ndim))
         sizes += zip(names, jnp.atleast_1d(jnp.max(jnp.abs(p), axis=within, initial=0.0)), strict=True)
@@ -330,7 +338,8 @@ def _divergence(progress, state):
     )
 
 
-def _was_evaluated(progress):
+def was_evaluated(progress: Progress) -> bool:
+    """Whether there is an evaluation after the last step."""
     return any(record["step"] == progress.step for record in progress.evaluations)
 
 
@@ -340,5 +349,6 @@ def _is_to_be_saved(progress, rhythm, metric, ended):
     return is_best or rhythm.saves_at(progress.step, ended)
 
 
-def _is_out_of_patience(progress, rhythm, metric):
+def is_out_of_patience(progress: Progress, rhythm: Rhythm, metric: str) -> bool:
+    """Whether training stops because there was no better score for long enough."""
     return rhythm.patience is not None and progress.evaluations_without_gain(metric) >= rhythm.patience

@@ -174,8 +174,11 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
         of_head = EncoderConfig.from_folder(base_folder)
         labels = of_head.id2label if of_head.num_labels == count else None
-    check_problem_type(of_head, count, str(folder))
-    base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
+    several = of_head.is_multi_label
+    check_problem_type(of_head, count, str(folder), several)
+    base, params, config = from_pretrained(
+        name, num_labels=count, id2label=labels, new_head=True, multi_label=several, **options
+    )
     return *load_peft(folder, base, params), config
 
 
