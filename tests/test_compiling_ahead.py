@@ -120,7 +120,7 @@ def train(runner, state, step):
     return runner.to_host(state.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("name", ["one device", "pmap", *(pytest.param(name, marks=SLOW) for name in ("mesh", "fsdp"))])
+@pytest.mark.parametrize("name", ["one device", *(pytest.param(name, marks=SLOW) for name in ("mesh", "fsdp", "pmap"))])
 def test_each_program_is_compiled_once_all_but_the_first_in_the_thread_and_computes_the_same(name, compiled):
     expected, expected_metrics, programs = plain(name)
     assert programs == len(TWO)

@@ -414,6 +414,7 @@ def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
     assert 0 < np.mean(expected) < 1
 
 
+@pytest.mark.slow  # test_priming.py has the losses on several devices
 def test_two_devices_compute_what_one_does(watched, tmp_path):
     run(watched, tmp_path / "one", max_steps=2)
     run(watched, tmp_path / "two", max_steps=2, num_devices=2)
