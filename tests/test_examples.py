@@ -8,7 +8,10 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name, accuracy", [("linen_bert", 0.85), ("nnx_mlp", 0.93), ("equinox_mlp", 0.93)])
+@pytest.mark.parametrize(
+    "name, accuracy",
+    [pytest.param("linen_bert", 0.85, marks=pytest.mark.slow), ("nnx_mlp", 0.93), ("equinox_mlp", 0.93)],
+)
 def test_example_learns_and_reports_sensitivity(name, accuracy, capsys):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
