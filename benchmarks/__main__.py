@@ -19,6 +19,7 @@ from benchmarks.checkpointing import Checkpoint
 from benchmarks.compilation import Compile
 from benchmarks.devices import Devices
 from benchmarks.goals import Plot
+from benchmarks.lanes import Lanes
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.pipeline import Pipeline
@@ -41,6 +42,7 @@ SUBJECTS: dict[str, type[report.Subject]] = {
     "devices": Devices,
     "random": Random,
     "checkpoint": Checkpoint,
+    "lanes": Lanes,
 }
 
 

@@ -58,9 +58,9 @@ def word_features(train: Split, dev: Split, kind: str) -> tuple[Any, Any]:
     """Which words and pairs of neighbouring words each row holds.
 
     Args:
-      train: Rows that the vocabulary is taken from.
-      dev: Other rows.
-      kind: One of `PAIR_FEATURES`, or "one text".
+      train: rows that the vocabulary is taken from.
+      dev: other rows.
+      kind: one of `PAIR_FEATURES`, or "one text".
 
     Returns:
       Two sparse matrices (rows, features) of zeros and ones, the overlap counts standardised.

@@ -218,7 +218,7 @@ def race(session: Session, row: dict[str, Any], asked: dict[str, Sequence[str]],
       session: the call.
       row: gets ``variants``: by name, what preparing showed and the milliseconds a step.
       asked: name of a process -> words of `device_worker`.
-      more: see `Session.workers`; and ``then``, called with row and the processes before they end.
+      **more: see `Session.workers`; and ``then``, called with row and the processes before they end.
     """
     flags, then = session.flags, more.pop("then", None)
     with session.workers(asked, **more) as (ready, said):

@@ -7,7 +7,6 @@ import griffe
 
 _MARKS = (
     (re.compile(r"`([^`<>]+?)\s+<(https?://[^>\s]+)>`_"), r"[\1](\2)"),
-    (re.compile(r":(?:class|func|meth):`~?([^`]+)`"), r"`\1`"),
     (re.compile(r"^\s*::$", re.MULTILINE), ""),
     (re.compile(r"::$", re.MULTILINE), ":"),  # a formula follows, indented
 )

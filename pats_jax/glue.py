@@ -1,4 +1,4 @@
-"""The GLUE program: ``python -m pats_jax.glue``, or `pats-jax glue`.
+"""The GLUE program: ``python -m pats_jax.glue``, or `pats-jax glue`; on your own data also `pats-jax train`.
 
 Reads a task, loads a pretrained encoder, trains it with the chosen method in one jitted step, evaluates it with the
 task's own metric and writes a folder of results. `carry_out` is the program from top to bottom; it checks every input
@@ -19,18 +19,16 @@ import rich.console
 from pats_jax import methods, models, objectives, train_state
 from pats_jax.core.files import JsonObject
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
-from pats_jax.data.labels import class_names
-from pats_jax.data.tables import check_characters
 from pats_jax.errors import InputError
 from pats_jax.methods.pats import Noise, Pats
 from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, own_data, pe_modules, run_folder, run_start, training_run
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
-from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs
+from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs, task_loss
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import Training
 from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
@@ -46,10 +44,10 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
       console: where to print progress and scores; None: nowhere.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
 
     Raises:
-      InputError: on invalid settings, data or checkpoint, before anything is written; or if training diverges, or
+      InputError: if settings, data or checkpoint are invalid, before anything is written; or if training diverges, or
         the disk is full.
       Preempted: if the run was asked to stop; it has been saved.
     """
@@ -60,16 +58,29 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
         with run_start.begin(settings, default_folder(settings), console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+                hub.publish(start.settings, start.folder, start.console)
                 return start.finished
-            return carry_out(start, loading)
+            return carry_out(start, loading, keep_batch=settings.batches.train_batch_size is not None)
 
 
-def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Future) -> JsonObject:
-    """The part of `run` after settings and devices are checked, with the tokenizer on its way."""
+def carry_out(
+    start: run_start.Start[Settings], loading: concurrent.futures.Future, *, keep_batch: bool = False
+) -> JsonObject:
+    """Carries out `run` after settings and devices have been checked, while the tokenizer is loading.
+
+    Args:
+      start: the started run.
+      loading: the future of the tokenizer.
+      keep_batch: whether the rows of a step were given, so that they are not fitted to a small table.
+    """
     settings, runner = start.settings, start.runner
 
     # data and model
     task, splits = load_data(settings)
+    task_loss.check_loss(settings.loss, task, methods.chosen_objectives(settings.methods))
+    if settings.data.own_name and "train" in splits and not keep_batch:
+        settings = own_data.with_batch_of(settings, len(splits["train"]), runner.num_devices)
+        start = dataclasses.replace(start, settings=settings)
     model, params, config = load_model(settings, task, splits)
     texts = Texts.check(splits, loading.result(), model, settings.model.max_seq_length)
     order = None if task.labels is None else labels.match_labels(task.labels, list(config.id2label.values()))
@@ -98,7 +109,7 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
         )
         finish = Finish(start, task, model, texts.tokenizer, predictor)
         placed = runner.place(params) if training is None else None
-        job = training_run.Job("glue", training, predictor, placed, finish.use, finish.write)
+        job = training_run.Job(settings.program, training, predictor, placed, finish.use, finish.write)
         results = training_run.carry_out(start, job, results, asked)
     say(start.console, summary(results, start.folder))
     return results
@@ -106,7 +117,7 @@ def carry_out(start: run_start.Start[Settings], loading: concurrent.futures.Futu
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The texts of a run, checked against tokenizer and model, and tokenized when they are first asked for."""
+    """The texts of a run, checked against tokenizer and model, and tokenised on first use."""
 
     splits: dict[str, readers.Split]
     tokenizer: Any
@@ -117,10 +128,10 @@ class Texts:
     def check(
         cls, splits: dict[str, readers.Split], tokenizer: Any, model: models.SequenceClassifier, max_seq_length: int
     ) -> "Texts":
-        """The texts of these splits.
+        """Checks the texts of the splits.
 
         Raises:
-          InputError: a text cannot be one of the model's.
+          InputError: if a text is not suitable for the model.
         """
         max_length = sequence_length(max_seq_length, model)
         tokenizer.model_max_length = max_length  # saved with the model: how long its texts were
@@ -158,8 +169,13 @@ def make_training(
     steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
     rows = steps * (settings.batches.train_batch_size or 1)
     boundaries = bucket_boundaries(settings.batches, runner, params, tokens.lengths, rows)
-    plain = train_state.make_loss_fn(model.apply, regression=task.is_regression, deterministic=True)
-    source = TableSource(settings.batches, runner, tokens, split.labels, boundaries, plain, settings.seed)
+    loss = task_loss.make_task_loss(settings.loss, split.labels, tuple(model.config.id2label.values()))
+    plain = train_state.make_loss_fn(
+        model.apply, regression=task.is_regression, deterministic=True, row_loss=loss.row_loss
+    )
+    source = TableSource(
+        settings.batches, runner, tokens, split.labels, boundaries, plain, settings.seed, loss.row_weights
+    )
     num_layers = model.config.num_hidden_layers
     separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
     noisy = methods.layer_mask(separate, described_layers(settings))
@@ -176,7 +192,7 @@ def make_training(
         runner,
         model,
         params,
-        objectives.with_objectives(model.apply, *terms, regression=task.is_regression),
+        objectives.with_objectives(model.apply, *terms, regression=task.is_regression, row_loss=loss.row_loss),
         trainable,
         metric=task.main_metric,
         evaluates="eval" in settings.phases,
@@ -189,7 +205,7 @@ def make_training(
 
 
 def described_layers(settings: Settings) -> str:
-    """The regex of the parameters whose sensitivity results.json describes: those that get noise, or would."""
+    """The regex of the parameters whose sensitivity results.json describes: those that get, or would get, noise."""
     noisy = [method for method in settings.methods if isinstance(method, Noise)]
     return (noisy or [Pats()])[0].noise_layers
 
@@ -199,8 +215,9 @@ class Finish:
     """What follows a training: scores and predictions on the devices, then the folder.
 
     Attributes:
-      files: predictions by file name, once they are made.
-      examined: what the model gets wrong, once it is known.
+      keeps_model: whether the model is written.
+      files: file name -> predictions, once they are made.
+      examined: the examination of the model, once it is made.
     """
 
     start: run_start.Start[Settings]
@@ -208,11 +225,12 @@ class Finish:
     model: Any
     tokenizer: Any
     predictor: Predictor
+    keeps_model: bool = True
     files: dict[str, str] = dataclasses.field(default_factory=dict)
-    examined: diagnosis.Classification | diagnosis.Regression | None = None
+    examined: diagnosis.Examination | None = None
 
     def use(self, trained: Trained) -> JsonObject:
-        """Evaluates and predicts; gives what results.json holds of it. May raise `Preempted`."""
+        """Evaluates and predicts; returns its part of results.json. May raise `Preempted`."""
         settings, found = self.start.settings, {}
         if "train" not in settings.phases and "eval" in settings.phases:
             trained.records.append({"step": 0, "eval": self.predictor.evaluate(trained.params)})
@@ -231,7 +249,8 @@ class Finish:
     def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
         """Writes model, predictions, plots and card."""
         settings, folder = self.start.settings, self.start.folder
-        save_model(folder, settings, self.model, params, self.tokenizer)
+        if self.keeps_model:
+            save_model(folder, settings, self.model, params, self.tokenizer)
         if self.files:
             write_files(folder / "predictions", self.files)
         if self.examined:
@@ -239,7 +258,7 @@ class Finish:
             self.examined.draw(folder / "plots")
         trained.draw()
         draw(folder, self.task, results, trained.records)
-        model_card.write_fine_tuned(folder, settings.to_dict(), results, settings.defaults())
+        model_card.write_fine_tuned(folder, settings.to_dict(), results, settings.defaults(), settings.program)
 
 
 # data
@@ -257,9 +276,13 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
         if task.name == "mnli" and "predict" in settings.phases:
             splits |= load_diagnostic(settings.data.data_dir)
     else:
-        task, splits = load_own_data(settings, names)
+        task, splits = own_data.load(settings, names)
+    if settings.metric_for_best_model:
+        task = task.scored_by(settings.metric_for_best_model)
     if settings.data.low_resource:
         train = splits["train"]
+        if train.is_multi_label:
+            raise InputError("--low_resource: is for one label a text; use --max_train_samples")
         rows = low_resource.stratified_rows(true_labels(train), settings.data.low_resource, settings.seed)
         splits["train"] = train.take(rows)
     limits = {"train": settings.data.max_train_samples, "validation": settings.data.max_eval_samples}
@@ -268,53 +291,6 @@ def load_data(settings: Settings) -> tuple[tasks.Task, dict[str, readers.Split]]
         for name, split in splits.items()
     }
     return task, limited | load_out_of_domain(settings, task)
-
-
-def load_own_data(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, readers.Split]]:
-    """The same for ``--train_file`` and the like; without training, the labels are those of the checkpoint's head."""
-    paths = {name: getattr(settings.data, f"{name}_file") for name in names}
-    for name, path in paths.items():
-        if path is None:
-            raise InputError(f"--{name}_file is missing; this run needs {' and '.join(names)} data")
-    if "train" in names:
-        splits = readers.load_files(paths, regression=settings.data.do_regression)
-        return tasks.own_task(splits["train"].label_names), splits
-    config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model.model_name_or_path))
-    of_head = tuple(config.id2label.values())
-    for name in of_head:
-        check_characters(name, f"{settings.model.model_name_or_path}: a name in id2label")
-    is_regression = config.num_labels == 1
-    if settings.data.do_regression not in (None, is_regression):
-        kind = "gives scores" if is_regression else f"has {len(of_head)} classes"
-        raise InputError(f"--do_regression: the model of --model_name_or_path {kind}; omit the flag")
-    if is_regression:
-        return tasks.own_task(None), readers.load_files(paths, regression=True)
-    written = readers.labels_in(paths["validation"]) if "validation" in paths else set()
-    names_of_head = labels_of_head(of_head, written)
-    return tasks.own_task(names_of_head), readers.load_files(paths, label_names=names_of_head)
-
-
-def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]:
-    """The names of a head's classes by index, as a file with some of these labels writes them.
-
-    A head without names (``LABEL_0``, ...) must have as many labels as the file; these are numbered as in training, in
-    numerical or alphabetical order.
-
-    Examples:
-      >>> labels_of_head(("NEGATIVE", "POSITIVE"), {"positive", "negative"})
-      ('negative', 'positive')
-      >>> labels_of_head(("LABEL_0", "LABEL_1"), {"spam", "ham"})
-      ('ham', 'spam')
-      >>> labels_of_head(("LABEL_0", "LABEL_1", "LABEL_2"), {"10.0", "9.0", "2.0"})
-      ('2.0', '9.0', '10.0')
-    """
-    numbers = tuple(map(str, range(len(names))))
-    if labels.is_nameless(names) and not written & set(names):
-        if written and class_names({*numbers, *written}) == numbers:  # compared by value: 1.0 is 1
-            return numbers
-        if len(class_names(written)) == len(names):
-            return class_names(written)
-    return labels.respelled(names, sorted(written))
 
 
 def load_out_of_domain(settings: Settings, task: tasks.Task) -> dict[str, readers.Split]:
@@ -342,12 +318,13 @@ def load_diagnostic(data_dir: str | None) -> dict[str, readers.Split]:
 
 def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.Split]) -> tuple[Any, Any, Any]:
     """The model, its parameters and its config, for the task's labels, with the adapter of ``--peft``."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), settings.adapter)
     model, params, config = models.from_pretrained(
         settings.model.model_name_or_path,
         num_labels=task.num_labels,
         dtype=settings.model.dtype,
         regression=task.is_regression,
+        multi_label=task.is_multi_label,
         id2label=dict(enumerate(task.labels)) if task.labels else None,
         key=settings.seed,
         ignore_mismatched_sizes=settings.model.ignore_mismatched_sizes,
@@ -360,6 +337,11 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
     )
     for method in settings.methods:
         method.check_model(config.num_hidden_layers)
+    return *add_adapter(settings, model, params), config
+
+
+def add_adapter(settings: Settings, model: Any, params: Any) -> tuple[Any, Any]:
+    """A plain model and its parameters, with the adapter of ``--peft`` if there is one."""
     modules = settings.adapter
     if modules:
         if not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
@@ -369,13 +351,13 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
             )
         model, params = peft.add_peft(model, params, modules, key=settings.seed)
         pe_modules.check_methods(settings.peft, settings.methods, params)
-    return model, params, config
+    return model, params
 
 
 def tokenize_split(
     name: str, split: readers.Split, tokenizer: Any, model: models.SequenceClassifier, max_length: int
 ) -> batches.Tokens:
-    """Tokenizes a split; warns how many of its texts were truncated.
+    """Tokenises a split; warns how many of its texts were truncated.
 
     Raises:
       InputError: if the model has no embedding for a token.
@@ -392,6 +374,10 @@ def in_order_of_head(split: readers.Split, order: np.ndarray | None) -> readers.
     """The rows with labels numbered as in the model's head; see `Predictor.order`."""
     if order is None or split.labels is None:
         return split
+    if split.is_multi_label:
+        labels_of_head = np.empty_like(split.labels)
+        labels_of_head[:, order] = split.labels
+        return dataclasses.replace(split, labels=labels_of_head, label_names=None)
     return dataclasses.replace(split, labels=order[split.labels], label_names=None)
 
 
@@ -422,7 +408,7 @@ def save_model(
 
 
 def describe_run(settings: Settings, task: tasks.Task, params: Any) -> JsonObject:
-    """What results.json records before training."""
+    """The part of results.json that is known before training."""
     return {
         "model_name_or_path": settings.model.model_name_or_path,
         "task_name": settings.data.task_name,
@@ -449,7 +435,7 @@ def describe_scores(predictor: Predictor, records: list[JsonObject]) -> JsonObje
     }
 
 
-def examine(predictor: Predictor, trained: Trained) -> diagnosis.Classification | diagnosis.Regression:
+def examine(predictor: Predictor, trained: Trained) -> diagnosis.Examination:
     """The examination of the model that the run keeps on the validation split."""
     evaluated = next(record["step"] for record in reversed(trained.records) if "eval" in record)
     step = trained.facts.get("model_step")
@@ -458,8 +444,7 @@ def examine(predictor: Predictor, trained: Trained) -> diagnosis.Classification 
 
 def default_folder(settings: Settings) -> str:
     """``runs/TASK-METHOD-seedSEED``; with an adapter ``runs/TASK-KIND-METHOD-seedSEED``."""
-    file = settings.data.own_file
-    name = settings.data.task_name or pathlib.Path(str(file)).stem
+    name = settings.data.task_name or pathlib.Path(str(settings.data.own_name)).stem
     kind = f"{settings.peft}-" if settings.peft else ""
     return f"runs/{name}-{kind}{settings.method}-seed{settings.seed}"
 
@@ -467,7 +452,7 @@ def default_folder(settings: Settings) -> str:
 def describe_data(settings: Settings) -> str:
     """Describes the data; the built-in data is never called GLUE."""
     if not settings.data.task_name:
-        return str(settings.data.own_file)
+        return str(settings.data.own_name)
     if settings.data.data_dir == "builtin":
         return f"built-in data in the form of {settings.data.task_name} (generated, not GLUE)"
     return f"{settings.data.task_name} from {settings.data.data_dir or 'nyu-mll/glue'}"
@@ -484,7 +469,7 @@ def draw(folder: pathlib.Path, task: tasks.Task, results: JsonObject, records: l
 
 
 def summary(results: JsonObject, folder: pathlib.Path) -> str:
-    """The run in two lines."""
+    """A summary of the run in two lines."""
     kind = f"{results['peft']}, " if results.get("peft") else ""
     title = f"{kind}{results['method']} on {results['data']}"
     if "final" not in results:

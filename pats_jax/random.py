@@ -2,14 +2,14 @@
 
 PATS draws a number for every parameter at every step, so the generator must be cheap. This kind of key makes its
 numbers from a few 32-bit integer operations on (key, index of the element), which XLA fuses into the update that uses
-them. A draw depends on the key and on the element's index in the whole array and on nothing else: any sharding of the
-array over devices gives the same numbers. ``jax.random.uniform``, ``split``, ``fold_in`` and the rest of
-``jax.random``, and Flax's ``rngs``, take such a key as they take any other.
+them. A draw depends only on the key and on the element's index in the whole array: any sharding of the array over
+devices gives the same numbers. ``jax.random.uniform``, ``split``, ``fold_in`` and the rest of ``jax.random``, and
+Flax's ``rngs``, accept such a key like any other.
 
 NOT FOR SECRETS: the construction is fast and statistically tested (``docs/random.md``), not cryptographic.
 
 The generator, in full (all words are uint32, all arithmetic is modulo 2**32, ``^`` is exclusive or, of pairs word by
-word). The mixing function is published, its composition into keys and words is ours::
+word). The mixing function is published; its composition into keys and words is ours::
 
     mix(x):                 x ^= x >> 16;  x *= 0x21f0aaad;  x ^= x >> 15;  x *= 0xd35a2d97;  x ^= x >> 15
     feistel(l, r; c):       four rounds i = 1..4 of  (l, r) <- (r, l ^ mix(r + (c + i) * 0x9e3779b9))
@@ -21,24 +21,24 @@ word). The mixing function is published, its composition into keys and words is 
     32 bits of element e    (a, b) = feistel(key ^ (e_block, 0x243f6a88); 0)
                             u = mix(e_offset ^ a);   word = mix(u ^ b) + u
     8 or 16 bits            the top bits of that word
-    64 bits                 that word, below a second one made with 0x85a308d3 in place of 0x243f6a88
+    64 bits                 low half: that word; high half: one made with 0x85a308d3 instead of 0x243f6a88
 
-An array of at most 2**32 elements is one block: e_block is 0 and e_offset the element's row-major index. A larger
-array is cut along its leading dimensions: e_offset is the row-major index over the longest run of trailing dimensions
-whose product is at most 2**32, e_block that over the dimensions before it.
+An array of at most 2**32 elements is one block: e_block is 0 and e_offset the element's row-major index. A larger array
+is divided along its leading dimensions: e_offset is the row-major index over the longest run of trailing dimensions
+whose product is at most 2**32, and e_block the row-major index over the dimensions before it.
 
-Why it is so: for a given key, ``derive`` is one-to-one in the block, so no two children of a key by ``split`` or
-``fold_in`` are ever the same, and no two seeds share a key. (a, b) is one-to-one in the key, so no two keys share their
-(a, b). The final ``+ u`` makes the words of a stream repeat as often as random words do; without it the first 2**32
-words would all be different. What depends on the key alone stands outside the work for each element. The domain words
-are the first hexadecimal digits of the fraction of pi, and 0x9e3779b9 those of the golden ratio.
+Why this construction: for a given key, ``derive`` is one-to-one in the block, so all children of a key by ``split`` and
+``fold_in`` differ, and no two seeds share a key. (a, b) is one-to-one in the key, so no two keys share their (a, b).
+The final ``+ u`` makes the words of a stream repeat as often as random words do; without it the first 2**32 words would
+all differ. Whatever depends on the key alone is computed once, not for each element. The domain words are the first
+hexadecimal digits of the fraction of pi, and 0x9e3779b9 those of the golden ratio.
 
 References:
-    The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
-    with the constants listed at https://github.com/skeeto/hash-prospector/issues/19 (found by the user TheIronBorn).
-    The network: M. Luby and C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions",
-    SIAM J. Comput. 17 (1988); the key added before and after: S. Even and Y. Mansour, J. Cryptology 10 (1997).
-    Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+  The mixing function: C. Wellons, "Prospecting for Hash Functions" (2018), https://nullprogram.com/blog/2018/07/31/,
+  with the constants listed at https://github.com/skeeto/hash-prospector/issues/19 (found by the user TheIronBorn).
+  The network: M. Luby and C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions",
+  SIAM J. Comput. 17 (1988); the key added before and after: S. Even and Y. Mansour, J. Cryptology 10 (1997).
+  Counters in place of states: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import dataclasses
@@ -63,18 +63,18 @@ _Pair = tuple[jax.Array, jax.Array]
 
 
 def fast_key(seed: Any) -> jax.Array:
-    """A key of the fast kind from an integer seed.
+    """Makes a key of the fast kind from an integer seed.
 
     Args:
-      seed: Python, NumPy or JAX integer, traced or not, of at most 64 bits. Negative seeds are taken modulo 2**64, so
-        that every seed from -2**63 to 2**63 - 1 has a key of its own, without JAX's 64-bit mode.
+      seed: a Python, NumPy or JAX integer, traced or not, of at most 64 bits. Negative seeds are taken modulo 2**64, so
+        every seed from -2**63 to 2**63 - 1 has its own key, even without JAX's 64-bit mode.
 
     Returns:
-      A typed key, an array of shape () (more under ``jax.vmap``).
+      A typed key, an array of shape ().
 
     Raises:
-      TypeError: the seed is not an integer.
-      ValueError: the seed is an array of seeds, or does not fit 64 bits.
+      TypeError: if the seed is not an integer.
+      ValueError: if the seed is an array, or does not fit in 64 bits.
 
     Examples:
       >>> key = fast_key(0)
@@ -96,17 +96,18 @@ def fast_key(seed: Any) -> jax.Array:
 
 
 def as_key(key: Any) -> jax.Array:
-    """The typed key that an argument named ``key`` stands for.
+    """Converts an argument named ``key`` to a typed key.
 
     Args:
-      key: an integer seed, which becomes a key of the fast kind, or a typed key of any kind, which is kept.
+      key: an integer seed, which becomes a key of the fast kind, or a typed key of any kind, which is returned as it
+        is.
 
     Returns:
       A typed key of shape ().
 
     Raises:
-      TypeError: neither an integer nor a key.
-      ValueError: a legacy uint32 key, or an array of several keys or seeds.
+      TypeError: if it is neither an integer nor a key.
+      ValueError: if it is a legacy uint32 key, or an array of several keys or seeds.
     """
     if _is_typed_key(key):
         if key.ndim:
@@ -125,14 +126,14 @@ def as_key(key: Any) -> jax.Array:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["kind"])
 @dataclasses.dataclass(frozen=True)
 class StoredKey:
-    """A key as a training state holds it: a pytree node whose one leaf is an array of plain integers.
+    """A key as training states hold it: a pytree node with one leaf, an array of plain integers.
 
-    JAX knows the fast kind by its object only, so whatever takes a state apart to store it (Orbax, for one) could write
-    a typed key of it but not read it back. The words are an array as any other.
+    JAX identifies the fast kind only by its object, so Orbax, for example, could save a typed key of it but not restore
+    it. The words are an ordinary array.
 
     Attributes:
-      words: uint32, of the keys' shape and that of one key's data ((2,) for the fast kind).
-      kind: static: the kind's name; of a kind without a registered name, what ``jax.random.key_impl`` gives.
+      words: uint32, of the shape of the keys, followed by that of one key's data ((2,) for the fast kind).
+      kind: static; the kind's name, or the result of ``jax.random.key_impl`` for a kind without a registered name.
 
     Examples:
       >>> stored = StoredKey.of(fast_key(0))
@@ -145,31 +146,31 @@ class StoredKey:
 
     @classmethod
     def of(cls, key: jax.Array) -> "StoredKey":
-        """What to hold of a typed key, in a buffer of its own: donating the state does not take the key away."""
+        """Stores a typed key in its own buffer, so donating the state does not invalidate the key."""
         kind = jax.random.key_impl(key)
         return cls(jnp.copy(jax.random.key_data(key)), NAME if kind == KIND else kind)
 
     @property
     def key(self) -> jax.Array:
-        """The typed key; in a state of `jax.eval_shape`, its shape."""
+        """The typed key; in a state from `jax.eval_shape`, its shape and dtype."""
         wrap = functools.partial(jax.random.wrap_key_data, impl=KIND if self.kind == NAME else self.kind)
         return jax.eval_shape(wrap, self.words) if isinstance(self.words, jax.ShapeDtypeStruct) else wrap(self.words)
 
 
 def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
-    """What to store of a typed key: its words and the name of its kind.
+    """Splits a typed key into its words and the name of its kind, to store it in a file.
 
-    JAX knows kinds made by ``define_prng_impl`` by their object only, so a file cannot hold the key itself.
+    JAX identifies kinds made by ``define_prng_impl`` only by their object, so a file cannot hold the key itself.
 
     Args:
       key: a typed key, or an array of them, of the fast kind or one of JAX's own ("threefry2x32", "rbg", ...).
 
     Returns:
-      The words, uint32 of the key's shape and that of one key's data ((2,) for the fast kind), and the kind's name.
+      The words, uint32 as in `StoredKey`, and the kind's name.
 
     Raises:
-      TypeError: not a typed key.
-      ValueError: a kind with no name that could be found again.
+      TypeError: if it is not a typed key.
+      ValueError: if the kind has no registered name by which it could be restored.
     """
     if not _is_typed_key(key):
         raise TypeError(f"only a typed key has a kind to store, got {_describe(key)}")
@@ -182,23 +183,23 @@ def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
 
 
 def key_from_data(data: Any, kind: str) -> jax.Array:
-    """The typed key whose words and kind ``key_to_data`` gave.
+    """Makes the typed key again from what `key_to_data` returned.
 
     Args:
-      data: the words, uint32, a NumPy or JAX array.
+      data: the words, a NumPy or JAX array of uint32.
       kind: the kind's name.
 
     Returns:
-      The key, or array of keys.
+      The key, or the array of keys.
 
     Raises:
-      ValueError: JAX has no kind of that name.
+      ValueError: if JAX has no kind of that name.
     """
     return jax.random.wrap_key_data(jnp.asarray(data), impl=KIND if kind == NAME else kind)
 
 
 def mix(x: jax.Array) -> jax.Array:
-    """The published mixing function of the module's docstring: one-to-one on 32-bit words."""
+    """The published mixing function, see the module's docstring: one-to-one on uint32 words."""
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
     return x ^ (x >> 15)
@@ -214,7 +215,7 @@ def _feistel(left: jax.Array, right: jax.Array, start: int = 0) -> _Pair:
 # The functions handed to define_prng_impl stay plain, for only so can keys be pickled; their work is jitted below them.
 @jax.jit(inline=True)
 def _derive(key: _Pair, block: _Pair) -> jax.Array:
-    """The words, shape (..., 2), of the key that belongs to a block under a key: one-to-one in the block."""
+    """``derive`` of the module's docstring: the words of a key, (..., 2), one-to-one in the block."""
     left, right = _feistel(key[0] ^ block[0], key[1] ^ block[1])
     return jnp.stack(_feistel(left ^ key[0], right ^ key[1], start=4), axis=-1)
 
@@ -225,7 +226,7 @@ def _key_of_seed(high: Any, low: Any) -> jax.Array:
 
 
 def _seed(seed: jax.Array) -> jax.Array:
-    """The key's words, shape (2,), for an integer array of shape (); narrow types are extended by their sign."""
+    """The key's words, shape (2,), for an integer array of shape (); narrow types are sign-extended."""
     if not jnp.issubdtype(seed.dtype, jnp.integer):
         raise TypeError(f"a seed must be an integer, got {seed.dtype}")
     high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.where(seed < 0, np.uint32(0xFFFFFFFF), np.uint32(0))
@@ -251,7 +252,7 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
 
 @jax.jit(inline=True, static_argnums=(1, 2))
 def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
-    """One random uint32 for every element of an array of ``shape``."""
+    """One random uint32 for each element of an array of ``shape``."""
     # The block of an array within 2**32 elements is the scalar 0, so its (a, b) are scalars and out of XLA's loop.
     leading = _leading_dimensions(shape)
     block = row_major_index(shape[:leading]).reshape(shape[:leading] + (1,) * (len(shape) - leading))
@@ -261,7 +262,7 @@ def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _leading_dimensions(shape: tuple[int, ...]) -> int:
-    """How many dimensions number the blocks: the fewest such that a block has at most 2**32 elements."""
+    """The number of leading dimensions that count blocks: the smallest that leaves blocks of at most 2**32 elements."""
     leading = 0
     while math.prod(shape[leading:]) > 2**32:
         leading += 1
@@ -271,7 +272,7 @@ def _leading_dimensions(shape: tuple[int, ...]) -> int:
 
 
 def row_major_index(shape: tuple[int, ...]) -> jax.Array:
-    """Each element's index in C order, uint32, from one iota a dimension, which XLA can shard and fuse."""
+    """Each element's index in C order, uint32, from one iota per dimension, which XLA can shard and fuse."""
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for dimension in reversed(range(len(shape))):
@@ -285,14 +286,14 @@ def _is_typed_key(x: Any) -> bool:
 
 
 def _is_integer(x: Any) -> bool:
-    """Whether x is an integer or an array of integers; bools are not, nor are typed keys."""
+    """Whether x is an integer or an array of integers; neither bools nor typed keys count."""
     if isinstance(x, int):
         return not isinstance(x, bool)
     return isinstance(x, np.integer | np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _describe(x: Any) -> str:
-    """A few words for an error message."""
+    """A short description for an error message."""
     if isinstance(x, np.ndarray | jax.Array):
         return f"an array of {x.dtype} of shape {x.shape}"
     return f"{x!r:.60} of type {type(x).__name__}"

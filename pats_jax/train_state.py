@@ -1,4 +1,4 @@
-"""The training state and the training, loss and prediction functions: pure, the same under jit, pmap and a mesh."""
+"""The training state, and pure functions for training, loss and prediction: the same under jit, pmap and a mesh."""
 
 import dataclasses
 import functools
@@ -11,21 +11,22 @@ import optax
 from flax import serialization
 from flax.training import train_state
 
-from pats_jax import random, trees
+from pats_jax import random, transforms, trees
 from pats_jax.errors import InputError
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+RowLoss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits (batch, num_labels), labels) -> (batch,)
 
 
 class TrainState(train_state.TrainState):
     """Flax's `TrainState` with the key that the randomness of each step (dropout) is folded from.
 
     Attributes:
-      stored_key: constant during the run; ``key`` is its typed key, which ``replace`` also accepts.
-      frozen: the parameters that are not trained: a tree like params with None at trained leaves (and vice versa);
-        None if all are trained. They have no gradient and no optimizer state.
+      stored_key: the run's key, which is constant; ``key`` gives it as a typed key, and ``replace(key=...)`` takes one.
+      frozen: the parameters that are not trained, which have neither gradient nor optimizer state: a tree like params
+        with None at trained leaves, where ``params`` has None at frozen ones. None if all parameters are trained.
     """
 
     stored_key: random.StoredKey
@@ -56,19 +57,25 @@ class TrainState(train_state.TrainState):
         key: int | jax.Array,
         trainable: Any = None,
     ):
-        """The state before the first step.
+        """Creates the state before the first step.
 
         Args:
           apply_fn: the model's apply function.
-          params: a tree of parameters; the state's steps donate them, so keep a copy if they are needed later.
-          tx: any Optax optimizer; nothing extra is passed to its ``update``. It sees the trainable parameters only.
+          params: a tree of parameters; training steps that donate the state invalidate them, so copy them if you need
+            them later.
+          tx: any Optax optimizer; it sees only the trainable parameters, and its ``update`` gets no extra arguments.
           key: an int (a key of the fast kind) or a typed key.
-          trainable: a tree of bools like params, which are trained; None trains all.
+          trainable: a tree of bools like params, True at leaves to train; None trains all.
+
+        Raises:
+          TypeError: if ``tx`` is not an optimizer.
         """
+        trees.check_optimizer("TrainState.create", tx)
         stored_key, frozen = random.StoredKey.of(random.as_key(key)), None
         if trainable is not None:
             params, frozen = trees.partition(trainable, params)
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, stored_key=stored_key, frozen=frozen)
+        transforms.warn_of_followers(state.opt_state)
         return state.replace(step=jnp.zeros([], jnp.int32))  # an array from the start: the step compiles once
 
 
@@ -95,33 +102,32 @@ def make_train_step(
     skip_nonfinite: bool = False,
     norms: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure training step; wrap it in ``jax.jit`` or ``jax.pmap`` and donate the state.
+    """Makes a pure training step; wrap it in ``jax.jit`` or ``jax.pmap`` and donate the state.
 
-    Micro-batches and the shards of a named axis are combined by the sums of their ``batch["weights"]`` (or of their
-    rows, where there are none), so the result is the mean over the global batch however it is split.
+    Micro-batches and the shards of a named axis are weighted by the sum of their ``batch["weights"]``, or by their
+    number of rows without weights, so the result is the mean over the global batch however it is split.
 
     Args:
-      loss_fn: ``loss_fn(params, batch, key) -> (mean loss, metrics)``: loss () float32 and metrics, a dict of (), all
-        of them (weighted) means over the rows it is given; key for dropout.
-      axis_name: the name of the axis that `jax.pmap` maps over; None under jit, on one device or on a mesh.
-      accumulation_steps: number of micro-batches in one batch; rows are assigned in turn, so that under a mesh every
-        device keeps its own.
+      loss_fn: ``loss_fn(params, batch, key) -> (mean loss, metrics)``, with a loss () float32 and a dict of metrics (),
+        all (weighted) means over the rows of the batch; the key is for dropout.
+      axis_name: the name of the axis that `jax.pmap` maps over; None under jit, on one device or a mesh.
+      accumulation_steps: number of micro-batches per batch; rows are dealt to them in turn, so on a mesh every device
+        keeps its own rows.
       skip_nonfinite: whether a step with a non-finite loss or gradient norm leaves parameters and optimizer state
         unchanged; only ``state.step`` advances.
-      norms: whether ``param_norm`` and ``update_norm`` are measured. An accelerator then reads and writes every
-        parameter once more: BERT-base's step took 10.7 ms with them and 10.0 without, in two calls on an H100. Use
-        `global_norms` to measure them now and then.
+      norms: whether to measure ``param_norm`` and ``update_norm``. An accelerator then reads and writes every parameter
+        once more: BERT-base's step took 10.7 ms with them and 10.0 ms without, in two calls on an H100. Use
+        `global_norms` to measure them occasionally.
 
     Returns:
-      ``step(state, batch) -> (state, metrics)``: batch a dict of arrays (batch, ...); metrics are those of loss_fn,
-      ``loss``, the global norms ``grad_norm`` of the raw gradient, with norms ``param_norm`` of the trained parameters
-      before the step and ``update_norm`` of what is added to them, and with skip_nonfinite ``skipped``, 1 for a skipped
-      step.
-      Loss and gradient are those at `pats_jax.forward_params`: at the parameters themselves, unless the optimizer
-      contains Mixout or DPS Mix.
+      ``step(state, batch) -> (state, metrics)``, where batch is a dict of arrays (batch, ...). The metrics, () each,
+      are those of loss_fn, ``loss`` and ``grad_norm``, the global norm of the raw gradient; with ``norms``, also
+      ``param_norm``, that of the trained parameters before the step, and ``update_norm``, that of the update; with
+      ``skip_nonfinite``, also ``skipped``, 1 for a skipped step. Loss and gradient are computed at
+      `pats_jax.forward_params`: the parameters themselves, unless the optimizer contains Mixout, DPS Mix or Perturbed.
 
     Raises:
-      ValueError: if accumulation_steps < 1, or, from the step, if it does not divide the batch.
+      ValueError: if accumulation_steps < 1; from the step, if it does not divide the number of rows.
     """
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps} must be at least 1")
@@ -176,21 +182,21 @@ def _means_of(loss_fn):
 
 
 def _update_unless(skipped, state, grads):
-    """As `_update`; where ``skipped`` is 1, the state as it was."""
+    """As `_update`, but unchanged where ``skipped`` is 1."""
     return _update(state, grads) if skipped is None else _update_if(skipped == 0, state, grads)
 
 
 def _are_finite(metrics):
     """Whether loss and norms are finite.
 
-    Parameters that are not give no finite loss; but asked for their norm here, XLA knows that it is computed before
-    they are overwritten, and need not copy them.
+    Parameters that are not finite make the loss non-finite anyway. Their norm is included so that XLA computes it
+    before they are overwritten, and need not copy them.
     """
     return jnp.all(jnp.isfinite(jnp.stack([metrics[n] for n in ("loss", "grad_norm", "param_norm") if n in metrics])))
 
 
 def _accumulate(sums, batch, key, accumulation_steps):
-    """The sum of ``sums(micro_batch, key)`` over the micro-batches of a batch, each with a key of its own."""
+    """The sum of ``sums(micro_batch, key)`` over the micro-batches of a batch, each with its own key."""
     if accumulation_steps == 1:
         return sums(batch, key)
 
@@ -205,37 +211,44 @@ def _accumulate(sums, batch, key, accumulation_steps):
 
 
 def global_norms(before: Any, after: Any) -> Metrics:
-    """``param_norm`` and ``update_norm`` of a step that has led from some parameters to others, () float32 each."""
+    """``param_norm`` and ``update_norm``, () float32, of a step, given the parameters before and after it."""
     return {"param_norm": optax.tree.norm(before), "update_norm": optax.tree.norm(optax.tree.sub(after, before))}
 
 
-def make_loss_fn(apply_fn: Callable, *, regression: bool = False, deterministic: bool = False) -> LossFn:
-    """Weighted mean of cross-entropy, or of the squared error under regression.
+def make_loss_fn(
+    apply_fn: Callable, *, regression: bool = False, deterministic: bool = False, row_loss: RowLoss | None = None
+) -> LossFn:
+    """Makes a loss function: the weighted mean of cross-entropy, or of the squared error for regression.
 
     Args:
-      apply_fn: a model's apply function that gives logits (batch, num_labels).
-      regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
-      deterministic: whether dropout is off; the key is not used then.
+      apply_fn: a model's apply function, which returns logits (batch, num_labels).
+      regression: whether labels are float scores (batch,), with logits (batch, 1). Otherwise they are int32 classes
+        (batch,) or, where a row may have several labels, 0 or 1, (batch, num_labels); the loss of a row is then the
+        mean over its labels of the sigmoid cross-entropy.
+      deterministic: whether dropout is off; the key is then unused.
+      row_loss: ``row_loss(logits, labels)``, the loss of each row, (batch,); None: as above.
 
     Returns:
-      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``
-      and ``labels``, and where there are any, ``attention_mask``, ``token_type_ids`` and ``weights`` of the rows.
+      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``,
+      ``labels`` and optionally ``attention_mask``, ``token_type_ids`` and ``weights``, (batch,).
 
     Raises:
-      InputError: from `loss_fn`, if a batch has no labels.
+      InputError: from ``loss_fn``, if a batch has no labels.
     """
+
+    costs = row_loss or functools.partial(losses, regression=regression)
 
     def loss_fn(params, batch, key):
         check_labels(batch)
         rngs = None if deterministic else {"dropout": key}
         logits = apply_fn({"params": params}, **model_inputs(batch), deterministic=deterministic, rngs=rngs)
-        return weighted_mean(losses(logits, batch["labels"], regression), batch.get("weights")), {}
+        return weighted_mean(costs(logits, batch["labels"]), batch.get("weights")), {}
 
     return loss_fn
 
 
 def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
-    """``predict(params, batch) -> logits`` (batch, num_labels) float32, in evaluation mode (dropout off)."""
+    """Makes ``predict(params, batch) -> logits``, (batch, num_labels) float32, without dropout."""
 
     def predict(params, batch):
         return apply_fn({"params": params}, **model_inputs(batch), deterministic=True).astype(jnp.float32)
@@ -244,22 +257,27 @@ def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:
 
 
 def losses(logits: jax.Array, labels: jax.Array, regression: bool) -> jax.Array:
-    """Cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels)."""
+    """The cross-entropy or squared error of each row, (batch,) float32, from logits (batch, num_labels).
+
+    With labels (batch, num_labels) of 0 and 1, it is the mean over them of the sigmoid cross-entropy.
+    """
     logits = logits.astype(jnp.float32)
     if regression:
         return jnp.square(logits[:, 0] - labels)
+    if labels.ndim == 2:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """sum(weights * values) / sum(weights), () float32; plain mean without weights, 0 where all weights are 0."""
+    """sum(weights * values) / sum(weights), () float32; the plain mean without weights, 0 if all weights are 0."""
     if weights is None:
         return jnp.mean(values)
     return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1e-30)
 
 
 def parameter_name(path: tuple) -> str:
-    """A parameter's path in the tree, as one name: ``bert.encoder.layer.0.output.dense.kernel``."""
+    """A parameter's path in the tree as a dotted name: ``bert.encoder.layer.0.output.dense.kernel``."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
@@ -273,23 +291,23 @@ def check_labels(batch: Batch) -> None:
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """The entries of a batch that a model takes."""
+    """The entries of a batch that are a model's inputs."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
 def _update(state, grads):
-    """New parameters and optimizer state, and the norm of what was added."""
+    """The new parameters and optimizer state, and the norm of the update."""
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(updates)
 
 
 def _update_if(finite, state, grads):
-    """The same, or everything as it was and a norm of 0."""
+    """As `_update` if ``finite``; else params and state unchanged, and a norm of 0."""
     return jax.lax.platform_dependent(finite, state, grads, cpu=_update_in_branch, default=_update_and_select)
 
 
 def _update_and_select(finite, state, grads):
-    """Chooses entry by entry, in the kernels that compute the update: they read the old values anyway."""
+    """Selects entry by entry, in the kernels that compute the update, which read the old values anyway."""
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.asarray(-0.0, u.dtype)), updates)  # x + -0 is x
     opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, state.opt_state)
@@ -297,10 +315,10 @@ def _update_and_select(finite, state, grads):
 
 
 def _update_in_branch(finite, state, grads):
-    """Runs the optimizer inside a branch: to choose afterwards, XLA's CPU compiler would copy the old state first.
+    """Runs the optimizer inside a branch: if it selected afterwards, XLA's CPU compiler would copy the old state first.
 
-    The updates leave the branch and are added outside, or XLA would compute them twice, with all their noise: once to
-    add them, once for the norm.
+    The updates are returned from the branch and added outside. Otherwise XLA would compute them, noise included, twice:
+    once to add them, once for the norm.
     """
     arguments = (grads, state.opt_state, state.params)
     shapes = jax.eval_shape(state.tx.update, *arguments)[0]

@@ -1,7 +1,8 @@
 """Sensitivity and noise: PATS as Optax gradient transformations.
 
-`pats_noise` adds the noise to whatever update comes in, `with_raw_gradient` hands it the gradient that sensitivity is
-measured with, and `pats` does both around any optimizer. `sensitivity` reads the result out of an optimizer state.
+`pats_noise` adds noise to the incoming update, `with_raw_gradient` supplies the raw gradient that sensitivity is
+measured with, and `pats` combines both around any optimizer. `sensitivity` reads the sensitivity from an optimizer
+state.
 
 The idea is that of PATS, Perturbation According To Sensitivity (EMNLP 2022, https://arxiv.org/abs/2210.12403):
 parameters that matter less for the task get more noise. The paper's formulas were not available to this project, so the
@@ -31,12 +32,12 @@ def _linear(r: jax.Array) -> jax.Array:
 
 
 def _constant(r: jax.Array) -> jax.Array:
-    """Noise of the energy of "linear" without regard to sensitivity: a control."""
+    """The same noise on all entries, with the mean of w^2 that "linear" has: a control that ignores sensitivity."""
     return jnp.full_like(r, _root_mean_square(_linear(r)))
 
 
 def _reversed(r: jax.Array) -> jax.Array:
-    """Noise of the energy of "linear", but more on the sensitive: a control. "constant" where all r are 0."""
+    """More noise on sensitive entries, with the mean of w^2 that "linear" has: a control. "constant" if all r are 0."""
     share, of_linear = jnp.minimum(1.0, r), _root_mean_square(_linear(r))
     own = _root_mean_square(share)
     return jnp.where(own > 0, share * (of_linear / jnp.where(own > 0, own, 1.0)), of_linear)
@@ -59,7 +60,7 @@ RESPONSES: dict[str, Response] = {
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform on [-sqrt(3), sqrt(3)]: a 32-bit integer with its sign, scaled.
 
-    Fewer operations for each entry than jax.random.uniform has; benchmarks/NOTES.md says what that is worth.
+    It takes fewer operations per entry than jax.random.uniform; benchmarks/NOTES.md has the times.
     """
     signed = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint32), jnp.int32)
     return signed.astype(jnp.float32) * np.float32(math.sqrt(3) / 2**31)
@@ -76,12 +77,12 @@ class PatsNoiseState(NamedTuple):
     """State of `pats_noise`.
 
     Attributes:
-      count: () int32, number of updates made, t.
-      stored_key: of the noise, the same at every step; the draws of a step are folded from it and `count`.
-      decay_power: () float32, decay**t, which `sensitivity` corrects the bias with.
-      sensitivity: a tree like params, S_t before bias correction; None where the mask leaves a leaf out.
-      initial_std: a tree like params, standard deviation of the leaf at init, () float32, or (layers,) for a leaf with
-        a layer axis; None where masked.
+      count: t, the number of updates so far, () int32.
+      stored_key: the key of the noise, the same at every step; each step's draws are folded from it and ``count``.
+      decay_power: decay**t, () float32, for the bias correction in `sensitivity`.
+      sensitivity: S_t before bias correction, a tree like params; None where masked.
+      initial_std: std(W_0), a tree like params, () float32, or (layers,) for a leaf with a layer axis; None where
+        masked.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -107,7 +108,7 @@ def pats_noise(
     sensitivity_dtype: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds noise to the update: much on parameters of low sensitivity, none on those of high sensitivity.
+    r"""Adds noise to the update: most on parameters of low sensitivity, none on those of high sensitivity.
 
     With parameters theta, raw gradient g and incoming update u, at step t = 1, 2, ...::
 
@@ -118,15 +119,18 @@ def pats_noise(
         sd_t = noise_scale * std(W_0) * w_t         W_0 the tensor at init, population standard deviation
         update = u + sd_t * xi_t                    xi_t independent, zero mean, unit variance, new at every step
 
-    ``noise_scale`` thus reads: standard deviation of the noise on a parameter of zero sensitivity, in standard
-    deviations of its tensor. The noise stays in the parameters; over T steps it grows like sqrt(T). The idea is the
-    paper's; the formulas are ours. A parameter whose s_t is not finite keeps its S (ours).
+    ``noise_scale`` is thus the standard deviation of the noise on a parameter of zero sensitivity, in units of its
+    tensor's standard deviation. The noise stays in the parameters: over T steps it grows like sqrt(T). A parameter
+    whose s_t is not finite keeps its S. The idea is the paper's; the formulas are ours.
 
-    Goes last in a chain. The raw gradient comes in by Optax's extra argument ``grad``, which `with_raw_gradient`
-    supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update has.
+    Goes last in a chain: what stands after it would change the noise, too. `with_raw_gradient` and `TrainState.create`
+    warn where the optimizer's state shows that something does, such as Adam's moments; parts without a state, such as
+    `optax.sgd` without momentum, cannot be seen. The raw gradient comes in by Optax's extra argument ``grad``, which
+    `with_raw_gradient` supplies; inside `optax.masked` and `optax.partition` it is cut to the leaves that the update
+    has.
 
     Args:
-      noise_scale: a number >= 0, or a schedule of the number of updates made so far (t-1).
+      noise_scale: a number >= 0, or a schedule of the number of updates so far, t-1.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       decay: decay of the moving average of sensitivity, in [0, 1).
       response: "linear" max(0, 1-r), "reciprocal" 1/(1+r), "exponential" exp(-r), or a function of the r >= 0 of one
@@ -134,15 +138,15 @@ def pats_noise(
         the mean of w^2 over the tensor that "linear" has: "constant", the same w for all entries, and "reversed",
         w in proportion to min(1, r).
       distribution: "uniform" on [-sqrt(3), sqrt(3)], or "normal".
-      mask: a tree prefix of bools, or a function of params that returns one; leaves outside take no noise and hold no
-        state. None is every leaf.
-      sensitivity_dtype: dtype in which S_t is stored, float32 if None; r_t is that of the stored one. All is computed
-        in float32.
-      layer_axis: for leaves that hold the tensors of many layers, as `flax.linen.scan` makes them: the axis of the
-        layers, an int for every leaf, or a tree prefix of ints with -1 where there is none, or a function of params
-        that returns one. Each layer is then a tensor of its own, with its own mean, standard deviation and draws, and a
-        mask may have an array of bools (layers,) for such a leaf. None: each leaf is one tensor. For this library's
-        own models `pats_jax.models.layer_axis`.
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside get no noise and hold no
+        state. None means every leaf.
+      sensitivity_dtype: dtype in which S_t is stored, float32 if None. r_t is computed from the stored values, in
+        float32.
+      layer_axis: the axis of the layers in leaves that hold the tensors of many layers, as `flax.linen.scan` creates
+        them: an int for all leaves, a tree prefix of ints with -1 for leaves without layers, or a function of params
+        that returns one. Each layer is then treated as a tensor of its own, with its own mean, standard deviation and
+        draws, and a mask may have an array of bools (layers,) for such a leaf. None means that each leaf is one tensor.
+        For this library's own models, pass `pats_jax.models.layer_axis`.
 
     Returns:
       A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
@@ -231,11 +235,11 @@ def _first_state(params, kept, axes, key, sensitivity_dtype):
 def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
     """Passes the incoming gradient to every transform inside, as Optax's extra argument ``grad``.
 
-    Clipping, Adam and weight decay replace the gradient on its way through a chain; a transform that measures
-    sensitivity, such as `pats_noise`, needs it as it came in. Whatever ``grad`` a caller passes is overwritten.
+    Clipping, Adam and weight decay change the gradient on its way through a chain; a transform that measures
+    sensitivity, such as `pats_noise`, needs the original. A ``grad`` that a caller passes is overwritten.
 
-    `optax.MultiSteps` belongs outside, where the gradient that comes in is the accumulated one; an `optax.MultiSteps`
-    object given as ``inner`` is turned inside out for that.
+    `optax.MultiSteps` belongs outside, so that the incoming gradient is the accumulated one; if ``inner`` is an
+    `optax.MultiSteps` object, this function wraps the optimizer inside it.
 
     Args:
       inner: any gradient transformation.
@@ -244,9 +248,11 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
       The same transformation with ``grad`` supplied; its state is ``inner``'s.
 
     Raises:
-      ValueError: from ``init``, if gradients are accumulated somewhere inside (by
-        ``optax.MultiSteps(...).gradient_transformation()``), so that the raw gradient is not known here.
+      TypeError: if ``inner`` is not an optimizer.
+      ValueError: from ``init``, if gradients are accumulated inside (by
+        ``optax.MultiSteps(...).gradient_transformation()``), where the raw gradient is not known.
     """
+    trees.check_optimizer("with_raw_gradient", inner)
     if isinstance(inner, optax.MultiSteps):
         return _inside_multi_steps(inner, with_raw_gradient)
     inner = optax.with_extra_args_support(inner)
@@ -257,6 +263,7 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
             raise ValueError(
                 "with_raw_gradient: gradients are accumulated inside; put optax.MultiSteps around it instead"
             )
+        warn_of_followers(state)
         return state
 
     def update(updates, state, params=None, **extra_args):
@@ -277,17 +284,17 @@ def pats(
     sensitivity_dtype: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, with sensitivity-aware noise added to its updates.
+    """Adds sensitivity-aware noise to the updates of any optimizer.
 
-    ``pats(inner, ...)`` is ``with_raw_gradient(optax.chain(inner, pats_noise(...)))``.
+    ``pats(inner, ...)`` is ``with_raw_gradient(optax.chain(inner, pats_noise(...)))``; `pats_noise` has the formula.
 
     Args:
       inner: the optimizer, for instance ``optax.adamw(2e-5)``.
-      noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in standard deviations of its
-        tensor; see `pats_noise`, as for the arguments below.
+      noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in units of its tensor's standard
+        deviation; `pats_noise` has details of this and the following arguments.
       key: an int or a typed key.
-      decay: of the moving average of sensitivity.
-      response: the share of the noise by relative sensitivity.
+      decay: decay of the moving average of sensitivity, in [0, 1).
+      response: how the noise depends on relative sensitivity.
       distribution: ``"uniform"`` or ``"normal"``.
       mask: which leaves get noise.
       sensitivity_dtype: dtype of the stored sensitivity.
@@ -297,6 +304,7 @@ def pats(
       A gradient transformation whose ``update`` requires params.
 
     Raises:
+      TypeError: if ``inner`` is not an optimizer.
       ValueError: see `pats_noise` and `with_raw_gradient`.
 
     Examples:
@@ -310,6 +318,7 @@ def pats(
       >>> bool(jnp.max(jnp.abs(params)) < 0.1)
       True
     """
+    trees.check_optimizer("pats", inner)
     noise = pats_noise(
         noise_scale,
         key=key,
@@ -326,14 +335,14 @@ def pats(
 
 
 def sensitivity(opt_state: Any) -> Any:
-    """Bias-corrected sensitivity S^_t = S_t / (1 - decay**t) that an optimizer state carries.
+    """Reads the bias-corrected sensitivity, S^_t = S_t / (1 - decay**t), from an optimizer state.
 
     Args:
       opt_state: the state of any optimizer that contains `pats_noise`.
 
     Returns:
-      A tree like params, float32, None where a leaf is masked; zeros before the first step. Under `optax.partition`
-      the groups that have noise are put together.
+      A tree like params, float32, with None where masked; zeros before the first step. Under `optax.partition`, the
+      groups that have noise are combined.
 
     Raises:
       ValueError: if there is no `PatsNoiseState` in the state.
@@ -359,7 +368,7 @@ def noise_statistics(
     *,
     layer_axis: trees.LayerAxis = None,
 ) -> dict[str, jax.Array]:
-    """How much noise the last update had, from the optimizer state alone: no draw is repeated.
+    """Measures how much noise the last update had, from the optimizer state alone, without drawing it again.
 
     Args:
       opt_state: the state of an optimizer that contains `pats_noise`, after an update.
@@ -368,8 +377,8 @@ def noise_statistics(
       layer_axis: as given to `pats_noise`.
 
     Returns:
-      ``noise_norm``: () float32, sqrt(sum of sd_t^2), the root of the expected squared norm of the noise;
-      ``noisy_parameters``: () float32, how many parameters had noise, sd_t > 0. Both 0 before the first update.
+      A dict of () float32: ``noise_norm``, sqrt(sum of sd_t^2), the root of the expected squared norm of the noise; and
+      ``noisy_parameters``, the number of parameters with sd_t > 0. Both are 0 before the first update.
 
     Raises:
       ValueError: if there is no `PatsNoiseState` in the state.
@@ -406,18 +415,18 @@ def _response(response):
 
 
 def _initial_std(param, axis, kept):
-    """The standard deviation of each tensor of a leaf; 0 for a layer that the mask leaves out: it gets no noise."""
+    """The standard deviation of each tensor of a leaf; 0 for layers that the mask leaves out, so they get no noise."""
     std = trees.each_layer(trees.std, axis, param, out_axis=0)
     return jnp.where(kept, std, 0.0) if isinstance(kept, np.ndarray) else std
 
 
 def _stored(sensitivity, dtype):
-    """S of one leaf as the state holds it. The noise reads the rounded one, so XLA needs no other in memory."""
+    """S of one leaf as stored. The noise uses the rounded values, so XLA keeps no others in memory."""
     return sensitivity if dtype == jnp.float32 else jax.lax.optimization_barrier(sensitivity.astype(dtype))
 
 
 def _relative(sensitivity):
-    """r = S / mean(S) of one leaf, float32; 0 where the mean is 0 (or below float32's normal numbers)."""
+    """r = S / mean(S) of one leaf, float32; 0 where the mean is 0 or subnormal in float32."""
     mean = jnp.sum(sensitivity, dtype=jnp.float32) / max(sensitivity.size, 1)
     positive = mean >= jnp.finfo(jnp.float32).tiny
     if sensitivity.dtype != jnp.float32:  # read again after the mean: XLA would keep it in float32 in between
@@ -436,8 +445,43 @@ def _warn_of_rounding(params):
         )
 
 
+def warn_of_followers(opt_state: Any) -> None:
+    """Warns if a chain has `pats_noise` before a part with a state, which then changes the noise, too.
+
+    Seen in the state alone: a part without one, and one hidden in a wrapper's state, is not noticed.
+
+    Args:
+      opt_state: the state of any optimizer.
+    """
+    chains = jax.tree.leaves(opt_state, is_leaf=lambda x: type(x) is tuple)
+    for chain in (x for x in chains if type(x) is tuple):
+        noisy = [bool(trees.find_states(part, PatsNoiseState)) for part in chain]
+        for before, part in enumerate(chain):
+            if any(noisy[:before]) and not noisy[before] and (name := _changing(part)):
+                warnings.warn(
+                    f"pats_noise stands before {name} in the chain, which changes the noise, too; put pats_noise last",
+                    stacklevel=1,  # one place for all callers: Python then shows it once
+                )
+                return
+        for part in chain:
+            warn_of_followers(part)
+
+
+def _changing(part):
+    """The name of the first state in a part of a chain that holds arrays, and does not only watch; else None."""
+
+    def is_own(x):
+        return isinstance(x, tuple) and hasattr(x, "_fields")
+
+    states = [x for x in jax.tree.leaves(part, is_leaf=is_own) if is_own(x) and jax.tree.leaves(x)]
+    return next((name for name in (type(x).__name__ for x in states) if name not in _WATCHING), None)
+
+
+_WATCHING = {"MonitorState", "SnapshotState", "ZeroNansState"}  # of Optax: they leave a finite update as it is
+
+
 def _inside_multi_steps(multi_steps, wrap):
-    """The same MultiSteps around wrap(its optimizer), so that wrap sees the accumulated gradient."""
+    """The same MultiSteps around ``wrap(its optimizer)``, which then gets the accumulated gradient."""
     outside = copy.copy(multi_steps)
     outside._opt = wrap(multi_steps.inner_opt)
     return outside.gradient_transformation()

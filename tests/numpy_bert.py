@@ -16,11 +16,11 @@ class NumpyBert:
     """The forward pass, of which a test replaces parts.
 
     Attributes:
-        linear: ``linear(name, x)``: the layer of that name.
-        norm: ``norm(name, x)``: the LayerNorm of that name.
-        block_end: ``block_end(name, x, residual)``: what closes a block, given its projection's output.
-        prompt: word embeddings before the text's, (tokens, hidden), or None.
-        prefix: ``prefix[layer] = (keys, values)``, (tokens, hidden) each, or None.
+      linear: ``linear(name, x)``: the layer of that name.
+      norm: ``norm(name, x)``: the LayerNorm of that name.
+      block_end: ``block_end(name, x, residual)``: what closes a block, given its projection's output.
+      prompt: word embeddings before the text's, (tokens, hidden), or None.
+      prefix: ``prefix[layer] = (keys, values)``, (tokens, hidden) each, or None.
     """
 
     def __init__(self, tensors: Tensors, config):
@@ -41,7 +41,7 @@ class NumpyBert:
         return scaled * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
     def logits(self, input_ids, attention_mask, token_type_ids):
-        """(batch, labels)"""
+        """The logits, (batch, labels)."""
         tables = {name: self.tensors[f"bert.embeddings.{name}_embeddings.weight"] for name in _TABLES}
         words, first = tables["word"][input_ids], 0
         if self.prompt is not None:

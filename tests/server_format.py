@@ -32,11 +32,11 @@ def check(path: Path, *, builtin: bool = False) -> dict[str, list[str]]:
     """The answers in each file of an archive, by the file's name.
 
     Args:
-      path: The archive.
-      builtin: Whether its rows are those of the built-in data.
+      path: the archive.
+      builtin: whether its rows are those of the built-in data.
 
     Raises:
-      Refused: Anything in it is not as the server wants it.
+      Refused: if anything in it is not as the server wants it.
     """
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()

@@ -120,7 +120,7 @@ def test_it_is_saved_with_its_own_order_and_names_and_evaluated_the_same_again(b
     table = tiny.write_table(tmp_path / "texts.csv", ("sentence",), *zip(tiny.sentences(3, 1)[0]), separator=",")
     capsys.readouterr()
     cli.main(["predict", str(folders / "own-run" / "model"), "--file", str(table)])
-    assert capsys.readouterr().out.splitlines()[0] == "\t".join(("index", "prediction", *NAMES))
+    assert capsys.readouterr().out.splitlines()[0] == "\t".join(("index", "prediction", *NAMES, "sentence1"))
 
 
 def test_modules_for_it_are_saved_with_its_order_too(tmp_path):
@@ -132,13 +132,13 @@ def test_modules_for_it_are_saved_with_its_order_too(tmp_path):
     assert peft.load_peft_model(tmp_path / "adapter")[2].id2label == dict(enumerate(NAMES))
 
 
-def test_modules_on_a_head_with_several_labels_to_a_text_are_refused(tmp_path):
+def test_modules_on_a_head_with_several_scores_to_a_text_are_refused(tmp_path):
     model, params, _ = models.from_pretrained(save_head(tmp_path / "base", NAMES), num_labels=3)
     model, params = peft.add_peft(model, params, peft.LoraConfig(rank=1), key=0)
-    several = dataclasses.replace(model.config, problem_type="multi_label_classification")
+    several = dataclasses.replace(model.config, problem_type="regression")
     model = model.clone(config=several)
     peft.save_peft(tmp_path / "adapter", model=model, params=params, base_model_name_or_path=str(tmp_path / "base"))
-    with pytest.raises(InputError, match="problem_type is multi_label_classification"):
+    with pytest.raises(InputError, match="problem_type is regression"):
         peft.load_peft_model(tmp_path / "adapter")
 
 

@@ -283,7 +283,9 @@ def test_pickle_and_a_saved_folder_give_the_same_probabilities(fitted, tmp_path,
     (tmp_path / "new.txt").write_text("".join(f"{text}\n" for text in NEW))
     cli.main(["predict", str(tmp_path / "model"), "--file", str(tmp_path / "new.txt")])
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[2:] for row in rows] == [[f"{p:.4f}" for p in row] for row in expected]
+    assert [row[2:] for row in rows] == [
+        [*(f"{p:.6f}" for p in row), text] for row, text in zip(expected, NEW, strict=True)
+    ]
     with pytest.raises(InputError, match="exists already"):
         fitted.save(tmp_path / "model")
     with pytest.raises(InputError, match="load it with TextClassifier"):

@@ -168,7 +168,7 @@ def test_unknown_names(shell):
     shell.refuses("method sgd: no such method; choose one of finetune, pats", method="sgd")
     shell.refuses("method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
-    shell.refuses("fit: no such command; choose one of glue, compare, prime, gym, predict", args=["fit"])
+    shell.refuses("fit: no such command; choose one of train, predict, glue, compare, prime, gym", args=["fit"])
 
 
 def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):
@@ -290,8 +290,8 @@ def test_wrong_input_of_predict(shell):
         shell.refuses(*parts, args=["predict", str(model), "--file", str(file), *flags])
 
     refuses("none: no such folder", model=shell.folder / "none")
-    refuses(f"this is the folder of a run; use its model, {shell.home / 'model'}", model=shell.home)
     refuses("has no classification head", model=shell.home / "model")
+    refuses("model: has no classification head", model=shell.home)  # the folder that the model is in, as of a run
     refuses("none.txt: no such file", file=shell.folder / "none.txt")
     refuses("empty.txt: the file is empty", file=shell.write("empty.txt", ""))
     refuses("bytes.txt:2: not UTF-8", file=shell.write("bytes.txt", b"ann\nb\xff\n"))

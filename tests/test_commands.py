@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 import tiny
 from packaging.requirements import Requirement
@@ -34,7 +35,7 @@ from pats_jax.programs.predict import predict_file
 from pats_jax.programs.submission import write_submission
 from pats_jax.reporting import console
 from pats_jax.run.flags import parse
-from pats_jax.run.settings import Settings
+from pats_jax.run.settings import OwnDataSettings, Settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What the reports of grids and gyms quote are commands and settings of past runs, not documentation.
@@ -54,6 +55,7 @@ GYM = {"data_dir": "gym", "partition": "partition.json", "max_steps": "1", "max_
 GYM |= {"eval_steps": "1"}
 SHRUNK = {
     "glue": GLUE,
+    "train": GLUE,
     "compare": GLUE | {"tasks": "mrpc", "seeds": "1", "data_dir": "builtin", "max_train_samples": "16", "jobs": "1"},
     "prime": GYM | {"tasks_per_step": "2", "task_batch_size": "2", "num_devices": "1"},
     "gym": GYM | {"max_test_rows": "4", "samples": "13", "tasks": "manners", "jobs": "1"},
@@ -62,6 +64,7 @@ NAMES = {"TASK": "sst2", "METHOD": "pats"}  # what a reader fills in
 STUB = r"""#!/bin/bash
 answer="$DOOR/answer-$$"
 mkfifo "$answer"
+[[ ! -p /dev/stdin ]] || cat >"$answer.in"
 { printf '%s\0' "$#" "$answer" "$0" "$@"; } >"$DOOR/asked"
 read -r code <"$answer"
 exit "$code"
@@ -126,7 +129,9 @@ class Shell:
         """Runs a block; an AssertionError says where it failed, and what it printed."""
         asked = os.open(self.door / "asked", os.O_RDWR)
         script = "set -euo pipefail\n" + block.code
-        process = subprocess.Popen(["bash", "-c", script], cwd=self.folder, env=self.environment)
+        process = subprocess.Popen(
+            ["bash", "-c", script], cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL
+        )
         words, rest = [], b""
         try:
             while process.poll() is None:
@@ -137,7 +142,8 @@ class Shell:
                 if words and len(words) == int(words[0]) + 3:
                     _, answer, program, *args = words
                     words = []
-                    code = self.carry_out(os.path.basename(program), args)
+                    with standard_input(pathlib.Path(f"{answer}.in")):
+                        code = self.carry_out(os.path.basename(program), args)
                     pathlib.Path(answer).write_text(f"{code}\n")
         finally:
             process.kill()
@@ -145,6 +151,19 @@ class Shell:
             os.close(asked)
         where = f"{block.page}:{block.line}"
         assert process.returncode == 0, f"{where}: exit code {process.returncode} of\n{block.code}"
+
+
+@contextlib.contextmanager
+def standard_input(path):
+    """Standard input as a pipe gave it to a program, if one did."""
+    before = sys.stdin
+    sys.stdin = path.open(encoding="utf-8") if path.exists() else before
+    try:
+        yield
+    finally:
+        if sys.stdin is not before:
+            sys.stdin.close()
+        sys.stdin = before
 
 
 # the programs
@@ -197,11 +216,16 @@ def shrink(args):
         flags["data_dir"] = "builtin"
         if "--out_of_domain" in rest:
             flags["out_of_domain_dir"] = "NLI"
+        rest = without(rest, "push_to_hub", "hub_model_id")  # tests/test_hub.py uploads
     if "prompt" in rest:
         flags["prompt_length"] = "4"  # the tiny model has few positions
     if command == "compare":
         rest = without(rest, "executor", "scheduler")
-        rest = without(rest, "methods") + ["--methods", *values_of(rest, "methods")[:2]]
+        for name, count in {"methods": 2, "learning_rate": 2, "noise_scale": 1, "peft": 2}.items():
+            if f"--{name}" in rest:
+                rest = [*without(rest, name), f"--{name}", *values_of(rest, name)[:count]]
+        if "--train_file" in rest:
+            del flags["tasks"], flags["data_dir"]
     new = [word for name, value in flags.items() for word in (f"--{name}", value)]
     return [command, *without(rest, *flags), *new]
 
@@ -216,7 +240,8 @@ def _bind(function, **options):
 
 
 def _compare(args):
-    compare.check(*compare.parse(args))
+    grid, others = compare.parse(args)
+    compare.check(compare.name_data(grid, others), others)
 
 
 def _builtin(args):
@@ -227,6 +252,7 @@ def _builtin(args):
 
 UNDERSTOOD = {
     "glue": lambda args: parse(args, "pats-jax glue", Settings),
+    "train": lambda args: parse(args, "pats-jax train", OwnDataSettings),
     "prime": lambda args: parse(args, "pats-jax prime", PrimingSettings),
     "gym": lambda args: parse(args, "pats-jax gym", GymSettings),
     "compare": _compare,
@@ -235,7 +261,7 @@ UNDERSTOOD = {
     "builtin": _builtin,
     "completion": lambda args: cli.main(["completion", *args]),
 }
-NEEDS_A_MODEL = ("glue", "prime", "gym", "compare")
+NEEDS_A_MODEL = ("glue", "train", "prime", "gym", "compare")
 
 
 def pip(args):
@@ -290,7 +316,18 @@ def home(tmp_path_factory):
         (home / name).parent.mkdir(exist_ok=True)
         tiny.save_checkpoint(home / name)
     texts, praises = tiny.sentences(24, 0)
+    words = np.where(praises, "good", "bad")
+    for file in ("reviews.csv", "dev.csv"):
+        tiny.write_table(home / file, ("text", "label"), *zip(texts, words, strict=True), separator=",")
     (home / "texts.tsv").write_text("sentence\n" + "".join(f"{text}\n" for text in texts[:5]))
+    labels = ["good" if praise else "bad" for praise in praises]
+    for file in ("mine.csv", "reviews.csv"):
+        tiny.write_table(home / file, ("text", "label"), *zip(texts, labels, strict=True), separator=",")
+    tickets = zip(texts, texts[::-1], labels, strict=True)
+    tiny.write_table(home / "tickets.csv", ("subject", "body", "team"), *tickets, separator=";")
+    (home / "tickets_dev.csv").write_text((home / "tickets.csv").read_text())
+    (home / "new.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:5]))
+    (home / "texts.txt").write_text("".join(f"{text}\n" for text in texts[:5]))
     tiny.write_gym(home / "gym")
     (home / "partition.json").write_text(json.dumps(tiny.PARTITION))
     labels = ("entailment", "neutral", "contradiction")

@@ -19,6 +19,7 @@ import scipy.stats
 import tiny
 
 from pats_jax.comparison import compare, comparison_page, seed_statistics
+from pats_jax.comparison.arms import Arm
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
@@ -43,7 +44,7 @@ def measured(rng):
 def write_run(root, run, score, *, best=None, losses=(0.7, 0.5, 0.4), versions=None, seconds=2.0, **settings):
     """A finished run's folder as the GLUE program leaves it: lines every 10 steps, evaluations at 15 and at the end."""
     folder = run.folder(root)
-    own = {"task_name": run.task, "method": run.method, "seed": run.seed, "output_dir": str(folder)}
+    own = {"task_name": run.task, "method": run.arm.method, "seed": run.seed, "output_dir": str(folder)}
     chosen = dataclasses.replace(BASE, **(own | settings))
     run_folder.start(folder, chosen.to_dict())
     lines = [
@@ -55,11 +56,11 @@ def write_run(root, run, score, *, best=None, losses=(0.7, 0.5, 0.4), versions=N
     run_folder.write_metrics(folder, sorted(lines + evaluations, key=lambda line: line["step"]))
     scores = [{"step": one["step"], "metrics": one["eval"]} for one in evaluations]
     top = max(scores, key=lambda one: one["metrics"]["combined_score"])
-    rng = np.random.default_rng([run.seed, run.method == "pats"])
+    rng = np.random.default_rng([run.seed, run.arm.method == "pats"])
     (before, shares_before), (after, shares_after) = measured(rng), measured(rng)
     results = {
         "data": f"{run.task} from <GLUE> & co",
-        "method": run.method,
+        "method": run.arm.method,
         "main_metric": "combined_score",
         "versions": versions or {"python": "3.11.0", "jax": "0.10.2"},
         "steps": scores[-1]["step"],
@@ -80,9 +81,9 @@ def write_run(root, run, score, *, best=None, losses=(0.7, 0.5, 0.4), versions=N
 
 
 def write_grid(root, scores, tasks=("mrpc",), **settings):
-    runs = [Run(task, method, seed) for task in tasks for method, of in scores.items() for seed in of]
+    runs = [Run(task, Arm(method), seed) for task in tasks for method, of in scores.items() for seed in of]
     for run in runs:
-        write_run(root, run, scores[run.method][run.seed], **settings)
+        write_run(root, run, scores[run.arm.method][run.seed], **settings)
     return runs
 
 
@@ -171,20 +172,20 @@ def test_equal_scores(tmp_path):
 
 
 def test_the_score_is_that_of_the_kept_model(tmp_path):
-    last = write_run(tmp_path, Run("mrpc", "finetune", 1), 0.7, best=0.9)
-    best = write_run(tmp_path, Run("mrpc", "finetune", 2), 0.7, best=0.9, load_best_model_at_end=True)
+    last = write_run(tmp_path, Run("mrpc", Arm("finetune"), 1), 0.7, best=0.9)
+    best = write_run(tmp_path, Run("mrpc", Arm("finetune"), 2), 0.7, best=0.9, load_best_model_at_end=True)
     assert (last.score, last.best_score) == (0.7, 0.9) and best.score == 0.9
 
 
 def test_seconds_per_step_leave_out_the_line_that_compiled(tmp_path):
-    assert write_run(tmp_path, Run("mrpc", "pats", 1), 0.7, seconds=3.0).seconds_per_step() == pytest.approx(0.3)
-    assert write_run(tmp_path, Run("mrpc", "pats", 2), 0.7, losses=[1.0]).seconds_per_step() is None
+    assert write_run(tmp_path, Run("mrpc", Arm("pats"), 1), 0.7, seconds=3.0).seconds_per_step() == pytest.approx(0.3)
+    assert write_run(tmp_path, Run("mrpc", Arm("pats"), 2), 0.7, losses=[1.0]).seconds_per_step() is None
 
 
 def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
-    one = write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, losses=(0.9, 0.5, 0.1))
-    two = write_run(tmp_path, Run("mrpc", "pats", 2), 0.6, losses=(0.7, 0.6))
-    (numbers,) = seed_statistics.summarise_task([one, two], ["pats"], "pats").methods.values()
+    one = write_run(tmp_path, Run("mrpc", Arm("pats"), 1), 0.8, losses=(0.9, 0.5, 0.1))
+    two = write_run(tmp_path, Run("mrpc", Arm("pats"), 2), 0.6, losses=(0.7, 0.6))
+    (numbers,) = seed_statistics.summarise_task([one, two], {Arm("pats"): None}).methods.values()
     loss = numbers.curves["loss"]
     assert dataclasses.asdict(loss) == {
         "step": [10, 20],
@@ -196,7 +197,7 @@ def test_curves_are_over_the_steps_of_all_seeds(tmp_path):
 
 
 def test_concentration_is_averaged(tmp_path):
-    runs = [write_run(tmp_path, Run("mrpc", "pats", seed), 0.8) for seed in (1, 2)]
+    runs = [write_run(tmp_path, Run("mrpc", Arm("pats"), seed), 0.8) for seed in (1, 2)]
     found = seed_statistics.mean_concentration([one.results["concentration"] for one in runs])
     raw = [one.results["concentration"] for one in runs]
     assert found.after["gini"].mean == pytest.approx(np.mean([one["after"]["all"]["gini"] for one in raw]))
@@ -209,9 +210,9 @@ def test_concentration_is_averaged(tmp_path):
 
 def test_runs_with_other_settings_are_not_compared(tmp_path):
     runs = write_grid(tmp_path, {"finetune": FINETUNE})
-    write_run(tmp_path, Run("mrpc", "pats", 1), 0.8, learning_rate=1e-3)
+    write_run(tmp_path, Run("mrpc", Arm("pats"), 1), 0.8, learning_rate=1e-3)
     with pytest.raises(InputError, match="mrpc/pats/seed1 cannot be compared .*learning_rate was 0.001 and is 5e-05"):
-        seed_statistics.summarise(tmp_path, [*runs, Run("mrpc", "pats", 1)])
+        seed_statistics.summarise(tmp_path, [*runs, Run("mrpc", Arm("pats"), 1)])
 
 
 # the report
@@ -262,7 +263,7 @@ def reported(tmp_path_factory):
     root = tmp_path_factory.mktemp("reported")
     runs = write_grid(root, {"finetune": FINETUNE, "pats": PATS}, ("mrpc", "stsb"))
     recorded = {
-        "runs": [dataclasses.asdict(run) for run in [*runs, Run("mrpc", "pats|odd", 6)]],
+        "runs": [run.record() for run in [*runs, Run("mrpc", Arm("pats|odd"), 6)]],
         "commands": ["pats-jax compare --output_dir 'a <b>'"],
         "machines": [{"cores": "2"}],
     }
@@ -375,7 +376,7 @@ class Home:
 
     def compare(self, *flags, methods="finetune pats", seeds="1 2"):
         args = ["--methods", *methods.split(), "--tasks", "mrpc", "--seeds", *seeds.split(), "--output_dir", self.grid]
-        args += ["--model_name_or_path", "model", *flags]
+        args += ["--model_name_or_path", "model", "--lanes", "1", *flags]
         out = io.StringIO()
         compare.run(list(map(str, args)), rich.console.Console(file=out))
         return out.getvalue()
@@ -406,7 +407,7 @@ def test_finished_runs_are_never_run_again(home, jobs):
     assert home.started() == ALL and "mrpc/pats/seed1: combined_score 0.8000" in out
     assert (home.grid / "report.html").exists() and str(home.grid / "report.html") in out
     assert "4 of 4 runs are already finished" in home.compare() and home.started() == []
-    write_run(home.folder / "model", Run("mrpc", "pats", 3), 0.9)
+    write_run(home.folder / "model", Run("mrpc", Arm("pats"), 3), 0.9)
     home.compare(methods="pats", seeds="3")
     assert home.started() == ["pats-3"]
     found = json.loads((home.grid / "comparison.json").read_text())
@@ -548,7 +549,7 @@ def real_grid(folder, seeds):
         --methods finetune pats --tasks sst2 --seeds {seeds} --jobs 2 --output_dir {folder / "grid"}
         --model_name_or_path {tiny.save_checkpoint(folder / "checkpoint")}
         --data_dir {tiny.write_sst2(folder / "data")} --max_seq_length 16 --per_device_train_batch_size 8
-        --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2
+        --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2 --lanes 1
         --learning_rate 1e-2 --noise_scale 0.1""")
 
 
@@ -573,7 +574,7 @@ def test_a_grid_of_real_runs_by_their_commands(tmp_path):
     flags = real_grid(tmp_path, "1")
     grid, others = compare.parse(flags)
     shared = compare.check(grid, others)
-    for run in grid.runs():
+    for run in grid.runs(shared):
         module, program, *arguments = compare.glue_arguments(run, tmp_path / "grid", shared)
         assert (module, program) == ("-m", "pats_jax")
         cli.main(arguments)

@@ -5,9 +5,11 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 
+import pats_jax
 from pats_jax import methods, models, objectives, train_state
 from pats_jax.data import batches, readers
 from pats_jax.errors import InputError
@@ -42,12 +44,22 @@ def settings(home, **changes):
     return tiny.Settings(model_name_or_path=str(home / "model"), task_name="sst2", learning_rate=1e-3, **changes)
 
 
-def in_lanes(home, data, runs, steps, eval_steps=100, layers="separate", boundaries=BOUNDARIES, **program):
+def in_lanes(
+    home,
+    data,
+    runs,
+    steps,
+    eval_steps=100,
+    layers="separate",
+    boundaries=BOUNDARIES,
+    kind=lanes.LaneProgram,
+    **program,
+):
     """Trains all runs in lanes."""
     model, params, config = load(home, 0, layers)
     own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
     arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0].optimizer, steps, 64)
-    lane_program = lanes.LaneProgram(model.apply, runs[0], steps, **program)
+    lane_program = kind(model.apply, runs[0], steps, **program)
     compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)
     state = compiled.init(params, own, arrays, rates)
     frozen = lane_program.split(params)[1]
@@ -61,10 +73,10 @@ def dataset(data):
     return {"train": data["train"], "dev_tokens": data["validation"][0]}
 
 
-def alone(home, data, run, steps, boundaries=BOUNDARIES):
+def alone(home, data, run, steps, boundaries=BOUNDARIES, make_optimizer=methods.make_optimizer):
     """The same run by the library's own parts: the parameters at the end, losses, logits of the dev rows."""
     model, params, _ = load(home, run.seed)
-    tx = methods.make_optimizer(run.optimizer, run.methods, steps, params, seed=run.seed)
+    tx = make_optimizer(run.optimizer, run.methods, steps, params, seed=run.seed)
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=run.seed)
     loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(run.methods))
     step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True))
@@ -79,12 +91,12 @@ def alone(home, data, run, steps, boundaries=BOUNDARIES):
     return state.params, found, jax.jit(train_state.make_predict_step(model.apply))(state.params, everything)
 
 
-def assert_close(params, of_run, lane):
+def assert_close(params, of_run, lane, atol=2e-4):
     """Key biases are left out: their gradient is zero in exact arithmetic, and Adam magnifies rounding there."""
     of_lanes = jax.tree_util.tree_leaves_with_path(params)
     for (path, ours), theirs in zip(of_lanes, jax.tree.leaves(of_run), strict=True):
         if not train_state.parameter_name(path).endswith("self.key.bias"):
-            np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=2e-4, err_msg=str(path))
+            np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=atol, err_msg=str(path))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,53 @@ def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropo
         np.testing.assert_allclose(trained.logits[15][lane], logits, rtol=0, atol=5e-3)
     kernels = ended["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]
     assert all(np.abs(kernels[a] - kernels[b]).max() > 1e-2 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def sgd(settings, chosen, steps, params, *, seed, schedule=None, response=None):
+    """Plain gradient descent with the noise of the settings."""
+    rate = methods.learning_rate_schedule(settings, steps) if schedule is None else schedule
+    (pats,) = chosen
+    noise = {"noise_scale": pats.noise_scale, "decay": pats.decay, "response": response or pats.response}
+    return pats_jax.pats(optax.sgd(rate), **noise, key=seed)
+
+
+class SgdProgram(lanes.LaneProgram):
+    def _optimizer(self, lane, rates, params):
+        settings = self._settings(lane)
+        rate = settings.optimizer.learning_rate
+        return sgd(
+            settings.optimizer,
+            settings.methods,
+            self.total_steps,
+            params,
+            seed=settings.seed,
+            schedule=lambda t: rate * rates[t],
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, make_optimizer, atol", [(SgdProgram, sgd, 1e-5), (lanes.LaneProgram, methods.make_optimizer, 1e-3)]
+)
+def test_fifty_steps(home, dataset, kind, make_optimizer, atol):
+    runs = [settings(home, seed=seed, method="pats", noise_scale=0.01 * seed) for seed in (1, 2, 3)]
+    trained = in_lanes(home, dataset, runs, 50, kind=kind)
+    for lane, run in enumerate(runs):
+        params, losses, _ = alone(home, dataset, run, 50, make_optimizer=make_optimizer)
+        np.testing.assert_allclose(trained.metrics["loss"][:, lane], losses, rtol=1e-3)
+        assert_close(trained.state.params, params, lane, atol)
+
+
+@pytest.mark.parametrize("bytes_of_lane, expected", [(10, 8), (30, 3), (99, 1), (1000, 1)])
+def test_as_many_lanes_as_fit(bytes_of_lane, expected):
+    asked = []
+
+    def needed(number):
+        asked.append(number)
+        return 5 + bytes_of_lane * number
+
+    assert lanes.fitting_lanes(8, needed, 100.0) == expected
+    assert len(asked) <= 2
 
 
 @pytest.mark.slow

@@ -107,6 +107,14 @@ def test_the_model_card(tmp_path):
     assert "![loss](plots/loss.png)" in card
 
 
+def test_the_interval_of_the_score_is_on_the_card(tmp_path):
+    interval = {"low": 0.61234, "high": 0.85, "level": 0.95, "resamples": 2000}
+    found = {"diagnosis": {"metric": "accuracy", "score": 0.75, "interval": interval}}
+    model_card.write_fine_tuned(tmp_path, {}, RESULTS | found)
+    said = "accuracy of the model in this folder is 0.7500, 95% bootstrap interval 0.6123 to 0.8500."
+    assert f"| majority class | 0.5000 |\n\n{said}\n" in read(tmp_path)
+
+
 def test_the_model_card_of_a_run_without_evaluation(tmp_path):
     results = {name: RESULTS[name] for name in RESULTS if name not in ("final", "best", "majority_class", "steps")}
     model_card.write_fine_tuned(tmp_path, {}, results)

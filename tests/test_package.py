@@ -137,27 +137,7 @@ def test_the_wheel_trains_and_predicts_in_a_new_environment(tmp_path):
     options["cwd"] = here
     program = user / "bin/pats-jax"
     assert run(program, "--version", **options) == run(user / "bin/python", "-m", "pats_jax", "--version", **options)
-    data = (
-        "--train_file",
-        "train.csv",
-        "--validation_file",
-        "train.csv",
-        "--max_seq_length",
-        "16",
-        "--per_device_train_batch_size",
-        "8",
-    )
-    run(
-        program,
-        "glue",
-        "--model_name_or_path",
-        "model",
-        *data,
-        "--num_train_epochs",
-        "2",
-        "--output_dir",
-        "run",
-        **options,
-    )
-    lines = run(program, "predict", "run/model", "--file", "texts.txt", **options).splitlines()
-    assert lines[0].split("\t") == ["index", "prediction", "0", "1"] and len(lines) == 25
+    flags = {"model_name_or_path": "model", "train_file": "train.csv", "max_seq_length": 16, "output_dir": "run"}
+    run(program, "train", *tiny.flags(**flags, per_device_train_batch_size=8, num_train_epochs=2), **options)
+    lines = run(program, "predict", "run", "--file", "texts.txt", **options).splitlines()
+    assert lines[0].split("\t") == ["index", "prediction", "0", "1", "sentence1"] and len(lines) == 25

@@ -41,12 +41,12 @@ def test_labels_and_probabilities_in_the_order_of_the_rows(model, tmp_path, caps
     cli.main(["predict", str(model), "--file", str(file), "--batch_size", "5", "--max_seq_length", "16"])
     out, error = capsys.readouterr()
     header, rows = table(out)
-    assert header == ["index", "prediction", *NAMES] and error == ""
+    assert header == ["index", "prediction", *NAMES, "sentence1"] and error == ""
     assert [row[0] for row in rows] == [str(index) for index in range(len(texts))]
-    probabilities = np.array([row[2:] for row in rows], float)
+    probabilities = np.array([row[2:5] for row in rows], float)
     expected = scipy.special.softmax(tiny.reference_logits(model, texts), axis=1)
-    np.testing.assert_allclose(probabilities, expected, atol=1e-4)
-    np.testing.assert_allclose(probabilities.sum(1), 1.0, atol=2e-4)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert [row[5] for row in rows] == texts
     assert [row[1] for row in rows] == [NAMES[index] for index in expected.argmax(1)]
 
 
@@ -63,7 +63,7 @@ def test_pairs_with_their_own_index_into_a_file(model, tmp_path, capsys):
     header, rows = table(target.read_text())
     assert [row[0] for row in rows] == [f"q{n}" for n in range(6)]
     expected = scipy.special.softmax(tiny.reference_logits(model, first, second), axis=1)
-    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), expected, atol=1e-4)
+    np.testing.assert_allclose(np.array([row[2:5] for row in rows], float), expected, atol=1e-4)
 
 
 def test_what_is_read_is_not_written_over(model, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_scores_of_a_regression(tmp_path, capsys):
     file = tiny.write_table(tmp_path / "texts.csv", ("sentence",), *zip(texts), separator=",")
     cli.main(["predict", str(model), "--file", str(file), "--max_seq_length", "24"])
     header, rows = table(capsys.readouterr().out)
-    assert header == ["index", "prediction"]
+    assert header == ["index", "prediction", "sentence1"]
     np.testing.assert_allclose([float(row[1]) for row in rows], tiny.reference_logits(model, texts)[:, 0], atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def predicted(model, texts, tmp_path, capsys, *flags):
     file.write_text("".join(f"{text}\n" for text in texts))
     cli.main(["predict", str(model), "--file", str(file), *flags])
     out, error = capsys.readouterr()
-    return np.array([row[2:] for row in table(out)[1]], float), error
+    return np.array([row[2:5] for row in table(out)[1]], float), error
 
 
 LONG = ["ann is warm and bob is cold .", "ann is warm .", "bob and cid and dan and eve and fay is rude and loud ."]
@@ -183,10 +183,10 @@ def test_a_row_is_a_line_whatever_ids_and_labels_hold(tmp_path, capsys):
     tiny.write_lines(file, ({"id": id, "sentence": text} for id, text in zip(ids, texts, strict=True)))
     cli.main(["predict", str(tmp_path / "model"), "--file", str(file), "--output_file", str(target)])
     text = target.read_bytes().decode()
-    assert text.count("\n") == 7 and "\r" not in text and all(line.count("\t") == 4 for line in text.splitlines())
+    assert text.count("\n") == 7 and "\r" not in text and all(line.count("\t") == 5 for line in text.splitlines())
     header, rows = table(text)
     escaped = ['so\\tso\\n"really"', "good\\r", "bad"]
-    assert header == ["index", "prediction", *escaped]
+    assert header == ["index", "prediction", *escaped, "sentence1"]
     assert [row[0] for row in rows] == ["a\\tb", "c\\nd", "e\\r", "", "f", "\\t"]
     answers = tiny.reference_logits(tmp_path / "model", texts).argmax(1)
     assert [row[1] for row in rows] == [escaped[answer] for answer in answers]
@@ -200,3 +200,71 @@ def test_a_pipe_is_written_to_not_replaced(model, tmp_path):
     cli.main(["predict", str(model), "--file", str(file), "--output_file", str(pipe)])
     assert os.read(reader, 5) == b"index" and stat.S_ISFIFO(pipe.stat().st_mode)
     os.close(reader)
+
+
+# where texts come from
+
+
+@pytest.fixture
+def standard_input(monkeypatch):
+    def give(text, is_terminal=False):
+        stream = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="ascii")
+        stream.isatty = lambda: is_terminal
+        monkeypatch.setattr("sys.stdin", stream)
+
+    return give
+
+
+@pytest.mark.parametrize("flags", [(), ("--file", "-")])
+def test_standard_input_has_a_text_a_line(model, standard_input, capsys, flags):
+    texts = ["ann is warm .", "", "café \u2028 is cold"]
+    standard_input("".join(f"{text}\r\n" for text in texts))
+    cli.main(["predict", str(model), *flags])
+    rows = table(capsys.readouterr().out)[1]
+    assert [row[5] for row in rows] == texts and [row[0] for row in rows] == ["0", "1", "2"]
+    expected = scipy.special.softmax(tiny.reference_logits(model, texts), axis=1)
+    np.testing.assert_allclose(np.array([row[2:5] for row in rows], float), expected, atol=1e-5)
+
+
+def test_one_text_or_a_pair(model, capsys):
+    for pair in (None, "bob is cold"):
+        cli.main(["predict", str(model), *tiny.flags(text="ann is warm", text_pair=pair)])
+        header, [row] = table(capsys.readouterr().out)
+        second = None if pair is None else [pair]
+        expected = scipy.special.softmax(tiny.reference_logits(model, ["ann is warm"], second), axis=1)
+        np.testing.assert_allclose(np.array(row[2:5], float), expected[0], atol=1e-5)
+        assert row[5:] == ["ann is warm", *(second or ())]
+
+
+def test_what_is_no_text(model, standard_input, capsys, tmp_path):
+    standard_input("", is_terminal=True)
+    assert "no texts: set --file or --text, or pipe texts in" in tiny.refused(capsys, "predict", model)
+    standard_input("\n")
+    assert "standard input: the file is empty" in tiny.refused(capsys, "predict", model)
+    standard_input(b"ann\n\xff\n")
+    assert "standard input:2: not UTF-8" in tiny.refused(capsys, "predict", model)
+    standard_input("ann\n")
+    line = tiny.refused(capsys, "predict", model, "--delimiter", ";")
+    assert "--text_column_names, --delimiter: standard input has one text per line" in line
+    line = tiny.refused(capsys, "predict", model, "--text", "ann", "--file", "a.csv")
+    assert "--text: cannot be used with --file" in line
+    assert "--text_pair: needs --text" in tiny.refused(capsys, "predict", model, "--text_pair", "ann")
+
+
+def test_the_folder_of_a_run_is_its_model_and_knows_its_columns(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "model").parent.mkdir()
+    (run / "model").symlink_to(model)
+    path = tiny.write_table(tmp_path / "texts.csv", ("text", "body"), ("x", "ann is warm"), separator=",")
+    (run / "config.json").write_text(json.dumps({"text_column_names": ["body"]}))
+    for folder in (run, run / "model"):
+        cli.main(["predict", str(folder), "--file", str(path)])
+        assert table(capsys.readouterr().out)[1][0][5] == "ann is warm"
+    cli.main(["predict", str(run), "--file", str(path), "--text_column_names", "text"])
+    assert table(capsys.readouterr().out)[1][0][5] == "x"
+    other = tiny.write_table(tmp_path / "other.csv", ("sentence",), ("bob",), separator=";")
+    cli.main(["predict", str(run), "--file", str(other)])  # it has no such column
+    assert table(capsys.readouterr().out)[1][0][5] == "bob"
+    pair = tiny.write_table(tmp_path / "pair.csv", ("a", "b"), ("bob", "cid"), separator=";")
+    cli.main(["predict", str(run), "--file", str(pair), *tiny.flags(text_column_names=("a", "b"), delimiter=";")])
+    assert table(capsys.readouterr().out)[1][0][5:] == ["bob", "cid"]

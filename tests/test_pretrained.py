@@ -294,7 +294,11 @@ def test_a_head_with_several_answers_to_a_text_is_refused_by_its_problem_type(pr
     tensors, config = stored("bert")
     write(tmp_path, tensors, config | {"problem_type": problem_type})
     refused(tmp_path, f"problem_type is {problem_type} with 3 labels", "ignore_mismatched_sizes")
-    refused(tmp_path, "problem_type", num_labels=None)
+    if problem_type == "regression":
+        refused(tmp_path, "problem_type", num_labels=None)
+    else:
+        _, _, found = from_pretrained(tmp_path, num_labels=None)
+        assert found.is_multi_label and found == from_pretrained(tmp_path, num_labels=3, multi_label=True)[2]
     _, _, found = from_pretrained(tmp_path, num_labels=3, new_head=True)
     assert found.problem_type == "single_label_classification"
     _, _, found = from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)

@@ -87,6 +87,15 @@ def test_of_runs_it_says_how_many_what_runs_and_the_time_left():
         "2 of 5 runs, 2 min 30 s left",
     ]
     terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    with CountProgress(console, 5, "runs", clock=lambda: now[0]) as showing:
+        now[0] = 130.0
+        showing.show("a, b", under_way=0.4)
+        assert showing.line() == "0 of 5 runs; now a, b", "a compilation is not the speed of a run"
+        showing.show("a, b", under_way=0.5)  # half a run in 30 s
+        assert showing.line() == "0 of 5 runs, 4 min 30 s left; now a, b"
+        now[0] = 220.0
+        showing.show("b", ended=1, under_way=1.0)
+        assert showing.line() == "1 of 5 runs, 3 min 0 s left; now b"
     with CountProgress(terminal, 5, "runs") as showing:
         showing.show("[bold] of mine", 2)
     assert "2/5" in terminal.file.getvalue() and "[bold] of mine" in terminal.file.getvalue()
@@ -99,4 +108,4 @@ def test_the_step_of_a_child_is_that_of_the_last_line_in_its_log(tmp_path):
     log.write_text("pats-jax: 32 rows per step\nstep 2 of 90 (2%), compiling (about 10 s)\n" + "x" * 5000)
     assert workers.how_far(job) == "sst2/pats/seed1"
     log.write_text(log.read_text() + "\nstep 40 of 90 (44%), loss 0.4, 3 s left\nsomething else\n")
-    assert workers.how_far(job) == "sst2/pats/seed1 step 40 of 90 (44%)"
+    assert workers.how_far(job) == "sst2/pats/seed1 step 40 of 90 (44%)" and workers.share_done(job) == 0.44

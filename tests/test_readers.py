@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pats_jax.data import readers
-from pats_jax.data.readers import Split, load_files, load_task, read_file, read_glue, read_hub, read_texts
+from pats_jax.data.own_files import load_files, read_file, read_texts
+from pats_jax.data.readers import Split, load_task, read_glue, read_hub
 from pats_jax.data.tasks import TASKS
 from pats_jax.errors import InputError
 
@@ -507,7 +508,7 @@ def test_labels_of_a_saved_model_are_kept_in_its_order(tmp_path):
         ("d.jsonl", ['["x"]'], r"d.jsonl:1: expected a JSON object"),
         ("d.jsonl", ['{"text": "x"}', '{"label": 1}'], r"d.jsonl:2: no key 'text', but line 1 has it"),
         ("d.jsonl", ['{"text": ["x"]}'], r"d.jsonl:1: 'text' is a list, not a string"),
-        ("d.xlsx", ["x"], r"d.xlsx: unknown file type '.xlsx'; use .csv, .tsv or .jsonl"),
+        ("d.xlsx", ["x"], r"d.xlsx: unknown file type '.xlsx'; use .csv, .tsv, .parquet or .jsonl"),
         ("d.csv", ["text,label"], r"d.csv: no rows below the header"),
         ("d.jsonl", [], r"d.jsonl: the file is empty"),
     ],
@@ -755,9 +756,9 @@ def test_a_test_file_may_have_one_text_a_line_as_for_predict(tmp_path):
     test = write(tmp_path / "test.txt", "one", "two")
     split = load_files({"train": train, "test": test})["test"]
     assert split.sentence1 == ["one", "two"] and split.label_names == ("no", "yes")
-    with pytest.raises(InputError, match=r"test.txt: unknown file type '.txt'; use .csv, .tsv or .jsonl"):
+    with pytest.raises(InputError, match=r"test.txt: unknown file type '.txt'; use .csv, .tsv, .parquet or .jsonl"):
         load_files({"train": test})
-    with pytest.raises(InputError, match=r"x.xls: unknown file type '.xls'; use .csv, .tsv, .txt or .jsonl"):
+    with pytest.raises(InputError, match=r"x.xls: unknown file type '.xls'; use .csv, .tsv, .txt, .parquet or .jsonl"):
         load_files({"test": tmp_path / "x.xls"})
 
 

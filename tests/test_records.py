@@ -374,10 +374,16 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(own):
         write(path, tuning(**{name: value}))
         with pytest.raises(InputError, match=re.escape(f"{path}: {name}: ")):
             report_on_gym(own)
-    for name, value in (("task", "../x"), ("task", "news"), ("task", "ax"), ("method", "../x"), ("seed", "../x")):
+    for name, value in (
+        ("task", "../x"),
+        ("task", ""),
+        ("method", "../x"),
+        ("overrides", {"peft": "../x"}),
+        ("seed", "../x"),
+    ):
         grid = {"runs": [grid_record("pats") | {name: value}], "commands": [], "machines": []}
         write(own / "grid" / "grid.json", grid)
-        with pytest.raises(InputError, match=re.escape(f"{own}/grid/grid.json: runs.0.{name}: ")):
+        with pytest.raises(InputError, match=re.escape(f"{own}/grid/grid.json: runs.0.{name}")):
             report_on_grid(own)
 
 

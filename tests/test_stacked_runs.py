@@ -55,6 +55,25 @@ def run(base, folder, layers, **changes):
     return results
 
 
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [
+        ({"lora_layers": r"layer\.1\..*query$"}, "separate"),
+        ({"lora_layers": r"layer\.\d*[02468]\."}, "separate"),
+        ({"lora_layers": r"\.(query|key|value)$"}, "stacked"),
+        ({"lora_layers": "dense"}, "stacked"),
+        ({"peft": "ia3", "ia3_input_layers": "", "ia3_output_layers": r"layer\.[01]\..*key$"}, "separate"),
+        ({"peft": "ia3"}, "stacked"),
+        ({"peft": None}, "stacked"),
+    ],
+)
+def test_an_adapter_on_some_layers_gets_separate_ones_where_the_backend_would_stack_them(flags, layers):
+    settings = Settings(**{"task_name": "rte", "peft": "lora"} | flags)
+    assert settings.with_layers("stacked", 0, settings.adapter).model.layers == layers
+    stacked = settings.replace(layers="stacked").with_layers("separate", 1, settings.adapter)
+    assert stacked.model.layers == "stacked"
+
+
 def assert_same_files(folder, parts):
     """Tensors by their names within DESIGN's bounds; but key biases, whose gradient is nothing but rounding."""
     for part in parts:

@@ -1,6 +1,6 @@
-"""Child-Tuning: only a part of the gradient passes, drawn anew at each step (F) or chosen once before training (D).
+"""Child-Tuning: keeps only a part of the gradient, drawn anew at each step (F) or chosen once before training (D).
 
-Both variants change the gradient and go first in a chain, before clipping and the optimizer.
+Both variants change the gradient. Place them first in a chain, before clipping and the optimizer.
 """
 
 import functools
@@ -21,8 +21,8 @@ class ChildTuningFState(NamedTuple):
     """State of `child_tuning_f`.
 
     Attributes:
-      count: () int32, number of updates made.
-      stored_key: the same at every step; the draws of a step are folded from it and `count`.
+      count: number of updates so far, () int32.
+      stored_key: the key, the same at every step; each step's draws are folded from it and ``count``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -38,7 +38,7 @@ class ChildTuningDState(NamedTuple):
     """State of `child_tuning_d`.
 
     Attributes:
-      keep: a tree like params, bool, of the leaf's shape or (); None at leaves that are trained as a whole.
+      keep: a tree like params of bools, of the leaf's shape or (); None at leaves that are trained whole.
     """
 
     keep: Any
@@ -47,20 +47,20 @@ class ChildTuningDState(NamedTuple):
 def child_tuning_f(
     keep_fraction: float | jax.Array, *, key: int | jax.Array, mask: Any = None, layer_axis: trees.LayerAxis = None
 ) -> optax.GradientTransformation:
-    r"""Child-Tuning F: at every step a random share of the gradient passes, scaled up to keep its mean.
+    r"""Child-Tuning F: keeps a random share of the gradient at each step, scaled up to keep its mean.
 
     ``g <- g * Bernoulli(p) / p`` with p = ``keep_fraction``, drawn for every entry at every step (*code*; the authors
-    take every parameter).
+    use it on every parameter).
 
-    Goes first in a chain, before clipping and the optimizer. With ``keep_fraction=1`` it changes no bit.
+    Place it first in a chain, before clipping and the optimizer. With ``keep_fraction=1`` it changes no bit.
 
     Args:
       keep_fraction: p in (0, 1]; the authors' 0.3 keeps 30 %.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
-      mask: a tree prefix of bools, or a function of params that returns one; outside, the gradient passes as it is.
-        None is every leaf.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
-        draws of its own, and a mask may have an array of bools (layers,) for such a leaf.
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside keep their gradient. None
+        means every leaf.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has its
+        own draws, and a mask may have an array of bools (layers,) for such a leaf.
 
     Returns:
       A gradient transformation.
@@ -109,22 +109,23 @@ def child_tuning_f(
 
 
 def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
-    r"""Child-Tuning D: only a part of the parameters, chosen once before training, receives its gradient.
+    r"""Child-Tuning D: keeps the gradient of only a part of the parameters, chosen once before training.
 
     ``g <- g * keep_mask``, not rescaled (*code*). `fisher_mask` makes the mask. Momentum and weight decay still move
     the weights that are left out; see `freeze_unselected`.
 
-    Goes first in a chain, before clipping and the optimizer.
+    Place it first in a chain, before clipping and the optimizer.
 
     Args:
       keep_mask: a tree prefix of bool arrays of the parameters' shapes; a single bool stands for a whole subtree, and
-        None is True.
+        None means True.
 
     Returns:
       A gradient transformation; its state holds a copy of the mask.
 
     Raises:
-      ValueError: from ``init``, on a mask that is not of bools or not of its parameter's shape.
+      ValueError: from ``init``, on a mask that is not of bools, or whose structure or shapes are not those of the
+        parameters.
 
     Examples:
       >>> import jax.numpy as jnp, pats_jax
@@ -143,7 +144,11 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
         def hold(keep, part):
             return jax.tree.map(functools.partial(_hold_mask, keep), part, is_leaf=trees.is_masked)
 
-        return ChildTuningDState(jax.tree.map(hold, keep_mask, params, is_leaf=trees.is_absent))
+        treedef: Any  # its methods are not in JAX's type stubs
+        leaves, treedef = jax.tree.flatten(keep_mask, is_leaf=trees.is_absent)
+        expected = "a tree prefix of bools, or of arrays of bools of the parameters' shapes"
+        parts = trees.parts_of(treedef, keep_mask, params, "keep_mask", expected)
+        return ChildTuningDState(treedef.unflatten(map(hold, leaves, parts)))
 
     def update(updates, state, params=None):
         del params
@@ -153,24 +158,23 @@ def child_tuning_d(keep_mask: Any) -> optax.GradientTransformation:
 
 
 def fisher_mask(loss_fn: Any, params: Any, batches: Iterable[Any], keep_fraction: float, *, mask: Any = None) -> Any:
-    r"""The mask of Child-Tuning D: where the Fisher information, estimated on training batches, is largest.
+    r"""Computes the mask of Child-Tuning D: where the Fisher information, estimated on training batches, is largest.
 
-    ``F = mean over batches of g * g`` with g the gradient of a batch's mean loss, at fixed parameters; an entry is kept
-    where F is at least the ceil(N * ``keep_fraction``)-th largest of all N entries together: one GLOBAL threshold
-    (*code*). Entries that tie with it are kept. A squared gradient that is not finite counts as 0 (ours).
+    ``F = mean over batches of g * g``, with g the gradient of a batch's mean loss at fixed parameters. An entry is kept
+    if F is at least the ceil(N * ``keep_fraction``)-th largest of all N entries together: one GLOBAL threshold
+    (*code*). Entries that tie with it are kept. A squared gradient that is not finite counts as 0 (*ours*).
 
     Args:
       loss_fn: ``loss_fn(params, batch, key) -> (mean loss, metrics)`` as for `pats_jax.make_train_step`, without
-        dropout: it gets no key.
+        dropout: its key is None.
       params: the parameters before training.
-      batches: at least one batch; the authors go once through the training set. Compiled once for each loss_fn and
-        shape.
-      keep_fraction: share of the entries that is kept, in (0, 1]; the authors' is 0.3.
-      mask: a tree prefix of bools, or a function of params that returns one: which leaves are measured and thinned out,
-        the encoder's layers in the authors' code. None is every leaf.
+      batches: at least one batch; the authors use the whole training set once. Compiled once per loss_fn and shape.
+      keep_fraction: share of the entries to keep, in (0, 1]; the authors use 0.3.
+      mask: a tree prefix of bools, or a function of params that returns one: the leaves to select entries from, the
+        encoder's layers in the authors' code. None means every leaf.
 
     Returns:
-      A tree like params for `child_tuning_d`: bool arrays of the parameters' shapes, and True outside ``mask``.
+      A tree like params for `child_tuning_d`: bool arrays of the parameters' shapes, True outside ``mask``.
 
     Raises:
       ValueError: if keep_fraction is outside (0, 1], or there is no batch.
@@ -199,7 +203,7 @@ def fisher_mask(loss_fn: Any, params: Any, batches: Iterable[Any], keep_fraction
 
 @functools.partial(jax.jit, static_argnums=1)
 def _keep_largest(scores, keep_fraction):
-    """Bools where a tree's scores are among the largest share of all of them together."""
+    """Bools at a tree's scores: whether they are among the largest share of all scores together."""
     leaves = jax.tree.leaves(scores)
     (threshold,) = kth_largest([leaves], [rank(sum(leaf.size for leaf in leaves), keep_fraction)])
     return jax.tree.map(lambda s: s >= threshold, scores)
@@ -212,7 +216,11 @@ def _add_squares(loss_fn, total, params, batch):
 
 
 def _hold_mask(keep, param):
-    """One leaf of a mask as state: a copy, or None where everything is kept."""
+    """One leaf of a mask as state: a copy, or None where everything is kept.
+
+    Raises:
+      ValueError: if it does not have bools or the parameter's shape.
+    """
     if trees.is_masked(param):
         return param
     if keep is None or keep is True:

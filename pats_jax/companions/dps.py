@@ -1,8 +1,8 @@
 """DPS: stages that find the weights with large gradients, and stages that train only those.
 
-Both variants change the gradient and go first in a chain, before clipping and the optimizer. A weight whose gradient
-they hold back is still moved by momentum and weight decay, as in the authors' code; `pats_jax.freeze_unselected` around
-the whole optimizer keeps it where it is.
+Both variants change the gradient. Place them first in a chain, before clipping and the optimizer. Momentum and weight
+decay still move the weights whose gradient is held back, as in the authors' code; `pats_jax.freeze_unselected` around
+the whole optimizer freezes them.
 """
 
 from typing import Any, NamedTuple
@@ -28,10 +28,10 @@ class DpsDenseState(NamedTuple):
     """State of `dps_dense`.
 
     Attributes:
-      count: () int32, number of updates made.
-      scores: a tree like params, float32, the squared gradients summed over the last stage I; None where masked.
-      threshold: a tree like params, float32, the least score of a selected entry; 0 in stage I, when every entry is
-        selected. (), or of a leaf with layers one number for each, which broadcasts to the leaf.
+      count: number of updates so far, () int32.
+      scores: the squared gradients summed over the last stage I, a tree like params, float32; None where masked.
+      threshold: the lowest score of a selected entry, a tree like params, float32; 0 in stage I, when every entry is
+        selected. It is (), or one number per layer, in a shape that broadcasts to the leaf.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -43,15 +43,15 @@ class DpsMixState(NamedTuple):
     """State of `dps_mix`.
 
     Attributes:
-      count: () int32, number of updates made.
-      stored_key: the same at every step; the rows of a step are folded from it and `count`.
-      pretrained: a tree like params, the parameters at init; None where masked.
+      count: number of updates so far, () int32.
+      stored_key: the key, the same at every step; each step's rows are folded from it and ``count``.
+      pretrained: the parameters at init, a tree like params; None where masked.
       scores: as in `DpsDenseState`; in stage II the scores of the selection.
-      appearances: a tree like params, float32, one number for each input feature: how often it was kept in the last
-        stage I.
+      appearances: how often each input feature was kept in the last stage I, a tree like params, float32, with one
+        number per input feature.
       threshold: as in `DpsDenseState`.
-      rows: a tree like params, bool, one for each input feature: the draw of the coming step; True in stage II.
-      forward: what `pats_jax.forward_params` mixes at the coming step.
+      rows: the draw of the next step, a tree like params of bools, one per input feature; True in stage II.
+      forward: what `pats_jax.forward_params` mixes at the next step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -76,38 +76,38 @@ def dps_dense(
     mask: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
-    r"""DPS Dense: find the weights with large gradients for a stage, then train only those for a stage, and again.
+    r"""DPS Dense: alternates a stage that finds the weights with large gradients and a stage that trains only those.
 
-    Stages of us = ``stage_steps`` steps take turns; step t = 1, 2, ... is in stage I when ceil(t/us) is odd. For each
-    matrix of N entries::
+    Stages of us = ``stage_steps`` steps alternate; step t = 1, 2, ... is in stage I if ceil(t/us) is odd. For each
+    tensor of N entries::
 
-        stage I                    GAM += g * g             starting from 0; the gradient passes as it is
+        stage I                    GAM += g * g             starting from 0; the gradient stays as it is
         first step of stage II     M = GAM >= threshold     threshold the ceil(N * keep_fraction)-th largest of GAM
         stage II                   g <- g * M               no rescaling
 
     The rule is that of the authors' code (*code*). Entries that tie with the threshold are kept. Momentum and weight
     decay still move the weights that are left out; see `freeze_unselected`. A squared gradient that is not finite
-    counts as 0 (ours).
+    counts as 0 (*ours*).
 
-    Goes first in a chain, before clipping and the optimizer. The threshold is computed at the first step of stage II
-    only. With ``keep_fraction=1`` it changes no bit.
+    Place it first in a chain, before clipping and the optimizer. The threshold is computed only at the first step of
+    stage II. With ``keep_fraction=1`` it changes no bit.
 
     Args:
       keep_fraction: share of the entries that stage II trains, in (0, 1]; the authors' ``reserve_p`` is the share that
         it drops, so their 0.3 is 0.7 here.
-      stage_steps: length of a stage, >= 1; theirs is 5 % of all steps.
+      stage_steps: number of steps in a stage, >= 1; the authors use 5 % of all steps.
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside are trained as usual and
-        hold no state. None is every leaf. The authors take the weight matrices of attention, feed-forward blocks,
+        hold no state. None means every leaf. The authors use the weight matrices of attention, feed-forward blocks,
         pooler and classifier.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has a
-        threshold of its own.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has its
+        own threshold.
 
     Returns:
       A gradient transformation.
 
     Raises:
-      ValueError: if keep_fraction is outside (0, 1] or stage_steps is not a whole number >= 1. Traced numbers are not
-        checked.
+      ValueError: if keep_fraction is outside (0, 1], or stage_steps is not a whole number >= 1 (traced numbers are not
+        checked).
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
@@ -158,10 +158,10 @@ def dps_mix(
     input_axis: int = 0,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
-    r"""DPS Mix: DPS whose forward pass mixes in older weights, as Mixout does.
+    r"""DPS Mix: DPS with older weights mixed into the forward pass, as in Mixout.
 
-    Stages of us = ``stage_steps`` steps take turns; step t = 1, 2, ... is in stage I when ceil(t/us) is odd. With
-    p = 1 - ``keep_fraction``, for each matrix W of N entries::
+    Stages of us = ``stage_steps`` steps alternate; step t = 1, 2, ... is in stage I if ceil(t/us) is odd. With p = 1 -
+    ``keep_fraction``, for each tensor W of N entries::
 
         always                     W_eff = ((1-m) * target + m * W - p * target) / (1-p)   see `pats_jax.forward_params`
                                    g     = dL/dW_eff * m                                   not divided by 1-p
@@ -174,31 +174,31 @@ def dps_mix(
         stage II                   m = M
 
     The rule is that of the authors' code (*code*). Entries that tie with the threshold are kept. Momentum and weight
-    decay still move the weights that are left out; see `freeze_unselected`. A squared gradient that is not finite
-    counts as 0, and a scalar or 1-D leaf, which has no input features, gets one draw for each entry (ours). The
-    authors train without dropout.
+    decay still move the weights that are left out; see `freeze_unselected`. *Ours*: a squared gradient that is not
+    finite counts as 0, and a scalar or 1-D leaf, which has no input features, gets one draw per entry. The authors
+    train without dropout.
 
-    Goes first in a chain, before clipping and the optimizer. The state takes 13 bytes a float32 parameter. With
+    Place it first in a chain, before clipping and the optimizer. The state takes 13 bytes per float32 parameter. With
     ``keep_fraction=1`` it changes no bit.
 
     Args:
       keep_fraction: 1-p in (0, 1], the share of the input features that stage I keeps and of the entries that stage II
         trains.
-      stage_steps: length of a stage, >= 1; theirs is 5 % of all steps.
+      stage_steps: number of steps in a stage, >= 1; the authors use 5 % of all steps.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: as for `dps_dense`.
       input_axis: the axis of input features, 0 in Flax's kernels; counted within a layer's own tensor.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
-        draws and a threshold of its own.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has its
+        own draws and threshold.
 
     Returns:
-      A gradient transformation whose ``update`` requires params and expects the gradient at
-      `pats_jax.forward_params`, which `pats_jax.make_train_step` gives it.
+      A gradient transformation whose ``update`` requires params and expects the gradient at `pats_jax.forward_params`,
+      as `pats_jax.make_train_step` computes it.
 
     Raises:
-      ValueError: if keep_fraction is outside (0, 1] or stage_steps is not a whole number >= 1 (traced numbers are not
-        checked); from ``init``, if a leaf of two or more dimensions has no axis ``input_axis``; from ``update``
-        without params.
+      ValueError: if keep_fraction is outside (0, 1], or stage_steps is not a whole number >= 1 (traced numbers are not
+        checked); from ``init``, if a leaf of two or more dimensions has no axis ``input_axis``; from ``update`` without
+        params.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, pats_jax
@@ -266,7 +266,7 @@ def dps_mix(
 
 
 def _mix_scores(state, updates, stage_steps):
-    """The sums of squared gradients and of appearances of DPS Mix; at the first step of stage II its scores."""
+    """The scores of DPS Mix, sums of squared gradients until the first step of stage II, and the appearances."""
     second, start = _stage(state.count, stage_steps)
 
     def sum_up(old, g, row):
@@ -282,9 +282,9 @@ def _mix_scores(state, updates, stage_steps):
 
 
 def _next_mix(state, params, selected, drawn, stage_steps, keep_fraction):
-    """What the forward pass of the step after a state's own mixes.
+    """What the forward pass of the next step mixes.
 
-    At the first step of stage II the target is W itself, and so is W_eff whatever m: a mix that keeps everything.
+    At the first step of stage II the target is W itself, so W_eff is W whatever m is: a mix that keeps everything.
     """
     second, start = _stage(state.count, stage_steps)
     next_second, next_start = _stage(optax.safe_increment(state.count), stage_steps)
@@ -314,7 +314,7 @@ def _no_threshold(held, axes):
 
 
 def _threshold_of_stage(scores, axes, old, keep_fraction, second, start):
-    """The thresholds of a step: worked out at the first step of stage II, kept until its end, 0 in stage I."""
+    """The thresholds of a step: computed at the first step of stage II, kept until its end, 0 in stage I."""
 
     def keep():
         return jax.tree.map(lambda t: jnp.where(second, t, 0.0), old)

@@ -1,4 +1,4 @@
-"""`freeze_unselected`: a wrapper that keeps the weights which DPS or Child-Tuning D leave out where they are."""
+"""`freeze_unselected`: a wrapper that freezes the weights which DPS or Child-Tuning D leaves out."""
 
 import jax.numpy as jnp
 import optax
@@ -14,23 +14,25 @@ _SELECTING = (DpsDenseState, DpsMixState, ChildTuningDState)
 def freeze_unselected(
     inner: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the weights that a subnetwork leaves out exactly where they are.
+    r"""Freezes the weights that a subnetwork leaves out: they do not change at all.
 
-    In the authors' code of DPS and Child-Tuning D the gradient of these weights is zero, but momentum and weight decay
-    still move them. This wrapper (ours) sets their final update to zero, whatever stands behind the subnetwork in the
-    chain. It touches stage II of `dps_dense` and `dps_mix`, and `child_tuning_d`. `child_tuning_f` and Mixout draw anew
-    at each step and leave no weight out for longer; `sift` freezes what it leaves out by itself.
+    In the authors' code of DPS and Child-Tuning D, the gradient of these weights is zero, but momentum and weight decay
+    still move them. This wrapper (*ours*) sets their final update to zero, whatever follows the subnetwork in the
+    chain. It applies to `child_tuning_d` and to stage II of `dps_dense` and `dps_mix`. `child_tuning_f` and Mixout draw
+    anew at each step and leave no weight out for longer; `sift` itself freezes the entries that it leaves out.
 
-    It is a wrapper because the subnetwork stands first in the chain, and what moves the weights comes after it.
+    It is a wrapper because the subnetwork comes first in the chain, and the transforms that move the weights come after
+    it.
 
     Args:
-      inner: the whole optimizer, with `dps_dense`, `dps_mix` or `child_tuning_d` in it.
+      inner: the whole optimizer, which contains `dps_dense`, `dps_mix` or `child_tuning_d`.
 
     Returns:
       A gradient transformation; its state is ``inner``'s.
 
     Raises:
-      ValueError: from ``init``, if there is no such transform inside.
+      TypeError: if ``inner`` is not an optimizer.
+      ValueError: from ``init``, if ``inner`` contains no such transform.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
@@ -43,7 +45,7 @@ def freeze_unselected(
       [-0.55 -0.05]
       [-0.55  0.  ]
     """
-    inner = trees.as_extra_args_transform(inner)
+    inner = trees.as_extra_args_transform("freeze_unselected", inner)
 
     def init(params):
         state = inner.init(params)
@@ -63,5 +65,5 @@ def freeze_unselected(
 
 
 def _selection(state):
-    """The entries that the last update of a state in _SELECTING let through."""
+    """The entries whose gradient the last update kept, for a state of one of the kinds in ``_SELECTING``."""
     return state.keep if isinstance(state, ChildTuningDState) else selected_entries(state.scores, state.threshold)

@@ -15,7 +15,7 @@ class L2SpState(NamedTuple):
     """State of `l2_sp`.
 
     Attributes:
-      pretrained: a tree like params, the parameters at init; None at the new head.
+      pretrained: the parameters at init, a tree like params; None at the new head.
     """
 
     pretrained: Any
@@ -32,22 +32,22 @@ def l2_sp(
         g + b * w               head
 
     with a = ``pretrained_strength`` and b = ``head_strength`` (*paper*). As part of the loss, the penalty passes
-    through clipping and the optimizer, unlike AdamW's decoupled decay, which then belongs at 0.
+    through clipping and the optimizer, unlike AdamW's decoupled weight decay, which you should then set to 0.
 
-    Goes first in a chain, before clipping and the optimizer. A strength of 0 changes no bit.
+    Place it first in a chain, before clipping and the optimizer. With a strength of 0 it changes no bit.
 
     Args:
       pretrained_strength: a >= 0.
       head_strength: b >= 0.
-      head_mask: a tree prefix of bools, or a function of params that returns one: which leaves are new. ``False`` if
-        there are none.
+      head_mask: a tree prefix of bools, or a function of params that returns one: True at the leaves of the new head.
+        ``False`` if there are none.
 
     Returns:
       A gradient transformation whose ``update`` requires params; its state holds a copy of the pretrained parameters.
 
     Raises:
-      ValueError: on a negative strength (traced numbers are not checked) or no head_mask; from ``update`` without
-        params.
+      ValueError: if a strength is negative (traced numbers are not checked), or head_mask is None; from ``update``
+        without params.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax
@@ -69,7 +69,7 @@ def l2_sp(
         raise ValueError("head_mask=None: say which leaves are the new head, or False if there are none")
 
     def init(params):
-        pretrained = jax.tree.map(lambda is_head: not is_head, trees.resolve_mask(head_mask, params))
+        pretrained = jax.tree.map(lambda is_head: not is_head, trees.resolve_mask(head_mask, params, "head_mask"))
         return L2SpState(jax.tree.map(jnp.copy, trees.cut_to(pretrained, params)))
 
     def update(updates, state, params=None):

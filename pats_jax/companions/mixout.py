@@ -1,4 +1,4 @@
-"""Mixout: at every training step a random share of the input features works with the pretrained weights."""
+"""Mixout: at each training step, a random share of the input features uses the pretrained weights."""
 
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ class MixoutState(NamedTuple):
     """State of `mixout`.
 
     Attributes:
-      count: () int32, number of updates made.
-      stored_key: the same at every step; the masks of a step are folded from it and `count`.
-      forward: what `forward_params` mixes at the coming step; its target is the parameters at init.
+      count: number of updates so far, () int32.
+      stored_key: the key, the same at every step; each step's masks are folded from it and ``count``.
+      forward: what `pats_jax.forward_params` mixes at the next step; its target is the parameters at init.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -37,34 +37,34 @@ def mixout(
     input_axis: int = 0,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformation:
-    r"""Mixout: at every training step, a random share of the input features works with the pretrained weights.
+    r"""Mixout: at each training step, a random share of the input features uses the pretrained weights.
 
-    At each step, for every matrix W with pretrained W_0 and p = ``drop_fraction``::
+    At each step, for every tensor W with pretrained W_0, and with p = ``drop_fraction``::
 
-        m     ~ Bernoulli(1-p)                               one draw for each input feature, shared by all outputs
-        W_eff = ((1-m) * W_0 + m * W - p * W_0) / (1-p)      in the forward pass: see `forward_params`
+        m     ~ Bernoulli(1-p)                               one draw per input feature, shared by all outputs
+        W_eff = ((1-m) * W_0 + m * W - p * W_0) / (1-p)      in the forward pass: see `pats_jax.forward_params`
         g     = dL/dW_eff * m                                not divided by 1-p
 
-    The rule is that of the authors' code (*code*). What it does to leaves without rows is ours: a scalar or 1-D leaf
-    gets one draw for each entry. Mixout takes the place of dropout on the layers that it is used on.
+    The rule is that of the authors' code (*code*). *Ours*: a scalar or 1-D leaf, which has no input features, gets one
+    draw per entry. Mixout replaces dropout on the layers that it is used on.
 
-    Goes first in a chain, before clipping and the optimizer. With ``drop_fraction=0`` it changes no bit.
+    Place it first in a chain, before clipping and the optimizer. With ``drop_fraction=0`` it changes no bit.
 
     Args:
-      drop_fraction: p in [0, 1); 0.7 to 0.9 is usual.
+      drop_fraction: p in [0, 1), usually 0.7 to 0.9.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
       mask: a tree prefix of bools, or a function of params that returns one; leaves outside are used as they are and
-        hold no state. None is every leaf.
+        hold no state. None means every leaf.
       input_axis: the axis of input features, 0 in Flax's kernels; counted within a layer's own tensor.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has
-        draws of its own.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has its
+        own draws.
 
     Returns:
       A gradient transformation; its state holds a copy of the parameters given to ``init``.
 
     Raises:
       ValueError: if drop_fraction is outside [0, 1) (traced numbers are not checked); from ``init``, if a leaf of two
-        or more dimensions has no such axis.
+        or more dimensions has no axis ``input_axis``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax

@@ -1,4 +1,4 @@
-"""NoisyTune: a little noise on the pretrained parameters, once, before training."""
+"""NoisyTune: adds a little noise to the pretrained parameters, once, before training."""
 
 import math
 from typing import Any
@@ -18,25 +18,25 @@ def noisy_tune(
     mask: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> Any:
-    r"""NoisyTune: the pretrained parameters with a little uniform noise, once, before training.
+    r"""NoisyTune: adds a little uniform noise to the pretrained parameters, once, before training.
 
-    ``W + U(-intensity/2, intensity/2) * std(W)`` for every tensor (*secondary*: read in later work, not in the authors'
-    code). The standard deviation is the population's, so a single number gets no noise (ours).
+    ``W + U(-intensity/2, intensity/2) * std(W)`` for every tensor (*secondary*: taken from later work, not from the
+    authors' code). It is the population standard deviation, so a single number gets no noise (*ours*).
 
     Args:
       params: a tree of parameters.
-      intensity: width of the noise in standard deviations of the tensor, >= 0; 0.15 is the paper's on GLUE.
+      intensity: width of the noise, >= 0, in units of the tensor's standard deviation; the paper uses 0.15 on GLUE.
       key: an int or a typed key; an int becomes a key of the project's fast kind, see `pats_jax.random`.
-      mask: a tree prefix of bools, or a function of params that returns one; leaves outside stay as they are. None is
-        every leaf.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has a
-        standard deviation and draws of its own, and a mask may have an array of bools (layers,) for such a leaf.
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside stay as they are. None
+        means every leaf.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; each layer then has its
+        own standard deviation and draws, and a mask may have an array of bools (layers,) for such a leaf.
 
     Returns:
       A tree like params, of the same dtypes.
 
     Raises:
-      ValueError: on a negative intensity; traced numbers are not checked.
+      ValueError: if intensity is negative; traced numbers are not checked.
 
     Examples:
       >>> import jax.numpy as jnp, pats_jax

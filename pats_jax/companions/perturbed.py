@@ -1,4 +1,4 @@
-"""Perturbed: the noise of PATS in the forward pass only; the parameters themselves never take it."""
+"""Perturbed: the noise of PATS in the forward pass only; it is never added to the parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ class PerturbedState(NamedTuple):
     """State of `perturbed`.
 
     Attributes:
-      pats: state of the `pats_jax.pats_noise` that draws the noise, with the sensitivity.
-      forward: what `forward_params` adds at the coming step.
+      pats: the state of the `pats_jax.pats_noise` that draws the noise, with the sensitivity.
+      forward: what `pats_jax.forward_params` adds at the next step.
     """
 
     pats: transforms.PatsNoiseState
@@ -34,22 +34,23 @@ def perturbed(
     sensitivity_dtype: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Noise of PATS's size at the forward parameters of each step, removed again after it.
+    r"""Adds noise of the size of PATS to the parameters of each forward pass, and removes it after the step.
 
     With S, w and sd as in `pats_jax.pats_noise`, at step t = 1, 2, ...::
 
         W_eff = W + sd_{t-1} * xi_{t-1}   in the forward pass: see `forward_params`; W at the first step
         g     = dL/dW_eff                 from which S_t, sd_t and the update of W follow
 
-    So the noise takes part in every gradient but does not add up in the parameters. A control for PATS (ours).
+    So the noise affects every gradient but does not accumulate in the parameters. A control for PATS (*ours*).
 
-    Goes last in a chain, inside `pats_jax.with_raw_gradient`; it changes no update.
+    Place it last in a chain, inside `pats_jax.with_raw_gradient`; it changes no update.
 
     Args:
-      noise_scale: as for `pats_noise`, and so all others.
-      key: an int or a typed key; the draws are not those of `pats_noise` with the same key.
-      decay: of the moving average of sensitivity.
-      response: the share of the noise by relative sensitivity.
+      noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in units of its tensor's standard
+        deviation; `pats_jax.pats_noise` has details of this and the following arguments.
+      key: an int or a typed key; the draws differ from those of `pats_noise` with the same key.
+      decay: decay of the moving average of sensitivity, in [0, 1).
+      response: how the noise depends on relative sensitivity.
       distribution: "uniform" or "normal".
       mask: which leaves get noise.
       sensitivity_dtype: dtype of the stored sensitivity.
@@ -57,10 +58,10 @@ def perturbed(
 
     Returns:
       A gradient transformation whose ``update`` requires params and the extra argument ``grad``. Its state holds the
-      noise of the coming step: a copy of the leaves that get some.
+      noise of the next step, which is as large as the leaves that get noise.
 
     Raises:
-      ValueError: see `pats_noise`.
+      ValueError: as from `pats_jax.pats_noise`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax

@@ -1,6 +1,6 @@
-"""Which entries score highest: a share of them as a number, their scores, and the threshold that they reach.
+"""Selects the entries that score highest: their number, their scores, and their threshold.
 
-The k-th largest of many non-negative numbers is quick on CPU, GPU and TPU and for arrays sharded over devices.
+`kth_largest` is fast on CPU, GPU and TPU, and for arrays that are sharded over devices.
 """
 
 import math
@@ -14,19 +14,19 @@ from pats_jax import trees
 
 
 def check_keep_fraction(keep_fraction: float | jax.Array) -> None:
-    """Raises if a share of entries is outside (0, 1]; traced numbers are not checked."""
+    """Raises ValueError if a share of entries is outside (0, 1]; traced numbers are not checked."""
     trees.check_number("keep_fraction", keep_fraction, lambda x: 0 < x <= 1, "in (0, 1]")
 
 
 def rank(size: int, keep_fraction: float | jax.Array) -> int | jax.Array:
-    """ceil(size * keep_fraction): how many of ``size`` entries a share of them is."""
+    """The number of entries in a share of ``size`` entries: ceil(size * keep_fraction)."""
     if isinstance(keep_fraction, numbers.Real):
         return math.ceil(size * keep_fraction)
     return jnp.ceil(size * keep_fraction).astype(jnp.int32)
 
 
 def finite_square(grad: jax.Array) -> jax.Array:
-    """g * g of one leaf, float32; 0 where it is not finite."""
+    """The square g * g of one leaf, float32; 0 where it is not finite."""
     square = jnp.square(grad.astype(jnp.float32))
     return jnp.where(jnp.isfinite(square), square, 0.0)
 
@@ -34,22 +34,22 @@ def finite_square(grad: jax.Array) -> jax.Array:
 def kth_largest(
     groups: list[list[jax.Array]], ranks: list[int | jax.Array], layer_axes: list[int] | None = None
 ) -> list[jax.Array]:
-    """For each group of arrays the rank-th largest number in all of them together.
+    """Finds, for each group of arrays, the rank-th largest number in all of them together.
 
-    By bisection: non-negative floats are ordered as their bits are, so the number's bits are found one after the other,
-    each by counting. 31 passes over the data take 7 ms for 384 x 1536 and 45 ms for 1024 x 4096 numbers on two CPU
-    cores, where jnp.sort takes 123 and 1085 ms and lax.top_k 106 and 947. A pass compares and sums, which GPUs and TPUs
-    do at the speed of their memory, and of sharded arrays only the counts travel. One loop serves all groups, so that
-    there is one loop to compile.
+    It bisects: non-negative floats are ordered like their bits, so the bits of the result are found one after another,
+    each by counting. The 31 passes over the data take 7 ms for 384 x 1536 numbers and 45 ms for 1024 x 4096 on two CPU
+    cores; jnp.sort takes 123 and 1085 ms, and lax.top_k 106 and 947 ms. A pass compares and sums, which GPUs and TPUs
+    do at memory speed, and for sharded arrays only the counts are communicated. All groups share one loop, so only one
+    is compiled.
 
     Args:
-      groups: arrays of any shape, float32, no NaN, >= 0; a group has less than 2**31 numbers.
-      ranks: for each group a number from 1 to its size; with layers to the size of one.
-      layer_axes: for each group the axis of its arrays along which each place is searched by itself, or -1; None: -1
-        for all.
+      groups: arrays of any shape, float32, >= 0 and without NaN; a group has fewer than 2**31 numbers.
+      ranks: for each group, a number from 1 to its size, or to the size of one layer if it has a layer axis.
+      layer_axes: for each group, the layer axis of its arrays, whose layers are searched separately, or -1 for none;
+        None means -1 for all.
 
     Returns:
-      float32 for each group, exact: () or, with layers, of their number along their axis and of size 1 along others.
+      The exact number for each group, float32: () or, with a layer axis, one per layer in the shape of `layers_shape`.
     """
     axes = [-1] * len(groups) if layer_axes is None else layer_axes
     bits = [[jax.lax.bitcast_convert_type(x, jnp.int32) for x in group] for group in groups]
@@ -69,15 +69,15 @@ def kth_largest(
 
 
 def layers_shape(leaf: jax.Array, layer_axis: int) -> tuple[int, ...]:
-    """The shape of one number for each layer of a leaf, which broadcasts to the leaf; () without layers."""
+    """The shape of one number per layer, which broadcasts to the leaf; () without a layer axis."""
     return tuple(n if axis == layer_axis else 1 for axis, n in enumerate(leaf.shape)) if layer_axis >= 0 else ()
 
 
 def count_layers(leaf: jax.Array, layer_axis: int) -> int:
-    """How many tensors a leaf holds."""
+    """The number of layers that a leaf holds; 1 without a layer axis."""
     return leaf.shape[layer_axis] if layer_axis >= 0 else 1
 
 
 def selected_entries(scores: Any, threshold: Any) -> Any:
-    """Bools where the scores of a tree reach their leaf's threshold; None and optax.MaskedNode stay."""
+    """Bools at a tree's scores: whether they reach their leaf's threshold; None and optax.MaskedNode stay."""
     return trees.map_held(lambda s, t: s >= t, scores, threshold)

@@ -1,4 +1,4 @@
-"""SAGE: updates scaled by how uncertain the sensitivity of their parameters is."""
+"""SAGE: scales updates by how uncertain the sensitivity of their parameters is."""
 
 import math
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ class SageState(NamedTuple):
     """State of `scale_by_sage`.
 
     Attributes:
-      count: () int32, number of updates made, t.
-      sensitivity: a tree like params, float32, A_t before bias correction; None where masked.
+      count: t, the number of updates so far, () int32.
+      sensitivity: A_t before bias correction, a tree like params, float32; None where masked.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name that Optax gives it, which hides tuple.count
@@ -35,12 +35,12 @@ def scale_by_sage(
         A^ = A / (1 - decay^t)                  A itself without ``bias_correction``
         update = u * |I - A^| / (A^ + eps^2)    0 at the first step, where A^ = I
 
-    The rule is that of the authors' code (*code*), in two forms: with AdamW, whose decay is not multiplied, and with
-    Adamax, whose decay is, and whose A is not corrected. Learning rates are 2 to 5 times the plain ones. The authors
-    measure I after clipping, this transform before (ours: any chain, one meaning of the raw gradient). What is not
-    finite leaves A as it was (ours).
+    The rule is that of the authors' code (*code*), which has two forms. With AdamW, weight decay is not multiplied;
+    with Adamax, it is, and A is not bias-corrected. Learning rates are 2 to 5 times those of plain fine-tuning. *Ours*:
+    I is measured before clipping, where the authors measure it after, so that the raw gradient means the same in every
+    chain; and an I that is not finite leaves A unchanged.
 
-    Goes between Adam and weight decay, and reads the raw gradient from `with_raw_gradient`::
+    Place it between Adam and weight decay (AdamW), or after weight decay (Adamax), inside `with_raw_gradient`::
 
         pats_jax.with_raw_gradient(optax.chain(
             optax.clip_by_global_norm(1.0), optax.scale_by_adam(), pats_jax.scale_by_sage(),
@@ -50,18 +50,18 @@ def scale_by_sage(
             pats_jax.scale_by_sage(bias_correction=False), optax.scale_by_learning_rate(1e-4)))
 
     Args:
-      decay: decay of the moving average of sensitivity, in (0, 1); 0.6 to 0.9 is useful. At 0 nothing would ever move.
-      eps: its square keeps the ratio finite where a parameter has no sensitivity.
-      bias_correction: True for the AdamW form, False for the Adamax form.
-      mask: a tree prefix of bools, or a function of params that returns one; the updates of leaves outside pass as they
-        are. None is every leaf; the authors take the weights and biases of attention and feed-forward blocks.
+      decay: decay of the moving average of sensitivity, in (0, 1), usually 0.6 to 0.9. With 0, all updates would be 0.
+      eps: a number > 0 whose square keeps the ratio finite where a parameter has no sensitivity.
+      bias_correction: whether to correct the bias of A: True for the AdamW form, False for the Adamax form.
+      mask: a tree prefix of bools, or a function of params that returns one; leaves outside keep their updates. None
+        means every leaf; the authors use the weights and biases of attention and feed-forward blocks.
 
     Returns:
       A gradient transformation whose ``update`` requires params and the extra argument ``grad``.
 
     Raises:
-      ValueError: on a decay outside (0, 1) or an eps that is not positive (traced numbers are not checked); from
-        ``update`` without params or ``grad``.
+      ValueError: if decay is outside (0, 1), or eps is not positive (traced numbers are not checked); from ``update``
+        without params or ``grad``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, pats_jax

@@ -1,6 +1,6 @@
-"""SIFT: an optimizer for a few entries of each tensor, which sees nothing else.
+"""SIFT: an optimizer for a few entries of each tensor.
 
-Unlike DPS and Child-Tuning, which change the gradient at the head of a chain, it wraps an optimizer.
+Unlike DPS and Child-Tuning, which change the gradient at the start of a chain, SIFT wraps an optimizer.
 """
 
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ class SiftState(NamedTuple):
     """State of `sift`.
 
     Attributes:
-      started: () bool, whether the entries have been chosen.
-      indices: a tree like params, (k,) int32, the chosen entries of the flattened leaf, or (layers, k), those of each
-        layer's flattened tensor; None where it is trained densely.
-      inner: the inner optimizer's state, for a tree with a (k,) vector or (layers, k) in place of each sifted leaf.
+      started: whether the entries have been selected, () bool.
+      indices: the selected entries, a tree like params, int32: (k,) indices into the flattened leaf, or (layers, k)
+        into each layer's flattened tensor; None at leaves that are trained densely.
+      inner: the inner optimizer's state, for a tree with (k,) or (layers, k) entries in place of each sifted leaf.
     """
 
     started: jax.Array
@@ -36,28 +36,30 @@ def sift(
     mask: Any,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SIFT: an optimizer for the few entries of each tensor whose first gradient is largest; the rest stays frozen.
+    r"""SIFT: optimizes only the few entries of each tensor whose first gradient is largest; the rest stays frozen.
 
-    At the first update, of each tensor of N entries the ceil(N * ``rate``) with the largest |g| are chosen, for good
-    (*code*; among entries that tie the first ones, and at least one: ours). ``inner`` sees a vector of these entries
-    in the tensor's place, so its state is of that size: with AdamW, 12 bytes a chosen entry.
+    The first update selects, in each tensor of N entries, the ceil(N * ``rate``) entries with the largest |g|; they
+    stay selected (*code*). *Ours*: at least one entry is selected, and the first ones among ties. ``inner`` gets a
+    vector of these entries in place of the tensor, so its state has that size. With AdamW, the state takes 12 bytes per
+    selected entry.
 
-    ``inner`` is initialised at the first update, when the entries are known; what a caller changes in its state before
-    that is lost. A mask that ``inner`` works out from shapes sees the vectors, and so does clipping inside it.
+    ``inner`` is initialised at the first update, when the entries are known, so earlier changes to its state are lost.
+    Masks that ``inner`` derives from shapes, and clipping inside it, see the vectors.
 
     Args:
       inner: the optimizer.
-      rate: share of each tensor's entries that is trained, in (0, 1]; the authors' is 0.008.
-      mask: a tree prefix of bools, or a function of params that returns one, or None for every leaf: which tensors are
-        thinned out. Leaves outside are trained densely; freeze them with Optax's own means.
-      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; entries are then chosen
-        in each layer, and ``inner`` sees them as (layers, k), the layers first.
+      rate: share of each tensor's entries to train, in (0, 1]; the authors use 0.008.
+      mask: a tree prefix of bools, or a function of params that returns one: the tensors to select entries from. Leaves
+        outside are trained densely; to freeze them, use Optax's own transforms. None means every leaf.
+      layer_axis: the axis of the layers in leaves that hold many, as for `pats_jax.pats_noise`; entries are then
+        selected in each layer, and ``inner`` gets them as (layers, k), the layers first.
 
     Returns:
-      A gradient transformation whose ``update`` requires params. With ``rate=1`` it is ``inner`` (on a CPU, bit for
+      A gradient transformation whose ``update`` requires params. With ``rate=1`` it equals ``inner`` (on a CPU, bit for
       bit).
 
     Raises:
+      TypeError: if ``inner`` is not an optimizer.
       ValueError: if rate is outside (0, 1]; from ``update`` without params.
 
     Examples:
@@ -76,7 +78,7 @@ def sift(
     """
     check_number("rate", rate, lambda x: 0 < x <= 1, "in (0, 1]")
     mask = False if is_plainly(rate, 1) else mask
-    inner = trees.as_extra_args_transform(inner)
+    inner = trees.as_extra_args_transform("sift", inner)
 
     def init(params):
         sifted = trees.cut_to(trees.resolve_mask(mask, params), params)
@@ -118,13 +120,13 @@ def sift(
 
 
 def _magnitude(grad):
-    """|g|, float32; 0 where it is not finite."""
+    """The magnitude |g| of one leaf, float32; 0 where it is not finite."""
     size = jnp.abs(grad.astype(jnp.float32))
     return jnp.where(jnp.isfinite(size), size, 0.0)
 
 
 def _gather(tree, indices, axes):
-    """A tree with the vectors of its chosen entries, (k,) or (layers, k), in place of every sifted leaf."""
+    """A tree with its selected entries, (k,) or (layers, k), in place of every sifted leaf."""
 
     def gather(x, i, axis):
         return trees.each_layer(lambda vector, i: vector[i], min(axis, 0), _vectors(x, axis), per_layer=(i,))
@@ -133,7 +135,7 @@ def _gather(tree, indices, axes):
 
 
 def _scatter(sparse, indices, like, axis):
-    """Zeros of a leaf's shape with the vectors' entries at their places."""
+    """Zeros of a leaf's shape, with the selected entries at their places."""
 
     def scatter(like, sparse, indices):
         zeros = jnp.zeros(like.size, sparse.dtype)
@@ -144,14 +146,14 @@ def _scatter(sparse, indices, like, axis):
 
 
 def _vectors(x, axis):
-    """The entries of a leaf as one vector, or those of each layer's tensor as (layers, size).
+    """The entries of a leaf as one vector, (size,), or those of each layer as (layers, size).
 
-    Whole on every device if axes are sharded explicitly, for these cannot be indexed.
+    If axes are sharded explicitly, every device gets all entries, because such arrays cannot be indexed.
     """
     x = jax.sharding.reshard(x, jax.P()) if _is_sharded(x) else x
     return trees.each_layer(jnp.ravel, axis, x, out_axis=0)
 
 
 def _is_sharded(x):
-    """Whether an axis is sharded over one of a mesh's Explicit axes; XLA itself sees to the Auto ones."""
+    """Whether an array is sharded over one of a mesh's Explicit axes; XLA itself handles the Auto ones."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)

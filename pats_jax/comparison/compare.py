@@ -1,4 +1,4 @@
-"""A grid of methods x tasks x seeds, each run by the GLUE program in its own process: `pats-jax compare`.
+"""A grid of arms x tasks x seeds, run by the GLUE program, side by side or each in its own process: `pats-jax compare`.
 
 This process starts no JAX backend, so accelerators are free for the runs.
 """
@@ -6,22 +6,26 @@ This process starts no JAX backend, so accelerators are free for the runs.
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import shutil
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import rich.console
 
 from pats_jax.comparison import comparison_page, seed_statistics
+from pats_jax.comparison.arms import Arm, make_arms, split_lists
+from pats_jax.comparison.run_sets import RunSet, check_lanes, default_lanes, in_sets, is_finished, log_file
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.core import files
-from pats_jax.core.settings import Composed, entries, setting
+from pats_jax.core.settings import Composed, at_least, setting
 from pats_jax.data import tasks as glue_tasks
 from pats_jax.errors import InputError, Preempted, shown
-from pats_jax.methods import SENSITIVITY_BATCHES, get_methods
+from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
 from pats_jax.reporting.report_page import aligned
@@ -43,7 +47,8 @@ _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --exec
 class Grid(Composed):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
-    All other flags are those of `pats-jax glue`, and apply to every run.
+    All other flags are those of `pats-jax glue`, and apply to every run. Several values of one, such as
+    `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
     """
 
     title: ClassVar[str] = "grid"
@@ -51,11 +56,9 @@ class Grid(Composed):
         "method": "use --methods",
         "task_name": "use --tasks",
         "seed": "use --seeds",
-        **dict.fromkeys(
-            ("train_file", "validation_file", "test_file"), "a grid compares GLUE tasks; use --tasks and --data_dir"
-        ),
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
@@ -67,8 +70,19 @@ class Grid(Composed):
         "methods, named as in `pats-jax glue --method`; finetune is the baseline if listed",
         is_basic=True,
     )
-    tasks: tuple[str, ...] = setting((), "cola sst2 mrpc stsb qqp mnli qnli rte wnli", is_basic=True)
+    tasks: tuple[str, ...] = setting(
+        (), "cola sst2 mrpc stsb qqp mnli qnli rte wnli; for your own data use --train_file", is_basic=True
+    )
     seeds: tuple[int, ...] = setting((), "run each method on each task with each of these seeds", is_basic=True)
+    lanes: int | None = setting(
+        None,
+        "runs trained side by side in one process; if unset, 4 on a CPU, else as many as fit; 1: a process each",
+        at_least(1, 100_000),
+        is_basic=True,
+    )
+    keep_models: Literal["none", "best", "all"] = setting(
+        "all", "which runs keep their model; best: of each task and arm, the run with the best score"
+    )
     report_only: bool = setting(False, "run nothing; report on the finished runs in output_dir", is_basic=True)
     workers: WorkerSettings = WorkerSettings()
 
@@ -78,27 +92,25 @@ class Grid(Composed):
             raise InputError("--output_dir is missing")
         for name in () if self.report_only else ("methods", "tasks", "seeds"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "tasks":
                 raise InputError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
 
-    def runs(self) -> list[Run]:
-        """Seed by seed, so an unfinished grid has all methods for its first seeds."""
-        return [
-            Run(task, method, seed) for seed, task, method in itertools.product(self.seeds, self.tasks, self.methods)
-        ]
+    def runs(self, arms: Iterable[Arm]) -> list[Run]:
+        """Seed by seed, so an unfinished grid has all arms for its first seeds."""
+        return [Run(task, arm, seed) for seed, task, arm in itertools.product(self.seeds, self.tasks, arms)]
 
 
 def run(args: list[str], console: rich.console.Console) -> None:
-    """Runs what is left of the grid, and writes the report.
+    """Runs the unfinished runs of the grid, and writes the report.
 
     Args:
       args: the command line.
-      console: where progress, scores and tables go.
+      console: where to print progress, scores and tables.
 
     Raises:
-      InputError: on invalid input, before anything runs; or after the report, if some runs failed.
+      InputError: if the input is invalid, before anything runs; or, after the report, if some runs failed.
       Preempted: if the grid was asked to stop; its runs have been saved.
     """
     grid, others = parse(args)
@@ -107,17 +119,22 @@ def run(args: list[str], console: rich.console.Console) -> None:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
+    grid = name_data(grid, others)
     shared = as_before(grid, check(grid, others))
-    check_place(root, grid)
+    runs = grid.runs(shared)
+    check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
-        record_start(root, grid, command, fleet.machines())
+        machines = fleet.machines()
+        record_start(root, runs, command, machines)
+        if grid.lanes is None:
+            grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
-        for failed, reason in failures.items():
-            logger.error("%s failed: %s; see %s", failed.name, reason, log_file(root, failed))
-        if len(failures) < len(grid.runs()):
+        for failed, (reason, log) in failures.items():
+            logger.error("%s failed: %s; see %s", failed.name, reason, log)
+        if len(failures) < len(runs):
             report(root, console)
     if failures:
-        raise InputError(f"{len(failures)} of {len(grid.runs())} runs failed; repeat the command to retry them")
+        raise InputError(f"{len(failures)} of {len(runs)} runs failed; repeat the command to retry them")
 
 
 # what to run
@@ -127,36 +144,67 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
     """The grid, and the remaining flags for its runs.
 
     Raises:
-      InputError: if these include a flag that the grid sets itself.
+      InputError: if the arguments include a flag that the grid sets itself.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
     return flags.parse_part(args, "pats-jax compare", Grid, Settings)
 
 
-Shared = dict[str, Settings]  # method -> the settings of its runs, but for task, seed and folder
+def name_data(grid: Grid, others: list[str]) -> Grid:
+    """The grid with a name for one's own data in place of a task: that of the training file or of the data set.
+
+    Raises:
+      InputError: if there are both, or neither.
+    """
+    given = flags.flag_names(others)
+    if grid.tasks:
+        for name in (*_OWN_DATA, "validation_file", "test_file"):
+            if name in given:
+                raise InputError(f"--{name}: cannot be used with --tasks")
+        return grid
+    own = next((name for name in _OWN_DATA if name in given), None)
+    if own is None:
+        raise InputError("--tasks is missing; for your own data, set --train_file or --dataset_name instead")
+    path = pathlib.Path(str(flags.value_of(f"--{own}", others)))
+    return grid.replace(tasks=(files.checked_name(path.stem if own == "train_file" else path.name, f"--{own}"),))
+
+
+_OWN_DATA = ("train_file", "dataset_name")  # the one or the other
+
+
+Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
 
 
 def check(grid: Grid, others: list[str]) -> Shared:
     """Checks the grid, and gives the settings that its runs share.
 
     Raises:
-      InputError: on anything wrong in the grid.
+      InputError: if anything in the grid is wrong.
     """
-    for name in grid.tasks:
+    is_own = not set(_OWN_DATA).isdisjoint(flags.flag_names(others))
+    for name in () if is_own else grid.tasks:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
-    of_any = frozenset(flag for names in grid.methods for kind in get_methods(names) for flag in entries(kind))
+    lists, others = split_lists(others)
+    own = [*([] if is_own else ["--task_name", grid.tasks[0]]), "--seed", str(grid.seeds[0])]
+    some = flags.parse([*others, *own], "pats-jax compare", Settings, frozenset(Settings.all_entries()))
+    arms = make_arms(grid.methods, lists, some.peft)
+    of_any = frozenset(flag for arm in arms for flag in flags.read_by(Settings, {"peft": some.peft, **arm.settings()}))
     shared = {}
-    for method in grid.methods:
-        own = ["--task_name", grid.tasks[0], "--method", method, "--seed", str(grid.seeds[0])]
-        settings = flags.parse([*others, *own], "pats-jax compare", Settings, of_any)
+    for arm in arms:
+        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", Settings, of_any)
         if not {"train", "eval"} <= settings.phases:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
         if settings.length.sensitivity_batches is None:  # the report shows it for every method
             settings = settings.replace(sensitivity_batches=SENSITIVITY_BATCHES)
-        shared[method] = settings
-    for run in grid.runs():
+        check_lanes(settings, grid.lanes)
+        shared[arm] = settings
+        for method in settings.methods:
+            reason = settings.peft and method.why_not_with(settings.peft)
+            if reason:
+                raise InputError(f"--peft {settings.peft} --method {method.name}: {reason}")
+    for run in grid.runs(shared):
         settings_of(run, pathlib.Path(str(grid.output_dir)), shared).check()
     return shared
 
@@ -170,12 +218,12 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
       InputError: if a run has different settings; the message names both.
     """
     root, rows = pathlib.Path(str(grid.output_dir)), None
-    for run in dict.fromkeys([*recorded_runs(root), *grid.runs()]):
+    for run in dict.fromkeys([*recorded_runs(root), *grid.runs(shared)]):
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
         saved = read_config(str(path), Settings)
-        settings = settings_of(run, root, shared | {run.method: shared.get(run.method) or _alike(shared, saved)})
+        settings = settings_of(run, root, shared | {run.arm: shared.get(run.arm) or _alike(shared, run.arm, saved)})
         try:
             resuming(settings, saved)
         except InputError as error:
@@ -189,29 +237,37 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
                         f"a step differently, also set --train_batch_size {saved.batches.train_batch_size}"
                     )
             rows = saved.batches.train_batch_size
-    return shared if rows is None else {name: one.replace(train_batch_size=rows) for name, one in shared.items()}
+    return {
+        arm: one if rows is None or one.batches.train_batch_size else one.replace(train_batch_size=rows)
+        for arm, one in shared.items()
+    }
 
 
-def _alike(shared, saved):
-    """The shared settings with the methods of a saved run, which the grid no longer lists."""
-    return next(iter(shared.values())).replace(methods=saved.methods)
+def _alike(shared, arm, saved):
+    """The settings of an arm that the grid no longer lists: as a saved run has those by which arms differ."""
+    listed = {flag for each in (arm, *shared) for flag, _ in each.overrides} - {"peft"}
+    theirs = saved.flat()
+    kept = {flag: theirs[flag] for flag in listed & theirs.keys()}
+    return next(iter(shared.values())).replace(methods=saved.methods, adapters=saved.adapters, **kept)
 
 
 def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
-    """The settings of a run: the shared ones of its method and its own."""
-    return shared[run.method].replace(task_name=run.task, seed=run.seed, output_dir=str(run.folder(root)))
+    """The settings of a run: the shared ones of its arm and its own."""
+    settings = shared[run.arm]
+    task = {} if settings.data.own_name else {"task_name": run.task}
+    return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
 # the grid's folder
 
 
-def check_place(root: pathlib.Path, grid: Grid) -> None:
+def check_place(root: pathlib.Path, runs: Sequence[Run]) -> None:
     """Raises InputError if the folder contains files that the grid would overwrite, or links that leave the folder."""
     if not (root / "grid.json").exists():
         present = next((name for name in _OWN if os.path.lexists(root / name)), None)
         if present:
             raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
-    for path in (root / "plots", *(run.folder(root) for run in grid.runs())):
+    for path in (root / "plots", *(run.folder(root) for run in runs)):
         files.checked_place(path / "file", root)
 
 
@@ -223,11 +279,10 @@ def report_lock(root: pathlib.Path) -> FolderLock:
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
-def record_start(root: pathlib.Path, grid: Grid, command: str, machines: list[dict[str, str]]) -> None:
-    """Adds the grid, the command and the machines to grid.json, which records every start."""
+def record_start(root: pathlib.Path, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
+    """Adds the runs, the command and the machines to grid.json, which records every start."""
     before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
-    runs = [dataclasses.asdict(run) for run in grid.runs()]
-    now: dict[str, list[Any]] = {"runs": runs, "commands": [command], "machines": machines}
+    now: dict[str, list[Any]] = {"runs": [run.record() for run in runs], "commands": [command], "machines": machines}
     merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
     files.write_json(root / "grid.json", merged)
 
@@ -236,34 +291,40 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
     """Reads grid.json: ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
 
     Raises:
-      InputError: naming the file, if it is damaged, or contains a name that cannot be that of a folder.
+      InputError: if the file is damaged, or contains a name that cannot be that of a folder; the message names it.
     """
     path = root / "grid.json"
     if not os.path.lexists(path):
         return None
     grid = files.read_record(path, GridFile)
     for number, run in enumerate(grid["runs"]):
-        task = glue_tasks.TASKS.get(run["task"])
-        if task is None or "train" not in task.files:
-            raise InputError(f"{path}: runs.{number}.task: {shown(run['task'])} is not a task for a grid")
+        files.checked_name(run["task"], f"{path}: runs.{number}.task")
         files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
+        if run.get("overrides"):
+            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides")
+            files.checked_name(Run.from_record(run).arm.folder, f"{path}: runs.{number}.overrides")
     return grid
+
+
+def check_overrides(overrides: Mapping[str, Any], source: str) -> None:
+    """Raises InputError if one of an arm's settings is unknown or invalid."""
+    known = Settings.all_entries()
+    for flag, value in overrides.items():
+        if flag not in known:
+            raise InputError(f"{source}: {shown(flag)} is not a setting")
+        expected = known[flag].fault(value)
+        if expected:
+            raise InputError(f"{source}.{flag}: {shown(value, quoted=False)}: must be {expected}")
 
 
 def recorded_runs(root: pathlib.Path) -> list[Run]:
     """The runs in grid.json; none if there is no such file."""
     grid = read_grid(root)
-    return [Run(**run) for run in grid["runs"]] if grid else []
-
-
-def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
-    """The file for a run's output, next to its folder."""
-    folder = run.folder(root)
-    return folder.with_name(f"{folder.name}.log")
+    return [Run.from_record(run) for run in grid["runs"]] if grid else []
 
 
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
-    """Writes the report on the finished runs, and prints its tables.
+    """Writes the report on the finished runs and prints its tables.
 
     Raises:
       InputError: if there is no grid or no finished run, or if runs have different settings.
@@ -285,9 +346,11 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
 
 # running
 
+Failures = dict[Run, tuple[str, pathlib.Path]]  # why a run failed, and the log that says more
 
-def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> dict[Run, str]:
-    """Runs what is not finished, and returns why each failed run failed.
+
+def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Console, fleet: Workers) -> Failures:
+    """Runs the unfinished runs; returns failed run -> reason.
 
     Args:
       grid: what to run.
@@ -299,24 +362,35 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     Raises:
       Preempted: if this process was asked to stop; its runs have been stopped too.
     """
-    root, runs = pathlib.Path(str(grid.output_dir)), grid.runs()
-    run_of = {job_of(run, root, shared): run for run in runs if not is_finished(run, root)}
-    failures: dict[Run, str] = {}
-    if len(run_of) < len(runs):
-        say(console, f"{len(runs) - len(run_of)} of {len(runs)} runs are already finished")
-    with workers.note_signals() as asked, CountProgress(console, len(run_of), "runs") as progress:
+    root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
+
+    def known_settings(run: Run) -> Settings | None:
+        return settings_of(run, root, shared) if run.arm in shared else None
+
+    sets = in_sets(runs, known_settings, root, grid.lanes)
+    set_of = {job_of(one, root, shared, grid): one for one in sets}
+    failures: Failures = {}
+    if finished := sum(is_finished(run, root) for run in runs):
+        say(console, f"{finished} of {len(runs)} runs are already finished")
+    total = sum(len(one.runs) for one in sets)
+    if sets:
+        say(console, workers.forecast(total, "runs", seconds_taken(root), grid.workers))
+    with workers.note_signals() as asked, CountProgress(console, total, "runs") as progress:
 
         def show(jobs: Sequence[Job]) -> None:
-            progress.show(", ".join(map(workers.how_far, jobs)))
+            under_way = sum(len(set_of[job].runs) * workers.share_done(job) for job in jobs)
+            progress.show(", ".join(map(workers.how_far, jobs)), under_way=under_way)
 
-        with contextlib.closing(workers.run_jobs(list(run_of), fleet, root, asked, show)) as all_ended:
+        with contextlib.closing(workers.run_jobs(list(set_of), fleet, root, asked, show)) as all_ended:
             for job, ended in all_ended:
-                run = run_of[job]
-                why = failure(run, root, job, ended)
-                if why:
-                    failures[run] = why
-                say(console, f"{outcome(run, root)} ({ended.seconds:.0f} s)")
-                progress.show(ended=1)
+                ended_runs = set_of[job].runs
+                for run in ended_runs:
+                    why = failure(run, root, job, ended)
+                    if why:
+                        failures[run] = why
+                    say(console, f"{outcome(run, root)} ({seconds_of(ended, len(ended_runs))})")
+                drop_models(grid.keep_models, {(run.task, run.arm) for run in ended_runs}, runs, root)
+                progress.show(ended=len(ended_runs))
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
         raise Preempted(
@@ -325,16 +399,35 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     return failures
 
 
-def is_finished(run: Run, root: pathlib.Path) -> bool:
-    """Whether the run has written its results.json, the last of its files."""
-    return run_folder.read_results(run.folder(root)) is not None
+def seconds_taken(root: pathlib.Path) -> list[float]:
+    """How long the finished runs of a grid trained; those in lanes share their seconds."""
+    results = (run_folder.read_results(run.folder(root)) for run in recorded_runs(root))
+    timings = (one.get("timing") for one in results if one)
+    found = ((timing.get("train_seconds"), timing.get("lanes", 1)) for timing in timings if isinstance(timing, dict))
+    numbers = (pair for pair in found if all(isinstance(x, int | float) and 0 < x < 1e9 for x in pair))
+    return [seconds / lanes for seconds, lanes in numbers]
 
 
-def job_of(run: Run, root: pathlib.Path, shared: Shared) -> Job:
-    """The process of a run."""
-    results = run.folder(root) / "results.json"
-    log = log_file(root, run)
-    return Job(run.name, tuple(glue_arguments(run, root, shared)), str(log.absolute()), (str(results.absolute()),))
+def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
+    """The process of a set of runs, or of a run alone."""
+    log = str(one.log_file(root).absolute())
+    results = tuple(str((run.folder(root) / "results.json").absolute()) for run in one.runs)
+    if one.name is None:
+        return Job(one.title, tuple(glue_arguments(one.runs[0], root, shared)), log, results)
+    request = {
+        "folder": str(one.folder(root).absolute()),
+        "runs": [
+            {
+                "run": run.record(),
+                "arguments": glue_arguments(run, root, shared)[3:],
+                "log": str(log_file(root, run).absolute()),
+            }
+            for run in one.runs
+        ],
+        "lanes": grid.lanes,
+        "keeps_models": grid.keep_models != "none",
+    }
+    return Job(one.title, ("-m", "pats_jax", "glue-lanes"), log, results, json.dumps(request))
 
 
 def glue_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
@@ -348,7 +441,38 @@ def outcome(run: Run, root: pathlib.Path) -> str:
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
-def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> str | None:
-    """Why a run failed; None if it succeeded."""
+def seconds_of(ended: Ended, runs: int) -> str:
+    """How long a process took."""
+    return f"{ended.seconds:.0f} s" + (f" for {runs} runs" if runs > 1 else "")
+
+
+def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> tuple[str, pathlib.Path] | None:
+    """Why a run failed, and the log that says more; None if it succeeded."""
+    log, own_log = pathlib.Path(job.log), log_file(root, run)
     why = workers.reason(job, ended)
-    return why if why or is_finished(run, root) else workers.last_line(log_file(root, run))
+    if why and not (is_finished(run, root) and log.name != own_log.name):  # the others of a set may have failed
+        return why, log
+    return None if is_finished(run, root) else (workers.last_line(own_log), own_log)
+
+
+def drop_models(keep: str, kinds: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
+    """Removes the models of finished runs of these tasks and arms that are not to be kept, see ``keep_models``."""
+    if keep == "all":
+        return
+    found = (FinishedRun.read(run, root) for run in runs if (run.task, run.arm) in kinds)
+    best: dict[tuple[str, Arm], FinishedRun] = {}
+    finished = [one for one in found if one is not None]
+    for one in finished if keep == "best" else ():
+        kind = one.run.task, one.run.arm
+        if kind not in best or one.score > best[kind].score:
+            best[kind] = one
+    kept = {one.run for one in best.values()}
+    for one in finished:
+        if one.run not in kept:
+            folder = one.run.folder(root)
+            run_folder.check_links(folder, _MODELS)
+            for name in _MODELS:
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+
+_MODELS = ("model", "adapter")

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 
 from pats_jax.comparison import seed_statistics
-from pats_jax.comparison.seed_statistics import Comparison, Difference, MethodNumbers, Pooled, TaskNumbers
+from pats_jax.comparison.seed_statistics import ArmNumbers, Comparison, Difference, Pooled, TaskNumbers
 from pats_jax.core import files
 from pats_jax.reporting import plots
 from pats_jax.reporting.report_page import Page, code, plain
+from pats_jax.training.settings import counted
 
 _NONE = "–"
 _SIGNIFICANT = 0.05
@@ -47,12 +49,14 @@ def answer(summary: Comparison) -> str:
     over = " on average over tasks" if len(summary.tasks) > 1 else f" on {plain(*summary.tasks)}"
     if len(found) == 1:
         ((name, one),) = found.items()
-        return f"{_stands(name, one, summary.baseline)}{over}{_interval_text(one)}: {_verdict(one)}."
+        return f"{_stands(name, one)}{over}{_interval_text(one)}: {_verdict(one)}."
     shown = {name: one for name, one in found.items() if _differs(one)}
     largest = max(shown or found, key=lambda name: abs(found[name].mean or 0.0))
-    effect = f"{_stands(largest, found[largest], summary.baseline)}{over}{_interval_text(found[largest])}"
+    effect = f"{_stands(largest, found[largest])}{over}{_interval_text(found[largest])}"
     if not shown:
-        none = f"None of {len(found)} methods is shown to differ from {plain(summary.baseline)}"
+        others = _names(found.values())
+        other = plain(*others) if len(others) == 1 else "what it is compared with"
+        none = f"None of {len(found)} methods is shown to differ from {other}"
         return f"{none}. The largest difference: {effect}."
     others = [name for name in shown if name != largest]
     text = f"{effect}: {_verdict(found[largest])}."
@@ -63,8 +67,13 @@ def answer(summary: Comparison) -> str:
     return text
 
 
-def _stands(name: str, one: Pooled, baseline: str) -> str:
-    points = 100 * (one.mean or 0.0)
+def _names(rows: Iterable[ArmNumbers | Pooled]) -> list[str]:
+    """What these are compared with, each once."""
+    return list(dict.fromkeys(row.baseline for row in rows if row.baseline is not None))
+
+
+def _stands(name: str, one: Pooled) -> str:
+    points, baseline = 100 * (one.mean or 0.0), str(one.baseline)
     if abs(points) < 0.005:
         return f"{plain(name)} scores the same as {plain(baseline)}"
     return f"{plain(name)} is {abs(points):.2f} points {'above' if points > 0 else 'below'} {plain(baseline)}"
@@ -92,28 +101,41 @@ def _range(interval: list[float]) -> str:
 
 
 def score_table(numbers: TaskNumbers, baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a task's table, one row per method: differences and scores in points (hundredths)."""
-    header = ["method", f"difference from {baseline}", "95 % interval", "p", "p (Holm)", "n", "mean", "sd"]
-    rows = []
+    """Header and rows of a task's table, one row per arm: differences and scores in points (hundredths).
+
+    Args:
+      numbers: of the task.
+      baseline: what the table names as the baseline if no arm has another.
+    """
+    others, rows = _names(numbers.methods.values()) or [baseline], []
     for method, row in numbers.methods.items():
         scores = [_points(score) for score in (row.mean, row.sd, row.min, row.max)]
         seconds = _NONE if row.seconds_per_step is None else f"{row.seconds_per_step:.3g}"
-        rows.append([method, *_difference_cells(row.difference), str(row.n), *scores, seconds])
-    return [*header, "min", "max", "s/step"], rows
+        rows.append([method, *_difference_cells(row, row.difference, others), str(row.n), *scores, seconds])
+    return [*_difference_header(others), "n", "mean", "sd", "min", "max", "s/step"], rows
 
 
 def pooled_table(summary: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the differences over all tasks, one row per method."""
-    rows = [[name, *_difference_cells(one), str(sum(one.counts.values()))] for name, one in summary.pooled.items()]
-    return ["method", f"difference from {summary.baseline}", "95 % interval", "p", "p (Holm)", "pairs"], rows
+    """Header and rows of the differences over all tasks, one row per arm."""
+    pooled = summary.pooled
+    others = _names(pooled.values()) or [summary.baseline]
+    rows = [[name, *_difference_cells(one, one, others), str(sum(one.counts.values()))] for name, one in pooled.items()]
+    return [*_difference_header(others), "pairs"], rows
 
 
-def _difference_cells(difference: Difference | Pooled | None) -> list[str]:
+def _difference_header(others: list[str]) -> list[str]:
+    if len(others) == 1:
+        return ["method", f"difference from {others[0]}", "95 % interval", "p", "p (Holm)"]
+    return ["method", "difference", "95 % interval", "p", "p (Holm)", "compared with"]
+
+
+def _difference_cells(row: ArmNumbers | Pooled, difference: Difference | Pooled | None, others: list[str]) -> list[str]:
+    baseline = [] if len(others) == 1 else [row.baseline or _NONE]
     if difference is None or difference.mean is None:
-        return [_NONE] * 4
+        return [*[_NONE] * 4, *baseline]
     p_values = [_NONE if p is None else f"{p:.3g}" for p in (difference.p_value, difference.holm_p_value)]
     interval = _NONE if difference.interval is None else _range(difference.interval)
-    return [f"{100 * difference.mean:+.2f}", interval, *p_values]
+    return [f"{100 * difference.mean:+.2f}", interval, *p_values, *baseline]
 
 
 def _points(score: float | None) -> str:
@@ -124,17 +146,22 @@ def _points(score: float | None) -> str:
 
 
 def _write_overview(page: Page, root: pathlib.Path, summary: Comparison) -> None:
+    others = _names(summary.pooled.values())
     panels = {task: _effects(numbers) for task, numbers in summary.tasks.items()}
     panels = {task: effects for task, effects in panels.items() if effects}
     if panels:
         path = root / "plots" / "differences.png"
-        plots.plot_effects(path, panels, f"points above {summary.baseline}, with 95 % interval")
-        page.image(path, root, f"Differences from {summary.baseline}. {_without_code(answer(summary))}")
+        other = summary.baseline if len(others) < 2 else "what each is compared with"
+        plots.plot_effects(path, panels, f"points above {other}, with 95 % interval")
+        page.image(path, root, f"Differences from {other}. {_without_code(answer(summary))}")
     tasks = ", ".join(map(plain, summary.tasks))
+    listed = ", ".join(map(code, summary.listed))
+    share = f"All runs share their settings, except {listed}" if listed else "All runs share their settings"
+    with_whom = f"with {code(summary.baseline)}" if len(others) < 2 else "with the arm that its row names,"
     page.paragraph(
-        f"{code(summary.settings['model_name_or_path'])} fine-tuned on {tasks}. All runs share their settings; runs "
+        f"{code(summary.settings['model_name_or_path'])} fine-tuned on {tasks}. {share}; runs "
         "with the same seed also share the new head, the order of examples and the dropout keys. Each method is "
-        f"compared with {code(summary.baseline)} seed by seed. A point is a hundredth of the score."
+        f"compared {with_whom} seed by seed. A point is a hundredth of the score."
     )
     if len(summary.tasks) > 1 and summary.pooled:
         page.heading("All tasks")
@@ -197,7 +224,7 @@ def _write_task(page: Page, root: pathlib.Path, task: str, numbers: TaskNumbers,
     _write_concentration(page, root, task, methods)
 
 
-def _write_concentration(page: Page, root: pathlib.Path, task: str, methods: dict[str, MethodNumbers]) -> None:
+def _write_concentration(page: Page, root: pathlib.Path, task: str, methods: dict[str, ArmNumbers]) -> None:
     measured = {method: row.concentration for method, row in methods.items() if row.concentration}
     if not measured:
         return
@@ -245,8 +272,8 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         texts += [
             "p is from that test, on the differences seed by seed. The interval is a BCa bootstrap of their mean; it "
             "is too narrow for few seeds, so treat it as a hint with fewer than about ten.",
-            f"p (Holm) is corrected for the {len(differences)} comparisons by task on this page. A method is shown to "
-            "differ if its p over all tasks, corrected for the methods, is below 0.05.",
+            f"p (Holm) is corrected for the {counted(len(differences), 'comparison')} by task on this page. A method "
+            "is shown to differ if its p over all tasks, corrected for the methods, is below 0.05.",
         ]
     else:
         texts.append("Nothing is compared: no two methods share a finished seed.")
@@ -258,8 +285,16 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         )
     else:
         texts.append("The scores are those of the last step, not of the best evaluation.")
+    if summary.listed:
+        texts.append(
+            "The best of several settings of a method was found on the rows that score it, so its score is too high; "
+            "compare methods under the same settings, or score the best one on other rows."
+        )
+    else:
+        texts.append(
+            "All methods ran with the same hyperparameters; a method that needs others is not shown at its best."
+        )
     texts += [
-        "All methods ran with the same hyperparameters; a method that needs different ones is not shown at its best.",
         "Seconds per step are medians of the logged lines, without the first line of each run, which includes "
         "compilation. Other work on the machine, including other runs of this grid, slows them.",
     ]

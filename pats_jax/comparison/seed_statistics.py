@@ -12,11 +12,21 @@ from typing import Literal, TypeVar
 import numpy as np
 import scipy.stats
 
+from pats_jax.comparison.arms import Arm, baselines
 from pats_jax.core import files
 from pats_jax.errors import InputError, shown
 from pats_jax.run import run_folder
 from pats_jax.run.flags import read_config
-from pats_jax.run.records import ComparedResults, Concentration, Evaluation, Figures, Histogram, MetricsLine, Scores
+from pats_jax.run.records import (
+    ComparedResults,
+    Concentration,
+    Evaluation,
+    Figures,
+    GridRun,
+    Histogram,
+    MetricsLine,
+    Scores,
+)
 from pats_jax.run.settings import Settings, resuming
 
 CONFIDENCE = 0.95
@@ -29,20 +39,32 @@ _PER_RUN = ("task_name", "method", "seed", "output_dir", "length_buckets")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a grid: a task, a method, a seed."""
+    """One run of a grid: a task, or the name of one's own data; an arm; a seed."""
 
     task: str
-    method: str
+    arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        """``TASK/METHOD/seedSEED``, which is also its place below ``runs/``."""
-        return f"{self.task}/{self.method}/seed{self.seed}"
+        """``TASK/ARM/seedSEED``, which is also its place below ``runs/``."""
+        return f"{self.task}/{self.arm.folder}/seed{self.seed}"
 
     def folder(self, root: pathlib.Path) -> pathlib.Path:
         """The run's folder in the folder of the grid."""
-        return root / "runs" / self.task / self.method / f"seed{self.seed}"
+        return root / "runs" / self.task / self.arm.folder / f"seed{self.seed}"
+
+    def record(self) -> GridRun:
+        """It as grid.json holds it; a plain method has no overrides there, as in earlier versions."""
+        found: GridRun = {"task": self.task, "method": self.arm.method, "seed": self.seed}
+        if self.arm.overrides:
+            found["overrides"] = dict(self.arm.overrides)
+        return found
+
+    @classmethod
+    def from_record(cls, record: GridRun) -> "Run":
+        """The inverse of `record`."""
+        return cls(record["task"], Arm(record["method"], tuple(record.get("overrides", {}).items())), record["seed"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +116,13 @@ class FinishedRun:
         return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
 
     def seconds_per_step(self) -> float | None:
-        """Median over the logged lines except the first, which includes compilation; None if there is no other."""
+        """Median over the logged lines except the first, which includes compilation; None if there is no other.
+
+        Of runs in lanes, the share of one lane.
+        """
         lines = [record for record in self.records if "loss" in record]
         times = [
-            line["timing"]["seconds"] / (line["step"] - before["step"])
+            line["timing"]["seconds"] / (line["step"] - before["step"]) / line["timing"].get("lanes", 1)
             for before, line in zip(lines[:-1], lines[1:], strict=True)
             if "timing" in line and "seconds" in line["timing"]
         ]
@@ -173,12 +198,13 @@ class Pooled:
     interval: list[float] | None
     p_value: float | None
     counts: dict[str, int]  # task -> pairs
-    holm_p_value: float | None = None  # corrected for the methods of the report
+    baseline: str | None = None  # the arm that it is compared with
+    holm_p_value: float | None = None  # corrected for the arms of the report
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedCurve:
-    """Mean, lowest and highest value over runs, at the steps that all of them share; lists of one length."""
+    """Mean, lowest and highest value over runs, at the steps that all of them share; lists of the same length."""
 
     step: list[int]
     mean: list[float]
@@ -196,12 +222,13 @@ class MeanConcentration:
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodNumbers(Spread):
-    """The numbers of a method on a task: the spread of its scores, and more."""
+class ArmNumbers(Spread):
+    """The numbers of an arm on a task: the spread of its scores, and more."""
 
     scores: dict[int, float]  # seed -> score
     best_mean: float  # the mean of the best evaluations
-    difference: Difference | None  # None for the baseline itself
+    baseline: str | None  # the arm that it is compared with; None for the first baseline itself
+    difference: Difference | None
     seconds_per_step: float | None
     curves: dict[str, SeedCurve]  # loss, score
     concentration: MeanConcentration | None
@@ -209,26 +236,27 @@ class MethodNumbers(Spread):
 
 @dataclasses.dataclass(frozen=True)
 class TaskNumbers:
-    """Facts about a task's data, and the numbers of the methods that have a finished run."""
+    """Facts about a task's data, and the numbers of the arms that have a finished run."""
 
     metric: str
     data: str
     train_examples: int
     eval_examples: int
     majority_class: float
-    methods: dict[str, MethodNumbers]
+    methods: dict[str, ArmNumbers]  # by the arm's label
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """All numbers of a comparison."""
 
-    baseline: str
+    baseline: str  # the first arm of the baseline method
     missing: list[str]  # names of unfinished runs
     settings: dict[str, object]  # shared by all runs
     versions: dict[str, list[str]]  # package -> versions that the runs used
     tasks: dict[str, TaskNumbers]
-    pooled: dict[str, Pooled]  # method -> its difference from the baseline over all tasks
+    pooled: dict[str, Pooled]  # arm -> its difference from its baseline over all tasks
+    listed: list[str] = dataclasses.field(default_factory=list)  # the settings by which arms differ
 
 
 def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
@@ -236,7 +264,7 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
 
     Args:
       root: the grid's folder.
-      runs: the grid. The baseline is ``finetune`` or, without it, the first method.
+      runs: the grid; `arms.baselines` says what each arm is compared with.
 
     Raises:
       InputError: if no run is finished, or their settings differ.
@@ -245,27 +273,27 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
     finished = [one for one in read.values() if one is not None]
     if not finished:
         raise InputError(f"{root}: no run is finished yet")
-    methods = list(dict.fromkeys(run.method for run in runs))
-    baseline = "finetune" if "finetune" in methods else methods[0]
+    compared_with = baselines(list(dict.fromkeys(run.arm for run in runs)))
     tasks = _with_holm(
         {
-            task: summarise_task([one for one in finished if one.run.task == task], methods, baseline)
+            task: summarise_task([one for one in finished if one.run.task == task], compared_with)
             for task in dict.fromkeys(run.task for run in runs)
             if any(one.run.task == task for one in finished)
         }
     )
     return Comparison(
-        baseline,
+        next(arm.label for arm, other in compared_with.items() if other is None),
         missing=[run.name for run, found in read.items() if found is None],
         settings=shared_settings(finished),
         versions=_all_versions(finished),
         tasks=tasks,
-        pooled=_pool([name for name in methods if name != baseline], tasks),
+        pooled=_pool(compared_with, tasks),
+        listed=list(dict.fromkeys(flag for one in finished for flag, _ in one.run.arm.overrides)),
     )
 
 
 def _with_holm(tasks: dict[str, TaskNumbers]) -> dict[str, TaskNumbers]:
-    """The same with Holm's p-values, over all comparisons of all tasks."""
+    """Adds Holm's adjusted p-values, over all comparisons of all tasks."""
     p_values = {
         (task, name): method.difference.p_value
         for task, numbers in tasks.items()
@@ -282,16 +310,19 @@ def _with_holm(tasks: dict[str, TaskNumbers]) -> dict[str, TaskNumbers]:
     }
 
 
-def _corrected(method: MethodNumbers, p_value: float | None) -> MethodNumbers:
+def _corrected(method: ArmNumbers, p_value: float | None) -> ArmNumbers:
     if method.difference is None:
         return method
     return dataclasses.replace(method, difference=dataclasses.replace(method.difference, holm_p_value=p_value))
 
 
-def _pool(methods: Sequence[str], tasks: dict[str, TaskNumbers]) -> dict[str, Pooled]:
-    """Method -> its difference over the tasks; with one task, that task's own interval and test."""
+def _pool(compared_with: Mapping[Arm, Arm | None], tasks: dict[str, TaskNumbers]) -> dict[str, Pooled]:
+    """Arm -> its difference over the tasks; with one task, that task's own interval and test."""
     found = {}
-    for name in methods:
+    for arm, baseline in compared_with.items():
+        if baseline is None:
+            continue
+        name = arm.label
         by_task = {
             task: difference
             for task, numbers in tasks.items()
@@ -299,10 +330,10 @@ def _pool(methods: Sequence[str], tasks: dict[str, TaskNumbers]) -> dict[str, Po
         }
         if len(by_task) == 1:
             ((task, one),) = by_task.items()
-            found[name] = Pooled(one.mean, one.interval, one.p_value, {task: len(one.seeds)})
+            found[name] = Pooled(one.mean, one.interval, one.p_value, {task: len(one.seeds)}, baseline.label)
         elif by_task:
             pairs = {task: dict(zip(one.seeds, one.values, strict=True)) for task, one in by_task.items()}
-            found[name] = pooled_difference(pairs)
+            found[name] = dataclasses.replace(pooled_difference(pairs), baseline=baseline.label)
     adjusted = holm({name: one.p_value for name, one in found.items() if one.p_value is not None})
     return {name: dataclasses.replace(one, holm_p_value=adjusted.get(name)) for name, one in found.items()}
 
@@ -311,7 +342,7 @@ Name = TypeVar("Name")
 
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's adjusted p-values (1979): sorted, times the number of those that are left, never decreasing.
+    """Holm's adjusted p-values (1979): in increasing order, p times the number of values left, made non-decreasing.
 
     Examples:
       >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
@@ -327,8 +358,8 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
 def pooled_difference(by_task: Mapping[str, Mapping[int, float]]) -> Pooled:
     """The mean over tasks of the mean difference, stratified by task.
 
-    The interval, 95 %, is that of the bootstrap that resamples seeds within each task (percentiles). The p-value,
-    two-sided, is that of the test that flips the signs of differences at random. Draws start from a fixed seed.
+    The 95 % interval comes from a percentile bootstrap that resamples seeds within each task. The two-sided p-value
+    comes from a test that flips the signs of differences at random. Draws have a fixed seed.
 
     Args:
       by_task: task -> seed -> difference.
@@ -350,44 +381,48 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:
     """The settings that all runs share, without those that identify a run.
 
     Raises:
-      InputError: naming a run with different settings.
+      InputError: if a run has different settings; the message names it.
     """
-    first = finished[0].settings
-    found, of_method = first.to_dict(), {first.method: first}
-    for one in finished[1:]:
-        theirs = one.settings.flat()
-        same = of_method.setdefault(one.settings.method, one.settings)
+    first, listed = finished[0].settings, {flag for one in finished for flag, _ in one.run.arm.overrides}
+    found: dict[str, object] = {}
+    like: dict[object, Settings] = {}  # method, PEFT kind or arm -> the first run's settings
+    for one in finished:
+        theirs, arm = one.settings.flat(), one.run.arm
+        of_method, of_kind = (like.setdefault((name, theirs[name]), one.settings) for name in ("method", "peft"))
+        of_arm = like.setdefault(arm, one.settings).flat()
+        own = {name: theirs[name] for name in _PER_RUN if name != "method"}
+        own |= {name: of_arm[name] for name in listed & of_arm.keys() - {"peft"}} | dict(arm.overrides)
+        adapters = (of_kind if "peft" in listed else first).adapters
         found = one.settings.to_dict() | found
         try:
-            ours = first.replace(methods=same.methods, **{name: theirs[name] for name in _PER_RUN if name != "method"})
-            resuming(ours, one.settings)
+            resuming(first.replace(methods=of_method.methods, adapters=adapters, **own), one.settings)
         except InputError as error:
             raise InputError(f"{one.run.name} cannot be compared with {finished[0].run.name}: {error}") from None
-    return {name: value for name, value in found.items() if name not in _PER_RUN}
+    return {name: value for name, value in found.items() if name not in {*_PER_RUN, *listed}}
 
 
-def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], baseline: str) -> TaskNumbers:
+def summarise_task(finished: Sequence[FinishedRun], compared_with: Mapping[Arm, Arm | None]) -> TaskNumbers:
     """The numbers of one task.
 
     Args:
       finished: the task's finished runs, at least one.
-      methods: names in the order of the report.
-      baseline: the method to compare with.
+      compared_with: arm -> its baseline, in the order of the report.
     """
     facts = finished[0].results
-    by_method = {name: [one for one in finished if one.run.method == name] for name in methods}
-    baseline_scores = {one.run.seed: one.score for one in by_method[baseline]}
+    by_arm = {arm: [one for one in finished if one.run.arm == arm] for arm in compared_with}
+    scores_of = {arm: {one.run.seed: one.score for one in runs} for arm, runs in by_arm.items()}
     table = {}
-    for name, runs in by_method.items():
+    for arm, runs in by_arm.items():
         if not runs:
             continue
-        scores = {one.run.seed: one.score for one in runs}
+        scores, baseline = scores_of[arm], compared_with[arm]
         seconds = [s for s in (one.seconds_per_step() for one in runs) if s is not None]
-        table[name] = MethodNumbers(
+        table[arm.label] = ArmNumbers(
             **dataclasses.asdict(Spread.of(list(scores.values()))),
             scores=scores,
             best_mean=float(np.mean([one.best_score for one in runs])),
-            difference=None if name == baseline else paired_difference(scores, baseline_scores),
+            baseline=baseline.label if baseline else None,
+            difference=paired_difference(scores, scores_of[baseline]) if baseline else None,
             seconds_per_step=float(np.median(seconds)) if seconds else None,
             curves={
                 "loss": mean_curve([one.losses() for one in runs]),
@@ -408,7 +443,7 @@ def summarise_task(finished: Sequence[FinishedRun], methods: Sequence[str], base
 def paired_difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
     """Differences from the baseline, seed by seed, over the seeds that both have.
 
-    Differences are rounded to 12 decimals, so that equal differences of scores such as 0.85 and 0.84 are ties.
+    Differences are rounded to 12 decimals, so equal differences of scores such as 0.85 and 0.84 are ties.
 
     Args:
       scores: seed -> score.
@@ -438,7 +473,7 @@ def smallest_p_value(count: int) -> float:
 def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | None]:
     """The mean's 95 % bootstrap interval (BCa, Efron 1987; by SciPy), or None and a note that says why.
 
-    The resampling starts from a fixed seed: the same values give the same interval.
+    Resampling has a fixed seed, so the same values give the same interval.
 
     Args:
       values: (n,).
@@ -461,9 +496,9 @@ def bootstrap_interval(values: np.ndarray) -> tuple[list[float] | None, str | No
 
 
 def wilcoxon_p_value(values: np.ndarray) -> tuple[float | None, str | None]:
-    """The two-sided p-value of Wilcoxon's signed-rank test that differences lie around 0, and a note on zeros.
+    """The two-sided p-value of Wilcoxon's signed-rank test that differences are centred at 0, and a note on zeros.
 
-    Zeros are left out, as Wilcoxon (1945) does.
+    Zeros are left out, as in Wilcoxon (1945).
 
     Args:
       values: (n,).

@@ -1,1 +1,1 @@
-"""What every room stands on: files in and out, and settings with their ranges."""
+"""Shared by all other packages: file I/O, and settings with their ranges."""

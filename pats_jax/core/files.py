@@ -1,8 +1,8 @@
 """Checked reading of files from outside, and atomic writing of our own.
 
 The library reads every JSON file with `read_json` or `read_record`, and replaces every file with `write_bytes`,
-`write_text` or `write_json`. All of them raise `InputError`, one line that names the file, for any content of the file
-and any failure of the system.
+`write_text` or `write_json`. For invalid content and for failures of the system, all of them raise a one-line
+`InputError` that names the file.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ class NoSuchFile(InputError):
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
-    """Opens a regular file to read bytes; follows links, and does not wait for pipes and devices.
+    """Opens a regular file to read bytes; follows links, and never waits for pipes or devices.
 
     Raises:
-      InputError: the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
+      InputError: if the file does not exist (`NoSuchFile`), is not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
@@ -59,7 +59,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file.
+    """Reads the bytes of a regular file.
 
     Raises:
       InputError: as from `opened`.
@@ -72,7 +72,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file; use `read_record` for a known structure.
 
     Raises:
-      InputError: as from `read_bytes`; or the file is not UTF-8 or JSON, is nested too deeply, or contains a number
+      InputError: as from `read_bytes`; or if the file is not UTF-8 or JSON, is nested too deeply, or contains a number
         with thousands of digits.
     """
     return parse_json(read_bytes(path), str(path))
@@ -115,7 +115,7 @@ def read_record(path: str | os.PathLike[str], kind: type[AnyRecord]) -> AnyRecor
         that files of other versions load.
 
     Raises:
-      InputError: as from `read_bytes`, or the file does not contain such a record; the message names the field.
+      InputError: as from `read_bytes`; or if the file does not contain such a record; the message names the field.
 
     Examples:
       >>> import pathlib, tempfile
@@ -164,7 +164,7 @@ def checked_name(name: Any, source: str) -> str:
       source: the place, for error messages.
 
     Raises:
-      InputError: it is not a string, is empty or over 200 bytes, begins with a dot, or contains a slash or a control
+      InputError: if it is not a string, is empty or over 200 bytes, begins with a dot, or contains a slash or a control
         character.
 
     Examples:
@@ -187,7 +187,7 @@ def checked_place(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Returns a path to write after checking that it is in the folder once links are followed.
 
     Raises:
-      InputError: a link in the path leads out of the folder.
+      InputError: if a link in the path leads out of the folder.
     """
     try:
         outside = not path.parent.resolve().is_relative_to(folder.resolve())
@@ -205,7 +205,7 @@ def make_folder(folder: pathlib.Path) -> pathlib.Path:
     """Creates a folder and its parents, if they do not exist.
 
     Raises:
-      InputError: the folder cannot be created.
+      InputError: if the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text as UTF-8; see `write_bytes`.
 
     Raises:
-      InputError: as from `write_bytes`, or the text has a lone surrogate, which UTF-8 cannot hold.
+      InputError: as from `write_bytes`; or if the text has a lone surrogate, which UTF-8 cannot hold.
     """
     try:
         data = text.encode()
@@ -233,12 +233,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all: under another name first, which then takes the place of what was there.
+    """Writes a file whole or not at all: first under a temporary name, then renamed to ``path``.
 
-    A link in the file's place is replaced, not followed. Nothing half-written is left where the system refuses.
+    A link is replaced, not followed. If the system refuses, no partial file is left.
 
     Raises:
-      InputError: the system refuses, for instance on a full or read-only disk.
+      InputError: if the system refuses, for instance on a full or read-only disk.
     """
     made = path.with_name(path.name + _NEW)
     try:

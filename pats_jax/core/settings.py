@@ -1,7 +1,7 @@
 """Settings: fields of frozen dataclasses with a help text and a range, in groups that belong to whoever reads them.
 
-A group is a `Group` whose fields are made by `setting`. A program's settings are a `Composed`: a group of groups, made
-from flat names and given back as flat names, which are those of the flags and of the keys in config.json::
+A group is a `Group` whose fields are made by `setting`. A program's settings are a `Composed`: a group of groups, built
+from flat names and converted back to them; these are the names of the flags and of the keys in config.json::
 
     @dataclasses.dataclass(frozen=True)
     class Optimizer(Group):
@@ -39,8 +39,8 @@ class Range:
     Attributes:
       holds: whether a value is in the range.
       text: the range in words, after "must be".
-      largest: a bound far above any real run, without which memory or time would run out before any message; None: what
-        compiled programs can hold.
+      largest: a bound far above any real run, so that a message comes before memory or time runs out; None: the largest
+        number that compiled programs can hold.
     """
 
     holds: Callable[[Any], bool]
@@ -49,7 +49,7 @@ class Range:
 
 
 def at_least(least: int, largest: int | None = None) -> Range:
-    """All finite numbers from ``least`` on."""
+    """All finite numbers that are at least ``least``."""
     return Range(lambda x: least <= x < math.inf, f"at least {least}", largest)
 
 
@@ -61,17 +61,18 @@ SEED = Range(lambda x: 0 <= x < 2**63, "in [0, 2^63)", 2**63 - 1)
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What is known of a setting besides its type and default.
+    """What is known about a setting besides its type and default.
 
     Attributes:
       help: one line for ``--help``.
       range: its valid values.
-      flag: its name as a flag and in config.json, where that is not the field's.
+      flag: its name as a flag and in config.json, if that differs from the field's name.
       is_path: whether it names files or folders.
       is_basic: whether ``--help`` shows it; ``--help_all`` shows every setting.
-      of_one_start: whether it describes one start of the program, not the run; config.json does not hold it.
-      free_on_resume: whether it may change when a run is resumed: where and how it is computed, saved and logged.
-      chosen_by_run: whether a run chooses it where it is None, and a resumed run takes what was chosen.
+      of_one_start: whether it belongs to one start of the program rather than to the run; config.json then omits it.
+      free_on_resume: whether it may change when a run is resumed, because it concerns only where and how the run is
+        computed, saved and logged.
+      chosen_by_run: whether a run chooses it if it is None; a resumed run then keeps the choice.
     """
 
     help: str
@@ -85,7 +86,7 @@ class About:
 
 
 def setting(default: Any, help: str, range: Range | None = None, **about: Any) -> Any:
-    """A field of a group: its default, and what `About` says of it."""
+    """A field of a group, with its default and the fields of its `About`."""
     return dataclasses.field(default=default, metadata={"about": About(help, range, **about)})
 
 
@@ -94,9 +95,9 @@ class Entry:
     """A setting of a class.
 
     Attributes:
-      name: the field.
-      flag: its name outside.
-      owner: the class in which the field was defined first.
+      name: the name of the field.
+      flag: its name as a flag and in config.json.
+      owner: the class that first defined the field.
       type: its type.
       default: its default.
       about: see `About`.
@@ -140,7 +141,7 @@ class Entry:
 
 
 def entries(kind: type) -> dict[str, Entry]:
-    """Flag -> the setting of a group, in order; groups within a `Composed` are not looked into."""
+    """Flag -> setting, for the fields of a group, in order; groups within a `Composed` are skipped."""
     return _entries(kind)
 
 
@@ -230,13 +231,13 @@ def as_json(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Groups of which a flag chooses: the methods of ``--method``, the PEFT kind of ``--peft``.
+    """Groups that a flag chooses from: the methods of ``--method``, the PEFT kinds of ``--peft``.
 
     Attributes:
       entry: the flag.
       kinds: all groups that can be chosen, by name.
-      chosen: the classes that a value of the flag chooses; raises InputError if it is not valid.
-      name: the value of the flag for the chosen groups.
+      chosen: returns the classes that a value of the flag chooses; raises InputError if the value is not valid.
+      name: returns the value of the flag for the chosen groups.
       has_basic: whether `--help` shows any of their settings; otherwise it does not import them.
     """
 
@@ -247,7 +248,7 @@ class Choice:
     has_basic: bool = True
 
     def refusal(self, flag: str, chosen: Any) -> str:
-        """What is wrong with a flag of these groups that is not one of the chosen ones."""
+        """The error message for a flag of a group that is not chosen."""
         words = " ".join(chosen) if isinstance(chosen, tuple) else chosen
         owner = f"--{self.entry.flag} {shown(words, quoted=False)}" if words else f"a run without --{self.entry.flag}"
         return f"--{flag}: not a setting of {owner}; omit it"
@@ -256,7 +257,7 @@ class Choice:
         """Flag -> setting, of all groups that can be chosen.
 
         Raises:
-          TypeError: two groups define a flag of one name that is not inherited from a common class.
+          TypeError: if two groups define a flag of the same name without inheriting it from a common class.
         """
         found: dict[str, Entry] = {}
         for kind in self.kinds().values():
@@ -269,9 +270,9 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Composed(Group):
-    """A program's settings: a group of groups, with fields of its own, and groups of choice.
+    """A program's settings: a group of groups, which may have fields of its own, and choices of groups.
 
-    A field of choice holds a tuple of groups. Others can be given, too, by their flat names.
+    The field of a choice holds the tuple of the chosen groups. Any setting can be given by its flat name.
     """
 
     choices: ClassVar[Mapping[str, Choice]] = {}  # field -> how its groups are chosen
@@ -279,11 +280,11 @@ class Composed(Group):
     former: ClassVar[frozenset[str]] = frozenset()  # keys that config.json of earlier versions holds, without meaning
 
     def __init__(self, **values: Any):
-        """Takes fields, or settings by their flat names, which win over those of a group that is given.
+        """Takes fields, or settings by their flat names, which override those of a given group.
 
         Raises:
-          TypeError: there is no setting of a name.
-          InputError: a setting belongs to a group that is not chosen.
+          TypeError: if there is no setting with that name.
+          InputError: if a setting belongs to a group that is not chosen.
         """
         for field in dataclasses.fields(self):
             if field.name in self.choices:
@@ -338,15 +339,15 @@ class Composed(Group):
 
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
-        """What config.json holds, of this version or an earlier one, under the present names."""
+        """The content of a config.json, of this version or an earlier one, under the current names."""
         return saved
 
     @classmethod
     def groups(cls, *, basic: bool = False) -> dict[str, dict[str, Entry]]:
-        """Title -> settings by flag, in order; the flag of a choice stands before the settings that it chooses.
+        """Title -> settings by flag, in order; the flag of a choice comes before the settings that it chooses.
 
         Args:
-          basic: leave out what only `--help_all` shows, as far as that spares imports.
+          basic: whether to leave out what only `--help_all` shows, where that saves imports.
         """
         found: dict[str, dict[str, Entry]] = {cls.title or "run": dict(entries(cls))}
         for field in dataclasses.fields(cls):
@@ -366,7 +367,7 @@ class Composed(Group):
             group.check()
 
     def flat(self) -> Flat:
-        """Flag -> value, of all settings; of the groups of choice those that are chosen."""
+        """Flag -> value, of all settings; for a choice, only those of the chosen groups."""
         found = {flag: getattr(self, entry.name) for flag, entry in entries(type(self)).items()}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -384,7 +385,7 @@ class Composed(Group):
         return {flag: value for flag, value in self.flat().items() if not known[flag].about.of_one_start}
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with others, by field or by flat name."""
+        """A copy with changed settings, by field or by flat name."""
         return type(self)(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
 
     def _all_groups(self):

@@ -1,12 +1,13 @@
 """From texts to batches: tokenise once, choose a few lengths, fill rectangular arrays.
 
-XLA compiles a program for every shape it meets. So batches are padded to one of a few *bucket* lengths, chosen from
-the data's own lengths such that as few padding tokens as possible are computed, and a batch that has too few rows is
-filled up with rows of weight 0.
+XLA compiles a program for every shape. Batches are therefore padded to one of a few *bucket* lengths, which are chosen
+from the data's own lengths to minimise the number of padding tokens, and a batch with too few rows is filled up with
+rows of weight 0.
 
 A batch is a dict of NumPy arrays: ``input_ids``, ``attention_mask`` and ``token_type_ids`` int32 (batch, length);
-``labels`` int32 classes or float32 scores (batch,), absent for unlabelled rows; ``weights`` float32 (batch,), 0 for
-filler rows and 1 for all others.
+``labels`` int32 classes or float32 scores (batch,) or, where a row may have several labels, float32 0 or 1 (batch,
+labels), absent for unlabelled rows; ``weights`` float32 (batch,), 0 for filler rows and 1, or the weight of their
+class, for all others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,14 +29,14 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of many rows, one after the other.
+    """The token ids of many rows, one after another.
 
     Attributes:
       input_ids: int32 (tokens,); row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
       token_type_ids: uint8 (tokens,), 1 in the second text of a pair where the model tells them apart.
       offsets: int64 (rows + 1,).
-      pad_id: Id of the padding token.
-      cut: Rows that were longer than ``max_length`` tokens.
+      pad_id: id of the padding token.
+      cut: number of rows that were longer than ``max_length`` tokens.
     """
 
     input_ids: np.ndarray
@@ -54,15 +55,15 @@ class Tokens:
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
-    """Tokenises every row once, pairs truncated longest first.
+    """Tokenises every row once; in pairs, the longer text is truncated first.
 
     Args:
-      split: The rows.
-      tokenizer: A fast tokenizer of Transformers, the checkpoint's own.
-      max_length: Longest row in tokens, special tokens included.
+      split: the rows.
+      tokenizer: a fast tokenizer of Transformers, the checkpoint's own.
+      max_length: longest row in tokens, special tokens included.
 
     Raises:
-      InputError: ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
+      InputError: if ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
         cannot encode a text.
     """
     check_room(split, tokenizer, max_length)
@@ -111,7 +112,7 @@ _UNKNOWN = ("\U0010ffff", "\U0001fae8", "\u9f98", "q" * 300)
 
 
 def takes_any_text(tokenizer) -> bool:
-    """Whether a tokenizer takes what its vocabulary does not hold; one without an unknown token fails on it."""
+    """Whether a tokenizer accepts text outside its vocabulary; one without an unknown token fails on it."""
     try:
         return bool(tokenizer(list(_UNKNOWN)))
     except Exception:  # the tokenizers library itself raises bare Exceptions
@@ -119,9 +120,10 @@ def takes_any_text(tokenizer) -> bool:
 
 
 def check_room(split: Split, tokenizer, max_length: int) -> None:
-    """Raises InputError if rows cannot be made of the texts.
+    """Raises InputError if the texts cannot be tokenised to padded rows.
 
-    ``max_length`` leaves no room for a token of each text, a text has a lone surrogate, or nothing can be padded.
+    It does so if ``max_length`` leaves no room for a token of each text, a text has a lone surrogate, or there is no
+    padding token.
     """
     for column in (split.sentence1, split.sentence2 or ()):
         for row, text in enumerate(column):
@@ -138,7 +140,7 @@ def check_room(split: Split, tokenizer, max_length: int) -> None:
 def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
     """Raises InputError if a token, the padding token or a token type has no row in the model's embedding tables.
 
-    A look-up beyond a table gives nan, not an error.
+    A look-up beyond a table gives NaN, not an error.
     """
     largest, of_types = int(tokens.input_ids.max(initial=0)), int(tokens.token_type_ids.max(initial=0))
     check_vocabulary(max(largest, tokens.pad_id), vocab_size)
@@ -170,7 +172,7 @@ def largest_id(tokenizer) -> int:
 
 
 def largest_type(split: Split, tokenizer) -> int:
-    """The largest token type that a tokenizer gives texts like these, single ones or pairs."""
+    """The largest token type that a tokenizer gives to such texts, single ones or pairs."""
     second = None if split.sentence2 is None else ""  # special tokens alone: not every tokenizer takes every text
     return max(tokenizer("", second, return_token_type_ids=True)["token_type_ids"])
 
@@ -179,9 +181,9 @@ def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
     """Says in one line how many texts were truncated; None if none were.
 
     Args:
-      tokens: The tokenised rows.
-      max_length: Length to which they were truncated.
-      longest: Number of positions of the model.
+      tokens: the tokenised rows.
+      max_length: length to which they were truncated.
+      longest: number of positions of the model.
     """
     if not tokens.cut:
         return None
@@ -203,14 +205,18 @@ def bucket_boundaries(
     candidates.
 
     Args:
-      lengths: Tokens of each row, (rows,).
-      max_buckets: Most boundaries, thus most shapes.
-      multiple: Boundaries are multiples of this, but none is above the longest row. On XLA CPU a token costs no
-        less at 24 than at 25 or at 32 than at 31, so rounding up only adds padding there.
-      shape_cost: What one more shape costs, in tokens of ``lengths``; at 0 there are as many as allowed and useful.
+      lengths: tokens of each row, (rows,).
+      max_buckets: the maximum number of boundaries, and so of shapes.
+      multiple: boundaries are multiples of this, but none is above the longest row. On XLA CPU, lengths of 24 or 32
+        take no less time per token than 25 or 31, so rounding up only adds padding there.
+      shape_cost: the cost of one more shape, in tokens of ``lengths``; with 0, there are as many shapes as are allowed
+        and useful.
 
     Returns:
-      The boundaries, increasing.
+      The boundaries, in increasing order.
+
+    Raises:
+      ValueError: if there is no length, or another argument is out of range.
     """
     if len(lengths) == 0 or max_buckets < 1 or multiple < 1 or not shape_cost >= 0:
         raise ValueError(
@@ -240,7 +246,7 @@ def bucket_boundaries(
 
 
 def padded_tokens(lengths: np.ndarray, boundaries: Sequence[int]) -> int:
-    """Tokens of all rows when each is padded to the smallest boundary that holds it, the longest row among them."""
+    """The number of tokens if each row is padded to the smallest boundary that holds it, or to the longest row."""
     return int(np.asarray(boundaries)[_bucket_of(lengths, boundaries)].sum())
 
 
@@ -249,22 +255,22 @@ def epoch_plan(lengths: np.ndarray, batch_size: int, boundaries: Sequence[int], 
 
     The rows are shuffled, gathered by bucket and cut into ``ceil(rows / batch_size)`` batches, so that at most one
     batch straddles each boundary; one batch, at a random place, takes the remainder. The batches are shuffled too.
-    Every row comes exactly once, and every epoch has the same number of steps. Number of rows and length of each
-    batch are the same for all seeds, a function of data and epoch, so that runs of many seeds can go step by step in
-    one program; the seed chooses which rows they are.
+    Every row occurs exactly once, and every epoch has the same number of steps. The number of rows and the length of
+    each batch depend only on data and epoch, so runs with different seeds can run step by step in one program; the seed
+    determines only which rows are in it.
 
     Args:
-      lengths: Tokens of each row, (rows,).
-      batch_size: Rows of a full batch.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      seed: The run's seed.
-      epoch: Counted from 0.
+      lengths: tokens of each row, (rows,).
+      batch_size: rows of a full batch.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      seed: the run's seed.
+      epoch: counted from 0.
 
     Returns:
-      One ``(rows, length)`` a step: row numbers (at most ``batch_size`` of them) and the padded length.
+      One ``(rows, length)`` per step: at most ``batch_size`` row numbers, and the padded length.
 
     Raises:
-      InputError: There are fewer rows than ``batch_size``.
+      InputError: if there are fewer rows than ``batch_size``.
     """
     if batch_size > len(lengths):
         raise InputError(
@@ -294,13 +300,13 @@ def train_batches(
     """The batches of one epoch, in the order of ``epoch_plan``.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,).
-      batch_size: Rows of a batch, over all devices.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      seed: The run's seed.
-      epoch: Counted from 0.
-      first_step: Steps of this epoch to skip, for a run that is resumed.
+      batch_size: rows of a batch, over all devices.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      seed: the run's seed.
+      epoch: counted from 0.
+      first_step: number of steps of this epoch to skip, for a resumed run.
     """
     plan = epoch_plan(tokens.lengths, batch_size, boundaries, seed=seed, epoch=epoch)
     for rows, length in plan[first_step:]:
@@ -314,20 +320,20 @@ def eval_batches(
     boundaries: Sequence[int],
     own: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """All rows once, sorted by length, with the row numbers that put predictions back into place.
+    """All rows once, sorted by length, with their row numbers, which restore the order of predictions.
 
-    Rows above the last boundary share one more bucket, the longest row's length.
+    Rows above the last boundary share one more bucket, with the length of the longest row.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,), or None.
-      batch_size: Rows of a batch, over all devices.
-      boundaries: Bucket lengths, from ``bucket_boundaries``.
-      own: See ``fill_batch``.
+      batch_size: rows of a batch, over all devices.
+      boundaries: bucket lengths, from ``bucket_boundaries``.
+      own: see ``fill_batch``.
 
     Yields:
-      ``(rows, batch)``: entry ``i`` of the whole batch is row ``rows[i]``; entries from ``len(rows)`` on are filler.
-      So ``predictions[rows] = outputs[:len(rows)]``.
+      ``(rows, batch)``: entry ``i`` of the whole batch is row ``rows[i]``; the entries after these are filler. So
+      ``predictions[rows] = outputs[:len(rows)]``.
     """
     order = np.argsort(tokens.lengths, kind="stable")
     steps = -(-len(order) // batch_size)
@@ -344,22 +350,25 @@ def fill_batch(
     batch_size: int,
     length: int,
     own: np.ndarray | None = None,
+    *,
+    row_weights: np.ndarray | None = None,
 ) -> Batch:
     """Builds the arrays of one batch.
 
-    Filler rows repeat the batch's first row with weight 0. Rows of padding alone would not do: attention over nothing
-    is 0/0 in some models, and nan stays nan at weight 0.
+    Filler rows repeat the batch's first row with weight 0. They are not rows of padding, because attention over nothing
+    is 0/0 in some models, and NaN stays NaN with weight 0.
 
     Args:
-      tokens: The tokenised rows.
+      tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,), or None.
-      rows: Row numbers, at least one and at most ``batch_size``.
-      batch_size: Rows of the batch.
-      length: Padded length, at least that of the longest of ``rows``.
-      own: Which entries of the batch to build, in this order: those of one process; None builds all.
+      rows: row numbers, at least one and at most ``batch_size``.
+      batch_size: rows of the batch.
+      length: padded length, at least that of the longest of ``rows``.
+      own: the entries of the batch to build, in this order, such as those of one process; None builds all.
+      row_weights: the weight of each row of the table, float32 (rows,); None: 1.
     """
     weights = np.zeros(batch_size, np.float32)
-    weights[: len(rows)] = 1.0
+    weights[: len(rows)] = 1.0 if row_weights is None else row_weights[rows]
     filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
     if own is not None:
         weights, filled = weights[own], filled[own]
@@ -379,7 +388,7 @@ def fill_batch(
 
 
 def padding_share(batches: Iterable[Batch]) -> float:
-    """Share of the computed tokens that are padding or belong to filler rows, between 0 and 1."""
+    """The share of the computed tokens that are padding or belong to filler rows, between 0 and 1."""
     computed = real = 0
     for batch in batches:
         computed += batch["attention_mask"].size
@@ -388,7 +397,7 @@ def padding_share(batches: Iterable[Batch]) -> float:
 
 
 def _bucket_of(lengths: np.ndarray, boundaries: Sequence[int]) -> np.ndarray:
-    """Index of the smallest boundary that holds each length; ``len(boundaries)`` where none does."""
+    """The index of the smallest boundary that holds each length; ``len(boundaries)`` if none does."""
     return np.searchsorted(np.asarray(boundaries), lengths, side="left")
 
 

@@ -1,8 +1,8 @@
 """Few-shot tasks: rows with options to choose from, in samples of a few training and dev rows each.
 
 References:
-    CrossFit and the NLP few-shot gym: Ye, Lin and Ren, EMNLP 2021, arXiv 2104.08835, github.com/INK-USC/CrossFit.
-    Its tasks with their options: MetaICL, Min et al., NAACL 2022, arXiv 2110.15943.
+  CrossFit and the NLP few-shot gym: Ye, Lin and Ren, EMNLP 2021, arXiv 2104.08835, github.com/INK-USC/CrossFit.
+  Its tasks with their options: MetaICL, Min et al., NAACL 2022, arXiv 2110.15943.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,7 +51,7 @@ class Sample:
     Attributes:
       seed: the seed that drew it, which names its files.
       train: the rows to tune on.
-      dev: as many rows again.
+      dev: the rows to choose settings by, as many as in ``train``.
       test: many rows, usually the same for all samples; empty if the gym has no test file.
     """
 
@@ -66,9 +66,9 @@ class FewShotTask:
     """A task of a few-shot gym.
 
     Attributes:
-      name: as in file names and partitions.
-      options: the classes by index, the options of every row in that order; None: each row has options of its own.
-      samples: by increasing seed.
+      name: its name in file names and partitions.
+      options: the classes by index, the options of every row in that order; None if each row has its own options.
+      samples: the samples, by increasing seed.
     """
 
     name: str
@@ -93,7 +93,7 @@ class FewShotTask:
         """The sample of a seed.
 
         Raises:
-          InputError: the task has no sample with that seed.
+          InputError: if the task has no sample with that seed.
         """
         for sample in self.samples:
             if sample.seed == seed:
@@ -105,7 +105,7 @@ class FewShotTask:
         """The same with the samples of these seeds only; None keeps all.
 
         Raises:
-          InputError: the task has no sample with one of them.
+          InputError: if the task has no sample with one of them.
         """
         if seeds is None:
             return self
@@ -133,7 +133,7 @@ def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str)
       where: where they are, for the message.
 
     Raises:
-      InputError: a requested name does not exist.
+      InputError: if a requested name does not exist.
     """
     names = sorted(there)
     missing = sorted(set(wanted or ()) - set(names))

@@ -36,7 +36,7 @@ _OPTION_MARK = re.compile(r" ?\(([A-Z]|[1-9])\) ")
 
 
 class _Line(NamedTuple):
-    """What one line of a file says; no options where the file does not list any."""
+    """The content of one line of a file; without options if the file lists none."""
 
     place: str
     input: str
@@ -67,7 +67,7 @@ def load_gym(
       Task name -> task, in alphabetical order.
 
     Raises:
-      InputError: a file is invalid; the message names the file and, if possible, the line.
+      InputError: if a file is invalid; the message names the file and, if possible, the line.
     """
     if str(source) == "builtin":
         from pats_jax.data.builtin_gym import SHOTS as BUILTIN_SHOTS, generate_gym
@@ -85,7 +85,7 @@ def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
     """Names of the tasks of a gym in alphabetical order, without reading their files.
 
     Raises:
-      InputError: there is no such folder, or no task in it.
+      InputError: if there is no such folder, or no task in it.
     """
     if str(source) == "builtin":
         from pats_jax.data.builtin_gym import GRAMMARS
@@ -95,7 +95,11 @@ def task_names(source: str | Path, *, shots: int = SHOTS) -> list[str]:
 
 
 def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[str, dict[tuple[int, str], Path]]:
-    """The files of every task by seed and split; wrong names count for the tasks asked for only."""
+    """The files of every task by seed and split; wrong names matter only for the requested tasks.
+
+    Raises:
+      InputError: if there is no such folder, a name of a file is not valid, or two files are of one split.
+    """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; choose one with files of few-shot tasks, or builtin")
     found: dict[str, dict[tuple[int, str], Path]] = {}
@@ -148,7 +152,7 @@ def _read_task(name: str, files: Mapping[tuple[int, str], Path]) -> FewShotTask:
 
 
 def _seeds(name: str, files: Mapping[tuple[int, str], Path]) -> list[int]:
-    """The seeds, each of which must have a train and a dev file, and a test file where there are several of them."""
+    """The seeds; each must have a train and a dev file, and a test file if the task has several of these."""
     seeds = sorted({seed for seed, split in files if split != "test"})
     place = next(iter(files.values())).parent
     if not seeds:
@@ -204,7 +208,7 @@ def _with_options(name: str, files: _Files) -> _Files:
 
 
 def _parted(line: _Line) -> _Line:
-    """Parts the input from the options that CrossFit appends to it: " (A) one (B) other" or " (1) one (2) other"."""
+    """Separates the input from the options that CrossFit appends: " (A) one (B) other" or " (1) one (2) other"."""
     question, *rest = _OPTION_MARK.split(line.input)
     marks, options = "".join(rest[::2]), tuple(option.strip() for option in rest[1::2])
     counts_up = any(order.startswith(marks) for order in (string.ascii_uppercase, string.digits[1:]))

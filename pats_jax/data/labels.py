@@ -1,4 +1,4 @@
-"""The meaning of labels in your own files: scores or classes, and which.
+"""The meaning of labels in your own files: scores or classes, and which classes.
 
 Numbers can be either. Whole numbers, also written as ``1.0``, are read as classes, others as scores; the log says
 which, and how to change it: ``--do_regression`` or ``--do_regression false``, in Python ``regression``. Classes that
@@ -39,12 +39,12 @@ def find_classes(table: Table, column: str, regression: bool | None = None) -> t
     are scores. All other labels are class names in alphabetical order.
 
     Args:
-      table: The file that decides, usually the training file.
-      column: Its label column.
-      regression: Whether the labels are scores; None: as above, and the log says so.
+      table: the file that decides, usually the training file.
+      column: its label column.
+      regression: whether the labels are scores; None: as above, and the log says so.
 
     Raises:
-      InputError: A label is missing (with file and line), or there is only one class.
+      InputError: if a label is missing (with file and line), or there is only one class.
     """
     cells = list(dict.fromkeys(table.columns[column]))
     values = {cell: value for cell in cells if (value := _number(cell)) is not None}
@@ -57,7 +57,7 @@ def find_classes(table: Table, column: str, regression: bool | None = None) -> t
         regression = not all(_WHOLE.fullmatch(cell.strip()) for cell in cells)
         _announce(table, names, regression)
     elif regression is None:
-        logger.info("%s: %s", table.path, _told(names))
+        logger.info("%s: %s", table.path, told_of_classes(names))
     if all_numbers:
         _warn_of_hidden(table, column, values)
     if not regression:
@@ -69,7 +69,7 @@ def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
     """Class indices int32 (rows,) of a label column; see `find_classes` for how labels are compared.
 
     Raises:
-      InputError: A label is not one of the names; the message names file and line.
+      InputError: if a label is not one of the names; the message names file and line.
     """
     values = {value: name for name in names if (value := _number(name)) is not None}
     if len(values) < len(names):  # not all of them numbers, or two that are equal
@@ -81,7 +81,7 @@ def read_classes(table: Table, column: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _number(cell: str) -> Number | None:
-    """The value of a cell, exact for whole numbers, which may be names of classes; None if it is no finite number."""
+    """The value of a cell, exact for whole numbers, which may name classes; None if it is not a finite number."""
     return Decimal(cell.strip()) if _WHOLE.fullmatch(cell.strip()) else finite_number(cell)
 
 
@@ -142,13 +142,13 @@ def _announce(table: Table, names: Sequence[str], regression: bool) -> None:
         told = f"scores from {shown(names[0], quoted=False)} to {shown(names[-1], quoted=False)}"
         logger.info("%s: %s; for classes, set do_regression false", table.path, told)
     else:
-        logger.info("%s: %s; for scores, set do_regression", table.path, _told(names))
+        logger.info("%s: %s; for scores, set do_regression", table.path, told_of_classes(names))
 
 
-def _told(names: Sequence[str]) -> str:
-    """``3 classes: a, b, c``, the first ten of them."""
+def told_of_classes(names: Sequence[str], noun: str = "classes") -> str:
+    """The classes as text, ``3 classes: a, b, c``; at most the first ten."""
     told = ", ".join(shown(name.strip(), 40, quoted=False) for name in names[:10])
-    return f"{len(names)} classes: {told}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+    return f"{len(names)} {noun}: {told}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
 
 
 def _warn_of_hidden(table: Table, column: str, values: dict[str, Number]) -> None:
@@ -159,7 +159,7 @@ def _warn_of_hidden(table: Table, column: str, values: dict[str, Number]) -> Non
 
 
 def _warn_of_blanks(table: Table, cells: Sequence[str]) -> None:
-    """Labels that look the same are rarely meant to differ."""
+    """Warns of labels that differ only in case or blanks, because they rarely mean different classes."""
     for what, key in (("blanks", _without_blanks), ("case or blanks", lambda cell: _without_blanks(cell).casefold())):
         groups: dict[str, list[str]] = {}
         for cell in cells:

@@ -11,22 +11,22 @@ def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
     """Selects the rows to keep: a pure function of labels, rows and seed.
 
     Of class ``c`` with ``n_c`` of the ``n`` rows, ``rows * n_c / n`` are kept, rounded by the method of largest
-    remainders (on a tie the class with the lower index goes first), but at least one row; such
-    a row is taken from the class that is furthest above its share. Rows within a class are drawn at random. Scores are
-    divided into ten classes of equal size, by quantiles (into ``rows`` classes if that is fewer).
+    remainders (on a tie the class with the lower index goes first), but at least one row, which is taken from the class
+    that is furthest above its share. Rows within a class are drawn at random. Scores are divided by quantiles into ten
+    classes of equal size, or into ``rows`` classes if that is fewer.
 
-    Stratification follows the paper (DPS, arXiv 2211.01642); the rounding is ours.
+    Stratification follows the DPS paper (arXiv 2211.01642); the rounding is ours.
 
     Args:
       labels: integer classes or float scores, (n,).
-      rows: how many to keep.
+      rows: number of rows to keep.
       seed: a whole number of at least 0.
 
     Returns:
       Row numbers in increasing order, (rows,).
 
     Raises:
-      InputError: there are fewer rows, or more classes.
+      InputError: if there are fewer rows than ``rows``, or more classes.
 
     Examples:
       >>> labels = np.array([0] * 6 + [1] * 3 + [2])
@@ -50,7 +50,7 @@ def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
 
 
 def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
-    """How many rows each class gives, in integers: no remainder is lost to rounding."""
+    """The number of rows to take from each class, computed in integers to avoid rounding errors."""
     total = int(counts.sum())
     wanted = counts.astype(np.int64) * rows
     sizes = np.maximum(wanted // total, 1)
@@ -63,7 +63,7 @@ def _shares(counts: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _quantiles(scores: np.ndarray, number: int) -> np.ndarray:
-    """The quantile of each score, (rows,): 0 for the lowest; equal scores are told apart by their place."""
+    """The quantile of each score, (rows,): 0 for the lowest; ties are broken by position."""
     ranks = np.empty(len(scores), np.int64)
     ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
     return ranks * number // len(scores)

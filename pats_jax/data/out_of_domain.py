@@ -5,9 +5,9 @@ on its test split as published, from a folder of the published files or from the
 are secret, on the validation split.
 
 References:
-    SNLI: Bowman et al., EMNLP 2015. SICK: Marelli et al., LREC 2014. SciTail: Khot, Sabharwal and Clark, AAAI 2018.
-    The protocol: H. Zhang et al., "Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
-    Adaptively", NeurIPS 2022, arXiv 2211.01642.
+  SNLI: Bowman et al., EMNLP 2015. SICK: Marelli et al., LREC 2014. SciTail: Khot, Sabharwal and Clark, AAAI 2018.
+  The protocol: H. Zhang et al., "Fine-Tuning Pre-Trained Language Models Effectively by Optimizing Subnetworks
+  Adaptively", NeurIPS 2022, arXiv 2211.01642.
 """
 
 import os
@@ -37,20 +37,20 @@ def _json_lines(path: Path) -> Table:
 
 
 def _tsv(*header: str) -> Callable[[Path], Table]:
-    """A reader of a file whose columns are those of its first line or, if any are named, of these."""
+    """A reader of TSV files with these columns, or with those of the first line if none are given."""
     return lambda path: read_tsv(path, _WANTED, header=header or None)[0]
 
 
 @dataclass(frozen=True)
 class InferenceSet:
-    """One set and where its test split stands.
+    """One set, and where its test split is.
 
     Attributes:
       folders: names that the set's folder may have.
-      files: file in that folder -> its reader; the first file that is there is read.
-      hub: what ``datasets.load_dataset`` takes.
+      files: file in that folder -> its reader; the first file that exists is read.
+      hub: the arguments of ``datasets.load_dataset``.
       labels: names of the classes by index.
-      spellings: label in the files, in lower case -> the class, where they differ.
+      spellings: label in the files, in lower case -> the class, if they differ.
     """
 
     folders: tuple[str, ...]
@@ -108,14 +108,15 @@ def load_out_of_domain(name: str, folder: str | Path | None = None, data_dir: st
 
     Args:
       name: the set.
-      folder: what holds the folders of SNLI, SICK and SciTail with the authors' files, or one of them; None: the hub.
-      data_dir: where MNLI and RTE are, as for ``load_task``.
+      folder: a folder that contains the folders of SNLI, SICK and SciTail with the authors' files, or one of them;
+        None: the hub.
+      data_dir: the folder of MNLI and RTE, as for `load_task`.
 
     Returns:
-      The rows, ``label_names`` being the set's two or three classes.
+      The rows; their ``label_names`` are the set's two or three classes.
 
     Raises:
-      InputError: One line with the file, and the line where it applies.
+      InputError: if a file is missing or damaged; the message names the file and, where it applies, the line.
     """
     if name in _GLUE:
         task, split = _GLUE[name]

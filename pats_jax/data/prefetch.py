@@ -1,4 +1,4 @@
-"""Batches made ahead of the device by a thread of their own."""
+"""Makes batches ahead of the device, in a separate thread."""
 
 import collections
 import concurrent.futures
@@ -12,13 +12,16 @@ _END = object()
 
 @contextlib.contextmanager
 def prefetch(items: Iterator[T], ahead: int = 2) -> Iterator[Iterator[T]]:
-    """Runs an iterator in a thread, a few items ahead of whoever takes them; a context manager that ends the thread.
+    """Runs an iterator in a thread, a few items ahead of its consumer; a context manager that ends the thread.
 
-    Order and content are those of the iterator, and what it raises is raised where its item would have come.
+    Order and content are those of the iterator. If it raises an error, the error is raised in place of the item.
 
     Args:
-      items: taken from in the thread only, one item after the other.
-      ahead: how many items are ready or being made while one is in use, at least 1.
+      items: the iterator; only the thread uses it, one item after another.
+      ahead: number of items to prepare while one is in use, at least 1.
+
+    Yields:
+      The iterator over the prepared items.
 
     Examples:
       >>> with prefetch(iter("abc")) as letters:

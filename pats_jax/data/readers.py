@@ -1,19 +1,8 @@
-"""From files, folders and the hub to texts and labels.
+"""Reads texts and labels from files, folders and the hub.
 
 ``read_glue`` reads the TSV folders of the GLUE distribution, each task with its own quirks; ``read_hub`` the same
-tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. ``read_file`` reads your own
-CSV, TSV and JSON files, ``load_files`` those of one task together, ``read_texts`` texts to predict on.
-
-In your own files, columns are found by name, the first of these that exists:
-
-* a pair of texts: ``sentence1, sentence2``; ``premise, hypothesis``; ``question1, question2``; ``question, sentence``;
-  ``text1, text2``;
-* one text: ``sentence``; ``text``; ``sentence1``;
-* the label: ``label``; ``gold_label``; ``score``. Rows whose ``gold_label`` is ``-`` are left out: there the annotators
-  of SNLI and MNLI did not agree.
-
-The files of one task have their columns by one rule: those of the training file are looked for first. What labels mean
-is told in ``labels``. CSV files quote as usual; in TSV files quotes mean nothing, as in GLUE's.
+tasks from ``nyu-mll/glue``; ``load_task`` chooses between them and the built-in data. Your own data is read by
+`own_files`.
 """
 
 import contextlib
@@ -21,42 +10,25 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pats_jax.data.labels import find_classes, has_labels, read_classes
+from pats_jax.data.labels import read_classes
 from pats_jax.data.tables import (
     INDEX_COLUMNS,
     Table,
     listed,
-    read_csv,
-    read_json_rows,
-    read_text,
     read_tsv,
-    split_lines,
 )
 from pats_jax.data.tasks import Task, get_task
 from pats_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("sentence",),
-    ("text",),
-    ("sentence1",),
-)
-_LABEL_COLUMNS = ("label", "gold_label", "score")
 NO_GOLD_LABEL = "-"
-_UNLABELLED = {*INDEX_COLUMNS, *(name for names in _TEXT_COLUMNS for name in names)}
-_WANTED = {*_UNLABELLED, *_LABEL_COLUMNS}
 
 # The first release of QQP has some lines broken in two (nyu-mll/GLUE-baselines issue 5); the pieces are left out.
 _BROKEN_ROWS = {"qqp": 1e-3}
@@ -67,11 +39,12 @@ class Split:
     """The rows of one split, in the order of their file.
 
     Attributes:
-      sentence1: First (or only) text of each row.
-      sentence2: Second text of each row; None for single texts.
-      labels: int32 class indices or float32 scores, (rows,); None without labels.
-      ids: The official index of each row, else row numbers from "0".
-      label_names: Names of the classes by index; None where labels are scores or not known.
+      sentence1: first (or only) text of each row.
+      sentence2: second text of each row; None for single texts.
+      labels: int32 class indices or float32 scores, (rows,); where a text may have several labels, float32 0 or 1,
+        (rows, labels); None without labels.
+      ids: the official index of each row, else row numbers from "0".
+      label_names: names of the classes by index; None where labels are scores or not known.
     """
 
     sentence1: list[str]
@@ -82,6 +55,17 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.sentence1)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a text may have several labels."""
+        return self.labels is not None and self.labels.ndim == 2
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """Column -> texts, of the one or two of each row."""
+        first = {"sentence1": self.sentence1}
+        return first if self.sentence2 is None else first | {"sentence2": self.sentence2}
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """The rows of these numbers, in this order."""
@@ -94,7 +78,7 @@ class Split:
         )
 
     def first(self, rows: int | None) -> "Split":
-        """The first ``rows`` rows, as ``--max_train_samples`` of the run_glue examples means it; None keeps all."""
+        """The first ``rows`` rows, as for ``--max_train_samples`` in the run_glue examples; None keeps all."""
         if rows is not None and rows <= 0:
             raise ValueError(f"rows must be positive, got {rows}")
         return Split(
@@ -116,10 +100,10 @@ def load_task(
     """Reads a GLUE task from wherever ``--data_dir`` points.
 
     Args:
-      task: A row of the task table, or its name.
+      task: a row of the task table, or its name.
       data_dir: ``"builtin"`` for the built-in data, a folder of GLUE's TSV files, or None for the hub.
-      splits: Splits to read, see ``read_glue``.
-      seed: Seed of the built-in data.
+      splits: splits to read, see ``read_glue``.
+      seed: seed of the built-in data.
     """
     task = get_task(task) if isinstance(task, str) else task
     if data_dir is None:
@@ -139,17 +123,17 @@ def read_glue(
     """Reads a task from the TSV files of the GLUE distribution.
 
     Args:
-      task: A row of the task table, or its name.
-      data_dir: The folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
-      splits: Any of "train", "validation" and "test", all of which must be there. MNLI's "validation" and "test"
-          bring "validation_mismatched" and "test_mismatched" along where those files exist.
+      task: a row of the task table, or its name.
+      data_dir: the folder that holds the task's folder (``CoLA`` ...), or the task's folder itself.
+      splits: any of "train", "validation" and "test", which must exist. For MNLI, "validation" and "test" include
+        "validation_mismatched" and "test_mismatched" if those files exist.
 
     Returns:
       Split name -> rows. A test split without a label column, or with other labels than the task's (such as -1), has
       ``labels=None``.
 
     Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
+      InputError: if the file is invalid; the message names the file and, if possible, the line.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -204,7 +188,7 @@ def _read_glue_file(task: Task, path: Path, *, labelled: bool) -> Split:
         if labelled:
             raise
         labels = None  # a test split needs none
-    return _split(table, task.tsv_texts, labels, task.labels)
+    return split_of(table, task.tsv_texts, labels, task.labels)
 
 
 def _glue_labels(task: Task, table: Table) -> np.ndarray | None:
@@ -220,11 +204,11 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
     """Reads a task from ``nyu-mll/glue`` on the hub, or from the local cache that ``datasets`` keeps of it.
 
     Args:
-      task: A row of the task table, or its name.
-      splits: As for ``read_glue``.
+      task: a row of the task table, or its name.
+      splits: as for ``read_glue``.
 
     Raises:
-      InputError: The hub cannot be reached, and the task is not in the cache.
+      InputError: if the hub cannot be reached, and the task is not in the cache.
     """
     task = get_task(task) if isinstance(task, str) else task
     _check_splits(task, splits)
@@ -235,24 +219,27 @@ def read_hub(task: Task | str, *, splits: Sequence[str] = ("train", "validation"
 
 
 def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
-    """What ``datasets.load_dataset`` loads.
+    """Loads a dataset by ``datasets.load_dataset``.
 
     Args:
-      instead: For the error message: the flag to set, and to what, to work offline.
-      path: The set's name on the hub.
-      **arguments: The others that it takes.
+      instead: the flag and value to use without a network, for the error message.
+      path: the dataset's name on the hub, or a folder.
+      **arguments: other arguments of ``load_dataset``.
 
     Raises:
-      InputError: The hub cannot be reached and the cache does not hold the set.
+      InputError: if the hub cannot be reached and the cache does not hold the set.
     """
     import datasets
 
-    silent = not datasets.config.HF_HUB_OFFLINE and not reaches_hub(path)
+    is_local = os.path.isdir(path)
+    silent = not is_local and not datasets.config.HF_HUB_OFFLINE and not reaches_hub(path)
     try:
         with cache_alone_if(silent):
             return datasets.load_dataset(path=path, **arguments)
     except Exception as error:  # no network, no cache, a broken download: each layer below raises its own kind
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if is_local:
+            raise InputError(f"{path}: this folder could not be loaded as a data set ({reason})") from error
         if silent:
             reason = "it does not answer, and the cache does not hold the set"
         raise InputError(
@@ -262,7 +249,7 @@ def load_from_hub(instead: str, *, path: str, **arguments: Any) -> Any:
 
 
 def reaches_hub(path: str) -> bool:
-    """Whether the hub answers a question about a set, whatever its answer is; asks once."""
+    """Whether the hub answers a request about a dataset, whatever the answer is; asks once."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -277,7 +264,7 @@ def reaches_hub(path: str) -> bool:
 
 @contextlib.contextmanager
 def cache_alone_if(offline: bool) -> Iterator[None]:
-    """Has ``datasets`` look in its cache alone; without a network it would ask the hub for half a minute."""
+    """Makes ``datasets`` use only its cache; without a network it would retry the hub for half a minute."""
     import datasets
     import huggingface_hub
 
@@ -307,132 +294,11 @@ def _hub_split(task: Task, columns: dict[str, list]) -> Split:
     )
 
 
-def load_files(
-    files: Mapping[str, str | Path], *, label_names: Sequence[str] | None = None, regression: bool | None = None
-) -> dict[str, Split]:
-    """Reads your own files: ``{"train": ..., "validation": ..., "test": ...}``, each of them optional.
-
-    The labels of the training file are those of the task. Without a training file they are ``label_names`` or, with
-    ``regression``, scores; else those of the first file. The columns of that file are used in the other files too,
-    where these have them.
-
-    Args:
-      files: Split name -> file.
-      label_names: Names of the classes by index, for instance those of a saved model.
-      regression: Whether the labels are scores; None: as `labels.find_classes` finds.
-
-    Returns:
-      Split name -> rows, all with the same ``label_names``. "test" is read as ``read_texts`` does, without labels.
-
-    Raises:
-      InputError: As ``read_file``; no labels where they are needed; pairs in one file and single texts in another.
-    """
-    found: dict[str, Split] = {}
-    columns = _Columns()
-    for name in sorted(files, key=lambda name: {"train": 0, "test": 2}.get(name, 1)):
-        path = Path(files[name])
-        if name == "test":
-            split, columns = _read_unlabelled(path, columns)
-            split = dataclasses.replace(split, label_names=None if label_names is None else tuple(label_names))
-        else:
-            split, columns = _read_labelled(path, columns, label_names, regression)
-            if split.labels is None:
-                told = " or ".join(_LABEL_COLUMNS)
-                raise InputError(f"{path}: no labels for the {name} data; name their column {told}")
-            if name == "train" and len(np.unique(split.labels)) == 1:
-                raise InputError(f"{path}: every row has the same label; there is nothing to learn")
-            label_names, regression = split.label_names, split.label_names is None
-        other = next(iter(found), name)
-        if (split.sentence2 is None) != (found.get(other, split).sentence2 is None):
-            raise InputError(f"{path}: has {_kind(split)}, but {files[other]} has {_kind(found[other])}")
-        found[name] = split
-    return {name: found[name] for name in files}
-
-
-def _kind(split: Split) -> str:
-    return "single texts" if split.sentence2 is None else "pairs of texts"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Columns:
-    """The columns of texts and labels in a file; unknown before the first file."""
-
-    texts: tuple[str, ...] = ()
-    label: str | None = None
-
-
-def read_file(path: str | Path, *, label_names: Sequence[str] | None = None, regression: bool | None = None) -> Split:
-    """Reads your own file.
-
-    Args:
-      path: A ``.csv``, ``.tsv`` or ``.jsonl`` file, or a ``.json`` file of JSON lines or one array of objects.
-      label_names: Names of the classes by index.
-      regression: Whether the labels are scores. Without it, and without ``label_names``, that and the classes are found
-          in the file, see `labels.find_classes`.
-
-    Returns:
-      The rows; ``labels`` is None if there is no label column, or it is empty.
-
-    Raises:
-      InputError: The file is invalid; the message names the file and, if possible, the line.
-    """
-    return _read_labelled(Path(path), _Columns(), label_names, regression)[0]
-
-
-def _read_labelled(
-    path: Path, usual: _Columns, label_names: Sequence[str] | None, regression: bool | None
-) -> tuple[Split, _Columns]:
-    """The rows of a file, and its columns; those of the previous file are tried first."""
-    table = _read_table(path)
-    texts = _text_columns(table, usual.texts)
-    label = next((name for name in (usual.label, *_LABEL_COLUMNS) if name in table.columns), None)
-    if label == "gold_label":
-        table = leave_out_unlabelled(table, label)
-    labels: np.ndarray | None = None
-    if label is not None and has_labels(table.columns[label]):
-        if label_names is None:
-            label_names = find_classes(table, label, regression)
-        labels = table.scores(label) if label_names is None else read_classes(table, label, label_names)
-    return _split(table, texts, labels, label_names), _Columns(texts, label)
-
-
-def labels_in(path: str | Path) -> set[str]:
-    """The labels in a file, as written there; empty without a label column."""
-    table = _read_table(Path(path))
-    column = next((name for name in _LABEL_COLUMNS if name in table.columns), None)
-    return set(table.columns[column]) - {"", NO_GOLD_LABEL} if column else set()
-
-
-def read_texts(path: str | Path) -> Split:
-    """Reads texts to predict on: a file as for ``read_file``, without labels, or a ``.txt`` with one text per line."""
-    return _read_unlabelled(Path(path), _Columns())[0]
-
-
-def _read_unlabelled(path: Path, usual: _Columns) -> tuple[Split, _Columns]:
-    if path.suffix.lower() == ".txt":
-        lines = split_lines(read_text(path))
-        return Split(lines, None, None, [str(row) for row in range(len(lines))]), usual
-    table = _read_table(path, _UNLABELLED, ", .txt")
-    texts = _text_columns(table, usual.texts)
-    return _split(table, texts, None, None), _Columns(texts, None)
-
-
-def _read_table(path: Path, wanted: Collection[str] = _WANTED, further: str = "") -> Table:
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return read_csv(path, wanted)
-    if suffix == ".tsv":
-        return read_tsv(path, wanted)[0]
-    if suffix in (".jsonl", ".json"):
-        return read_json_rows(path, wanted)
-    raise InputError(f"{path}: unknown file type {suffix!r}; use .csv, .tsv{further} or .jsonl")
-
-
 def leave_out_unlabelled(table: Table, column: str) -> Table:
-    """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many do not.
+    """Keeps the rows that have a gold label (``-`` means none, as in SNLI), and logs how many rows do not.
 
     Raises:
-      InputError: No row has one.
+      InputError: if no row has a gold label.
     """
     rows = [row for row, cell in enumerate(table.columns[column]) if cell != NO_GOLD_LABEL]
     if not rows:
@@ -443,17 +309,8 @@ def leave_out_unlabelled(table: Table, column: str) -> Table:
     return table
 
 
-def _text_columns(table: Table, usual: tuple[str, ...]) -> tuple[str, ...]:
-    for names in (usual, *_TEXT_COLUMNS):
-        if names and all(name in table.columns for name in names):
-            return names
-    raise InputError(
-        f"{table.path}:1: no text column among {listed(table.header)}; name it sentence, or name two of them sentence1 "
-        "and sentence2"
-    )
-
-
-def _split(table: Table, texts: Sequence[str], labels: np.ndarray | None, label_names: Sequence[str] | None) -> Split:
+def split_of(table: Table, texts: Sequence[str], labels: np.ndarray | None, label_names: Sequence[str] | None) -> Split:
+    """The rows of a table, with the columns of its one or two texts."""
     return Split(
         sentence1=table.columns[texts[0]],
         sentence2=table.columns[texts[1]] if len(texts) == 2 else None,

@@ -1,18 +1,19 @@
-"""The settings that say which data to read, and how much of them."""
+"""The settings that say which data to read, and how much."""
 
 import dataclasses
 from typing import ClassVar, Literal
 
 from pats_jax.core import files
-from pats_jax.core.settings import Group, at_least, setting
-from pats_jax.errors import InputError
+from pats_jax.core.settings import Group, Range, at_least, setting
+from pats_jax.data.columns import Columns
+from pats_jax.errors import InputError, shown
 
 OutOfDomainSet = Literal["mnli", "mnli_mm", "snli", "sick", "scitail", "rte"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings(Group):
-    """A GLUE task or files of one's own."""
+    """A GLUE task, or your own files."""
 
     title: ClassVar[str] = "data"
 
@@ -27,7 +28,7 @@ class DataSettings(Group):
     )
     train_file: str | None = setting(
         None,
-        "your data: CSV, TSV or JSON (lines or array) with sentence1[, sentence2], label",
+        "your data: CSV, TSV, JSON (lines or array) or parquet with sentence1[, sentence2], label",
         is_path=True,
         is_basic=True,
     )
@@ -38,6 +39,25 @@ class DataSettings(Group):
         None,
         "your test data, as train_file, or .txt with one text per line; labels are ignored",
         is_path=True,
+    )
+    dataset_name: str | None = setting(
+        None, "your data: a data set of the hub, or a folder with one; in place of files", is_path=True, is_basic=True
+    )
+    dataset_config_name: str | None = setting(None, "the configuration of dataset_name")
+    text_column_names: list[str] | None = setting(
+        None, "your data: the one or two columns of the texts; if unset, found by name", is_basic=True
+    )
+    label_column_name: list[str] | None = setting(
+        None,
+        "your data: the column of the labels, or of lists of labels, or a column of 0 and 1 for each label; if unset, "
+        "label, gold_label or score",
+        is_basic=True,
+    )
+    delimiter: str | None = setting(None, "your data: the character between the cells of CSV and TSV files")
+    validation_split_percentage: float | None = setting(
+        None,
+        "your data: hold out so many percent of the training rows if there is no validation data",
+        Range(lambda x: 0 < x < 100, "between 0 and 100"),
     )
     do_regression: bool | None = setting(
         None, "your data: whether labels are scores (true) or classes (false); if unset, detected"
@@ -64,13 +84,49 @@ class DataSettings(Group):
                 raise InputError(f"--out_of_domain {name}: is the set of --task_name itself; choose another")
         if self.task_name and self.own_file:
             raise InputError("--task_name cannot be used with --train_file, --validation_file or --test_file")
-        if not self.task_name and not self.own_file:
-            raise InputError("no data: set --task_name, or --train_file and --validation_file")
+        if self.dataset_name and (self.task_name or self.own_file):
+            other = "--task_name" if self.task_name else "--train_file, --validation_file or --test_file"
+            raise InputError(f"--dataset_name cannot be used with {other}")
+        if not self.task_name and not self.own_name:
+            raise InputError("no data: set --task_name, or --train_file and --validation_file, or --dataset_name")
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """Checks what only your own data has."""
+        if self.task_name:
+            for name in ("text_column_names", "label_column_name", "delimiter", "dataset_config_name"):
+                if getattr(self, name):
+                    raise InputError(f"--{name}: --task_name {self.task_name} has its own; omit the flag")
+        if self.dataset_config_name and not self.dataset_name:
+            raise InputError("--dataset_config_name: needs --dataset_name")
+        if self.delimiter is not None:
+            if self.dataset_name:
+                raise InputError("--delimiter: is for files; omit it with --dataset_name")
+            if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+                raise InputError(f"--delimiter {shown(self.delimiter)}: must be one character, and no quote")
+        if self.text_column_names is not None and len(self.text_column_names) not in (1, 2):
+            raise InputError("--text_column_names: name one or two columns")
+        if self.label_column_name is not None and not self.label_column_name:
+            raise InputError("--label_column_name: name a column")
+        names = [*(self.text_column_names or ()), *(self.label_column_name or ())]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise InputError(f"--text_column_names, --label_column_name: {shown(twice)} is named twice")
 
     @property
     def own_file(self) -> str | None:
-        """The first of the files of one's own."""
+        """The first of your own files, else None."""
         return self.train_file or self.validation_file or self.test_file
+
+    @property
+    def own_name(self) -> str | None:
+        """The data of one's own: the name of a data set, or the first file."""
+        return self.dataset_name or self.own_file
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of one's own data."""
+        return Columns(tuple(self.text_column_names or ()), tuple(self.label_column_name or ()), self.delimiter)
 
 
 @dataclasses.dataclass(frozen=True)

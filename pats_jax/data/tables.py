@@ -1,4 +1,4 @@
-"""Reads TSV, CSV and JSON files into columns of strings; every error names its line."""
+"""Reads TSV, CSV, JSON and parquet files into columns of strings; every error names its line or row."""
 
 import collections
 import contextlib
@@ -11,8 +11,8 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ class Table:
     """The requested columns of a file.
 
     Attributes:
-      path: The file, for messages.
-      header: Names of all columns of the file, also of those that were not kept.
-      columns: Column name -> one string a row.
-      lines: Line of the file, counted from 1, on which each row begins; of a JSON array the number of the row.
-      before_line: Text between the path and such a number in messages.
+      path: the file, for messages.
+      header: names of all columns of the file, also of those that were not kept.
+      columns: column name -> one string per row.
+      lines: line of the file, counted from 1, on which each row begins; elsewhere the number of the row.
+      before_line: text between the path and such a number in messages.
+      class_names: column -> names of its classes by index, where the data gives them.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Table:
     columns: dict[str, list[str]]
     lines: Sequence[int]
     before_line: str = ":"
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -72,11 +74,11 @@ class Table:
         """Class indices int32 (rows,) of a label column.
 
         Args:
-          column: Name of the column.
-          written: How the file writes each class, in the order of the indices.
+          column: name of the column.
+          written: how the file writes each class, in the order of the indices.
 
         Raises:
-          InputError: A label is not one of those; the message names file and line.
+          InputError: if a label is none of ``written``; the message names file and line.
         """
         index_of = {name: index for index, name in enumerate(written)}
         indices = np.empty(len(self), np.int32)
@@ -91,7 +93,7 @@ class Table:
         """Scores float32 (rows,) of a label column.
 
         Raises:
-          InputError: A score is not a number that float32 can hold; the message names file and line.
+          InputError: if a score is not a number that float32 can hold; the message names file and line.
         """
         scores = np.empty(len(self), np.float32)
         for row, cell in enumerate(self.columns[column]):
@@ -104,7 +106,7 @@ class Table:
 
 
 def finite_number(cell: str) -> float | None:
-    """The number that a cell holds, None if it holds none or one that float32 cannot hold."""
+    """The number in a cell; None if there is none, or float32 cannot hold it."""
     if not NUMBER.fullmatch(cell.strip()):
         return None
     value = float(cell)
@@ -112,7 +114,7 @@ def finite_number(cell: str) -> float | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message; at most ten, since a file may hold hundreds."""
+    """Names as text for a message; at most ten, because a file may hold hundreds."""
     told = ", ".join(map(shown, names[:10]))
     return f"{told} and {len(names) - 10} more" if len(names) > 10 else told
 
@@ -121,10 +123,14 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte-order mark.
 
     Raises:
-      InputError: The file is missing, no regular file, unreadable, empty or not UTF-8 (with the line of the first bad
-        byte).
+      InputError: if the file is missing, not a regular file, unreadable, empty or not UTF-8 (with the line of the first
+        bad byte).
     """
-    data = read_bytes(path)
+    return decoded(read_bytes(path), path)
+
+
+def decoded(data: bytes, path: Path) -> str:
+    """The text of the bytes of a file; see ``read_text``."""
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -136,9 +142,9 @@ def read_text(path: Path) -> str:
 
 
 def check_characters(text: str, place: str) -> None:
-    """Raises InputError if a text has a lone surrogate, which no tokenizer takes and no file holds.
+    """Raises InputError if a text has a lone surrogate, which no tokenizer accepts and no file can hold.
 
-    UTF-8 has none, but the escapes of JSON can spell them.
+    UTF-8 has none, but JSON escapes can.
     """
     if not text.isascii():
         try:
@@ -149,9 +155,9 @@ def check_characters(text: str, place: str) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines of a text, parted at line feeds only; a carriage return before one and empty lines at the end are dropped.
+    """Splits a text only at line feeds; drops a carriage return before one, and empty lines at the end.
 
-    ``str.splitlines`` would also part at form feeds and Unicode separators, which do occur inside GLUE's sentences.
+    ``str.splitlines`` would also split at form feeds and Unicode separators, which occur in GLUE's sentences.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     while lines and not lines[-1]:
@@ -162,19 +168,19 @@ def split_lines(text: str) -> list[str]:
 def read_tsv(
     path: Path, wanted: Collection[str], *, header: Sequence[str] | None = None, broken_rows: float = 0.0
 ) -> tuple[Table, list[int]]:
-    """Reads a tab-separated file in which quotes mean nothing.
+    """Reads a tab-separated file, in which quotes have no meaning.
 
     Args:
-      path: The file.
-      wanted: Columns to keep, as far as the file has them.
-      header: Column names of a file without a header line.
-      broken_rows: Largest fraction of rows with too few columns that is skipped instead of rejected.
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      header: column names of a file without a header line.
+      broken_rows: largest fraction of rows with too few columns that is skipped instead of rejected.
 
     Returns:
       The table and the line numbers of the rows left out.
 
     Raises:
-      InputError: As ``read_text``, a row with the wrong number of columns, or no rows.
+      InputError: as from `read_text`; or if a row has the wrong number of columns, or there are no rows.
     """
     lines = split_lines(read_text(path))
     first_line = 1 if header else 2
@@ -194,14 +200,20 @@ def read_tsv(
     return _collect(path, names, rows(), wanted), broken
 
 
-def read_csv(path: Path, wanted: Collection[str]) -> Table:
-    """Reads a comma-separated file with a header; quotes protect what they hold, blank lines do not count.
+def read_csv(path: Path, wanted: Collection[str], delimiter: str = ",") -> Table:
+    """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      delimiter: the character between cells.
 
     Raises:
-      InputError: As ``read_tsv``, or quotes that do not match.
+      InputError: as from `read_tsv`; or if quotes do not match.
     """
     # newline="\n" parts lines at line feeds only, as everywhere here.
-    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), strict=True, delimiter=delimiter)
+    between = "commas" if delimiter == "," else shown(delimiter)
 
     def records() -> Iterator[Row]:
         while True:
@@ -218,7 +230,7 @@ def read_csv(path: Path, wanted: Collection[str]) -> Table:
     def rows() -> Iterator[Row]:
         for line, cells in found:
             if len(cells) != len(header):
-                raise InputError(_wrong_count(path, line, len(cells), len(header), between="commas"))
+                raise InputError(_wrong_count(path, line, len(cells), len(header), between))
             yield line, cells
 
     with _long_fields():
@@ -232,7 +244,7 @@ _CSV_LIMIT = threading.Lock()
 
 @contextlib.contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lifts the csv module's limit on the length of a field, 131,072 characters, which all its readers share."""
+    """Lifts the csv module's global limit on the length of a field, 131,072 characters."""
     with _CSV_LIMIT:
         limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
@@ -245,7 +257,7 @@ class JsonObject(dict):
     """A JSON object.
 
     Attributes:
-      twice: The keys that occur more than once; their last value counts.
+      twice: the keys that occur more than once; their last value counts.
     """
 
     twice: Sequence[str] = ()
@@ -264,10 +276,10 @@ class JsonObject(dict):
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
-    """The objects of a file of JSON lines, each with its line number; blank lines do not count.
+    """The objects of a file of JSON lines, each with its line number; ignores blank lines.
 
     Raises:
-      InputError: A line is not a JSON object; the message names file and line.
+      InputError: if a line is not a JSON object; the message names file and line.
     """
     for number, line in enumerate(split_lines(text), 1):
         if line.strip():
@@ -277,15 +289,20 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
             yield number, record
 
 
-def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
-    """Reads JSON lines, one object a line, or a ``.json`` file that is one array of objects.
+def read_json_rows(path: Path, wanted: Collection[str], lists: Collection[str] = ()) -> Table:
+    """Reads JSON lines, one object per line, or a ``.json`` file that is one array of objects.
 
     All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
     string.
 
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      lists: columns whose values may be lists, which become their JSON text, too.
+
     Raises:
-      InputError: As ``read_text``; or a row is not an object, lacks a key, has a key that the first row lacks, has a
-        key twice, or has a list, an object or a lone surrogate as a value.
+      InputError: as from `read_text`; or if a row is not an object, lacks a key, has a key that the first row lacks,
+        has a key twice, or has a list, an object or a lone surrogate as a value.
     """
     text = read_text(path)
     is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
@@ -299,7 +316,10 @@ def read_json_rows(path: Path, wanted: Collection[str]) -> Table:
         for number, record in itertools.chain([first] if first else [], records):
             place = f"{path}{before_line}{number}"
             record.check(place, wanted)
-            cells = [_json_cell(place, record, key, begin) if key in wanted else "" for key in header]
+            absent = next((key for key in header if key in wanted and key not in record), None)
+            if absent is not None:
+                raise InputError(f"{place}: no key {absent!r}, but {begin} has it")
+            cells = [as_cell(place, key, record[key], lists) if key in wanted else "" for key in header]
             added = sorted(lacking.intersection(record))
             if added:
                 raise InputError(f"{place}: the key {added[0]!r} is not in {begin}; add it to all rows or to none")
@@ -317,17 +337,75 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
         yield number, record
 
 
-def _json_cell(place: str, record: JsonObject, key: str, begin: str) -> str:
-    if key not in record:
-        raise InputError(f"{place}: no key {key!r}, but {begin} has it")
-    value = record[key]
-    if isinstance(value, dict | list):
-        raise InputError(f"{place}: {key!r} is {'a list' if isinstance(value, list) else 'an object'}, not a string")
+def as_cell(place: str, column: str, value: Any, lists: Collection[str] = ()) -> str:
+    """A value of JSON, parquet or a set of `datasets` as the text of a cell.
+
+    Args:
+      place: where it stands, for messages.
+      column: the name of its column.
+      value: the value.
+      lists: columns whose values may be lists.
+
+    Raises:
+      InputError: if it is not a string, a number, true or false, or null.
+    """
+    if isinstance(value, list) and column in lists:
+        return json.dumps(value)
+    if not isinstance(value, str | int | float | None):
+        kinds = {"a list": list, "an object": dict}
+        kind = next((name for name, one in kinds.items() if isinstance(value, one)), type(value).__name__)
+        raise InputError(f"{place}: {column!r} is {kind}, not a string")
     if value is None:
         return ""
     cell = value if isinstance(value, str) else json.dumps(value)
-    check_characters(cell, f"{place}: {key!r}")
+    check_characters(cell, f"{place}: {column!r}")
     return cell
+
+
+def read_parquet(path: Path, wanted: Collection[str], lists: Collection[str] = ()) -> Table:
+    """Reads a parquet file; values become text as those of JSON do.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      lists: columns whose values may be lists.
+
+    Raises:
+      InputError: if the file is no parquet file, or has no rows, two wanted columns of one name, or a value of another
+        kind.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    data = read_bytes(path)
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(data))
+        header = list(file.schema_arrow.names)
+        _check_names(path, header, wanted)
+        kept = [name for name in header if name in wanted]
+        read = file.read(columns=kept)
+        columns = {name: read.column(name).to_pylist() for name in kept}
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a parquet file, or a damaged one ({reason})") from None
+    return table_of_values(path, header, columns, file.metadata.num_rows, lists)
+
+
+def table_of_values(
+    path: Path, header: Sequence[str], columns: Mapping[str, Sequence[Any]], rows: int, lists: Collection[str] = ()
+) -> Table:
+    """A table from columns of values, see ``as_cell``; ``path`` is what messages call it.
+
+    Raises:
+      InputError: if there are no rows, or a value is of another kind.
+    """
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    cells = {
+        name: [as_cell(f"{path}, row {number}", name, value, lists) for number, value in enumerate(values, 1)]
+        for name, values in columns.items()
+    }
+    return Table(path, header, cells, range(1, rows + 1), ", row ")
 
 
 def _wrong_count(path: Path, line: int, found: int, expected: int, between: str) -> str:
@@ -342,10 +420,8 @@ def _collect(
     header_line: int = 1,
     before_line: str = ":",
 ) -> Table:
-    """Keeps the wanted columns row by row: MNLI's parse trees, most of its files, are never held all at once."""
-    for position, name in enumerate(header):
-        if name in wanted and name in header[:position]:
-            raise InputError(f"{path}:{header_line}: two columns are named {name!r}; rename or remove one")
+    """Keeps the wanted columns row by row, so MNLI's parse trees, most of its files, are never all in memory."""
+    _check_names(f"{path}:{header_line}", header, wanted)
     kept = {name: position for position, name in enumerate(header) if name in wanted}
     columns: dict[str, list[str]] = {name: [] for name in kept}
     lines = []
@@ -356,3 +432,9 @@ def _collect(
     if not lines:
         raise InputError(f"{path}: no rows{'' if before_line == ', row ' else ' below the header'}")
     return Table(path, header, columns, lines, before_line)
+
+
+def _check_names(place: object, header: Sequence[str], wanted: Collection[str]) -> None:
+    for position, name in enumerate(header):
+        if name in wanted and name in header[:position]:
+            raise InputError(f"{place}: two columns are named {name!r}; rename or remove one")

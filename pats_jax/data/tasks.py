@@ -4,15 +4,18 @@ Three sources agree on the tasks but not on their details, and the table holds a
 
 * the TSV folders of the GLUE distribution (Wang et al., ICLR 2019, gluebenchmark.com);
 * the hub's ``nyu-mll/glue``, whose order of labels is the order of the class indices here too;
-* the files that the GLUE server reads: header ``index<TAB>prediction``, one file a test set, as many rows as that has
-  (the card of ``nyu-mll/glue`` counts them).
+* the files that the GLUE server reads: header ``index<TAB>prediction``, one file per test set, with as many rows as the
+  test set (the card of ``nyu-mll/glue`` counts them).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pats_jax.errors import InputError, shown
 
+_CLASSES, _SCORES = ("accuracy", "macro_f1", "matthews_correlation"), ("pearson", "spearmanr")
+_SEVERAL = ("micro_f1", "macro_f1", "accuracy")
 _FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("test.tsv",)}
 _NLI = ("entailment", "neutral", "contradiction")
 _TWO_WAY_NLI = ("entailment", "not_entailment")
@@ -25,20 +28,22 @@ class Task:
     """One row of the table.
 
     Attributes:
-      name: Lower-case name, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
-      folder: Folder of the GLUE distribution.
-      tsv_texts: Columns of the one or two texts in the TSV files.
-      hub_texts: The same columns in ``nyu-mll/glue``.
-      tsv_label: Column of the label in the labelled TSV files.
-      labels: Names of the classes in the order of their indices; None for regression.
-      metrics: Names of functions in ``pats_jax.metrics``.
-      prediction_files: Test split -> file that the GLUE server reads.
-      test_rows: Test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
-      files: Split -> names its TSV file in ``folder`` may have, the distribution's own first.
-      hub_splits: Split -> split of ``nyu-mll/glue``.
-      tsv_label_is_name: Whether the TSV files, and the server, write a label by name; else by class index.
+      name: the name in lower case, as in the ``run_glue`` examples; also the configuration of ``nyu-mll/glue``.
+      folder: folder of the GLUE distribution.
+      tsv_texts: columns of the one or two texts in the TSV files.
+      hub_texts: the same columns in ``nyu-mll/glue``.
+      tsv_label: column of the label in the labelled TSV files.
+      labels: names of the classes in the order of their indices; None for regression.
+      metrics: names of functions in ``pats_jax.metrics``.
+      prediction_files: test split -> file that the GLUE server reads.
+      test_rows: test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
+      files: split -> names its TSV file in ``folder`` may have, the distribution's own first.
+      hub_splits: split -> split of ``nyu-mll/glue``.
+      tsv_label_is_name: whether the TSV files, and the server, write a label by name; else by class index.
       headerless: TSV file without a header line -> its columns.
-      score_range: Lowest and highest score of a regression task.
+      score_range: lowest and highest score of a regression task.
+      is_multi_label: whether a text may have several of the labels.
+      best_by: the score that picks the best model, if it is not the one of ``main_metric``'s rule.
     """
 
     name: str
@@ -55,6 +60,8 @@ class Task:
     tsv_label_is_name: bool = False
     headerless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     score_range: tuple[float, float] | None = None
+    is_multi_label: bool = False
+    best_by: str | None = None
 
     @property
     def num_labels(self) -> int:
@@ -68,14 +75,34 @@ class Task:
     @property
     def main_metric(self) -> str:
         """The score that picks the best model: the only metric, or the mean of two as on the GLUE leaderboard."""
+        if self.best_by:
+            return self.best_by
         return self.metrics[0] if len(self.metrics) == 1 else "combined_score"
 
-    def format_prediction(self, prediction: float) -> str:
+    def scored_by(self, name: str) -> "Task":
+        """The same task, the best model of which is picked by a score, which may be none of its metrics.
+
+        Raises:
+          InputError: if it is not a score of such labels; the message lists those that are.
+        """
+        kind = _SEVERAL if self.is_multi_label else _SCORES if self.is_regression else _CLASSES
+        own = (*self.metrics, "combined_score") if len(self.metrics) > 1 else self.metrics
+        choices = tuple(dict.fromkeys((*own, *kind)))
+        plain = name.removeprefix("eval_")
+        if plain not in choices:
+            told = ", ".join(choices)
+            raise InputError(f"--metric_for_best_model {shown(name, quoted=False)}: choose one of {told}")
+        return replace(self, best_by=plain)
+
+    def format_prediction(self, prediction: Any) -> str:
         """Writes one prediction as the GLUE server reads it.
 
         Args:
-          prediction: Class index, or a score, which is cut to the task's range and written with three decimals.
+          prediction: a class index, or a score, which is clipped to the task's range and written with three decimals;
+            with several labels, 0 or 1 for each of them, (labels,).
         """
+        if self.is_multi_label:
+            return join_labels(self.labels or (), prediction)
         if self.labels is None:
             low, high = self.score_range or (float("-inf"), float("inf"))
             return f"{min(max(float(prediction), low), high):.3f}"
@@ -191,21 +218,37 @@ def get_task(name: str, flag: str = "task_name") -> Task:
     """Looks a task up by its name, in upper or lower case; the flag is for the error message.
 
     Raises:
-      InputError: There is no such task; the message lists all tasks.
+      InputError: if there is no such task; the message lists all tasks.
     """
     if name.lower() not in TASKS:
         raise InputError(f"{flag} {shown(name, quoted=False)}: no such task; choose one of {', '.join(TASKS)}")
     return TASKS[name.lower()]
 
 
-def own_task(labels: tuple[str, ...] | None) -> Task:
-    """The row for your own data: scored by accuracy or, without class names, by the correlations of scores.
+def join_labels(names: Sequence[str], has: Sequence[float]) -> str:
+    """The labels that a text has, ``a, b``.
 
-    F1 is left out, because nothing says which of two classes is the positive one.
+    Examples:
+      >>> join_labels(("a", "b", "c"), (1, 0, 1))
+      'a, c'
+    """
+    return ", ".join(name for name, one in zip(names, has, strict=True) if one)
+
+
+def own_task(labels: tuple[str, ...] | None, *, is_multi_label: bool = False) -> Task:
+    """The row for your own data.
+
+    Classes are scored by accuracy; F1 is left out, because nothing says which of two classes is the positive one.
+    Scores are scored by their correlations, and several labels to a text by micro and macro F1, of which the first
+    counts.
 
     Args:
-      labels: Names of the classes in the order of their indices, which predictions are written by; None for scores.
+      labels: names of the classes in the order of their indices, as written in predictions; None for scores.
+      is_multi_label: whether a text may have several of them.
     """
     metrics = ("pearson", "spearmanr") if labels is None else ("accuracy",)
+    if is_multi_label:
+        metrics = ("micro_f1", "macro_f1")
     files = {"test": "test.tsv"}
-    return _task("own", "own", (), labels=labels, metrics=metrics, tsv_label_is_name=True, prediction_files=files)
+    own = _task("own", "own", (), labels=labels, metrics=metrics, tsv_label_is_name=True, prediction_files=files)
+    return replace(own, is_multi_label=is_multi_label, best_by="micro_f1" if is_multi_label else None)

@@ -1,7 +1,7 @@
-"""METHODS: what each method adds to plain fine-tuning, one file each, and the optimizer that they meet in.
+"""METHODS: what each method adds to plain fine-tuning, one file each, and the optimizer that combines them.
 
 A new method is a new file with a `Method` and its place in `table.BUILTIN`. The stub file beside this one lists the
-names; each is imported on first use, so that flags are read, and ``--help`` answers, without JAX.
+names; each is imported on first use, so flags and ``--help`` work without importing JAX.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""BitFit: only biases and the head."""
+"""BitFit: trains only the biases and the head."""
 
 import dataclasses
 from typing import ClassVar

@@ -18,6 +18,7 @@ class ChildTuningD(Freezing):
     layers: ClassVar = r"encoder\.layer\."
     state_bytes: ClassVar = "1"
     passes: ClassVar = "one epoch before training"
+    works_in_lanes: ClassVar = False  # each seed has a mask of its own, which is measured before the step is built
 
     def first(self, context):
         from pats_jax.companions import child_tuning

@@ -8,7 +8,7 @@ from pats_jax.methods.subnetwork import Staged
 
 @dataclasses.dataclass(frozen=True)
 class DpsDense(Staged):
-    """Selects from the gradients of one stage, and trains the selected in the next."""
+    """Selects weights by the gradients of one stage, and trains only these in the next."""
 
     name: ClassVar = "dps-dense"
     kind: ClassVar = "subnetwork"

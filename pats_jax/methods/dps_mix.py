@@ -8,7 +8,7 @@ from pats_jax.methods.subnetwork import Staged
 
 @dataclasses.dataclass(frozen=True)
 class DpsMix(Staged):
-    """Selects inputs of layers, and mixes the weights of before into the forward pass."""
+    """Selects input features, and mixes older weights into the forward pass."""
 
     name: ClassVar = "dps-mix"
     kind: ClassVar = "subnetwork"

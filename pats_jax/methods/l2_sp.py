@@ -9,7 +9,7 @@ from pats_jax.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class L2Sp(Method):
-    """Takes the place of weight decay."""
+    """Replaces weight decay."""
 
     name: ClassVar = "l2-sp"
     kind: ClassVar = "anchor"

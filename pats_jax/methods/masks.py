@@ -1,4 +1,4 @@
-"""Which parameters a method acts on: regexes over their paths."""
+"""The parameters that a method acts on, selected by regexes over their paths."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ HEAD = r"^classifier\."
 
 
 def layer_mask(params: Any, pattern: str, source: str = "noise_layers") -> Any:
-    """A tree of bools like params: whether the parameter's path, its names joined by dots, matches the regex.
+    """A tree of bools like params: whether the parameter's dotted path matches the regex.
 
-    Of stacked layers each layer's own path is matched, as if they were separate; where only some match, the answer is
-    an array of bools (layers,).
+    For stacked layers, the path of each layer is matched as if the layers were separate; if only some match, the result
+    is an array of bools (layers,).
 
     Args:
-      params: a tree.
-      pattern: the regex, searched for.
+      params: a tree of parameters.
+      pattern: the regex; it may match any part of the path.
       source: what to call it in error messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a method is: its settings, what it adds to plain fine-tuning, and where."""
+"""The interface of methods: their settings, and what they add to plain fine-tuning."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,10 +21,10 @@ class Context:
       total_steps: number of optimizer steps.
       schedule: the learning rate by step.
       learning_rate: its peak.
-      params: the parameters that are trained.
-      seed: an int or a typed key, of the method's random numbers.
-      fisher: ``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, measured on the training data.
-      response: takes the place of a method's ``response``.
+      params: the trained parameters.
+      seed: an int or a typed key, for the method's random numbers.
+      fisher: ``fisher(keep_fraction, mask)``, which returns the mask of Child-Tuning D, measured on the training data.
+      response: replaces a method's ``response``.
     """
 
     total_steps: int
@@ -38,22 +38,23 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Method(Group):
-    """A fine-tuning method: its fields are its settings, its methods what it adds to plain fine-tuning.
+    """A fine-tuning method: its fields are its settings, its functions what it adds to plain fine-tuning.
 
-    A subclass is a frozen dataclass that overrides what it needs. It joins METHODS by its place in `table.BUILTIN`, or,
-    from another package, by an entry point of the group ``pats_jax.methods``.
+    A subclass is a frozen dataclass that overrides what it needs. Its place in `table.BUILTIN` adds it to METHODS; in
+    another package, an entry point in the group ``pats_jax.methods`` does.
 
-    Class attributes:
-      name: as in ``--method``.
+    Attributes:
+      name: its name in ``--method``.
       kind: methods of one kind exclude each other, except "noise" and "objective".
-      summary: what it does, in one line.
-      source: the paper.
-      layers: regex of the paths of the parameters it acts on.
-      state_bytes: optimizer state beyond AdamW's 8 bytes, in bytes per parameter it acts on.
-      passes: forward and backward passes beyond one each.
+      summary: what the method does, in one line.
+      source: the address of the paper.
+      layers: regex of the paths of the parameters that it acts on.
+      state_bytes: optimizer state beyond AdamW's 8 bytes, in bytes per parameter that it acts on.
+      passes: additional forward and backward passes.
       trainable: regex of the trained parameters; the others have no gradient and no state.
       conflicts: name of another method -> why the two exclude each other.
       reports_sensitivity: whether sensitivity is measured before and after training unless the user says otherwise.
+      works_in_lanes: whether trainings side by side, under `jax.vmap`, can use it.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Method(Group):
     trainable: ClassVar[str | None] = None
     conflicts: ClassVar[dict[str, str]] = {}
     reports_sensitivity: ClassVar[bool] = False
+    works_in_lanes: ClassVar[bool] = True
 
     @classmethod
     def has(cls, part: str) -> bool:
@@ -89,7 +91,7 @@ class Method(Group):
         return optimizer
 
     def finish(self, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
-        """Wraps the whole optimizer when all methods have their part in it."""
+        """Wraps the whole optimizer after all methods have added their parts."""
         return optimizer
 
     def start(self, params: Any, seed: Any) -> Any:
@@ -101,11 +103,11 @@ class Method(Group):
         raise NotImplementedError
 
     def without_dropout(self, total_steps: int) -> bool:
-        """Whether the authors turn dropout off in a training of so many steps."""
+        """Whether the authors turn dropout off in a training of ``total_steps`` steps."""
         return False
 
     def statistics(self, opt_state: Any, context: Context) -> "dict[str, jax.Array]":
-        """Scalars that describe the last step, for the log; of the context only the learning rate is known."""
+        """Scalars that describe the last step, for the log; the context has only the learning rate."""
         return {}
 
     def check_model(self, num_layers: int) -> None:
@@ -116,5 +118,5 @@ class Method(Group):
         return None
 
     def matched_paths(self) -> str:
-        """The regex of the parameters it acts on under its settings."""
+        """The regex of the parameters that it acts on with its settings."""
         return self.layers

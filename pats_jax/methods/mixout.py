@@ -9,7 +9,7 @@ from pats_jax.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class Mixout(Method):
-    """Takes the place of dropout."""
+    """Replaces dropout."""
 
     name: ClassVar = "mixout"
     kind: ClassVar = "anchor"

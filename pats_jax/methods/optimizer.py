@@ -1,4 +1,4 @@
-"""The optimizer that the methods meet in: AdamW with clipping and the linear schedule."""
+"""The optimizer that combines the methods: AdamW with clipping and a schedule."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,12 +20,27 @@ from pats_jax.models.settings import ModelSettings
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
-    """Linear warmup from 0 over ``warmup_ratio`` of the steps, rounded up, then linear decay to 0 at the end."""
+    """The learning rate by step, as Transformers' schedules of these names have it.
+
+    ::
+
+        warmup: peak * step / W over the first W steps, ``warmup_ratio`` of them, rounded up
+        linear: peak * (1 - x);   cosine: peak * (1 + cos(pi x)) / 2;   constant_with_warmup: peak
+                x = (step - W) / (total_steps - W)
+        constant: peak, without warmup
+    """
+    kind, peak = settings.lr_scheduler_type, settings.learning_rate
+    if kind == "constant":
+        return optax.constant_schedule(peak)
     warmup_steps = math.ceil(total_steps * settings.warmup_ratio)  # as Transformers' TrainingArguments count them
-    peak = settings.learning_rate
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    decay = optax.linear_schedule(peak, 0.0, total_steps - warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps]) if warmup_steps else decay
+    warmup, rest = optax.linear_schedule(0.0, peak, warmup_steps), total_steps - warmup_steps
+    if kind == "constant_with_warmup":
+        after = optax.constant_schedule(peak)
+    elif kind == "cosine" and rest:
+        after = optax.cosine_decay_schedule(peak, rest)
+    else:
+        after = optax.linear_schedule(peak, 0.0, rest)
+    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
 
 def make_optimizer(
@@ -39,22 +54,22 @@ def make_optimizer(
     schedule: optax.Schedule | None = None,
     response: transforms.Response | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with clipping and the linear schedule, and what the chosen methods add to it.
+    """Makes AdamW with clipping and a linear schedule, with the parts that the chosen methods add.
 
-    Weight decay is applied to the weight matrices only, not to biases and LayerNorm.
+    Weight decay applies only to weight matrices, not to biases and LayerNorm.
 
     Args:
-      settings: of AdamW; numbers may be traced.
-      chosen: the methods, whose numbers may be traced, too.
+      settings: the settings of AdamW; numbers may be traced.
+      chosen: the methods; their numbers may be traced too.
       total_steps: number of optimizer steps.
-      params: the parameters that are trained.
-      seed: an int or a typed key, of the methods' random numbers.
+      params: the trained parameters.
+      seed: an int or a typed key, for the methods' random numbers.
       fisher: see `Context`; required by Child-Tuning D.
-      schedule: the learning rate by step; None: `learning_rate_schedule`.
+      schedule: the learning rate by step; None means `learning_rate_schedule`.
       response: see `Context`.
 
     Raises:
-      InputError: on a regex that matches no parameter, or a stage of less than one step.
+      InputError: if a regex matches no parameter, or a stage has less than one step.
     """
     schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
     context = Context(total_steps, schedule, settings.learning_rate, params, seed, fisher, response)
@@ -79,7 +94,7 @@ def make_optimizer(
 
 
 def _is_matrix(params):
-    """A tree of bools like params; the layer axis of stacked layers is no dimension of a tensor."""
+    """A tree of bools like params: whether a tensor is a matrix, not counting the axis of stacked layers."""
     return jax.tree.map(lambda p, axis: p.ndim - (axis >= 0) > 1, params, layer_axis(params))
 
 
@@ -97,7 +112,11 @@ def _clip_by_global_norm(max_norm):
 
 
 def trainable_mask(chosen: Sequence[Method], params: Any) -> Any:
-    """A tree of bools like params: which parameters the methods train; None if they train all."""
+    """A tree of bools like params: the parameters that the methods train; None if they train all.
+
+    Raises:
+      InputError: if the regex matches no parameter, or only some layers of a stacked one.
+    """
     patterns = [method.trainable for method in chosen if method.trainable]
     mask = layer_mask(params, patterns[0], "the trained parameters") if patterns else None
     if any(isinstance(keep, np.ndarray) for keep in jax.tree.leaves(mask)):
@@ -121,7 +140,7 @@ SENSITIVITY_BATCHES = 8
 
 
 def sensitivity_batches(asked: int | None, chosen: Sequence[Method]) -> int:
-    """On how many batches sensitivity is measured before and after training; where it is unset, with PATS only."""
+    """The number of batches to measure sensitivity on before and after training; if unset, 0 without PATS."""
     if asked is not None:
         return asked
     return SENSITIVITY_BATCHES if any(method.reports_sensitivity for method in chosen) else 0
@@ -133,7 +152,7 @@ def turns_dropout_off(chosen: Sequence[Method], total_steps: int) -> bool:
 
 
 class DropoutRates(TypedDict):
-    """Arguments of `models.from_pretrained`; None: the checkpoint's rate."""
+    """Dropout rates for `models.from_pretrained`; None means the checkpoint's rate."""
 
     hidden_dropout: float | None
     attention_dropout: float | None
@@ -144,9 +163,9 @@ def dropout_rates(model: ModelSettings, chosen: Sequence[Method], total_steps: i
     """The rates that were set, else 0 if a method's authors train without dropout, else None.
 
     Args:
-      model: may set the rates.
+      model: the settings of the model, which may set the rates.
       chosen: the methods.
-      total_steps: number of optimizer steps; None: nothing is trained.
+      total_steps: number of optimizer steps; None if nothing is trained.
     """
     authors = 0.0 if total_steps is not None and turns_dropout_off(chosen, total_steps) else None
     hidden, attention = model.hidden_dropout, model.attention_dropout

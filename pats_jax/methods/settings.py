@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pats_jax.core.settings import POSITIVE, PROBABILITY, Group, Range, at_least, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamWSettings(Group):
-    """AdamW, but for the learning rate."""
+    """The settings of AdamW, without the learning rate."""
 
     title: ClassVar[str] = "optimizer"
 
@@ -17,6 +17,9 @@ class AdamWSettings(Group):
         0.1,
         "fraction of the steps, rounded up, over which the learning rate rises",
         Range(lambda x: 0 <= x <= 1, "in [0, 1]"),
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
+        "linear", "how the learning rate goes on after warmup: down to 0, or constant; constant has no warmup"
     )
     weight_decay: float = setting(0.01, "AdamW's weight decay; not applied to biases and LayerNorm", at_least(0))
     adam_beta1: float = setting(0.9, "decay rate of the first moment", PROBABILITY)
@@ -32,13 +35,13 @@ class AdamWSettings(Group):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(AdamWSettings):
-    """AdamW with a linear warmup and a linear decay to 0."""
+    """AdamW with a linear warmup, and a decay to 0 where it is not constant."""
 
     learning_rate: float = setting(
-        5e-5, "peak learning rate: linear warmup, then linear decay to 0", POSITIVE, is_basic=True
+        5e-5, "peak learning rate: linear warmup, then linear decay to 0 by default", POSITIVE, is_basic=True
     )
 
     @classmethod
     def at(cls, learning_rate: float, others: AdamWSettings) -> "OptimizerSettings":
-        """These settings with a learning rate."""
+        """The settings ``others`` with a learning rate."""
         return cls(learning_rate=learning_rate, **{f.name: getattr(others, f.name) for f in dataclasses.fields(others)})

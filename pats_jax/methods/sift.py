@@ -12,7 +12,7 @@ _WHY_NOT = "SIFT updates single entries; the other method needs whole tensors"
 
 @dataclasses.dataclass(frozen=True)
 class Sift(Method):
-    """Wraps the optimizer, whose state is that of the chosen entries."""
+    """Wraps the optimizer, which then holds state only for the selected entries."""
 
     name: ClassVar = "sift"
     kind: ClassVar = "subnetwork"

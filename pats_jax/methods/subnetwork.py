@@ -1,4 +1,4 @@
-"""Settings that the methods that train a part of the weights share: each class adds one to those of the one before."""
+"""Settings shared by the methods that train a part of the weights; each class adds one to the class before."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -20,13 +20,13 @@ class Selecting(Method):
     )
 
     def fraction(self, authors: float) -> float:
-        """The fraction that is set, else the authors'."""
+        """The fraction that the user set, else the authors'."""
         return authors if self.keep_fraction is None else self.keep_fraction
 
 
 @dataclasses.dataclass(frozen=True)
 class Freezing(Selecting):
-    """A method whose selection lasts, so that momentum and decay can be kept off the other weights."""
+    """A method whose selection lasts, so that the other weights can be frozen."""
 
     freeze_unselected: bool = setting(False, "DPS, Child-Tuning D: freeze unselected weights (no momentum, no decay)")
 
@@ -48,10 +48,10 @@ class Staged(Freezing):
     update_ratio: float = setting(0.05, "DPS: length of a stage, as a fraction of all steps", FRACTION)
 
     def stage_steps(self, context: Context) -> int:
-        """us = int(total steps * update ratio), the length of a stage.
+        """The number of steps in a stage, us = int(total steps * update ratio).
 
         Raises:
-          InputError: it is 0.
+          InputError: if it is 0.
         """
         steps = int(context.total_steps * self.update_ratio)
         if steps < 1:

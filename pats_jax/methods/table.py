@@ -1,4 +1,4 @@
-"""METHODS: name -> method; and which of them ``--method`` chooses."""
+"""METHODS, name -> method, and the choice by ``--method``."""
 
 import functools
 import importlib
@@ -37,7 +37,7 @@ GROUP = "pats_jax.methods"  # of entry points, by which other packages add metho
 
 
 class _Methods(Mapping[str, type[Method]]):
-    """All methods by name, imported when they are first asked for."""
+    """All methods by name, imported on first use."""
 
     @functools.cached_property
     def _found(self) -> dict[str, type[Method]]:
@@ -70,7 +70,7 @@ def get_methods(names: str) -> tuple[type[Method], ...]:
     """The methods of ``--method``: one name, or several joined by ``+``.
 
     Raises:
-      InputError: no such method, or two that cannot be combined; the message says why.
+      InputError: if there is no such method, or two of them cannot be combined; the message says why.
     """
     chosen = names.split("+")
     for name in chosen:
@@ -86,7 +86,7 @@ def get_methods(names: str) -> tuple[type[Method], ...]:
 
 
 def joined_names(methods: Sequence[Method]) -> str:
-    """The value of ``--method`` that chooses these."""
+    """The value of ``--method`` that chooses these methods."""
     return "+".join(method.name for method in methods)
 
 

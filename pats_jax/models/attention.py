@@ -23,25 +23,28 @@ _OLDEST_GPU = 8.0  # compute capability, Ampere
 
 
 def softmax_weights(query: Array, key: Array, bias: Array) -> Array:
-    """Attention weights (batch, heads, queries, length) in the dtype of the queries, from a float32 softmax."""
+    """Attention weights, softmax(Q K^T / sqrt(width) + bias), (batch, heads, queries, length) in the queries' dtype.
+
+    Scores and softmax are float32. The arguments have the shapes that `by_platform` takes.
+    """
     width = query.shape[-1]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores + bias).astype(query.dtype)
 
 
 def weighted_sum(weights: Array, value: Array) -> Array:
-    """The sum of the values (batch, length, heads, width) by weights, (batch, queries, heads, width)."""
+    """The sum of the values (batch, length, heads, width), weighted: (batch, queries, heads, width)."""
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
 def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
-    """Attention without dropout, (batch, queries, heads, width): by cuDNN where lowered for CUDA, by einsum elsewhere.
+    """Attention without dropout, (batch, queries, heads, width): by cuDNN when compiled for CUDA, else by einsum.
 
     Args:
       query: (batch, queries, heads, width).
       key: (batch, length, heads, width).
-      value: As key.
-      bias: float32 (batch, 1, 1, length): 0 for tokens that are attended to, another number for the others.
+      value: (batch, length, heads, width).
+      bias: float32 (batch, 1, 1, length): 0 for the tokens to attend to; any other number masks a token.
     """
     # The branch that is not taken costs nothing, but each keeps what the other would need for its backward pass.
     other = jax.checkpoint(lambda query, key, value, bias: weighted_sum(softmax_weights(query, key, bias), value))
@@ -51,9 +54,9 @@ def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
 def fused(
     query: Array, key: Array, value: Array, bias: Array, implementation: Literal["cudnn", "xla"] = CUDNN
 ) -> Array:
-    """As `by_platform`, by an implementation of `jax.nn.dot_product_attention`.
+    """As `by_platform`, computed by one implementation of `jax.nn.dot_product_attention`.
 
-    Both put a finite number in the place of masked scores or add one, so a row without any token gives no NaN.
+    Both implementations mask scores with finite numbers, so a row without tokens does not give NaN.
     """
     allowed = jnp.broadcast_to(bias == 0, (*bias.shape[:2], query.shape[1], key.shape[1]))
     allowed = _unmapped(allowed, jax.lax.stop_gradient(query))
@@ -62,7 +65,7 @@ def fused(
 
 @custom_vmap
 def _unmapped(allowed: Array, query: Array) -> Array:
-    """``allowed``; its rule refuses `jax.vmap`, for which cuDNN would need a mask as large as the weights."""
+    """Returns ``allowed``. Refuses `jax.vmap`, under which cuDNN would need a mask as large as the weights."""
     return allowed
 
 
@@ -72,18 +75,18 @@ def _refuse(axis_size, in_batched, allowed, query):
 
 
 def is_fused(attention: str, query: Array, key: Array, *, dropout: float) -> bool:
-    """Whether `by_platform` is to be used; one query, as in the last layer, is always left to einsum.
+    """Whether to use `by_platform`. A single query, as in the last layer, is always left to einsum.
 
-    Asks JAX for its devices only if all else fits.
+    Asks JAX for its devices only if everything else fits.
 
     Args:
       attention: "auto", "einsum" or "cudnn".
       query: (batch, queries, heads, width).
       key: (batch, length, heads, width).
-      dropout: The rate on the weights; 0 if there is none now.
+      dropout: the rate on the weights in this pass, in [0, 1).
 
     Raises:
-      InputError: "cudnn" cannot do it.
+      InputError: if ``attention`` is "cudnn" and the kernel cannot compute this, or there is no suitable GPU.
     """
     queries, length = query.shape[1], key.shape[1]
     if attention == EINSUM or queries == 1 or (attention == AUTO and queries < _FROM_LENGTH):

@@ -1,10 +1,10 @@
 """BERT and RoBERTa encoders with a sequence classification or regression head, in Flax Linen.
 
-Module names are those of the Hugging Face tensor names, so a parameter's path reads like its tensor's name:
+Modules are named after the Hugging Face tensors, so a parameter's path reads like its tensor's name:
 ``params["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]``.
 
 References:
-    Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
+  Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
 """
 
 import functools
@@ -29,7 +29,7 @@ SEPARATE, STACKED = LAYOUTS = get_args(Layout)
 
 
 class Form(NamedTuple):
-    """How the layers are held and run; see `SequenceClassifier`."""
+    """How layers are stored and run; see `SequenceClassifier`."""
 
     layers: str
     unroll: int
@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
 
 def _gelu(x: Array) -> Array:
-    """The exact GELU by erf, as Transformers computes it (JAX's own takes erfc, which is slower on CPU)."""
+    """The exact GELU, x Phi(x), with erf as in Transformers (JAX's own uses erfc, which is slower on CPU)."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -54,10 +54,10 @@ def _dense(config: EncoderConfig, features: int, dtype: DTypeLike, name: str) ->
 
 
 class LayerNorm(nn.Module):
-    """Normalises each token over its units, with learned scale and bias; statistics and result in float32.
+    """Normalises each token over its units: ``(x - mean) / sqrt(variance + eps) * scale + bias``.
 
-    Flax's own multiplies scale and standard deviation first, an array of the hidden states' size that XLA writes to
-    memory for the backward pass.
+    Computed in float32, returned in ``dtype``. Flax's own multiplies scale and 1 / sqrt(variance + eps) first; XLA
+    writes that product, an array of the hidden states' size, to memory for the backward pass.
     """
 
     config: EncoderConfig
@@ -81,8 +81,9 @@ def _layer_norm(config: EncoderConfig, dtype: DTypeLike) -> LayerNorm:
 class Embeddings(nn.Module):
     """Sum of word, position and token type embeddings, normalised.
 
-    Rows are looked up and summed in float32, so their gradients add up in float32 as well. As torch has it
-    (``padding_idx``), the padding token's word embedding and RoBERTa's position embedding of padding get no gradient.
+    Rows are looked up and summed in float32, so their gradients are summed in float32 too. As in torch
+    (``padding_idx``), the word embedding of the padding token and RoBERTa's position embedding of padding get no
+    gradient.
     """
 
     config: EncoderConfig
@@ -90,7 +91,7 @@ class Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, attention_mask: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
-        """Embeds tokens, ids (batch, length) or their word embeddings (batch, length, hidden), as the latter shape."""
+        """Embeds ids (batch, length), or word embeddings (batch, length, hidden), as (batch, length, hidden)."""
         config = self.config
 
         def table(count: int, name: str) -> Array:
@@ -108,7 +109,10 @@ class Embeddings(nn.Module):
         return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic=deterministic)
 
     def _positions(self, table: Array, is_token: Array) -> Array:
-        """BERT: 0, 1, ... (length, hidden). RoBERTa: padding has ``pad_token_id``, the others count on from it."""
+        """Position embeddings, (length, hidden) for BERT, (batch, length, hidden) for RoBERTa.
+
+        BERT counts positions from 0. RoBERTa gives padding position ``pad_token_id`` and counts tokens from the next.
+        """
         first, length = self.first_position(is_token.shape[1]), is_token.shape[1]
         if not self.config.is_roberta:
             return table[first : first + length]
@@ -116,15 +120,15 @@ class Embeddings(nn.Module):
         return look_up(table, (jnp.cumsum(is_token, axis=1) + first) * is_token + padding, padding=padding)
 
     def first_position(self, length: int) -> int:
-        """The position of the first of ``length`` tokens: 0, unless a prefix (`pats_jax.models.peft`) counts itself."""
+        """The position of the first of ``length`` tokens: 0, unless a prefix comes before it."""
         return 0
 
 
 def look_up(table: Array, ids: Array, *, padding: int) -> Array:
     """Rows of a table (rows, hidden) by ids (...), as (..., hidden); NaN for an id that the table does not have.
 
-    The row ``padding`` gets no gradient. Its adds are left out, not masked: a GPU adds the gradients of many tokens to
-    one row one after the other.
+    The row ``padding`` gets no gradient. Its additions are omitted rather than masked, because a GPU adds the gradients
+    of many tokens to one row one after another.
     """
     is_padding = ids == padding
     rows = jnp.take(table, jnp.where(is_padding, len(table), ids), axis=0)
@@ -134,7 +138,7 @@ def look_up(table: Array, ids: Array, *, padding: int) -> Array:
 def choose_row(table: Array, ids: Array) -> Array:
     """Rows of a small table (rows, hidden) by ids (...), as (..., hidden); NaN for an id that the table does not have.
 
-    Chosen one row after the other: the gradient is then a sum for each row, without a scatter into few of them.
+    Selects one row after another, so the gradient is one sum per row instead of a scatter into a few rows.
     """
     chosen = jnp.full((*ids.shape, table.shape[1]), jnp.nan, table.dtype)
     for number, row in enumerate(table):
@@ -143,7 +147,7 @@ def choose_row(table: Array, ids: Array) -> Array:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head scaled dot-product attention with dropout on the weights."""
+    """Multi-head scaled dot-product attention, softmax(Q K^T / sqrt(width)) V, with dropout on the weights."""
 
     config: EncoderConfig
     dtype: DTypeLike
@@ -151,16 +155,16 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
-        """Attends from some tokens to all.
+        """Attends from the query tokens to all tokens.
 
         Args:
-            queries_from: The tokens that attend, (batch, queries, hidden).
-            hidden: The tokens attended to, (batch, length, hidden).
-            bias: float32 (batch, 1, 1, length), 0 or ``_MASKED``.
-            deterministic: No dropout.
+          queries_from: the tokens that attend, (batch, queries, hidden).
+          hidden: the tokens attended to, (batch, length, hidden).
+          bias: float32 (batch, 1, 1, length): 0 for tokens, ``_MASKED`` for padding.
+          deterministic: whether dropout is off.
 
         Returns:
-            (batch, queries, hidden)
+          The attended values, (batch, queries, hidden).
         """
         config = self.config
         heads = config.num_attention_heads
@@ -195,7 +199,7 @@ class ResidualOutput(nn.Module):
         return norm(residual + self.adapt(x, residual, norm))
 
     def adapt(self, x: Array, residual: Array, norm: LayerNorm) -> Array:
-        """The place of bottleneck adapters (`pats_jax.models.peft`); without them x, (batch, length, hidden)."""
+        """Returns x, (batch, length, hidden). Bottleneck adapters (`pats_jax.models.peft`) act here."""
         return x
 
 
@@ -236,7 +240,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, bias: Array, deterministic: bool, first_token_only: bool) -> Array:
-        """Maps (batch, length, hidden) to the same, or to (batch, 1, hidden) for the first token only."""
+        """Maps (batch, length, hidden) to the same shape, or to (batch, 1, hidden) with ``first_token_only``."""
         queries_from = hidden[:, :1] if first_token_only else hidden
         attended = Attention(self.config, self.dtype, self.attention, name="attention")(
             queries_from, hidden, bias, deterministic=deterministic
@@ -246,9 +250,9 @@ class Layer(nn.Module):
 
 
 class LayerStack(nn.Module):
-    """The layers: each with a subtree of parameters of its own, "0", "1", ..., or one with a leading axis of layers.
+    """All layers: a subtree of parameters for each, "0", "1", ..., or one subtree with a leading axis of layers.
 
-    A layer's dropout key is folded from the layer's number, so both draw the same.
+    A layer's dropout key is folded from its number, so dropout is the same in both layouts.
     """
 
     config: EncoderConfig
@@ -266,9 +270,9 @@ class LayerStack(nn.Module):
         first_token_only: bool,
         output_hidden_states: bool,
     ) -> tuple[Array, ...]:
-        """Returns what goes into the layer of that number and what comes out of it and of each layer after it.
+        """Returns the input of layer ``first_layer``, its output and the output of each later layer.
 
-        Stacked layers without ``output_hidden_states`` return the first and the last of these.
+        Without ``output_hidden_states``, stacked layers return only the first and the last of these.
         """
         if self.is_initializing():
             self._initialize(hidden, bias)
@@ -338,7 +342,7 @@ class LayerStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Holds the layers under the name ``layer``."""
+    """The encoder layers, with parameters under ``layer``."""
 
     config: EncoderConfig
     dtype: DTypeLike
@@ -380,7 +384,7 @@ class EncoderModel(nn.Module):
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden), and the hidden states.
 
-        ``tokens`` are ids, word embeddings or, if it has a number, a hidden state.
+        ``tokens`` are ids, word embeddings or, if ``hidden_state`` is a number, the hidden state of that number.
         """
         bias = jnp.where(attention_mask[:, None, None, :] != 0, 0.0, _MASKED)
         if hidden_state is None:
@@ -396,7 +400,7 @@ class EncoderModel(nn.Module):
 
 
 class RobertaHead(nn.Module):
-    """RoBERTa's classification head, which has its own tanh layer in the pooler's place."""
+    """RoBERTa's classification head, which has a tanh layer instead of BERT's pooler."""
 
     config: EncoderConfig
     dtype: DTypeLike
@@ -412,24 +416,23 @@ class SequenceClassifier(nn.Module):
     """A BERT or RoBERTa encoder with a classification or regression head.
 
     Attributes:
-        config: Sizes, rates and labels.
-        dtype: The dtype of computation; parameters are float32 always.
-        first_token_only: In the last layer, compute only the first token's query, attention output and feed-forward:
-            nothing else reaches the head. Logits and gradients are the same but for rounding; ``False`` is for
-            comparison.
-        gradient_checkpointing: Keep only what goes from layer to layer for the backward pass, and compute the rest
-            again: less memory, about a third more work. Logits and gradients are the same but for rounding.
-        layers: ``"separate"`` gives each encoder layer a subtree of parameters, ``encoder.layer.0``, ...;
-            ``"stacked"`` gives the leaves under ``encoder.layer`` a leading axis of layers, (layers, ...), and runs
-            `jax.lax.scan` over it: one program for all layers, and few arrays for the optimizer.
-            `pats_jax.models.stack_layers` and `unstack_layers` convert parameters; the meaning is the same but for
-            rounding.
-        unroll: Layers in one iteration of that scan; 0: all of them, without a loop.
-        attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
-            attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN
-            where it can do it and is faster, from 128 tokens on. For other platforms, and for the one query of
-            ``first_token_only``, einsum is compiled always. cuDNN has neither second derivatives nor a rule for
-            `jax.vmap`, and may refuse parameters that are sharded over devices.
+      config: sizes, rates and labels.
+      dtype: the dtype of computation; parameters are always float32.
+      first_token_only: whether the last layer computes only the first token's query, attention output and feed-forward,
+        because nothing else reaches the head. Logits and gradients are the same up to rounding; ``False`` is for
+        comparison.
+      gradient_checkpointing: whether to keep only the inputs of the layers for the backward pass and recompute the
+        rest: less memory, about a third more work. Logits and gradients are the same up to rounding.
+      layers: ``"separate"`` gives each encoder layer a subtree of parameters, ``encoder.layer.0``, ...; ``"stacked"``
+        gives the leaves under ``encoder.layer`` a leading axis of layers, (layers, ...), and runs `jax.lax.scan` over
+        it: one program for all layers, and few arrays for the optimizer. `pats_jax.models.stack_layers` and
+        `unstack_layers` convert parameters; outputs are the same up to rounding.
+      unroll: number of layers per iteration of that scan; 0 means all of them, without a loop.
+      attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
+        attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN where it
+        works and is faster, for at least 128 tokens. Other platforms, and the single query of ``first_token_only``,
+        always use einsum. cuDNN supports neither second derivatives nor `jax.vmap`, and may refuse parameters that are
+        sharded over devices.
     """
 
     config: EncoderConfig
@@ -451,7 +454,7 @@ class SequenceClassifier(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The longest text in tokens."""
+        """The length of the longest text, in tokens."""
         return self.config.max_length
 
     @nn.compact
@@ -468,28 +471,28 @@ class SequenceClassifier(nn.Module):
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """Computes float32 logits, (batch, num_labels), from one of input_ids, inputs_embeds and continue_from.
 
-        Hidden state 0 is the output of the embeddings, hidden state k that of the k-th layer.
+        Hidden state 0 is the output of the embeddings, hidden state k the output of the k-th layer.
 
         Args:
-            input_ids: Token ids, (batch, length).
-            attention_mask: 1 for tokens and 0 for padding, (batch, length); all tokens if absent.
-            token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); zeros if absent.
-            inputs_embeds: Word embeddings (see `embed`) in the ids' place, (batch, length, hidden); positions and token
-                types are added to them as to the ids' own. RoBERTa then counts positions over the tokens of
-                ``attention_mask``; without a mask over all, as Transformers does.
-            continue_from: ``(k, states)``: the layers after the k-th are computed, 0 <= k < num_hidden_layers, from
-                hidden state k, (batch, length, hidden); nothing below is. Given the same key, their dropout is that of
-                a whole pass.
-            output_hidden_states: Also return the hidden states, from 0 (or k) to the last one, which is that of the
-                first token alone under ``first_token_only``.
-            deterministic: No dropout. Otherwise ``apply`` needs ``rngs={"dropout": key}``.
+          input_ids: token ids, (batch, length).
+          attention_mask: 1 for tokens and 0 for padding, (batch, length); None means 1 everywhere.
+          token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); None means 0 everywhere.
+          inputs_embeds: word embeddings (see `embed`) in place of ids, (batch, length, hidden); positions and token
+            types are added as usual. RoBERTa then counts positions over the tokens of ``attention_mask``, or over all
+            tokens without a mask, as Transformers does.
+          continue_from: ``(k, states)`` computes only the layers after the k-th, 0 <= k < num_hidden_layers, from
+            hidden state k, (batch, length, hidden). With the same key, their dropout is that of a whole pass.
+          output_hidden_states: whether to return the hidden states too, from 0 (or k) to the last; with
+            ``first_token_only`` the last one has the first token alone.
+          deterministic: whether dropout is off. If it is on, ``apply`` needs ``rngs={"dropout": key}``.
 
         Returns:
-            The logits; with ``output_hidden_states`` logits and a tuple of (batch, length, hidden) in ``dtype``.
+          The logits; with ``output_hidden_states``, the logits and a tuple of hidden states, (batch, length, hidden)
+          each in ``dtype``.
 
         Raises:
-            ValueError: None or several of the three inputs are given, there is no such k, or the sequences are longer
-                than the model has positions.
+          ValueError: if none or several of the three inputs are given, k is out of range, or the sequences are longer
+            than the model has positions.
         """
         config = self.config
         hidden_state, tokens = self._tokens(input_ids, inputs_embeds, continue_from)
@@ -521,14 +524,19 @@ class SequenceClassifier(nn.Module):
     def embed(self, input_ids: ArrayLike) -> Array:
         """The word embeddings of ids (batch, length): float32 (batch, length, hidden), as ``inputs_embeds`` takes them.
 
-        ``model.apply({"params": params}, input_ids, method="embed")``; no positions, token types or dropout yet.
+        Positions, token types and dropout are not yet applied. Call it by
+        ``model.apply({"params": params}, input_ids, method="embed")``.
         """
         tables = self.variables["params"][self.config.base_prefix]["embeddings"]
         words, ids = jnp.asarray(tables["word_embeddings"]["embedding"]), jnp.asarray(input_ids)
         return look_up(words, ids, padding=self.config.pad_token_id)
 
     def _tokens(self, input_ids, inputs_embeds, continue_from) -> tuple[int | None, Array]:
-        """The one input that is given, and the number of the hidden state if it is one."""
+        """The number of the hidden state that is given, else None; and the one input that is given.
+
+        Raises:
+          ValueError: if none or several inputs are given, or there is no such hidden state.
+        """
         if sum(x is not None for x in (input_ids, inputs_embeds, continue_from)) != 1:
             raise ValueError("pass exactly one of input_ids, inputs_embeds and continue_from")
         if input_ids is not None:

@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says about a BERT or RoBERTa encoder and its head."""
+"""The settings of a BERT or RoBERTa encoder and its head, as in a Hugging Face ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -28,7 +28,8 @@ _SIZES = (
     "type_vocab_size",
 )
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
+_PROBLEM_TYPES = ("regression", "single_label_classification", MULTI_LABEL)
 _MOST_LABELS = 1_000_000  # that a number alone may ask for, without names
 _LARGEST_FLOAT = 3.4e38  # of float32
 
@@ -37,8 +38,8 @@ _LARGEST_FLOAT = 3.4e38  # of float32
 class EncoderConfig:
     """Sizes, rates and labels of an encoder with a sequence classification or regression head.
 
-    The fields carry the names of ``config.json``. Everything in that file that we have no use for stays in ``extra``
-    and is written back by :meth:`to_dict`.
+    The fields have the names that ``config.json`` uses. Entries that this library does not use stay in ``extra``, and
+    `to_dict` writes them back.
     """
 
     model_type: str = "bert"
@@ -65,12 +66,17 @@ class EncoderConfig:
         return len(self.id2label)
 
     @property
+    def is_multi_label(self) -> bool:
+        """Whether the head answers yes or no to each label, by the logistic function of its logit."""
+        return self.problem_type == MULTI_LABEL
+
+    @property
     def label2id(self) -> dict[str, int]:
         return {label: index for index, label in self.id2label.items()}
 
     @property
     def is_roberta(self) -> bool:
-        """Whether positions, head and tensor prefix are RoBERTa's."""
+        """Whether positions, head and tensor names are RoBERTa's."""
         return self.model_type != "bert"
 
     @property
@@ -84,7 +90,7 @@ class EncoderConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence in tokens. RoBERTa counts positions from ``pad_token_id + 1``."""
+        """The length of the longest sequence, in tokens. RoBERTa counts positions from ``pad_token_id + 1``."""
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.is_roberta else 0)
 
     @classmethod
@@ -92,12 +98,12 @@ class EncoderConfig:
         """Reads the content of a ``config.json``.
 
         Args:
-            values: The parsed JSON object.
-            source: What to call it in error messages.
+          values: the parsed JSON object.
+          source: what to call it in error messages.
 
         Raises:
-            InputError: A model type, position embedding or activation that we do not have, or a value of a wrong type
-                or out of range.
+          InputError: if the model type, position embedding or activation is not supported, or a value has the wrong
+            type or is out of range.
         """
         rest = dict(values)
         model_type = rest.pop("model_type", None)
@@ -116,7 +122,11 @@ class EncoderConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "EncoderConfig":
-        """Reads ``folder/config.json``; see :meth:`from_dict`."""
+        """Reads ``folder/config.json``.
+
+        Raises:
+          InputError: as from `from_dict`; or if the file is missing or damaged.
+        """
         path = folder / "config.json"
         if not path.exists():
             raise InputError(f"{folder}: no config.json; use the folder of a Hugging Face checkpoint")
@@ -139,12 +149,12 @@ class EncoderConfig:
 
 
 def default_labels(num_labels: int) -> dict[int, str]:
-    """The names that Transformers gives to labels without names: ``LABEL_0``, ``LABEL_1``, ..."""
+    """The names that Transformers gives to unnamed labels: ``LABEL_0``, ``LABEL_1``, ..."""
     return {index: f"LABEL_{index}" for index in range(num_labels)}
 
 
 def _check_structure(values: Mapping[str, Any], source: str) -> None:
-    """Refuses the variants of BERT whose forward pass is another one, and fields beside our own of a wrong type."""
+    """Raises InputError for variants of BERT with a different forward pass, and for other fields of a wrong type."""
     position_embedding = values.get("position_embedding_type")
     if position_embedding not in ("absolute", None):
         raise InputError(
@@ -159,7 +169,11 @@ def _check_structure(values: Mapping[str, Any], source: str) -> None:
 
 
 def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
-    """Takes the labels out of ``rest``: from ``id2label``, else as many as ``num_labels`` says, else two."""
+    """Takes the labels out of ``rest``: those of ``id2label``, else ``num_labels`` unnamed ones, else two.
+
+    Raises:
+      InputError: if the labels or their number are not valid.
+    """
     count = rest.pop("num_labels", rest.pop("_num_labels", None))
     rest.pop("label2id", None)
     labels = rest.pop("id2label", None)
@@ -176,7 +190,7 @@ def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
 
 
 def _is_label(index: Any, name: Any) -> bool:
-    """Whether index and name are of the types that JSON and Python have them in."""
+    """Whether index and name have the types that they have in JSON or Python."""
     is_index = _is_whole(index) or (isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 20)
     return is_index and isinstance(name, str)
 
@@ -186,12 +200,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether value is a number that float32 holds; NaN and infinities are none."""
+    """Whether value is a finite number in the range of float32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_FLOAT < value < _LARGEST_FLOAT
 
 
 def _check_values(config: EncoderConfig, source: str) -> None:
-    """Raises InputError unless every field is of its type and in its range."""
+    """Raises InputError unless every field has its type and is in its range."""
 
     def check(name: str, holds: bool, expected: str) -> None:
         if not holds:

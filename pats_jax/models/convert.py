@@ -1,4 +1,4 @@
-"""Hugging Face tensor names and layouts to parameter paths and back, and which tensors are missing or surplus.
+"""Converts Hugging Face tensor names and layouts to parameter paths and back; finds missing and surplus tensors.
 
 The mapping is mechanical: ``a.b.dense.weight`` is ``("a", "b", "dense", "kernel")`` transposed (Flax keeps inputs
 first, torch outputs first), an embedding's ``weight`` is ``embedding``, LayerNorm's ``weight`` is ``scale``.
@@ -31,9 +31,9 @@ class Matched(NamedTuple):
     """Which checkpoint tensor fills which parameter.
 
     Attributes:
-        sources: Parameter path -> the tensor's name as the checkpoint has it.
-        new: Paths to be initialised afresh: the head, and BERT's pooler, where the checkpoint has none.
-        surplus: Names of tensors that fill nothing and are not known to be superfluous.
+      sources: parameter path -> the tensor's name as the checkpoint has it.
+      new: paths to initialise anew: the head and BERT's pooler, where the checkpoint lacks them.
+      surplus: names of tensors that fill no parameter and are not known to be unused.
     """
 
     sources: dict[ParameterPath, str]
@@ -50,7 +50,7 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
     """A tensor in the layout and dtype of its parameter: kernels transposed, float32.
 
     Raises:
-        InputError: The tensor is not of floats, not finite or not of the parameter's shape.
+      InputError: if the tensor does not hold floats, is not finite, or does not have the parameter's shape.
     """
     name = tensor_name(path)
     if tensor.dtype.name not in FLOATS:
@@ -66,13 +66,13 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
 
 
 def to_tensor(path: ParameterPath, parameter: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`to_parameter`, contiguous as safetensors wants it."""
+    """The inverse of `to_parameter`, contiguous, as safetensors requires."""
     value = np.asarray(parameter, np.float32)
     return np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
 
 
 def canonical_name(name: str, config: EncoderConfig) -> str:
-    """A checkpoint's own name for a tensor in today's form: prefixed, ``weight`` and ``bias`` for gamma and beta."""
+    """The current form of a checkpoint's tensor name: with prefix; ``weight`` and ``bias`` for gamma and beta."""
     head, _, leaf = name.rpartition(".")
     if leaf in _OLD_LEAVES:
         name = f"{head}.{_OLD_LEAVES[leaf]}"
@@ -80,10 +80,10 @@ def canonical_name(name: str, config: EncoderConfig) -> str:
 
 
 def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: str) -> dict[str, str]:
-    """Each :func:`canonical_name` with the checkpoint's own name for it.
+    """Maps each `canonical_name` to the checkpoint's own name.
 
     Raises:
-        InputError: Two tensors have one canonical name.
+      InputError: if two tensors have the same canonical name.
     """
     own: dict[str, str] = {}
     for name in sorted(names):
@@ -96,15 +96,15 @@ def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: st
 
 
 def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *, source: str) -> None:
-    """Compares the sizes in a config with a checkpoint's tensors, before a model of these sizes is made.
+    """Compares the sizes in a config with a checkpoint's tensors, before a model of these sizes is created.
 
     Args:
-        shapes: The shape of every tensor in the checkpoint by its name there.
-        config: The checkpoint's config.
-        source: What to call the checkpoint in error messages.
+      shapes: the shape of every tensor, by its name in the checkpoint.
+      config: the checkpoint's config.
+      source: what to call the checkpoint in error messages.
 
     Raises:
-        InputError: The checkpoint has another number of layers than the config, another vocabulary, or another width.
+      InputError: if the checkpoint has fewer layers than the config says, or another vocabulary or width.
     """
     own = by_canonical_name(shapes, config, source=source)
     encoder = f"{config.base_prefix}.encoder.layer."
@@ -139,14 +139,14 @@ def match(
     """Assigns a checkpoint's tensors to the model's parameters.
 
     Args:
-        names: The tensor names in the checkpoint.
-        paths: Every parameter path of the model.
-        config: The checkpoint's config.
-        new_head: Leave the checkpoint's own head aside and start a new one.
-        source: What to call the checkpoint in error messages.
+      names: the tensor names in the checkpoint.
+      paths: every parameter path of the model.
+      config: the checkpoint's config.
+      new_head: whether to ignore the checkpoint's own head and start a new one.
+      source: what to call the checkpoint in error messages.
 
     Raises:
-        InputError: A tensor is missing that no rule starts afresh, or two fill one parameter.
+      InputError: if a tensor is missing that is not initialised anew, or two tensors fill one parameter.
     """
     unused = by_canonical_name(names, config, source=source)
     by_path = {path: tensor_name(path) for path in paths}

@@ -1,4 +1,4 @@
-"""The class names of a head, and how they are matched with those of a task.
+"""The class names of a head, and matching them with those of a task.
 
 Checkpoints order the same classes differently: one has CONTRADICTION, NEUTRAL, ENTAILMENT, the task entailment,
 neutral, contradiction. So labels are matched by name, and logits are reordered to the task's order.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def simplified(label: str) -> str:
-    """A label without case, blanks, hyphens and underscores.
+    """A label without blanks, hyphens and underscores, in lower case.
 
     Examples:
       >>> simplified("Not-Entailment") == simplified("not_entailment") == simplified("NOT ENTAILMENT")
@@ -22,14 +22,14 @@ def simplified(label: str) -> str:
 def match_labels(labels: Sequence[str], others: Sequence[str]) -> np.ndarray | None:
     """Matches labels with others by name.
 
-    Names are first compared as they are, then `simplified`; names that are equal only when simplified must be unique.
+    Names are compared exactly first, then `simplified`; simplified names must be unique.
 
     Args:
       labels: names of classes by index.
       others: names of classes by index.
 
     Returns:
-      int32 (labels,): ``others[result[i]]`` is ``labels[i]``. None unless both have the same names.
+      int32 (labels,), where ``others[result[i]]`` is ``labels[i]``; None unless both have the same names.
 
     Examples:
       >>> match_labels(("entailment", "neutral", "contradiction"), ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))

@@ -1,4 +1,4 @@
-"""Separate and stacked layers: the two layouts of an encoder's parameters, and the way from one to the other.
+"""Separate and stacked layers: the two layouts of an encoder's parameters, and conversion between them.
 
 Separate layers have a subtree each, ``encoder.layer.0.output.dense.kernel``; stacked ones have one subtree whose leaves
 have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers.
@@ -15,20 +15,20 @@ from pats_jax import trees
 
 
 def stack_layers(tree: Any) -> Any:
-    """A tree of separate layers as one of stacked layers; a tree without separate layers stays as it is.
+    """Stacks the separate layers in a tree; a tree without separate layers is returned as it is.
 
     Args:
-        tree: Parameters, or any tree that holds trees like them: gradients, the state of an optimizer. NumPy's arrays
-            stay NumPy's.
+      tree: parameters, or any tree that contains trees like them: gradients, the state of an optimizer. NumPy arrays
+        stay NumPy arrays.
 
     Raises:
-        ValueError: The layers do not all hold the same leaves, in the same shapes.
+      ValueError: if the layers differ in their leaves or in the shapes of these.
     """
     return _map_stacks(_stack, tree)
 
 
 def unstack_layers(tree: Any, num_layers: int) -> Any:
-    """The inverse of `stack_layers`, for a model of so many layers."""
+    """The inverse of `stack_layers`, for a model of ``num_layers`` layers."""
     return _map_stacks(lambda layers: _unstack(layers, num_layers), tree)
 
 
@@ -42,8 +42,8 @@ def has_stacked_layers(tree: Any) -> bool:
 def layer_axis(params: Any) -> Any:
     """A tree of ints like params: 0 for the leaves of stacked layers, -1 for all others.
 
-    The argument ``layer_axis`` of `pats_jax.pats_noise` and the other transforms, for this library's models: each layer
-    of such a leaf is a tensor of its own. optax.MaskedNode counts as a leaf.
+    Pass this function as ``layer_axis`` to `pats_jax.pats_noise` and the other transforms when you train this library's
+    models: they then treat each layer of a stacked leaf as a tensor of its own. optax.MaskedNode counts as a leaf.
     """
 
     return jax.tree_util.tree_map_with_path(
@@ -52,11 +52,11 @@ def layer_axis(params: Any) -> Any:
 
 
 def separate_names(path: tuple, leaf: Any) -> list[str]:
-    """The names that a leaf has with separate layers, ``bert.encoder.layer.0.output.dense.kernel``: one for each layer.
+    """The names of a leaf with separate layers, one per layer: ``bert.encoder.layer.0.output.dense.kernel``, ...
 
     Args:
-        path: The leaf's path, as JAX gives it.
-        leaf: The leaf, stacked or not.
+      path: the leaf's path, a tuple of JAX key entries.
+      leaf: the leaf, stacked or not.
     """
     place, names = _place_of_stack(path), [_name(entry) for entry in path]
     if place is None:
@@ -70,7 +70,7 @@ def is_stacked(path: tuple) -> bool:
 
 
 def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
-    """As `separate_names`; of a leaf of a separate layer the one name of the stack."""
+    """As `separate_names`; for a leaf of a separate layer, the one name that it has in stacked layers."""
     place, names = _place_of_layer(path), [_name(entry) for entry in path]
     if place is not None and names[place].isdecimal():
         return [".".join((*names[:place], *names[place + 1 :]))]
@@ -78,20 +78,20 @@ def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
 
 
 def layer_number(path: tuple) -> int | None:
-    """The number of a separate layer that a leaf belongs to."""
+    """The number of the separate layer that a leaf belongs to, else None."""
     place = _place_of_layer(path)
     name = None if place is None else _name(path[place])
     return int(name) if name is not None and name.isdecimal() else None
 
 
 def _place_of_stack(path):
-    """Where in a leaf's path the number of its layer would stand; None if it has one, or is of no layer."""
+    """The place in a leaf's path where the layer's number would be; None if the path has one, or is not in a layer."""
     place = _place_of_layer(path)
     return None if place is None or _name(path[place]).isdecimal() else place
 
 
 def _place_of_layer(path):
-    """Where in a leaf's path its layer's number, or what is in each layer, stands; None if it is of no layer."""
+    """The place in a leaf's path that follows ``encoder.layer``; None if the path is not in a layer."""
     names = [_name(entry) for entry in path]
     return next((place for place in range(2, len(names)) if names[place - 2 : place] == ["encoder", "layer"]), None)
 
@@ -101,7 +101,7 @@ def _name(entry):
 
 
 def _map_stacks(function: Callable[[Mapping[str, Any]], Any], tree: Any) -> Any:
-    """The tree with ``function(layers)`` in the place of the layers of each encoder in it."""
+    """The tree with ``function(layers)`` in place of the layers of each encoder in it."""
 
     def is_encoder(node):
         return isinstance(node, Mapping) and set(node) == {"layer"} and isinstance(node["layer"], Mapping)

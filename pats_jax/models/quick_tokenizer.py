@@ -1,8 +1,9 @@
-"""A tokenizer by the ``tokenizers`` package alone: Transformers, which takes seconds to import, is left out.
+"""A tokenizer that needs only the ``tokenizers`` package, not Transformers, which takes seconds to import.
 
-Transformers builds its tokenizers of BERT and RoBERTa from the vocabulary and settings of a folder, and takes from
-``tokenizer.json`` only a part. So that both give the same ids, `load` takes a folder only if every part of its
-``tokenizer.json`` is what Transformers would build; else Transformers loads it, see `pats_jax.models.load_tokenizer`.
+Transformers builds its tokenizers of BERT and RoBERTa from the vocabulary and settings in a folder, and uses only a
+part of ``tokenizer.json``. `load` therefore accepts a folder only if every part of its ``tokenizer.json`` is what
+Transformers would build, so both give the same ids. Transformers loads all other folders, see
+`pats_jax.models.load_tokenizer`.
 """
 
 import copy
@@ -45,10 +46,10 @@ _OPTIONS = {
 
 
 class Encoding(dict):
-    """What a tokenizer gives: name -> rows; ``encoding.input_ids`` is ``encoding["input_ids"]``.
+    """The output of a tokenizer: name -> rows; ``encoding.input_ids`` is ``encoding["input_ids"]``.
 
     Attributes:
-      encodings: those of the ``tokenizers`` package.
+      encodings: the ``tokenizers.Encoding`` of each row.
     """
 
     encodings: list[Any]
@@ -61,9 +62,9 @@ class Encoding(dict):
 
 
 class QuickTokenizer:
-    """The part of Transformers' interface that takes texts to ids, and saves a tokenizer.
+    """The part of Transformers' interface that converts texts to ids and saves a tokenizer.
 
-    For everything else it loads Transformers' own tokenizer, which then also does this part: `full`.
+    For everything else it loads Transformers' own tokenizer (`full`), which then takes all calls.
     """
 
     is_fast = True
@@ -76,14 +77,14 @@ class QuickTokenizer:
         special: Mapping[str, str],
         load_full: Callable[[], Any],
     ):
-        """Takes what `load` has found.
+        """Creates a tokenizer from what `load` has read.
 
         Args:
           backend: a ``tokenizers.Tokenizer``.
-          name: of Transformers' class.
+          name: the name of Transformers' class.
           settings: the content of ``tokenizer_config.json``.
-          special: ``"mask"`` -> the mask token, and so on.
-          load_full: loads Transformers' tokenizer.
+          special: role -> token, such as ``"mask"`` -> ``"[MASK]"``.
+          load_full: a function that loads Transformers' tokenizer.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -96,7 +97,7 @@ class QuickTokenizer:
 
     @property
     def full(self) -> Any:
-        """Transformers' tokenizer; once it is asked for, all calls go to it."""
+        """Transformers' tokenizer; after the first access, all calls go to it."""
         if self._full is None:
             loaded = self._load_full()
             loaded.model_max_length = self.model_max_length
@@ -135,17 +136,17 @@ class QuickTokenizer:
         return f"{type(self).__name__}({self._class}, {len(self)} tokens)"
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id."""
+        """The vocabulary: token -> id."""
         return self._full.get_vocab() if self._full is not None else self._backend.get_vocab(with_added_tokens=True)
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many special tokens a text, or a pair of them, gets."""
+        """The number of special tokens that a text, or a pair of texts, gets."""
         if self._full is not None:
             return self._full.num_special_tokens_to_add(pair)
         return self._backend.num_special_tokens_to_add(pair)
 
     def __call__(self, text: Any = None, text_pair: Any = None, **options: Any) -> Any:
-        """The ids of texts, or of pairs of them, as Transformers' tokenizers give them for the same options."""
+        """The ids of texts or pairs of texts; options and result are those of Transformers' tokenizers."""
         if self._full is not None or not _is_plain(text, text_pair, options):
             return self.full(text, text_pair, **options)
         length = self._length(options)
@@ -186,7 +187,11 @@ class QuickTokenizer:
         return made
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which Transformers reads too."""
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which Transformers reads too.
+
+        Raises:
+          InputError: if the files cannot be written.
+        """
         if self._full is not None or options:
             self.full.save_pretrained(save_directory, **options)
             return
@@ -207,13 +212,13 @@ _OF_A_FOLDER = {
 
 
 def load(folder: Path, name: str, settings: Mapping[str, Any], load_full: Callable[[], Any]) -> QuickTokenizer | None:
-    """The tokenizer of a folder; None if it is not surely the one that Transformers makes.
+    """The tokenizer of a folder; None unless it is certainly the one that Transformers would build.
 
     Args:
-      folder: with a ``tokenizer.json``.
-      name: of Transformers' class.
+      folder: a folder with a ``tokenizer.json``.
+      name: the name of Transformers' class.
       settings: the content of ``tokenizer_config.json``.
-      load_full: loads Transformers' tokenizer.
+      load_full: a function that loads Transformers' tokenizer.
     """
     if name not in _SPECIAL:
         return None
@@ -231,7 +236,7 @@ def load(folder: Path, name: str, settings: Mapping[str, Any], load_full: Callab
 
 
 def _special_tokens(folder, name, settings):
-    """Role -> token; None where the folder's files differ about one."""
+    """Role -> token; None if the folder's files disagree."""
     path = folder / "special_tokens_map.json"
     listed = json.loads(path.read_bytes()) if path.exists() else {}
     special = {}
@@ -251,7 +256,7 @@ def _content(token):
 
 
 def _is_built(found, name, settings, special):
-    """Whether a ``tokenizer.json`` is what Transformers' class makes of its vocabulary with some settings."""
+    """Whether a ``tokenizer.json`` is what Transformers' class builds from its vocabulary and the settings."""
     known = {*_IDLE, *_USUAL, *_DEFAULTS[name], *(f"{role}_token" for role in special), "added_tokens_decoder"}
     if any(settings[key] for key in settings.keys() - known):
         return False
@@ -272,7 +277,7 @@ def _is_built(found, name, settings, special):
 
 
 def _agree(found, expected):
-    """Whether a part is as expected; it may also have settings that are off, and lack those that are empty."""
+    """Whether a part is as expected; extra settings that are off, and missing ones that are empty, do not matter."""
     if not isinstance(found, dict) or not isinstance(expected, dict):
         return found == expected
     if any(found[key] for key in found.keys() - expected.keys()):
@@ -330,7 +335,7 @@ def _roberta_parts(own, sep, cls) -> dict[str, list[Any]]:
 
 
 def _has_only(added, decoder, special, vocabulary):
-    """Whether the added tokens are the special ones, all plain, and `added_tokens_decoder` says the same."""
+    """Whether the added tokens are the special ones, without flags, and ``added_tokens_decoder`` agrees."""
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     for token in added:
         plain = token["special"] and not any(token[flag] for flag in flags)
@@ -346,7 +351,7 @@ def _has_only(added, decoder, special, vocabulary):
 
 
 def _is_plain(text, text_pair, options):
-    """Whether a call is one that `QuickTokenizer` carries out: texts or lists of them, with options that it knows."""
+    """Whether `QuickTokenizer` itself can carry out a call: texts or lists of texts, with options that it knows."""
     if options.keys() - _OPTIONS or options.get("return_tensors") not in (None, "np"):
         return False
     if options.get("truncation") not in (None, True, False, "longest_first", "do_not_truncate"):

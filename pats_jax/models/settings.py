@@ -1,4 +1,4 @@
-"""The settings of a model, as it is read from a checkpoint for a run."""
+"""The settings that choose a run's checkpoint and how to compute with it."""
 
 import dataclasses
 from typing import ClassVar, Literal, Self
@@ -11,7 +11,7 @@ Layers = Literal["auto", "separate", "stacked"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings(Group):
-    """Which checkpoint to load, and how to compute with it."""
+    """The checkpoint to load, and how to compute with it."""
 
     title: ClassVar[str] = "model"
 
@@ -54,7 +54,7 @@ class ModelSettings(Group):
             raise InputError("--attention cudnn: needs --dtype bfloat16")
 
     def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
-        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+        """The same settings with these defaults of the backend where ``--layers`` or ``--unroll`` is not set."""
         return dataclasses.replace(
             self,
             layers=layers if self.layers == "auto" else self.layers,

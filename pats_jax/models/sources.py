@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local folder, an installed package that ships one, or a Hugging Face hub id."""
+"""Finds checkpoints: in a local folder, an installed package that ships one, or on the Hugging Face hub."""
 
 import hashlib
 import importlib.util
@@ -43,18 +43,18 @@ _READ_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".jinja")
 
 
 def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, check_weights: bool = True) -> Path:
-    """Finds a checkpoint's folder, fetching it from the hub if need be.
+    """Finds a checkpoint's folder; downloads it from the hub if necessary.
 
     Args:
-        name_or_dir: A local folder, the name of a package in ``PACKAGES``, or a hub id such as ``org/model``; the
-            first of these that fits.
-        revision: A hub branch, tag or commit.
-        check_weights: Whether the weights of a package are compared with their sha256; of no use to who reads others
-            of its files.
+      name_or_dir: a local folder, the name of a package in ``PACKAGES``, or a hub id such as ``org/model``, tried in
+        this order.
+      revision: a hub branch, tag or commit.
+      check_weights: whether to compare a package's weights with their published sha256; not needed to read only its
+        other files.
 
     Raises:
-        InputError: There is no such checkpoint, the hub cannot be reached, or the package's weights are not those
-            that were published.
+      InputError: if there is no such checkpoint, the hub cannot be reached, or the package's weights differ from the
+        published ones.
     """
     name = str(name_or_dir)
     named = shown(name, 300, quoted=False)
@@ -77,7 +77,11 @@ def checkpoint_folder(name_or_dir: str | Path, *, revision: str | None = None, c
 
 
 def _check_regular(folder: Path) -> None:
-    """Refuses pipes and devices under the names that we, and Transformers, read: to open one is to wait for ever."""
+    """Refuses pipes and devices among the files that this library or Transformers reads: opening one may never return.
+
+    Raises:
+      InputError: if there is such a file, or the folder cannot be read.
+    """
     try:
         entries = [path for path in folder.iterdir() if path.suffix in _READ_SUFFIXES]
         other = next((path for path in entries if path.exists() and not path.is_file() and not path.is_dir()), None)
@@ -111,7 +115,12 @@ def _package_folder(name: str, check_weights: bool) -> Path:
 
 
 def _hub_folder(repository: str, revision: str | None) -> Path:
-    """The local snapshot of a hub repository, fetched without its pickled weights."""
+    """The local snapshot of a hub repository, downloaded without its pickled weights.
+
+    Raises:
+      InputError: if there is no such repository or revision, access to it is gated, the hub cannot be reached, or the
+        repository has no safetensors.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -142,7 +151,7 @@ def _hub_folder(repository: str, revision: str | None) -> Path:
 
 
 def _repository_files(repository: str, revision: str | None, folder: Path) -> list[str]:
-    """The file names of a hub repository; offline, those in its local snapshot."""
+    """The file names of a hub repository; without a network, those in its local snapshot."""
     import huggingface_hub
     from huggingface_hub import errors
 

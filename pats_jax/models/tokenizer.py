@@ -1,4 +1,4 @@
-"""The checkpoint's own fast tokenizer."""
+"""Loads a checkpoint's own fast tokenizer."""
 
 import contextlib
 import functools
@@ -28,23 +28,23 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _SENTENCEPIECE)
 
 
 class _Settings(TypedDict, total=False):
-    """What we read of ``tokenizer_config.json``."""
+    """The fields that are read from ``tokenizer_config.json``."""
 
     tokenizer_class: str | None
 
 
 def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> Any:
-    """Loads a checkpoint's own fast tokenizer, which gives what that of Transformers' ``AutoTokenizer`` gives.
+    """Loads a checkpoint's own fast tokenizer; it gives the same ids as Transformers' ``AutoTokenizer``.
 
-    Where the checkpoint's ``tokenizer.json`` says all, it is a `QuickTokenizer`, which needs no Transformers to take
-    texts to ids; ``tokenizer.full`` is Transformers' own, and anything else that is asked of it comes from that.
+    If the checkpoint's ``tokenizer.json`` is complete, the result is a `QuickTokenizer`, which converts texts to ids
+    without Transformers. Its attribute ``full`` is Transformers' own tokenizer, which serves all other calls.
 
     Args:
-        name_or_dir: As for :func:`pats_jax.models.from_pretrained`.
-        revision: The branch, tag or commit of a hub repository.
+      name_or_dir: as for `pats_jax.models.from_pretrained`.
+      revision: the branch, tag or commit of a hub repository.
 
     Raises:
-        InputError: The checkpoint has no tokenizer, or none that Transformers can load as a fast one.
+      InputError: if the checkpoint has no tokenizer, or none that Transformers can load as a fast one.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
@@ -64,7 +64,11 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
 
 
 def _load_full(folder: Path, name: str) -> Any:
-    """Transformers' tokenizer of a folder, by the name of its class."""
+    """Transformers' tokenizer of a folder, by the name of its class.
+
+    Raises:
+      InputError: if it cannot be loaded, or is not a fast one.
+    """
     try:
         with _without_advice():
             import transformers
@@ -90,7 +94,7 @@ def _check_sentencepiece(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Has Transformers, while it is imported, not say that torch is missing: it is not needed."""
+    """Keeps Transformers from warning, on import, that torch is missing: it is not needed."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -104,7 +108,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _class_and_settings(folder: Path) -> tuple[str, JsonObject]:
-    """The class named in ``tokenizer_config.json``, else the one of the model type; and all that this file says."""
+    """The class named in ``tokenizer_config.json``, else that of the model type; and the content of that file."""
     path = folder / "tokenizer_config.json"
     settings: dict[str, Any] = {}
     named = None

@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: one file or shards with an index; pickled weights are refused."""
+"""Reads the safetensors of a checkpoint, one file or shards with an index; refuses pickled weights."""
 
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,16 +22,16 @@ class _Index(TypedDict):
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Where each tensor of a checkpoint lies.
+    """The file that holds each tensor of a checkpoint; reads only headers.
 
     Args:
-        folder: A folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+      folder: a folder with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
 
     Returns:
-        Tensor name -> its file. Headers are read, tensors are not.
+      Tensor name -> its file.
 
     Raises:
-        InputError: No safetensors, a missing shard, or a file that is damaged.
+      InputError: if the folder has no safetensors, or a shard is missing or damaged.
     """
     single = folder / WEIGHTS_FILE
     if single.exists():
@@ -54,7 +54,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, given the file that it lies in; only headers are read."""
+    """The shape of each tensor, given its file; reads only headers.
+
+    Raises:
+      InputError: if a file is damaged.
+    """
     found = {}
     for path in sorted(set(files.values())):
         with _open(path) as opened:
@@ -64,10 +68,10 @@ def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
-    """Reads tensors, each from its file, in the dtype that they are stored in (bfloat16 included).
+    """Reads tensors, each from its file, in their stored dtype (bfloat16 included).
 
     Raises:
-        InputError: A file is damaged, or has a tensor of a type or shape that NumPy lacks.
+      InputError: if a file is damaged, or has a tensor of a type or shape that NumPy lacks.
     """
     tensors = {}
     for path in sorted(set(files.values())):
@@ -88,7 +92,7 @@ def _read(opened: Any, name: str, path: Path) -> np.ndarray:
 
 
 def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
-    """The error for a folder or repository without safetensors, given the names of the files that it has."""
+    """The error for a folder or repository without safetensors, given the names of its files."""
     pickled = sorted(name for name in file_names if name.endswith(_PICKLED) and name != "training_args.bin")
     if not pickled:
         return InputError(
@@ -101,7 +105,11 @@ def no_safetensors(where: str, file_names: Iterable[str]) -> InputError:
 
 
 def names(path: Path) -> set[str]:
-    """The names of the tensors in a file; only its header is read."""
+    """The names of the tensors in a file; reads only its header.
+
+    Raises:
+      InputError: if the file is damaged.
+    """
     with _open(path) as opened:
         return set(opened.keys())
 

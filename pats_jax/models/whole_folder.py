@@ -1,4 +1,4 @@
-"""Folders that are written completely or not at all: a model and its tokenizer, generated data."""
+"""Folders that are written completely or not at all, such as a model with its tokenizer, or generated data."""
 
 import contextlib
 import errno
@@ -15,16 +15,16 @@ from pats_jax.errors import InputError
 
 @contextlib.contextmanager
 def new_folder(directory: str | Path) -> Iterator[Path]:
-    """Yields an empty folder to write files to, which then replaces those in another folder in one step.
+    """Yields an empty folder to write files to; these then replace the files of another folder in one step.
 
-    Files there with other names are kept. If anything fails, the folder is unchanged; a process that is killed at the
-    worst moment leaves it complete, old or new, under its name or as ``.NAME-...`` next to it.
+    Files there with other names are kept. If anything fails, the folder stays unchanged. A process that is killed
+    meanwhile leaves a complete folder, old or new, under its name or as ``.NAME-...`` next to it.
 
     Args:
-      directory: The folder to write; created if missing. A link is followed.
+      directory: the folder to write; created if missing. A link is followed.
 
     Raises:
-      InputError: The folder cannot be written, for instance on a full or read-only disk.
+      InputError: if the folder cannot be written, for instance on a full or read-only disk.
     """
     target = Path(os.path.realpath(directory))
     files.make_folder(target.parent)
@@ -68,7 +68,7 @@ def _take_place(made: Path, target: Path) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the system said; None if it was not the system: safetensors and tokenizers hide it in their own errors."""
+    """The system's message, which safetensors and tokenizers wrap in their own errors; None if there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,17 +1,18 @@
-"""Regularisers of the loss: what R3F, R-Drop, SMART and LNSR add to it.
+"""Regularisers of the loss: R3F, R-Drop, SMART and LNSR.
 
-An `Objective` gives one number a row from the forward passes of a step; `with_objectives` adds any of them, weighted,
-to the task loss::
+An `Objective` computes one number per row from the forward passes of a step; `with_objectives` adds any number of
+objectives, weighted, to the task loss::
 
     loss_fn = with_objectives(model.apply, r3f())
-    loss_fn = with_objectives(model.apply, r3f(lam=0.5), lnsr(2))   # both terms, one plain forward pass for the two
+    loss_fn = with_objectives(model.apply, r3f(lam=0.5), lnsr(2))   # both terms share one plain pass
     step = make_train_step(loss_fn)
 
-An objective changes the loss and nothing else, so it goes with any optimizer: PATS, DPS, Mixout and the others.
+An objective changes only the loss, so it works with any optimizer: PATS, DPS, Mixout and the others.
 
-Notation: f(x) are the logits of a row for its word embeddings x, p = softmax(f(x)), q the same of a second pass, and
-J(p, q) = KL(p||q) + KL(q||p) = sum over classes of (p - q) (log p - log q). Every pass draws its own dropout, but for
-LNSR's.
+Notation: f(x) are the logits of a row with word embeddings x, p = softmax(f(x)), q is the same for a second pass, and
+J(p, q) = KL(p||q) + KL(q||p) = sum over classes of (p - q) (log p - log q). Each pass draws its own dropout, except in
+LNSR. The source of a rule is marked: *code* is the authors' code, *readme* and *abstract* the readme or abstract alone,
+and *ours* a choice that we made because no source settles it.
 """
 
 import lazy_loader

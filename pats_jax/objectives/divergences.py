@@ -1,13 +1,14 @@
-"""How far two answers are apart, row by row."""
+"""The difference between two predictions, row by row."""
 
 import jax
 import jax.numpy as jnp
 
 
 def symmetric_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
-    """J(p, q) = KL(p||q) + KL(q||p) of each row, (batch,), from logits (batch, classes).
+    """J(p, q) = KL(p||q) + KL(q||p) of each row, (batch,) float32, from logits (batch, classes).
 
-    As one sum over products of differences it is accurate, and not negative, where p and q nearly agree.
+    It is computed as one sum of products of differences, which is accurate and not negative even where p and q nearly
+    agree.
 
     Examples:
       >>> print(symmetric_kl(jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))))
@@ -18,5 +19,5 @@ def symmetric_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def squared_difference(logits: jax.Array, other: jax.Array) -> jax.Array:
-    """The squared difference of two scores of each row, (batch,), from logits (batch, 1)."""
+    """The squared difference of two scores of each row, (batch,) float32, from logits (batch, 1)."""
     return jnp.square(logits.astype(jnp.float32) - other)[:, 0]

@@ -1,4 +1,4 @@
-"""LNSR: random noise on the output of one layer."""
+"""LNSR: stability of the upper layers under noise on the output of one layer."""
 
 import jax
 import jax.numpy as jnp
@@ -8,29 +8,29 @@ from pats_jax.trees import is_plainly
 
 
 def lnsr(layer: int, lam: float | jax.Array = 1.0, noise_std: float | jax.Array = 0.05) -> Objective:
-    r"""LNSR: what noise on the output of one layer changes in the outputs of the layers above should be small.
+    r"""LNSR: noise on the output of one layer should change the outputs of the layers above only a little.
 
     ::
 
-        h_r: output of layer r;   k = ``layer``;   z ~ N(0, noise_std^2) for each entry
-        h'_k = h_k + z, and h'_r for r > k what the layers above make of it
+        h_r: output of layer r, (batch, length, hidden);   k = ``layer``;   z ~ N(0, noise_std^2) for each entry
+        h'_k = h_k + z;   h'_r for r > k: the output of layer r with h'_k in place of h_k
         change = sum over layers r > k of the mean over tokens and units of (h'_r - h_r)^2
         loss   = task_loss + lam * mean over rows of change
 
-    That Gaussian noise goes into one layer and that the change above is penalised is the paper's (*abstract*). *Ours*:
-    the squared difference and its mean over tokens (padding left out) and units, the numbers, that both passes have the
-    same dropout, so that noise is all that differs, and gradients through both. With the model's ``first_token_only``
-    the last layer counts by its first token alone, as that is all there is of it. Layers up to k are computed once.
+    The paper's rule (*abstract*): Gaussian noise enters one layer, and the change above is penalised. *Ours*: the
+    squared difference, its mean over units and tokens (without padding), the default values, the same dropout in both
+    passes, so that they differ only by the noise, and gradients through both. With the model's ``first_token_only``,
+    the last layer counts only by its first token. Layers up to k are computed once.
 
     Args:
-      layer: k; 0 is the output of the embeddings, the last but one the highest that has a layer above.
-      lam: weight of the regulariser, not negative.
-      noise_std: standard deviation of the noise, in units of the hidden states' entries, which LayerNorm leaves at
-        around 1; above 0.
+      layer: k, at least 0; 0 is the output of the embeddings. The model must have a layer above.
+      lam: weight of the regulariser, >= 0.
+      noise_std: standard deviation of the noise, > 0, in units of the hidden states' entries, which are around 1 after
+        LayerNorm.
 
     Raises:
-      ValueError: if layer or lam is negative or noise_std not above 0 (traced numbers are not checked); from the loss,
-        if the model has no layer above.
+      ValueError: if layer or lam is negative or noise_std is not positive (traced numbers are not checked); from the
+        loss, if the model has no layer above k.
 
     References:
       Hua et al., `Noise Stability Regularization for Improving BERT Fine-tuning <https://arxiv.org/abs/2107.04835>`_,
@@ -61,6 +61,6 @@ def lnsr(layer: int, lam: float | jax.Array = 1.0, noise_std: float | jax.Array 
 
 
 def _mean_over_tokens(values, mask):
-    """Means (batch,) over units and the mask's tokens, from (batch, length, units), or its first token alone."""
+    """Means over units and the mask's tokens, (batch,), from (batch, length, units) or (batch, 1, units)."""
     mask = mask[:, : values.shape[1], None]
     return jnp.sum(values * mask, axis=(1, 2)) / jnp.maximum(values.shape[2] * jnp.sum(mask, axis=(1, 2)), 1)

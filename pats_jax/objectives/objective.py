@@ -1,6 +1,7 @@
-"""What an objective is, and the loss with objectives in it."""
+"""The interface of objectives, and the loss that contains them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,24 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax import trees
-from pats_jax.train_state import Batch, LossFn, check_labels, losses, make_loss_fn, model_inputs, weighted_mean
+from pats_jax.train_state import (
+    Batch,
+    LossFn,
+    RowLoss,
+    check_labels,
+    losses,
+    make_loss_fn,
+    model_inputs,
+    weighted_mean,
+)
 from pats_jax.trees import check_number
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step's inputs and its plain forward pass, and the means to make further passes.
+    """A training step's inputs and its plain forward pass, with functions for further passes.
 
     Attributes:
       apply_fn: the model's apply function.
       params: the parameters.
-      inputs: ids (and attention mask, token types) by name, (batch, length).
-      rest: the inputs but for the ids.
-      regression: whether the model gives scores rather than classes.
+      inputs: ids (and attention mask, token types) by name, (batch, length) each.
+      rest: the inputs without the ids.
+      regression: whether the model predicts scores rather than classes.
       deterministic: whether dropout is off.
       key: the key of the plain pass's dropout.
-      logits: of the plain pass, (batch, num_labels) float32.
-      hidden_states: of the plain pass, (batch, length, hidden) each, if an objective asked for them; else ().
+      logits: the logits of the plain pass, (batch, num_labels) float32.
+      hidden_states: the hidden states of the plain pass, (batch, length, hidden) each, if an objective needs them; else
+        ().
     """
 
     apply_fn: Callable
@@ -46,16 +57,16 @@ class Step:
         return self.apply_fn({"params": self.params}, self.inputs["input_ids"], method="embed")
 
     def apply(self, params: Any, key: jax.Array, **inputs: Any) -> Any:
-        """Another pass, by its own inputs and the key of its dropout."""
+        """Makes another pass, with its own inputs and its own key for dropout."""
         return _apply(self.apply_fn, params, key, self.deterministic, inputs)
 
 
 class Term(NamedTuple):
-    """What an objective gives.
+    """What an objective returns.
 
     Attributes:
-      values: the regulariser of each row, (batch,), before it is weighted.
-      logits: of passes that are to learn the task as well as the plain one, (batch, num_labels) each.
+      values: the regulariser of each row, (batch,), without its weight.
+      logits: the logits of passes that learn the task too, (batch, num_labels) each.
     """
 
     values: jax.Array
@@ -67,43 +78,53 @@ class Objective:
     """A regulariser of the loss.
 
     Attributes:
-      name: its name among the metrics.
-      weight: what its mean is multiplied by in the loss.
-      term: ``term(step, key)``: key for what it draws.
-      needs_hidden_states: whether ``step.hidden_states`` must be there.
+      name: the name of its metric.
+      weight: the factor of its mean in the loss.
+      term: ``term(step, key) -> Term``, with a typed key for its draws.
+      needs_hidden_states: whether ``term`` uses ``step.hidden_states``.
+      compares_classes: whether ``term`` uses the softmax of the logits, which is for rows with one class.
     """
 
     name: str
     weight: float | jax.Array
     term: Callable[[Step, jax.Array], Term]
     needs_hidden_states: bool = False
+    compares_classes: bool = False
 
 
 def with_objectives(
-    apply_fn: Callable, *objectives: Objective, regression: bool = False, deterministic: bool = False
+    apply_fn: Callable,
+    *objectives: Objective,
+    regression: bool = False,
+    deterministic: bool = False,
+    row_loss: RowLoss | None = None,
 ) -> LossFn:
-    r"""The loss of a task with regularisers added to it.
+    r"""Makes a loss function: the task loss plus regularisers.
 
     ::
 
         loss = task_loss + sum over objectives of weight * mean over rows of values
 
     The task loss is that of `pats_jax.make_loss_fn`; if an objective makes passes that learn the task too (R-Drop), it
-    is the mean over these and the plain pass. All means weigh the rows by ``batch["weights"]``. Dropout of the plain
-    pass is that of `make_loss_fn`, and what an objective draws does not depend on which others there are. Of two
-    objectives of one kind both are added, under one name among the metrics.
+    is the mean over these and the plain pass. All means weight the rows by ``batch["weights"]``. The plain pass has the
+    dropout of `make_loss_fn`, and the draws of an objective do not depend on the others. Two objectives of one kind are
+    both added, and share one metric.
 
     Args:
-      apply_fn: a model's apply function that gives logits (batch, num_labels), such as `SequenceClassifier.apply`. R3F
-        and SMART need ``apply_fn({"params": params}, ids, method="embed")`` and its ``inputs_embeds``, LNSR its
-        ``output_hidden_states`` and ``continue_from``.
+      apply_fn: a model's apply function, which returns logits (batch, num_labels), such as `SequenceClassifier.apply`.
+        For R3F and SMART it must support ``apply_fn({"params": params}, ids, method="embed")`` and ``inputs_embeds``,
+        for LNSR ``output_hidden_states`` and ``continue_from``.
       *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`; without any, the result is `make_loss_fn`'s.
-      regression: whether labels are float scores (batch,), for logits (batch, 1), or classes int32 (batch,).
-      deterministic: whether dropout is off; noise is drawn all the same.
+      regression: whether labels are float scores (batch,), with logits (batch, 1), instead of int32 classes (batch,).
+      deterministic: whether dropout is off; objectives still draw noise.
+      row_loss: see `pats_jax.make_loss_fn`.
 
     Returns:
-      ``loss_fn(params, batch, key) -> (loss, metrics)`` for `make_train_step`; metrics are ``task_loss`` and, by the
-      name of each objective, its mean before it is weighted.
+      ``loss_fn(params, batch, key) -> (loss, metrics)`` for `pats_jax.make_train_step`. The metrics are ``task_loss``
+      and, under the name of each objective, its mean without its weight.
+
+    Raises:
+      InputError: from ``loss_fn``, if a batch has no labels.
 
     Examples:
       A model whose logits are its first word's embedding.
@@ -121,7 +142,8 @@ def with_objectives(
       0.3497 = 0.3133 + 2 * 0.0182
     """
     if not objectives:
-        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic)
+        return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic, row_loss=row_loss)
+    costs = row_loss or functools.partial(losses, regression=regression)
     wants_states = any(objective.needs_hidden_states for objective in objectives)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
@@ -140,7 +162,7 @@ def with_objectives(
 
         terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in objectives]
         learners = [logits, *(extra for term in terms for extra in term.logits)]
-        task_loss = mean(sum(losses(x, batch["labels"], regression) for x in learners) / len(learners))
+        task_loss = mean(sum(costs(x, batch["labels"]) for x in learners) / len(learners))
         loss, metrics = task_loss, {"task_loss": task_loss}
         for objective, term in zip(objectives, terms, strict=True):
             value = mean(term.values)
@@ -152,12 +174,12 @@ def with_objectives(
 
 
 def check_weight(argument: str, value: float | jax.Array) -> None:
-    """Raises if the weight of an objective is negative; traced numbers are not checked."""
+    """Raises ValueError if the weight of an objective is negative; traced numbers are not checked."""
     check_number(argument, value, lambda x: x >= 0, "at least 0")
 
 
 def check_positive(argument: str, value: float | jax.Array) -> None:
-    """Raises if a number is not above 0, or infinite; traced numbers are not checked."""
+    """Raises ValueError if a number is not positive and finite; traced numbers are not checked."""
     check_number(argument, value, lambda x: 0 < x < float("inf"), "above 0")
 
 

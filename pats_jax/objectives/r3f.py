@@ -1,4 +1,4 @@
-"""R3F: random noise on the word embeddings."""
+"""R3F: stability under random noise on the word embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pats_jax.trees import is_plainly
 
 
 def r3f(lam: float | jax.Array = 1.0, eps: float | jax.Array = 1e-5) -> Objective:
-    r"""R3F: the answer should not change when the word embeddings shift a little at random.
+    r"""R3F: predictions should not change when the word embeddings get a little random noise.
 
     ::
 
@@ -17,13 +17,12 @@ def r3f(lam: float | jax.Array = 1.0, eps: float | jax.Array = 1e-5) -> Objectiv
         loss = task_loss + lam * mean over rows of J(p, q)
 
     The rule is that of the authors' code (*code*): KL divergences are summed over classes and averaged over the batch,
-    gradients pass through both p and q, the noised branch starts from detached embeddings, each pass draws its own
-    dropout, and regression has no regulariser. Two forward passes (one on regression).
+    gradients pass through both p and q, the noisy pass starts from detached embeddings, each pass draws its own
+    dropout, and regression has no regulariser. It makes two forward passes (one for regression).
 
     Args:
-      lam: weight of the regulariser, not negative.
-      eps: half the width of the noise, in units of the embeddings' entries; above 0. In bfloat16, 1e-5 is lost in
-        rounding.
+      lam: weight of the regulariser, >= 0.
+      eps: half the width of the noise, > 0, in units of the embeddings' entries. In bfloat16, 1e-5 is lost in rounding.
 
     Raises:
       ValueError: if lam < 0 or eps <= 0 (traced numbers are not checked).
@@ -44,4 +43,4 @@ def r3f(lam: float | jax.Array = 1.0, eps: float | jax.Array = 1e-5) -> Objectiv
         noised = step.apply(step.params, dropout_key, inputs_embeds=embeddings + noise, **step.rest)
         return Term(symmetric_kl(step.logits, noised))
 
-    return Objective("r3f", lam, term)
+    return Objective("r3f", lam, term, compares_classes=True)

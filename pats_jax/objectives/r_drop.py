@@ -1,4 +1,4 @@
-"""R-Drop: two passes with different dropout."""
+"""R-Drop: agreement of two passes with different dropout."""
 
 import jax
 
@@ -12,13 +12,14 @@ def r_drop(alpha: float | jax.Array = 1.0) -> Objective:
     ::
 
         loss = (task_loss_1 + task_loss_2) / 2 + alpha * mean over rows of J(p, q) / 2
-        loss = (task_loss_1 + task_loss_2) / 2 + alpha * mean over rows of (f_1(x) - f_2(x))^2     on regression
+        loss = (task_loss_1 + task_loss_2) / 2 + alpha * mean over rows of (f_1(x) - f_2(x))^2     for regression
 
     The rule is the authors' description of their code (*readme*); gradients pass through both p and q. The mean over
-    the rows, as of R3F, and the default alpha are *ours*. Two forward passes. Without dropout the regulariser is 0.
+    the rows, as in R3F, and the default alpha are *ours*. It makes two forward passes. Without dropout the regulariser
+    is 0.
 
     Args:
-      alpha: weight of the regulariser, not negative.
+      alpha: weight of the regulariser, >= 0.
 
     Raises:
       ValueError: if alpha < 0 (traced numbers are not checked).
@@ -34,4 +35,4 @@ def r_drop(alpha: float | jax.Array = 1.0) -> Objective:
             return Term(squared_difference(step.logits, second), (second,))
         return Term(symmetric_kl(step.logits, second) / 2, (second,))
 
-    return Objective("r_drop", alpha, term)
+    return Objective("r_drop", alpha, term, compares_classes=True)

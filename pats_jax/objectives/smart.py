@@ -1,4 +1,4 @@
-"""SMART: noise on the word embeddings in the direction that changes the answer most."""
+"""SMART: stability under noise on the word embeddings in the direction that changes the prediction most."""
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +14,34 @@ def smart(
     noise_std: float | jax.Array = 1e-5,
     eps: float | jax.Array = 1e-6,
 ) -> Objective:
-    r"""SMART's regulariser: the answer should not change when the word embeddings shift where it changes most.
+    r"""SMART: predictions should not change when the word embeddings move in the direction that changes them most.
 
     ::
 
-        l(x, x') = J(softmax(f(x)), softmax(f(x')));   (f(x) - f(x'))^2 on regression
+        l(x, x') = J(softmax(f(x)), softmax(f(x')));   (f(x) - f(x'))^2 for regression
         d_0 ~ N(0, noise_std^2) for each entry
         g    = gradient of l(x, x + d_0) with respect to d_0
         d    = d_0 + step_size * g / (max |g| + eps)      max over the entries of each token's embedding
         loss = task_loss + alpha * mean over rows of l(x, x + d)
 
-    Numbers, l, the norm and what is held fixed are those of the authors' code (*code*): d is a constant; in the loss
-    each KL holds the distribution fixed that it expects under, so that of the logits those of x are moved by p - q and
-    those of x + d by q - p; gradients pass through x on both sides. Each pass draws its own dropout. *Ours* is to add
-    the normalised step to d_0: of two releases of that code the earlier drops d_0, and the later divides
-    d_0 + step_size * g by its own largest entry, which makes d of size 1 whatever the step; and g is that of l itself,
-    theirs of a one-sided KL or an approximation. Three forward passes, and besides the loss's backward pass one to the
-    embeddings alone. The paper's second part, Bregman proximal point optimisation, is not here.
+    Default values, l, the norm and what is held fixed follow the authors' code (*code*). d is a constant. In the loss,
+    each KL treats the distribution that it averages over as a constant, so its gradient is p - q at the logits of x and
+    q - p at those of x + d; gradients pass through x on both sides. Each pass draws its own dropout. *Ours*: the
+    normalised step is added to d_0, and g is the gradient of l itself. In the authors' code, the earlier of two
+    releases drops d_0, and the later divides d_0 + step_size * g by its own largest entry, so d has size 1 whatever the
+    step; g is the gradient of a one-sided KL or of an approximation. It makes three forward passes, and besides the
+    loss's backward pass one to the embeddings alone. The paper's second part, Bregman proximal point optimisation, is
+    not implemented.
 
     Args:
-      alpha: weight of the regulariser, not negative.
-      step_size: largest entry of the step, in units of the embeddings' entries; above 0. In bfloat16, 1e-5 is lost in
+      alpha: weight of the regulariser, >= 0.
+      step_size: largest entry of the step, > 0, in units of the embeddings' entries. In bfloat16, 1e-5 is lost in
         rounding.
-      noise_std: standard deviation of where it starts, in the same units; above 0, for at d_0 = 0 there is no gradient.
-      eps: keeps a gradient of 0 from being divided by 0; above 0.
+      noise_std: standard deviation of d_0, > 0, in the same units; at d_0 = 0 the gradient would be 0.
+      eps: a number > 0 that avoids division by 0 where the gradient is 0.
 
     Raises:
-      ValueError: if alpha < 0 or another number is not above 0 (traced numbers are not checked).
+      ValueError: if alpha < 0, or another number is not positive (traced numbers are not checked).
 
     References:
       Jiang et al., `SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models through Principled
@@ -74,10 +75,10 @@ def smart(
         difference = squared_difference if step.regression else _symmetric_kl_of_fixed_targets
         return Term(difference(step.logits, logits))
 
-    return Objective("smart", alpha, term)
+    return Objective("smart", alpha, term, compares_classes=True)
 
 
 def _symmetric_kl_of_fixed_targets(logits, other):
-    """J(p, q), but differentiated as KL(fixed p||q) + KL(fixed q||p): its gradient is p - q and q - p of the logits."""
+    """J(p, q), differentiated as KL(fixed p||q) + KL(fixed q||p): its gradients at the logits are p - q and q - p."""
     p, q = jax.nn.log_softmax(logits.astype(jnp.float32)), jax.nn.log_softmax(other.astype(jnp.float32))
     return jnp.sum(jax.lax.stop_gradient(jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1)

@@ -48,7 +48,7 @@ _FREE = frozenset(
 
 
 def run(settings: GymSettings, args: Sequence[str], console: rich.console.Console) -> None:
-    """Runs the missing tunings, and writes the report.
+    """Runs the missing tunings and writes the report.
 
     Args:
       settings: the settings; ``check`` is called first.
@@ -56,8 +56,8 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
       console: where to print scores and tables.
 
     Raises:
-      InputError: on invalid input, mostly before any tuning; finished tunings are kept.
-      Preempted: the program was asked to stop; finished tunings are kept.
+      InputError: if the input is invalid, mostly before any tuning; finished tunings are kept.
+      Preempted: if the program was asked to stop; finished tunings are kept.
     """
     settings.check()
     folder = pathlib.Path(str(settings.output_dir))
@@ -89,6 +89,9 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
+            if missing:
+                finished = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
+                say(console, workers.forecast(len(missing), "tunings", _seconds(finished), settings.workers))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
@@ -96,15 +99,19 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
+def _seconds(records):
+    return [record["seconds"] for record in records if record.get("seconds")]
+
+
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart]:
-    """The starts of the settings: the unprimed model for each kind, then each primed model for its kinds.
+    """The starts that the settings name: the unprimed model for each kind, then each primed model for its kinds.
 
     Args:
       settings: the settings that name them.
       tasks: the target tasks.
 
     Raises:
-      InputError: a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
+      InputError: if a folder is not a finished run of `pats-jax prime`, used another model or head, was trained on a
         target task, or has an adapter of another kind or size; or two folders are of the same stage.
     """
     model = settings.model.model_name_or_path
@@ -126,7 +133,11 @@ def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart
 
 
 def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> PrimedResults:
-    """The results of a folder that tunings of these settings may start from."""
+    """The results in a folder that tunings with these settings may start from.
+
+    Raises:
+      InputError: as from `find_starts`, for one folder.
+    """
     folder, where = pathlib.Path(name), f"--primed {name}"
     found = run_folder.read_results(folder)
     if found is None:
@@ -158,7 +169,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
 
 
 def open_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[TuningStart]) -> None:
-    """Writes the folder's config.json, unless it is there; raises like `check_folder`."""
+    """Writes the folder's config.json unless it exists; raises as `check_folder` does."""
     with FolderLock(folder, name=".lock-config", patience=10.0):
         check_folder(folder, settings, starts)
         path = folder / "config.json"
@@ -172,7 +183,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[T
     """Compares an existing config.json with the settings.
 
     Raises:
-      InputError: its tunings used other settings, the folder is not a gym's, or a link leads out of it.
+      InputError: if the folder's tunings used other settings, it is not the folder of a gym, or a link leads out of it.
     """
     for part in ("report/plots", *(f"tunings/{start.name}" for start in starts)):
         files.checked_place(folder / part / "file", folder)
@@ -241,7 +252,7 @@ def tunings_of(
     """The tunings of a start.
 
     Raises:
-      InputError: a task lacks a requested sample.
+      InputError: if a task lacks a requested sample.
     """
     samples = [(task, sample) for task in tasks for sample in task.choose(settings.samples or None).samples]
     records = folder / "tunings" / start.name
@@ -260,11 +271,11 @@ def tune_in_processes(
     console: rich.console.Console,
     lock: FolderLock,
 ) -> None:
-    """Deals tunings out to processes of the same command, and waits.
+    """Distributes tunings over processes of the same command, and waits for them.
 
     Raises:
-      InputError: one of them failed; the message has its last line. The others have been stopped.
-      Preempted: this process was asked to stop; the others were stopped too.
+      InputError: if a process failed; the message has its last line. The others have been stopped.
+      Preempted: if this process was asked to stop; the others have been stopped too.
     """
     folder = pathlib.Path(str(settings.output_dir))
     jobs = jobs_of(settings, args, tunings)
@@ -293,7 +304,7 @@ def tune_in_processes(
 
 
 def jobs_of(settings: GymSettings, args: Sequence[str], tunings: Sequence[Tuning]) -> list[Job]:
-    """A process for each of ``--jobs``; on a cluster, processes for a few tunings of one start each."""
+    """A job for each of ``--jobs``; on a cluster, each job has a few tunings of one start."""
     if settings.workers.executor == "local":
         sets = [tunings[number :: settings.workers.jobs] for number in range(settings.workers.jobs)]
     else:
@@ -317,10 +328,10 @@ def jobs_of(settings: GymSettings, args: Sequence[str], tunings: Sequence[Tuning
 
 
 def tune_all(settings: GymSettings, tunings: Sequence[Tuning], console: rich.console.Console, tokenizer: Any) -> None:
-    """Makes tunings in this process, those of one start after another; of finished ones, none.
+    """Runs the unfinished tunings in this process, one start after another.
 
     Raises:
-      Preempted: the program was asked to stop; finished tunings are kept.
+      Preempted: if the program was asked to stop; finished tunings are kept.
     """
     xla_flags.set_defaults(settings.compiler.deterministic)
     compilation_cache.keep_compiled_programs(settings.compiler.compilation_cache_dir)
@@ -347,7 +358,7 @@ def read_record(path: pathlib.Path) -> TuningRecord:
     """The record of a finished tuning.
 
     Raises:
-      InputError: naming the file, if it does not hold one.
+      InputError: if the file does not hold one; the message names it.
     """
     record = files.read_record(path, TuningRecord)
     files.checked_name(record["task"], f"{path}: task")
@@ -360,10 +371,10 @@ def read_records(folder: pathlib.Path) -> dict[str, TuningRecord]:
 
 
 def report(folder: pathlib.Path, console: rich.console.Console, command: str) -> None:
-    """Writes the report on the folder's records, and prints its tables.
+    """Writes the report on the folder's records and prints its tables.
 
     Raises:
-      InputError: there are none, or a file of the folder is damaged; the message names it.
+      InputError: if there are no records, or a file in the folder is damaged; the message names it.
     """
     records = read_records(folder)
     if not records:

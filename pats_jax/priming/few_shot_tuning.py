@@ -57,18 +57,18 @@ class TuningStart:
 
 
 class Tuner:
-    """Tunes one start on any task and sample: model, optimizers and compiled programs are the same for all."""
+    """Tunes one start on any task and sample; model, optimizers and compiled programs are shared."""
 
     def __init__(self, settings: GymSettings, start: TuningStart, tokenizer: Any):
         """Loads the start.
 
         Args:
-          settings: settings of all tunings.
-          start: where they start and what they train.
+          settings: the settings of all tunings.
+          start: where the tunings start, and what they train.
           tokenizer: the model's tokenizer.
 
         Raises:
-          InputError: its files are missing or do not match.
+          InputError: if the start's files are missing or do not match.
         """
         self._settings, self._start, self._tokenizer = settings, start, tokenizer
         self._head = option_scoring.get_head(settings.tuning.head)
@@ -94,7 +94,7 @@ class Tuner:
         }
 
     def tune(self, task: FewShotTask, sample: Sample, asked: preemption.Preemption) -> TuningRecord:
-        """The record of a tuning, as `relative_gain.summarise` takes it."""
+        """Makes one tuning and returns its record, for `relative_gain.summarise`."""
         since = time.perf_counter()
         shapes = self._shapes(task)
         tried = [self._tune(rate, task, sample, shapes, asked) for rate in self._optimizers]
@@ -136,8 +136,8 @@ class Tuner:
     def _tune(self, rate, task, sample, shapes, asked):
         """Tunes with one learning rate: the dev curve, and the parameters with the best dev score.
 
-        Of equal scores, the one with the lower dev loss is kept, because 16 rows have many ties (ours). A rate whose
-        loss is no longer finite stops there, and keeps its best so far (ours).
+        *Ours*: among equal scores, the one with the lower dev loss is kept, because 16 rows have many ties; and if the
+        loss is no longer finite, the tuning stops and keeps its best parameters so far.
         """
         settings = self._settings
         state = TrainState.create(
@@ -202,12 +202,13 @@ class Tuner:
 
 def load_start(settings: GymSettings, start: TuningStart) -> tuple[Any, Any]:
     """The scorer of a start and its parameters."""
-    settings = settings.with_layers(*runners.default_form(jax.default_backend()))
+    adapter = settings.adapter(start.kind) if start.adapter is None else None
+    settings = settings.with_layers(*runners.default_form(jax.default_backend()), adapter)
     model = settings.model
     return option_scoring.load_scorer(
         start.model,
         settings.tuning.head,
-        settings.adapter(start.kind) if start.adapter is None else None,
+        adapter,
         key=settings.seed,
         adapter=start.adapter,
         mlm_head_from=start.base,

@@ -12,7 +12,7 @@ from pats_jax.methods.table import METHOD_CHOICE
 from pats_jax.models import peft
 from pats_jax.models.settings import ModelSettings
 from pats_jax.run.records import Tuned
-from pats_jax.run.settings import TunedModel
+from pats_jax.run.settings import OF_CLASSIFIERS, TunedModel
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.training.settings import (
     BatchSettings,
@@ -60,7 +60,7 @@ class TuningSettings(Group):
         """The learning rates to try for a kind.
 
         Raises:
-          InputError: ``--grid`` is not of the form KIND=RATE,RATE.
+          InputError: if ``--grid`` is not of the form KIND=RATE,RATE.
         """
         rates: dict[str, tuple[float, ...]] = {name: (rate,) for name, rate in LEARNING_RATES.items()}
         for text in self.grid:
@@ -78,7 +78,7 @@ class TuningSettings(Group):
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel(Group):
-    """Tuning of the whole model, beside the adapters; it has no settings of its own."""
+    """Tuning of the whole model, as an alternative to adapters; it has no settings of its own."""
 
     kind: ClassVar[Literal["full"]] = "full"
 
@@ -113,7 +113,9 @@ class GymSettings(TunedModel):
         "peft": "use --kinds",
         "share": "use --jobs on one machine, and --executor dask --scheduler ADDRESS on several",
         "learning_rate": "use --grid, which sets the learning rates of each kind",
+        **OF_CLASSIFIERS,
         **dict.fromkeys(("overwrite", "resume"), _NOT_NEEDED),
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "a gym keeps no model to upload"),
         **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), _ONE_BATCH),
         **dict.fromkeys(("early_stopping_patience", "load_best_model_at_end"), _ALL_STEPS),
         **dict.fromkeys(("fsdp", "coordinator_address", "num_processes", "process_id"), _ONE_DEVICE),

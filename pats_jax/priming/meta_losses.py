@@ -8,8 +8,8 @@ inner steps, and ``query_<name>`` (tasks, rows, ...) to evaluate the adapted par
 multi-task learning no support.
 
 References:
-    Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
-    Reptile: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
+  Priming: arXiv 2212.01032. MAML and its first-order form: Finn, Abbeel and Levine, ICML 2017, arXiv 1703.03400.
+  Reptile: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
 """
 
 import functools
@@ -98,7 +98,7 @@ def maml(
       loss_fn: the loss of a batch of rows.
       inner_learning_rate: the learning rate of the inner steps (plain SGD).
       trainable: a tree of bools like params: which parameters the inner steps update; None: all.
-      first_order: whether the second-order term is left out.
+      first_order: whether to leave out the second-order term.
       remat: whether to recompute inner steps and query in the backward pass: less memory, more work.
 
     Returns:
@@ -106,7 +106,7 @@ def maml(
       ``support_loss``, the loss before the first inner step; all means over the tasks.
 
     Raises:
-      ValueError: if inner_learning_rate is not greater than 0; from the loss, if the batch lacks these arrays.
+      ValueError: if inner_learning_rate is not positive; from the loss, if the batch lacks support or query arrays.
     """
     check_number("inner_learning_rate", inner_learning_rate, lambda x: x > 0, "greater than 0")
 
@@ -172,7 +172,7 @@ def make_meta_loss(
     """The loss of an algorithm of ``ALGORITHMS``; see `multi_task`, `maml` and `reptile`.
 
     Raises:
-      ValueError: there is no such algorithm.
+      ValueError: if there is no such algorithm.
     """
     makers: dict[str, Callable[..., LossFn]] = {
         "mtl": lambda loss_fn, **_: multi_task(loss_fn),
@@ -186,8 +186,10 @@ def make_meta_loss(
 
 
 def _descend(loss_fn, params, batches, key, learning_rate, trainable, first_order=False, remat=False):
-    """The sum of the gradients of SGD's steps from params, a tree like them with None at what does not move, and the
-    loss before each step."""
+    """The sum of the gradients of SGD's steps from params, and the loss before each step.
+
+    The sum is a tree like params, with None at the leaves that do not move.
+    """
     taken, left = _partition(params, trainable)
 
     def inner_step(total, numbered):

@@ -41,25 +41,25 @@ class Head(abc.ABC):
     for_all_tasks = True
 
     def slots(self, options: int) -> int:
-        """How many options a batch has room for whose rows have so many at most."""
+        """The number of option slots in a batch whose rows have at most ``options`` options."""
         return options
 
     @abc.abstractmethod
     def encode(
         self, rows: Sequence[Row], tokenizer: Any, max_length: int, share_options: bool = False
     ) -> dict[str, np.ndarray]:
-        """What `scores` takes of some rows: arrays (rows, ...), padded to few shapes; see `encode_rows`."""
+        """Encodes rows as the arrays that `scores` reads, (rows, ...), padded to few shapes; see `encode_rows`."""
 
     @abc.abstractmethod
     def scores(self, model: models.SequenceClassifier, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """Scores (rows, options) float32; key for dropout, None for none."""
+        """Scores, (rows, options) float32; the key is for dropout, None for no dropout."""
 
 
 class EmbeddingHead(Head):
     """Embeds input and option separately: score = 20 cos(e(input), e(option)), e the mean of the last hidden states.
 
-    The similarity by which sentence encoders like all-MiniLM-L6-v2 are trained, at their scale of 20 (Reimers and
-    Gurevych 2019, arXiv 1908.10084). It adds no parameter.
+    Sentence encoders such as all-MiniLM-L6-v2 are trained with this similarity and scale (Reimers and Gurevych 2019,
+    arXiv 1908.10084). It adds no parameters.
     """
 
     def slots(self, options):
@@ -168,7 +168,7 @@ def get_head(name: str) -> Head:
     """The head of ``--head``.
 
     Raises:
-      InputError: there is no such head.
+      InputError: if there is no such head.
     """
     if name not in HEADS:
         raise InputError(f"--head {name}: no such head; choose one of {', '.join(HEADS)}")
@@ -190,14 +190,14 @@ def load_scorer(
     Args:
       name_or_dir: as for `pats_jax.models.from_pretrained`.
       head: name of one of ``HEADS``.
-      config: kind and settings of a new adapter; None: none.
-      key: for new parameters: adapter and head.
+      config: method and settings of a new adapter; None: no adapter.
+      key: an int, for the new parameters of adapter and head.
       adapter: folder of a saved adapter, instead of a new one.
       mlm_head_from: checkpoint with the masked-language-model head, which is not trained; None: name_or_dir.
       **options: further arguments of `pats_jax.models.from_pretrained`.
 
     Raises:
-      InputError: the checkpoint cannot be loaded, lacks the requested masked-language-model head, or does not match
+      InputError: if the checkpoint cannot be loaded, lacks the requested masked-language-model head, or does not match
         the saved adapter.
     """
     labels = 1 if get_head(head).for_all_tasks else MOST_CLASSES
@@ -217,10 +217,10 @@ def load_scorer(
 
 
 def text_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered to the positions that virtual tokens leave.
+    """``--max_seq_length``, reduced to the positions that virtual tokens leave.
 
     Raises:
-      InputError: too few are left for an input and an option.
+      InputError: if too few positions are left for an input and an option.
     """
     length = min(asked, model.max_length)
     if length < SHORTEST_OPTION:
@@ -232,7 +232,7 @@ def text_length(asked: int, model: models.SequenceClassifier) -> int:
 
 
 def trainable_mask(params: Any, trained: str, head: str) -> Any:
-    """A tree of bools like params: which parameters are trained.
+    """A tree of bools like params: whether each parameter is trained.
 
     Args:
       params: from `load_scorer`.
@@ -266,7 +266,7 @@ def encode_rows(
         supports it: the same scores for less work. Such a batch cannot be split across devices by rows.
 
     Raises:
-      InputError: the rows have different options, for the head ``classes``.
+      InputError: if the rows have different options, for the head ``classes``.
     """
     if not head.for_all_tasks and len({row.options for row in rows}) > 1:
         raise InputError("--head classes: rows with their own options have no classes; use another head")
@@ -277,13 +277,13 @@ def encode_rows(
 
 
 def option_scores(head: Head, model: Any, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Scores (rows, options) float32; options that a row lacks score far below all others."""
+    """Scores, (rows, options) float32; options that a row lacks have scores far below all others."""
     scores = head.scores(model, params, batch, key).astype(jnp.float32)
     return jnp.where(batch["option_mask"] > 0, scores, _NO_OPTION)
 
 
 def make_option_loss(head: Head, model: Any, *, deterministic: bool = False) -> LossFn:
-    """Weighted mean cross-entropy of softmax(scores) against the right option, and the accuracy.
+    """Makes a loss: the weighted mean cross-entropy of softmax(scores) against the right option, with accuracy.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, {"accuracy": ...})``, for batches of `encode_rows`.
@@ -312,7 +312,7 @@ def choose(
     """The option with the highest score, int64 (rows,); rows of similar length share batches of one size.
 
     Args:
-      scores: compiled `option_scores` of a model and head: ``scores(params, batch)``.
+      scores: ``scores(params, batch)``, the compiled `option_scores` of a model and head.
       head: the head that encodes rows.
       params: the model's parameters.
       rows: at least one row.
@@ -348,8 +348,7 @@ def row_shapes(head: Head, rows: Sequence[Row], tokenizer: Any, max_length: int)
 
 
 def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
-    """Keeps the right option and draws others at random, ``most`` in all, in their order; a row with no more options is
-    returned as it is.
+    """Keeps at most ``most`` options of a row, in their order: the right one, and others drawn at random.
 
     Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
@@ -364,7 +363,7 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
 
 
 def check_tokens(head: str, tokenizer: Any, config: models.EncoderConfig, tasks: Sequence[FewShotTask]) -> None:
-    """Raises InputError if the tokenizer gives an id or token type, for any text of the tasks, that the model lacks.
+    """Raises InputError if the tokenizer gives an id or token type that the model lacks, for any text of the tasks.
 
     A look-up beyond an embedding table gives NaN, not an error.
     """
@@ -392,7 +391,7 @@ def check_tasks(head: str, tasks: Sequence[FewShotTask]) -> None:
 
 
 def padded(size: int, smallest: int) -> int:
-    """The smallest of ``smallest``, twice that, four times that, ... that is at least the size."""
+    """The smallest of ``smallest``, 2 * ``smallest``, 4 * ``smallest``, ... that is at least ``size``."""
     while smallest < size:
         smallest *= 2
     return smallest
@@ -410,9 +409,9 @@ def _tokenize(tokenizer, *texts, **options):
 
 
 def _pad(ids, smallest, largest):
-    """Ids and attention mask (rows, length); padding is 0 for all models, for none reads it.
+    """Ids and attention mask, (rows, length); padding is 0 for all models, because none reads it.
 
-    The length is of few, so that few programs are compiled: 16, 24, 32, 48, 64, 96 ... from 16 on.
+    The length is 16, 24, 32, 48, 64, 96, ..., so few programs are compiled.
     """
     longest = max(map(len, ids))
     length = min(padded(longest, smallest), padded(longest, smallest * 3 // 2), largest)
@@ -421,7 +420,7 @@ def _pad(ids, smallest, largest):
 
 
 def _options(rows, head):
-    """The options of all rows, one after the other, with empty texts in the slots that a row has no option for."""
+    """The options of all rows, one after another, with empty texts in unused slots."""
     slots = head.slots(max(len(row.options) for row in rows))
     return [text for row in rows for text in (*row.options, *[""] * (slots - len(row.options)))]
 

@@ -99,9 +99,10 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
 def arg_interval(gains: np.ndarray) -> list[float] | None:
     """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy), or None for fewer than 3 tasks.
 
-    Tasks are drawn with replacement, each with its gains of all upstream seeds; the ARG of such a draw is computed as
-    that of the tasks themselves: by seed, then the mean over seeds. So the interval shows what other tasks might give,
-    not what other seeds might. The draws start from a fixed seed: the same gains give the same interval. It is ours.
+    Tasks are drawn with replacement, each with its gains for all upstream seeds. The ARG of a draw is computed like
+    that of the tasks themselves: by seed, then the mean over seeds. The interval thus shows what other tasks might
+    give, not what other seeds might give. The draws have a fixed seed, so the same gains give the same interval. The
+    interval is ours.
 
     Args:
       gains: (tasks,) relative gains in percent, or (seeds, tasks) with NaN where a seed lacks a task.
@@ -131,10 +132,10 @@ def arg_interval(gains: np.ndarray) -> list[float] | None:
 
 
 def steps_to_score(curve: Curve, target: float) -> int | None:
-    """The first step at which the dev score is target or above; None if it never is.
+    """The first step at which the dev score is at least ``target``; None if there is none.
 
     Args:
-      curve: ``step`` and ``dev``, lists of one length, not empty.
+      curve: ``step`` and ``dev``, non-empty lists of the same length.
       target: a dev score.
 
     Raises:
@@ -169,7 +170,7 @@ class TaskScores:
       mean: over upstream seeds of the mean over samples.
       sd_samples: the standard deviation over samples (n - 1) within a seed, averaged over the seeds that have two
         samples or more; None without such seeds.
-      sd_seeds: that of the seeds' means (n - 1); None for one seed.
+      sd_seeds: the standard deviation of the seeds' means (n - 1); None for one seed.
       samples: the numbers of the samples.
       seeds: the upstream seeds.
     """
@@ -197,15 +198,15 @@ class Gain:
     Attributes:
       arg: the mean over seeds of the ARG.
       interval: see `arg_interval`.
-      sd_seeds: of the ARG (n - 1); None for one seed.
+      sd_seeds: the standard deviation of the ARG over seeds (n - 1); None for one seed.
       seeds: the ARG by seed.
       gains: task -> relative gain, the mean over seeds.
-      tasks: their number.
-      left_out: names of tasks whose baseline is 0 or below (for one seed at least, where seeds share different samples
-        with the baseline).
-      wins: number of tasks with a higher mean score, tasks left out included.
-      ties: of those with an equal one.
-      losses: of those with a lower one.
+      tasks: the number of tasks.
+      left_out: names of tasks whose baseline is at most 0 (for at least one seed, if seeds share different samples with
+        the baseline).
+      wins: number of tasks with a higher mean score, including the tasks left out.
+      ties: number of tasks with an equal mean score.
+      losses: number of tasks with a lower mean score.
       shared: the number of tunings that had a partner in the baseline.
     """
 
@@ -224,7 +225,7 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class StepsToDirect:
-    """How soon an arm's tunings reach the best dev score of direct tuning, see `steps_to_direct`."""
+    """The steps in which an arm's tunings reach the best dev score of direct tuning; see `steps_to_direct`."""
 
     first: list[int | None]  # step of each tuning; None: never
     reached: float  # share of the tunings
@@ -272,11 +273,11 @@ def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -
     """All numbers of a report on priming; `dataclasses.asdict` makes them ready for JSON.
 
     Args:
-      records: one a tuning, in any order; of an unfinished run, those that there are.
-      sources: what to call each in error messages, such as its file; None: by its number.
+      records: one per tuning, in any order; an unfinished run has only some.
+      sources: what to call each record in error messages, such as its file; None: its number.
 
     Raises:
-      InputError: if there is no record, or one lacks a field, contradicts itself or another, or occurs twice.
+      InputError: if there is no record, or a record lacks a field, contradicts itself or another one, or occurs twice.
     """
     _check(records, sources or [f"record {number}" for number in range(1, len(records) + 1)])
     by_arm: dict[Arm, list[Record]] = {}
@@ -301,10 +302,10 @@ def summarise_arm(
     """The numbers of one arm.
 
     Args:
-      arm: which one.
+      arm: the arm.
       records: its tunings, at least one.
       direct: the tunings with the same PEFT method without an upstream stage, or None.
-      full: those of the whole model without an upstream stage, or None.
+      full: the tunings of the whole model without an upstream stage, or None.
     """
     tasks = {
         task: task_scores([record for record in records if record["task"] == task])
@@ -349,10 +350,10 @@ def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> Gain 
 
     Args:
       records: the arm's tunings.
-      baseline: those of an arm without an upstream stage.
+      baseline: the tunings of an arm without an upstream stage.
 
     Returns:
-      The gains; None if they have no tuning in common.
+      The gains; None if arm and baseline have no tuning in common.
     """
     reference = {(record["task"], record["sample"]): record["test"] for record in baseline}
     shared = [record for record in records if (record["task"], record["sample"]) in reference]
@@ -387,16 +388,16 @@ def compare_with(records: Sequence[Record], baseline: Sequence[Record]) -> Gain 
 
 
 def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> StepsToDirect | None:
-    """How soon an arm's tunings reach the best dev score of direct tuning on the same task and sample.
+    """The steps in which an arm's tunings reach the best dev score of direct tuning on the same task and sample.
 
     The curves are those of the chosen learning rates, which were chosen by score, not by speed.
 
     Args:
       records: the arm's tunings.
-      direct: those with the same PEFT method without an upstream stage.
+      direct: the tunings with the same PEFT method without an upstream stage.
 
     Returns:
-      The steps; None if they have no task and sample in common.
+      The steps; None if both have no task and sample in common.
     """
     partners = {(record["task"], record["sample"]): record["curve"] for record in direct}
     curves = [
@@ -419,7 +420,7 @@ def steps_to_direct(records: Sequence[Record], direct: Sequence[Record]) -> Step
 
 
 def stage_place(algorithm: str, trained: str | None) -> tuple[int, str, int]:
-    """A key that sorts upstream stages: by algorithm, those of no list last, then by what was trained."""
+    """A sort key of upstream stages: by algorithm, unknown ones last, then by what was trained."""
     known = ALGORITHMS.index(algorithm) if algorithm in ALGORITHMS else len(ALGORITHMS)
     return known, algorithm, TRAINED.index(trained)
 
@@ -480,7 +481,7 @@ def _task_means(scores):
 
 
 def _mean_of_seeds(gains, axis):
-    """Means over tasks by seed, then over the seeds (the first axis); NaN is what a seed lacks."""
+    """Means over tasks by seed, then over the seeds (the first axis); NaN marks what a seed lacks."""
     known = ~np.isnan(gains)
     count = known.sum(axis)
     means = np.where(known, gains, 0.0).sum(axis) / np.maximum(count, 1)

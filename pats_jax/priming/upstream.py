@@ -25,7 +25,7 @@ from pats_jax.priming import meta_losses, option_scoring
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import model_card, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import hub, model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.training import fine_tuning, preemption, runners
 from pats_jax.training.fine_tuning import Training
 from pats_jax.training.metrics import accuracy
@@ -37,17 +37,18 @@ def run(settings: PrimingSettings, console: rich.console.Console | None = None) 
     """Runs the stage; see `pats_jax.glue.run` for the exceptions.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
     """
     with run_start.begin(settings, default_folder(settings), console) as start:
         if start.finished:
             say(start.console, f"already finished: {summary(start.finished, start.folder)}")
+            hub.publish(start.settings, start.folder, start.console)
             return start.finished
         return carry_out(start)
 
 
 def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
-    """The part of `run` after settings and devices are checked."""
+    """Carries out `run` after settings and devices have been checked."""
     settings, runner = start.settings, start.runner
     gym, partition = load_partitioned_gym(
         settings.data.data_dir,
@@ -163,9 +164,9 @@ class UpstreamSource:
 
         Args:
           settings: the settings of the stage.
-          runner: where the batches go.
+          runner: puts the batches on the devices.
           tasks: the upstream tasks.
-          tokenizer: of the model.
+          tokenizer: the model's tokenizer.
           model: the scorer.
         """
         self.seed, self.settings = settings.seed, settings.upstream
@@ -214,7 +215,7 @@ class UpstreamSource:
     def _by_shape(self, tasks):
         """Groups of tasks with the same padding: (tasks, shapes of their arrays without the rows' axis).
 
-        Options that a batch holds only once cost so little that those of all tasks are padded to one length.
+        Options that a batch holds only once cost little, so those of all tasks are padded to one length.
         """
         most = self.settings.max_options
         groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
@@ -234,7 +235,7 @@ class UpstreamSource:
         return list(groups.values())
 
     def _put(self, batch):
-        """Sends this process's own tasks of a batch to the devices."""
+        """Puts this process's own tasks of a batch on the devices."""
         own = self.runner.own_rows(self.settings.tasks_per_step)
         return self.runner.put_ahead({name: x[own] for name, x in batch.items()})
 
@@ -284,8 +285,11 @@ class UpstreamSource:
 
 
 class UpstreamScore:
-    """The dev score of the stage: accuracy on dev tasks, of the primed parameters as they are (multi-task learning), or
-    after the inner steps on each task's training rows (meta-learners)."""
+    """The dev score of the stage: accuracy on dev tasks.
+
+    Multi-task learning scores the primed parameters as they are, meta-learners after the inner steps on each task's
+    training rows.
+    """
 
     def __init__(
         self, source: UpstreamSource, tasks: Sequence[FewShotTask], asked: preemption.Preemption, training: Training
@@ -293,14 +297,14 @@ class UpstreamScore:
         """Compiles nothing yet.
 
         Args:
-          source: gives head, model and tokenizer.
+          source: has head, model and tokenizer.
           tasks: the dev tasks; if empty, nothing is scored.
           asked: signals that the run should stop.
           training: the training to score.
 
         Raises:
-          InputError: early stopping or the best model need dev tasks and there are none; or the tokenizer rejects a
-            text of theirs, which must not happen in the middle of training.
+          InputError: if early stopping or the best model needs dev tasks and there are none; or if the tokenizer
+            rejects one of their texts, which would otherwise stop the training later.
         """
         if not tasks and (training.rhythm.patience or training.rhythm.save_best):
             raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
@@ -326,7 +330,7 @@ class UpstreamScore:
         return {"accuracy": float(np.mean([self._score(params, task) for task in self._tasks]))}
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
-        """None: they are compiled as they come."""
+        """An empty list: programs are compiled when first used."""
         return []
 
     def _score(self, params, task):
@@ -354,11 +358,11 @@ def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: An
     """Writes what was trained: ``model/``, the primed model, which Transformers loads; ``adapter/``, the adapter.
 
     Args:
-      folder: the run's.
+      folder: the run's folder.
       settings: its settings.
       model: the scorer.
       params: its parameters on the host.
-      tokenizer: saved with them.
+      tokenizer: the tokenizer to save with them.
     """
     params = {name: tree for name, tree in params.items() if name != "mlm"}  # the base model's own, not trained
     base = settings.model.model_name_or_path
@@ -380,7 +384,7 @@ def default_folder(settings: PrimingSettings) -> str:
 
 
 def summary(results: JsonObject, folder: pathlib.Path) -> str:
-    """The stage in two lines."""
+    """A summary of the stage in two lines."""
     kind = f" ({results['peft']})" if results["peft"] else ""
     title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"
     score = f": dev accuracy {results['final']['metrics']['accuracy']:.4f}" if "final" in results else ""

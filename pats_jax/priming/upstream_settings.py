@@ -8,7 +8,7 @@ from pats_jax.core.settings import POSITIVE, Flat, Group, at_least, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
-from pats_jax.run.settings import TrainingSettings
+from pats_jax.run.settings import OF_CLASSIFIERS, TrainingSettings
 from pats_jax.training.settings import counted
 
 _MOST_ROWS = 2**20  # of a step, which is drawn whole in memory
@@ -55,7 +55,7 @@ class UpstreamSettings(Group):
             )
 
     def check_split(self, num_devices: int) -> None:
-        """Raises InputError if the tasks of a step cannot be split evenly across so many devices."""
+        """Raises InputError if the tasks of a step cannot be split evenly across ``num_devices`` devices."""
         if self.tasks_per_step % (num_devices * self.gradient_accumulation_steps):
             raise InputError(
                 f"--tasks_per_step {self.tasks_per_step}: cannot be split evenly across "
@@ -71,7 +71,10 @@ _BATCH_FLAGS = ("per_device_train_batch_size", "train_batch_size")
 class PrimingSettings(TrainingSettings):
     """Prime a pretrained encoder, its adapters or both on the upstream tasks of a few-shot gym."""
 
-    elsewhere: ClassVar[Mapping[str, str]] = {name: "use --tasks_per_step, --task_batch_size" for name in _BATCH_FLAGS}
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_BATCH_FLAGS, "use --tasks_per_step, --task_batch_size"),
+        **OF_CLASSIFIERS,
+    }
     former: ClassVar[frozenset[str]] = frozenset(_BATCH_FLAGS)
 
     data: GymDataSettings = GymDataSettings()
@@ -96,7 +99,7 @@ class PrimingSettings(TrainingSettings):
 
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
-        """As config.json is now: the first version wrote task_batch_size as query_batch_size."""
+        """The current names: the first version wrote task_batch_size as query_batch_size."""
         if "query_batch_size" not in saved:
             return saved
         return {"task_batch_size" if key == "query_batch_size" else key: value for key, value in saved.items()}

@@ -1,1 +1,1 @@
-"""Programs beside `pats_jax.glue`: predict and submission."""
+"""The programs besides `pats_jax.glue`."""

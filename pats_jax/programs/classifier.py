@@ -1,8 +1,7 @@
-"""`TextClassifier` and `TextRegressor`: the program `pats-jax glue` behind the conventions of scikit-learn."""
+"""`TextClassifier` and `TextRegressor`: the program `pats-jax glue` with the interface of scikit-learn."""
 
 import contextlib
 import json
-import math
 import pathlib
 import re
 import shutil
@@ -14,28 +13,31 @@ from typing import Any, Self
 import numpy as np
 import rich.console
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.model_selection import train_test_split
+from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
 
 from pats_jax import glue
 from pats_jax.core.files import JsonObject
+from pats_jax.data.held_out import held_out_rows
 from pats_jax.data.labels import class_names
 from pats_jax.data.tasks import own_task
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.models.labels import match_labels
-from pats_jax.programs.own_texts import Columns, labels_of, read_split, write_rows
+from pats_jax.programs.own_texts import Columns, are_lists, labels_of, read_split, write_rows
 from pats_jax.programs.predict import LoadedModel
-from pats_jax.run import run_folder
+from pats_jax.run import hub, model_card, run_folder
 from pats_jax.run.records import PeftKind
 from pats_jax.run.settings import Settings
+from pats_jax.training.evaluation import probabilities
 from pats_jax.training.metrics import compute_metrics
 
 _DESCRIPTION = "text_estimator.json"  # in a saved folder: what `load` needs besides the model
+_PHASES = ("do_train", "do_eval", "do_regression")  # which `fit` sets by itself
 _NOT_SETTINGS = {"method_settings", "settings", "validation", "text_columns", "label_column", "verbose"}
 
 
 class ModelFolder:
-    """The folder of a trained model or adapter, which lives as long as the object, and can be pickled."""
+    """The folder of a trained model or adapter; it exists as long as the object, which can be pickled."""
 
     def __init__(self, source: pathlib.Path):
         self._start()
@@ -48,7 +50,7 @@ class ModelFolder:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, loaded when it is first needed."""
+        """The model, loaded on first use."""
         if self._loaded is None:
             self._loaded = LoadedModel.load(str(self.path))
         return self._loaded
@@ -82,6 +84,10 @@ class _TextEstimator(BaseEstimator):
         max_seq_length: int = 128,
         warmup_ratio: float = 0.1,
         weight_decay: float = 0.01,
+        lr_scheduler_type: str = "linear",
+        class_weights: str | None = None,
+        label_smoothing_factor: float = 0.0,
+        metric_for_best_model: str | None = None,
         load_best_model_at_end: bool = False,
         early_stopping_patience: int | None = None,
         peft: PeftKind | None = None,
@@ -107,6 +113,10 @@ class _TextEstimator(BaseEstimator):
         self.max_seq_length = max_seq_length
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
+        self.lr_scheduler_type = lr_scheduler_type
+        self.class_weights = class_weights
+        self.label_smoothing_factor = label_smoothing_factor
+        self.metric_for_best_model = metric_for_best_model
         self.load_best_model_at_end = load_best_model_at_end
         self.early_stopping_patience = early_stopping_patience
         self.peft = peft
@@ -130,16 +140,16 @@ class _TextEstimator(BaseEstimator):
     # training
 
     def fit(self, texts: Any, labels: Any = None, validation: Any = None) -> Self:
-        """Trains, as `pats-jax glue` does with the same settings and data.
+        """Trains like `pats-jax glue` with the same settings and data.
 
         Args:
           texts: a list of strings or of pairs, a DataFrame, or a `datasets.Dataset`.
-          labels: one for each text; None: those in ``label_column`` of a table.
-          validation: a fraction of the rows, or data: ``(texts, labels)`` or a table with labels; None: the fraction of
-            the constructor. 0 leaves validation out.
+          labels: one label, or a list of labels, per text; None: the column ``label_column`` of a table.
+          validation: a fraction of the rows, or data: ``(texts, labels)`` or a table with labels; None: the
+            constructor's fraction. 0 omits validation.
 
         Raises:
-          InputError: on invalid settings, texts or labels.
+          InputError: if settings, texts or labels are invalid.
         """
         split, values = self._read(texts, labels)
         classes, written = self._written(values)
@@ -191,19 +201,15 @@ class _TextEstimator(BaseEstimator):
             raise InputError(f"validation {validation}: must be a fraction in [0, 1), or data")
         if validation == 0:
             return (split, written), None
-        number = {} if classes is None else {str(name): index for index, name in enumerate(classes.tolist())}
-        classes_of_rows = np.array([number.get(label, 0) for label in written])
-        train, held = self._rows(classes_of_rows, math.ceil(validation * len(split)))
+        held = held_out_rows(
+            written,
+            float(validation),
+            int(self.seed),
+            stratified=not (self._regression or isinstance(written[0], list)),
+            otherwise="set validation to 0 or to data",
+        )
+        train = np.setdiff1d(np.arange(len(split)), held)
         return tuple((split.take(rows), [written[row] for row in rows]) for rows in (train, held))
-
-    def _rows(self, classes, size):
-        """The row numbers of training and validation, drawn with the seed."""
-        if size >= len(classes):
-            raise InputError(
-                f"n_samples={len(classes)} (rows): too few to hold some out; set validation to 0 or to data"
-            )
-        rows = train_test_split(np.arange(len(classes)), test_size=size, random_state=int(self.seed) % 2**32)
-        return (np.sort(part) for part in rows)
 
     def _read(self, texts, labels):
         """The rows, and their labels."""
@@ -226,7 +232,7 @@ class _TextEstimator(BaseEstimator):
             return self.model_folder_.loaded.logits(split, None, self.per_device_eval_batch_size)
 
     def evaluate(self, texts: Any, labels: Any = None) -> dict[str, float]:
-        """The scores that `pats-jax glue` gives: accuracy, or for a regressor the correlations.
+        """The scores of `pats-jax train`: accuracy, F1 of several labels, or the correlations for a regressor.
 
         Args:
           texts: as for `fit`.
@@ -242,7 +248,7 @@ class _TextEstimator(BaseEstimator):
         """Writes a folder that `load`, `pats-jax predict` and Transformers open (with an adapter, the PEFT library).
 
         Raises:
-          InputError: the folder is there and not empty.
+          InputError: if the folder exists and is not empty.
         """
         check_is_fitted(self, "model_folder_")
         target = pathlib.Path(folder)
@@ -254,12 +260,41 @@ class _TextEstimator(BaseEstimator):
         text = json.dumps(described, indent=1, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
         (target / _DESCRIPTION).write_text(text, encoding="utf-8")
 
-    @classmethod
-    def load(cls, folder: str | pathlib.Path) -> Self:
-        """A fitted estimator from a folder of `save`, or from any folder of a model, such as a run's ``model/``.
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the model with a card to the Hugging Face hub; creates the repository if there is none.
+
+        Args:
+          repo_id: ``USER/NAME``, or ``NAME`` for the token's owner.
+          private: whether a new repository is private; None: as the account says.
+          token: of the hub; None: that of ``hf auth login`` or ``HF_TOKEN``.
+
+        Returns:
+          The repository's address.
 
         Raises:
-          InputError: it is no such folder, or that of the other estimator.
+          InputError: there is no token, or the hub refuses the upload or cannot be reached.
+        """
+        check_is_fitted(self, "model_folder_")
+        hub.check_ready(repo_id, "push_to_hub", token)
+        settings, source = self._program_settings(pathlib.Path("run"), {}), self.model_folder_.path
+        known = {"method": self.method, "peft": self.peft, "seed": self.seed, "versions": run_folder.versions()}
+        results = {**known, "model_name_or_path": self.model_name_or_path, **getattr(self, "results_", {})}
+        paths = [flag for flag, entry in settings.all_entries().items() if entry.about.is_path]
+
+        def card(name: str) -> str:
+            whole = not (source / "adapter_config.json").exists()
+            return model_card.for_hub(
+                name, settings.to_dict(), results, settings.defaults(), whole=whole, paths=[*paths, *_PHASES]
+            )
+
+        return hub.push(source, card, repo_id, private=private, token=token)
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path) -> Self:
+        """Loads a fitted estimator from a folder of `save`, or from any model folder, such as a run's ``model/``.
+
+        Raises:
+          InputError: if it is not such a folder, or is that of the other estimator.
         """
         source = pathlib.Path(folder)
         if not source.is_dir():
@@ -280,53 +315,74 @@ class _TextEstimator(BaseEstimator):
 class TextClassifier(ClassifierMixin, _TextEstimator):
     """Classifies texts, or pairs of texts, by a fine-tuned model.
 
-    It trains as `pats-jax glue` does with files of the same rows: with the same seed on the same devices, the weights
-    and scores are the same. The run's folder is temporary unless ``output_dir`` is given; then the rows are kept beside
-    it, in ``OUTPUT_DIR.data``.
+    It trains like `pats-jax glue` with files of the same rows: with the same seed and devices, weights and scores are
+    the same. The run's folder is temporary unless ``output_dir`` is given; then the rows are kept next to it, in
+    ``OUTPUT_DIR.data``.
 
     Args:
       model_name_or_path: local folder, hub id, or installed package with a model.
       method: a method listed by `pats-jax methods`, or several joined with ``+``.
-      noise_scale: of a method with noise; None: the method's default.
+      noise_scale: scale of the noise, for methods with noise; None: the method's default.
       learning_rate: the peak of the schedule.
-      num_train_epochs: passes over the training data.
-      max_steps: optimizer steps; -1: as many as the epochs take.
+      num_train_epochs: number of passes over the training data.
+      max_steps: number of optimizer steps; -1: as many as the epochs take.
       per_device_train_batch_size: rows per device.
       per_device_eval_batch_size: rows per device, also in prediction.
-      max_seq_length: tokens; longer texts are truncated.
+      max_seq_length: maximum length in tokens; longer texts are truncated.
       warmup_ratio: fraction of the steps over which the learning rate rises.
-      weight_decay: AdamW's.
-      load_best_model_at_end: keep the model with the best validation score, not the last one.
-      early_stopping_patience: stop after so many evaluations without a better score.
-      peft: train only an adapter of this kind and the head.
+      weight_decay: the weight decay of AdamW.
+      lr_scheduler_type: ``"linear"``, ``"cosine"``, ``"constant"`` or ``"constant_with_warmup"``.
+      class_weights: ``"balanced"`` gives all classes the same weight in the loss; None: all rows.
+      label_smoothing_factor: the share of the loss that is spread over all classes, in [0, 1).
+      metric_for_best_model: the score that picks the best model, such as ``"macro_f1"``; None: the main metric.
+      load_best_model_at_end: whether to keep the model with the best validation score instead of the last one.
+      early_stopping_patience: number of evaluations without a better score after which to stop; None: never.
+      peft: the kind of adapter to train with the head; None: train the whole model.
       dtype: type for computation, ``"float32"`` or ``"bfloat16"``.
-      num_devices: use only so many devices; None: all.
-      seed: of the new head, the order of examples, dropout, noise, and the validation rows.
-      method_settings: further settings of the method, by name; also of methods from other packages.
+      num_devices: number of devices to use; None: all.
+      seed: seed of the new head, the order of examples, dropout, noise, and the validation rows.
+      method_settings: further settings of the method, by name, including methods from other packages.
       settings: any other settings of `pats-jax glue`, by name.
       validation: the fraction of the rows that `fit` holds out, each class in proportion; 0: none.
-      text_columns: the one or two text columns of a table; None: all columns but the label's.
+      text_columns: the one or two text columns of a table; None: all but the label column.
       label_column: the label column of a table.
       output_dir: the folder of the run, as `pats-jax glue` writes it; None: a temporary one.
       verbose: whether to show progress.
 
     Attributes:
       classes_: the labels, sorted, (num_classes,).
-      results_: what results.json of the run holds.
+      results_: the content of the run's results.json.
       model_folder_: the trained model.
     """
 
-    def predict(self, texts: Any) -> np.ndarray:
-        """The most probable label of each text, (rows,)."""
-        best = self.predict_proba(texts).argmax(1)
-        return self.classes_[best]
+    def predict(self, texts: Any) -> Any:
+        """The most probable label of each text, (rows,); of several, a list of those above one half for each text."""
+        shares = self.predict_proba(texts)
+        if self._has_several:
+            return [self.classes_[row > 0.5].tolist() for row in shares]
+        return self.classes_[shares.argmax(1)]
 
     def predict_proba(self, texts: Any) -> np.ndarray:
         """Probabilities (rows, num_classes), in the order of ``classes_``."""
-        import scipy.special
-
         logits = self._logits(texts)
-        return scipy.special.softmax(logits, axis=1)[:, self._order]
+        return probabilities(logits, self._has_several)[:, self._order]
+
+    def score(self, texts: Any, labels: Any = None, sample_weight: Any = None) -> float:
+        """Accuracy; of several labels to a text, the share of the texts with exactly the right ones."""
+        check_is_fitted(self, "model_folder_")
+        truth = self._read(texts, labels)[1]
+        answers = self.predict(texts)
+        if self._has_several:
+            truth, answers = self._indicators(truth), self._indicators(answers)
+        return float(accuracy_score(truth, answers, sample_weight=sample_weight))
+
+    @property
+    def _has_several(self) -> bool:
+        return self.model_folder_.loaded.config.is_multi_label
+
+    def _indicators(self, lists):
+        """Lists of labels as 0 and 1, (rows, classes)."""
+        return np.array([[int(label in own) for label in self.classes_.tolist()] for own in lists])
 
     def _checked(self, labels):
         if labels.dtype.kind == "f" and np.any(labels != np.floor(labels)):
@@ -334,13 +390,15 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         return labels
 
     def _written(self, labels):
-        """The classes, and the labels as they stand in a file."""
+        """The classes, and the labels as written in a file."""
+        several = are_lists(labels)
         try:
-            classes = np.unique(labels)
+            classes = np.unique([label for own in labels for label in own] if several else labels)
         except TypeError:
             raise InputError("labels: some are strings and others are not; use one kind") from None
-        if len(classes) == 1:
-            raise InputError(f"labels: only one class, {shown(classes[0].item())}; there is nothing to learn")
+        if len(classes) < 2:
+            only = f"only one class, {shown(classes[0].item())}" if len(classes) else "no class"
+            raise InputError(f"labels: {only}; there is nothing to learn")
         names = [str(name) for name in classes.tolist()]
         alike = len(names) - len(class_names(names))
         if alike:
@@ -348,26 +406,14 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
         return classes, self._known(labels, classes)
 
     def _known(self, labels, classes):
-        unknown = [label for label in labels.tolist() if label not in set(classes.tolist())]
+        lists, known = are_lists(labels), set(classes.tolist())
+        given = [label for own in labels for label in own] if lists else labels.tolist()
+        unknown = [label for label in given if label not in known]
         if unknown:
             raise InputError(f"labels: {shown(unknown[0])} is not a class of the training data")
+        if lists:
+            return [[str(label) for label in own] for own in labels]
         return [str(label) for label in labels.astype(classes.dtype).tolist()]
-
-    def _rows(self, classes, size):
-        """The same, with each class in proportion; the only row of a class is for training."""
-        names, of_row, counts = np.unique(classes, return_inverse=True, return_counts=True)
-        common = np.flatnonzero(counts[of_row] > 1)
-        kinds = int((counts > 1).sum())
-        size = max(size, kinds)
-        if not kinds or len(common) - size < kinds:
-            raise InputError(
-                f"n_samples={len(classes)} (rows) of {len(names)} classes: too few to hold some of each class out; "
-                "set validation to 0 or to data"
-            )
-        train, held = train_test_split(
-            common, test_size=size, random_state=int(self.seed) % 2**32, stratify=classes[common]
-        )
-        return np.setdiff1d(np.arange(len(classes)), held), np.sort(held)
 
     def _keep(self, model, classes):
         names = tuple(str(name) for name in classes.tolist())
@@ -378,15 +424,19 @@ class TextClassifier(ClassifierMixin, _TextEstimator):
 
     def _scores(self, answers, truth):
         self._known(truth, self.classes_)
+        names = tuple(map(str, self.classes_.tolist()))
+        if self._has_several:
+            task = own_task(names, is_multi_label=True)
+            return compute_metrics(task, self._indicators(answers), self._indicators(truth))
         index = {label: number for number, label in enumerate(self.classes_.tolist())}
         numbered = (np.array([index[label] for label in labels.tolist()]) for labels in (answers, truth))
-        return compute_metrics(own_task(tuple(map(str, index))).metrics, *numbered)
+        return compute_metrics(own_task(names).metrics, *numbered)
 
 
 class TextRegressor(RegressorMixin, _TextEstimator):
     """Scores texts, or pairs of texts, by a fine-tuned model; the parameters are those of `TextClassifier`.
 
-    `score` is R squared, as in scikit-learn; `evaluate` gives Pearson's and Spearman's correlation.
+    `score` is R², as in scikit-learn; `evaluate` returns Pearson's and Spearman's correlations.
     """
 
     _regression = True
@@ -418,7 +468,7 @@ class TextRegressor(RegressorMixin, _TextEstimator):
 
 @contextlib.contextmanager
 def _told_in_python() -> Iterator[None]:
-    """Errors of the program, with parameters for flags and rows for lines of files; signals as Python has them."""
+    """Converts errors of the program, to name parameters and rows instead of flags and lines, and its signals."""
     try:
         yield
     except InputError as error:

@@ -1,6 +1,6 @@
-"""`pats-jax`: the command line, each subcommand a thin call into the room that does the work.
+"""`pats-jax`: the command line; each subcommand calls the module that does the work.
 
-Heavy modules are imported only when a subcommand needs them, so ``--help`` and ``--version`` answer at once.
+Heavy modules are imported only when a subcommand needs them, so ``--help`` and ``--version`` are fast.
 """
 
 import contextlib
@@ -77,12 +77,12 @@ def _dispatch(args):
         raise InputError(f"{shown(endless, quoted=False)}: too long for a flag or its value")
     name, rest = args[0], args[1:]
     _show_warnings_in_a_line()
-    if name not in COMMANDS:
+    if name not in COMMANDS | CHILDREN:
         raise InputError(f"{shown(name, quoted=False)}: no such command; choose one of {', '.join(COMMANDS)}")
     if not stdout_is_open and name == "predict" and not any(arg.startswith("--output") for arg in rest):
         raise InputError("standard output is closed; set --output_file")
     try:
-        COMMANDS[name](rest)
+        (COMMANDS | CHILDREN)[name](rest)
     except SystemExit as ended:  # from the parser of flags
         return ended.code
     return None
@@ -103,13 +103,13 @@ def _tell(message):
 
 
 def _leave_stdout():
-    """Discards what is still to be written, so that it does not fail again at exit."""
+    """Discards what is still to be written, so that writing does not fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refusal(error):
-    """What the system refused to do, in one line."""
+    """What the system refused, in one line."""
     cannot = "could not be written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "cannot be used"
     has_name = isinstance(error.filename, str | bytes)  # not the number of an open file
     path = shown(os.fsdecode(error.filename), 300, quoted=False) if has_name else "a file"
@@ -122,9 +122,21 @@ def glue(args: list[str]) -> None:
     _module("glue").run(parsed, _stdout())
 
 
+def train(args: list[str]) -> None:
+    """Fine-tune a classifier or regressor on your own texts, evaluate it and predict."""
+    parsed = _module("run.flags").parse(args, "pats-jax train", _module("run.settings").OwnDataSettings)
+    _module("glue").run(parsed, _stdout())
+
+
 def compare(args: list[str]) -> None:
     """Compare methods over tasks and seeds, and write a report with statistics and plots."""
     _module("comparison.compare").run(args, _stdout())
+
+
+def glue_lanes(args: list[str]) -> None:
+    """Make a set of runs in lanes, which is described on standard input; `pats-jax compare` starts it."""
+    del args
+    _module("programs.glue_lanes").main(sys.stdin.read(), _stdout())
 
 
 def prime(args: list[str]) -> None:
@@ -229,16 +241,20 @@ def _call(function, args, prog, paths, description, **options):
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "predict": predict,
     "glue": glue,
     "compare": compare,
     "prime": prime,
     "gym": gym,
-    "predict": predict,
     "submission": submission,
     "methods": methods,
     "builtin": builtin,
     "completion": completion,
 }
+
+# what the commands start as child processes
+CHILDREN: dict[str, Callable[[list[str]], None]] = {"glue-lanes": glue_lanes}
 
 
 def _usage() -> str:
@@ -274,7 +290,7 @@ def _show_warnings_in_a_line() -> None:
 
 
 class _Line(logging.Formatter):
-    """A record as one line, whatever its message holds."""
+    """Formats a record as one line, whatever its message contains."""
 
     def format(self, record):
         return console.one_line(super().format(record))

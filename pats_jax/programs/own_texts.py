@@ -1,4 +1,4 @@
-"""Texts and labels as people have them in Python: lists, pairs, data frames and sets of `datasets`."""
+"""Reads texts and labels from Python objects: lists, pairs, data frames and Hugging Face datasets."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class Columns:
     """Where texts and labels are in a table.
 
     Attributes:
-      texts: one or two columns; None: all but the label's, of which there must be one or two.
+      texts: the one or two columns of the texts; None: all but the label column, which must leave one or two.
       label: the column of the labels.
     """
 
@@ -26,10 +26,10 @@ class Columns:
     label: str
 
     def of_texts(self, names: Sequence[str]) -> list[str]:
-        """The columns of the texts among those of a table.
+        """The columns of the texts, of a table's columns ``names``.
 
         Raises:
-          InputError: there are not one or two of them.
+          InputError: if a column is missing, or there are not one or two of them.
         """
         given = [self.texts] if isinstance(self.texts, str) else self.texts
         chosen = [name for name in names if name != self.label] if given is None else list(given)
@@ -42,14 +42,14 @@ class Columns:
 
 
 def read_split(texts: Any, columns: Columns) -> Split:
-    """The rows of texts, without labels.
+    """Reads rows of texts, without labels.
 
     Args:
-      texts: a list or array of strings or of pairs, a DataFrame, or a set of `datasets`.
-      columns: those of a table.
+      texts: a list or array of strings or of pairs, a DataFrame, or a `datasets.Dataset`.
+      columns: the columns of a table.
 
     Raises:
-      InputError: these are not texts; the message names the row.
+      InputError: if they are not texts; the message names the row.
     """
     if isinstance(texts, str):
         raise InputError("texts: one string; give a list of texts")
@@ -85,10 +85,12 @@ def _check_row(number, row, is_pair):
 
 
 def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
-    """The labels (rows,) that are given, or those in the label column of a table.
+    """The given labels, (rows,), or those in the label column of a table.
+
+    Where a text may have several labels, they are tuples; see `are_lists`.
 
     Raises:
-      InputError: there are none, or not one for each row.
+      InputError: if there are no labels, or one is missing.
     """
     if labels is None:
         if not _is_table(texts):
@@ -97,6 +99,8 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
             names = ", ".join(map(str, _names(texts)))
             raise InputError(f"label_column: no column {columns.label!r}; there are {names}")
         labels = _column(texts, columns.label)
+    if _has_lists(labels):
+        return _as_tuples(labels)
     if isinstance(labels, (list, tuple)):
         kinds = {isinstance(label, str) for label in labels if label is not None}
         if len(kinds) == 2:
@@ -112,11 +116,41 @@ def labels_of(texts: Any, labels: Any, columns: Columns) -> np.ndarray:
     return found
 
 
+def are_lists(labels: np.ndarray) -> bool:
+    """Whether labels of `labels_of` are tuples, of a text's several labels."""
+    return labels.dtype == object and len(labels) > 0 and isinstance(labels[0], tuple)
+
+
+def _has_lists(labels):
+    """Whether labels are given as lists, sets or tuples of names."""
+    if isinstance(labels, str) or not hasattr(labels, "__iter__") or getattr(labels, "ndim", 1) != 1:
+        return False
+    first = next(iter(labels), None)
+    return isinstance(first, (list, tuple, set, frozenset)) or getattr(first, "ndim", 0) == 1
+
+
+def _as_tuples(labels):
+    """Lists of labels as tuples, object (rows,)."""
+    found = np.empty(len(labels), object)
+    for row, own in enumerate(labels):
+        if isinstance(own, str) or not hasattr(own, "__iter__"):
+            raise InputError(f"labels, row {row}: {shown(own)}: must be a list of labels, as row 0 is")
+        found[row] = tuple(own)
+        if not all(isinstance(label, str | int | np.integer) for label in found[row]):
+            raise InputError(f"labels, row {row}: {shown(own)}: must be a list of strings or whole numbers")
+        if len(set(found[row])) < len(found[row]):
+            raise InputError(f"labels, row {row}: {shown(own)}: a label is there twice")
+    return found
+
+
 def _column(table, name):
-    """The labels of a table; classes that a set of `datasets` knows are given by name."""
+    """The labels in a table; if a `datasets.Dataset` has class names, these are the labels."""
     feature: Any = table.features.get(name) if hasattr(table, "column_names") else None
     values = list(table[name])
-    return feature.int2str(values) if hasattr(feature, "int2str") else values
+    if hasattr(feature, "int2str"):
+        return feature.int2str(values)
+    of_list: Any = getattr(feature, "feature", None)  # a list of classes
+    return [of_list.int2str(own) for own in values] if hasattr(of_list, "int2str") else values
 
 
 def _is_table(texts):
@@ -127,7 +161,7 @@ def _names(table):
     return list(table.column_names if hasattr(table, "column_names") else table.columns)
 
 
-def write_rows(path: pathlib.Path, split: Split, labels: Sequence[str | float]) -> None:
+def write_rows(path: pathlib.Path, split: Split, labels: Sequence[str | float | list[str]]) -> None:
     """Writes texts with labels as JSON lines, which `pats-jax glue` reads."""
     with path.open("w", encoding="utf-8") as file:
         for row, label in enumerate(labels):

@@ -42,10 +42,10 @@ class PredictedRun:
     """A finished run.
 
     Attributes:
-      folder: The run's folder, as given.
-      task: What it was trained on.
-      is_builtin: Whether its data is the built-in data, not GLUE.
-      files: Its prediction files; none if it was made without ``--do_predict``.
+      folder: the run's folder, as given.
+      task: what it was trained on.
+      is_builtin: whether its data is the built-in data, not GLUE.
+      files: its prediction files; none if it was made without ``--do_predict``.
     """
 
     folder: pathlib.Path
@@ -59,10 +59,10 @@ class Entry:
     """One file of the archive.
 
     Attributes:
-      file: Its name.
-      task: The task that it answers.
-      answers: The prediction of each row, as the server reads it.
-      run: The folder it comes from; None for a placeholder.
+      file: its name.
+      task: the task that it answers.
+      answers: the prediction of each row, as the server reads it.
+      run: the folder it comes from; None for a placeholder.
     """
 
     file: str
@@ -113,10 +113,10 @@ def write_submission(
 
 
 def read_runs(folders: Sequence[str]) -> list[PredictedRun]:
-    """The runs in some folders, all on GLUE or all on the built-in data; what is no run on a task is skipped.
+    """The runs in some folders, all on GLUE or all on the built-in data; skips folders that are not runs on a task.
 
     Raises:
-      InputError: No run is left, `read_run` rejects one, or they mix the two kinds of data.
+      InputError: if no run is left, `read_run` rejects one, or the runs mix the two kinds of data.
     """
     found = [(name, read_run(pathlib.Path(name))) for name in folders]
     reasons = {
@@ -139,11 +139,11 @@ def read_runs(folders: Sequence[str]) -> list[PredictedRun]:
 
 
 def read_run(folder: pathlib.Path) -> PredictedRun | None:
-    """The run in a folder; None if there is no run on a GLUE task, as in the folder of a grid or a gym.
+    """Reads the run in a folder; None if it is not a run on a GLUE task, but a grid or gym, for example.
 
     Raises:
-      InputError: No folder of a run, a run on other data than GLUE's tasks, one that has not finished or has no
-        predictions, or one with a file that is not its own.
+      InputError: if the folder is not that of a run, or the run used data other than GLUE's tasks, has not finished,
+        has no predictions, or contains a file that is not its own.
     """
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; name the folders of finished runs")
@@ -166,7 +166,7 @@ def read_run(folder: pathlib.Path) -> PredictedRun | None:
 
 
 def _read_config(folder):
-    """Task and data of a run by its config.json, which saved models and other programs' runs have too."""
+    """Task and data of a run, from its config.json, which saved models and other programs' runs have too."""
     path = folder / "config.json"
     config = files.read_record(path, SubmittedConfig) if os.path.lexists(path) else SubmittedConfig()
     return config.get("task_name"), config.get("data_dir")
@@ -176,14 +176,14 @@ def _read_config(folder):
 
 
 def collect(runs: Sequence[PredictedRun], placeholders: bool) -> list[Entry]:
-    """The eleven files of the archive, each of them checked.
+    """Collects and checks the eleven files of the archive.
 
     Args:
-      runs: As `read_runs` gives them.
-      placeholders: Whether to fill a file that no run provides with one constant prediction; else it is an error.
+      runs: the runs, from `read_runs`.
+      placeholders: whether to fill a file that no run provides with one constant prediction; otherwise it is an error.
 
     Raises:
-      InputError: Two runs provide a file, or none does, or the server would reject it.
+      InputError: if two runs provide a file, or none does, or the server would reject it.
     """
     offered: dict[str, tuple[PredictedRun, pathlib.Path]] = {}
     for run in runs:
@@ -207,7 +207,7 @@ def collect(runs: Sequence[PredictedRun], placeholders: bool) -> list[Entry]:
 
 
 def expected_rows(name: str, is_builtin: bool) -> int:
-    """Rows of the test set that a file answers."""
+    """The number of rows of the test set that a file answers."""
     task, split = FILES[name]
     return OTHER_ROWS if is_builtin else task.test_rows[split]
 
@@ -219,7 +219,7 @@ def read_answers(path: pathlib.Path, name: str, is_builtin: bool) -> list[str]:
     no blanks, predictions that the server knows, and as many rows as the test set.
 
     Raises:
-      InputError: The file differs; the message names the file and the line.
+      InputError: if the file differs; the message names the file and the line.
     """
     text = files.read_bytes(path).decode("utf-8", "replace")  # a wrong byte is no part of any prediction
     if "\r" in text:
@@ -264,7 +264,7 @@ def class_names(task: Task) -> list[str]:
 
 
 def archive(entries: Sequence[Entry]) -> bytes:
-    """The zip of the files: the same predictions give the same bytes, on every system and at any time."""
+    """The zip of the files; the same predictions always give the same bytes."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as out:
         for entry in entries:
@@ -281,7 +281,7 @@ def _check_free(target):
 
 
 def _check_outside(folder, runs):
-    """Keeps the archive out of the folders of runs, which hold only what the runs wrote."""
+    """Raises InputError if the archive would be in the folder of a run, which holds only what the run wrote."""
     inside = next((run.folder for run in runs if folder.resolve().is_relative_to(run.folder.resolve())), None)
     if inside:
         raise InputError(f"--output_dir {folder}: is inside the run {inside}; choose another folder")

@@ -1,11 +1,11 @@
-"""Pictures of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
+"""Plots of a run, of a comparison of runs and of priming: losses, scores, sensitivity, relative gains."""
 
 import io
 import itertools
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,28 +25,36 @@ def plot_loss(path: pathlib.Path, records: list[JsonObject]) -> None:
     """Training loss and learning rate by step, from the lines of metrics.jsonl that have a ``loss``."""
     lines = [record for record in records if "loss" in record]
     figure, axes = _figure("Training loss", "step", "mean loss since the last point")
-    axes.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=_AFTER, label="loss")
+    marker = "o" if len(lines) == 1 else None  # a line of one point is not seen
+    axes.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=_AFTER, marker=marker, label="loss")
     rates = axes.twinx()
-    rates.plot([r["step"] for r in lines], [r["learning_rate"] for r in lines], color=_BEFORE, linestyle="--")
+    rate = [r["learning_rate"] for r in lines]
+    rates.plot([r["step"] for r in lines], rate, color=_BEFORE, linestyle="--", marker=marker)
     rates.set_ylabel("learning rate (dashed)")
     _save(figure, path)
 
 
-def plot_scores(path: pathlib.Path, runs: dict[str, list[JsonObject]], metric: str, majority: float) -> None:
-    """The main metric by step, one line a run, with the score of the majority class.
+def plot_scores(
+    path: pathlib.Path,
+    runs: dict[str, list[JsonObject]],
+    metric: str,
+    majority: float,
+    title: str = "Validation score",
+) -> None:
+    """The main metric by step, one line per run, with the score of the majority class.
 
     Args:
       path: the PNG file to write.
       runs: name of a run -> its lines of metrics.jsonl, of which those with an ``eval`` are drawn.
       metric: name of the metric.
       majority: its value when every row is given the most frequent class.
+      title: of the picture.
     """
-    figure, axes = _figure("Validation score", "step", metric)
-    for (name, records), color in zip(runs.items(), itertools.cycle(_COLORS), strict=False):
+    figure, axes = _figure(title, "step", metric)
+    for number, (name, records) in enumerate(runs.items()):
         lines = [record for record in records if "eval" in record]
-        axes.plot(
-            [r["step"] for r in lines], [r["eval"][metric] for r in lines], color=color, marker="o", label=_name(name)
-        )
+        scores, style = [r["eval"][metric] for r in lines], _line_style(number, len(runs))
+        axes.plot([r["step"] for r in lines], scores, marker="o", label=_name(name), **style)
     axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
     axes.legend()
     _save(figure, path)
@@ -76,14 +84,14 @@ def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) 
 
 
 def plot_confusion(path: pathlib.Path, counts: np.ndarray, names: Sequence[str]) -> None:
-    """How many rows of each class are given which: colours are shares of a class, numbers are rows.
+    """The confusion matrix: colours are shares of a class, numbers are rows.
 
-    With more than 12 classes the numbers are left out, with more than 40 the names.
+    Numbers are left out for more than 12 classes, names for more than 40.
 
     Args:
       path: the PNG file to write.
       counts: (classes, classes), the true class first.
-      names: of the classes.
+      names: the names of the classes.
     """
     figure, axes = _figure("Confusion matrix", "predicted class", "true class")
     size = len(names)
@@ -103,13 +111,13 @@ def plot_confusion(path: pathlib.Path, counts: np.ndarray, names: Sequence[str])
 
 
 def plot_reliability(path: pathlib.Path, confidence: np.ndarray, accuracy: np.ndarray, rows: np.ndarray) -> None:
-    """Accuracy by confidence, which lie on the diagonal if the probabilities are calibrated; the size is of the rows.
+    """Accuracy by confidence, on the diagonal if probabilities are calibrated; the size of a dot shows its rows.
 
     Args:
       path: the PNG file to write.
-      confidence: mean of the largest probability in each bin, (bins,).
-      accuracy: the share of its rows that are right, (bins,).
-      rows: their number, (bins,).
+      confidence: the mean of the largest probability in each bin, (bins,).
+      accuracy: the share of rows in each bin that are right, (bins,).
+      rows: the number of rows in each bin, (bins,).
     """
     title = "Reliability: above the line too timid, below too sure"
     figure, axes = _figure(title, "largest probability, mean of a bin", "share of its rows that are right")
@@ -121,12 +129,12 @@ def plot_reliability(path: pathlib.Path, confidence: np.ndarray, accuracy: np.nd
 
 
 def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray) -> None:
-    """Predicted minus true score by true score, a dot a row.
+    """Predicted minus true score by true score, one dot per row.
 
     Args:
       path: the PNG file to write.
       labels: true scores, (rows,).
-      residuals: (rows,).
+      residuals: predicted minus true scores, (rows,).
     """
     figure, axes = _figure("Residuals on the validation data", "true score", "predicted minus true score")
     axes.axhline(0, color=_BEFORE, linestyle="--")
@@ -135,7 +143,7 @@ def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray
 
 
 def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float) -> None:
-    """The scores of several methods: every seed a dot, the mean a bar, the score of the majority class a line.
+    """The scores of several methods: a dot per seed, a bar for the mean, a line for the score of the majority class.
 
     Args:
       path: the PNG file to write.
@@ -155,8 +163,17 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
     _save(figure, path)
 
 
+def _line_style(number: int, count: int) -> dict[str, Any]:
+    """Color, dashes and width of a line: later ones are narrower, so that none hides another."""
+    return {
+        "color": _COLORS[number % len(_COLORS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "linewidth": 4.0 - 2.8 * number / max(1, count - 1) if count > 1 else 1.5,
+    }
+
+
 class Curve(Protocol):
-    """Mean, lowest and highest value over seeds by step; lists of one length."""
+    """Mean, lowest and highest value over seeds by step; lists of the same length."""
 
     @property
     def step(self) -> list[int]: ...
@@ -189,11 +206,10 @@ def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve
         axes.set(title=f"{title}: mean and range of the seeds", xlabel="step", ylabel=_name(label))
         axes.grid(alpha=0.3)
         for number, (method, of_method) in enumerate(curves.items()):
-            color, curve = _COLORS[number % len(_COLORS)], of_method[name]
-            dashes, marker = _DASHES[number % len(_DASHES)], "." if name == "score" else None
-            style = {"linestyle": dashes, "marker": marker, "linewidth": 4.0 - 2.8 * number / max(1, len(curves) - 1)}
-            axes.plot(curve.step, curve.mean, color=color, label=_name(method), **style)
-            axes.fill_between(curve.step, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+            curve, style = of_method[name], _line_style(number, len(curves))
+            marker = "." if name == "score" else None
+            axes.plot(curve.step, curve.mean, marker=marker, label=_name(method), **style)
+            axes.fill_between(curve.step, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
         axes.legend()
     _save(figure, path)
 
@@ -210,8 +226,8 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     figure, axes = _figure("Distribution of sensitivity, mean over seeds", "sensitivity |θ·g|", "share of parameters")
     powers = 10.0 ** np.asarray(edges)
     axes.stairs(before, powers, color=_BEFORE, fill=True, alpha=0.4, label="before training")
-    for (method, shares), color in zip(after.items(), itertools.cycle(_COLORS), strict=False):
-        axes.stairs(shares, powers, color=color, label=f"after, {_name(method)}")
+    for number, (method, shares) in enumerate(after.items()):
+        axes.stairs(shares, powers, label=f"after, {_name(method)}", **_line_style(number, len(after)))
     held = np.flatnonzero(np.max([before, *after.values()], axis=0) > 1e-4)
     if held.size:
         axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
@@ -223,7 +239,7 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
 def plot_effects(
     path: pathlib.Path, panels: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], label: str
 ) -> None:
-    """Effects as dots with their intervals, a row each, beside a line at 0; one panel a task or baseline.
+    """Effects as dots with intervals, one per row, next to a line at 0; one panel per task or baseline.
 
     All panels have the same rows, in the order of the panel with the most rows, and the same scale.
 
@@ -238,12 +254,14 @@ def plot_effects(
     names = list(dict.fromkeys(name for rows in longest_first for name in rows))
     columns = 1 if len(panels) <= 4 else 2  # narrow enough to be read on a phone
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 + 3.2 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
+    figure = Figure(figsize=(2.4 + 2.8 * columns, 0.4 + lines * (0.7 + 0.27 * len(names))), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for number, (axes, (title, rows)) in enumerate(zip(grid, panels.items(), strict=False)):
-        axes.set_title(_name(title, 80), fontsize=10)
+        axes.set_title(
+            _name(title, 80), fontsize=10, loc="right" if len(title) > 30 else "center"
+        )  # room is on the left
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), [""] * len(names) if number % columns else list(map(_name, names)))
         axes.tick_params(labelbottom=True)
@@ -259,7 +277,7 @@ def plot_effects(
 
 
 def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], title: str) -> None:
-    """Relative gain by task, a dot an arm; tasks stand in the order of their mean gain over the arms that have them.
+    """Relative gain by task, one dot per arm; tasks are ordered by their mean gain over the arms that have them.
 
     Args:
       path: the PNG file to write.
@@ -287,7 +305,7 @@ def plot_task_gains(path: pathlib.Path, gains: dict[str, dict[str, float]], titl
 
 
 def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], last: int, title: str) -> None:
-    """By step, the share of tunings that have reached a dev score: the empirical distribution of the steps it takes.
+    """The share of tunings that have reached a dev score, by step: the empirical distribution of the steps needed.
 
     Args:
       path: the PNG file to write.
@@ -309,7 +327,7 @@ def plot_steps_to_score(path: pathlib.Path, first: dict[str, list[int | None]], 
 
 
 def _legend_beside(figure, axes):
-    """Beside the axes, where it hides nothing; the order is that of the drawing."""
+    """Places the legend next to the axes, where it hides nothing, in drawing order."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper")
@@ -326,7 +344,7 @@ def _figure(title, xlabel, ylabel):
 
 
 def _name(text, longest=_LONGEST_NAME):
-    """A text from outside as a picture shows it: as it is, not as a formula, and cut in the middle where it is long."""
+    """An outside text for a picture: shown as it is, not as a formula, and shortened in the middle if long."""
     text = visible(text)
     if len(text) > longest:
         half = longest // 2

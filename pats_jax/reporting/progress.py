@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, a line every half minute in a pipe, a file or a notebook."""
+"""Shows progress: a bar on a terminal, a line every half minute in a pipe, a file or a notebook."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class StepProgress:
-    """Shows compilation, then steps, percent, loss and time left; a context manager.
+    """Shows compilation, then steps, percentage, loss and time left; a context manager.
 
     Nothing is shown on a quiet console.
     """
@@ -32,12 +32,12 @@ class StepProgress:
         """Shows nothing yet.
 
         Args:
-          console: where it is shown.
-          total: steps of the training.
-          first: steps made before this start.
-          compile_seconds: what compilation is expected to take.
-          seconds_between_lines: where there is no bar.
-          clock: gives seconds.
+          console: where to show progress.
+          total: number of steps of the training.
+          first: number of steps made before this start.
+          compile_seconds: the expected time of compilation.
+          seconds_between_lines: time between lines if there is no bar.
+          clock: a function that returns seconds.
         """
         self._console, self._total, self._first = console, total, first
         self._wait, self._clock = seconds_between_lines, clock
@@ -66,7 +66,7 @@ class StepProgress:
             self._thread.join()
 
     def show(self, *, completed: int | None = None, status: str | None = None) -> None:
-        """Takes what has changed: the number of steps made, or what else is to be said."""
+        """Updates the number of steps made, or the status."""
         if status is not None:
             self._status = status
         if completed is not None:
@@ -95,10 +95,10 @@ class StepProgress:
 
 
 class CountProgress:
-    """Shows how many of some runs have ended, the time left, and what runs now; a context manager.
+    """Shows how many runs have ended, the time left, and what runs now; a context manager.
 
     On a terminal it is a bar, elsewhere a line every half minute; nothing on a quiet console. The time left is known
-    once a run has ended: the speed is that of all of them.
+    once a run has ended, or a part of one is done: the speed is that of all of them.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class CountProgress:
         """Shows nothing yet.
 
         Args:
-          console: where it is shown.
-          total: how many there are.
-          things: what they are called, in the plural.
-          seconds_between_lines: where there is no bar.
-          clock: gives seconds.
+          console: where to show progress.
+          total: number of runs.
+          things: what to call them, in the plural.
+          seconds_between_lines: time between lines if there is no bar.
+          clock: a function that returns seconds.
         """
         self._console, self._total, self._things = console, total, things
         self._wait, self._clock, self._started = seconds_between_lines, clock, clock()
-        self._ended, self._running, self._said = 0, "", clock()
+        self._ended, self._running, self._said, self._under_way = 0, "", clock(), 0.0
         self._bar: rich.progress.Progress | None = None
         self._task: Any = None
 
@@ -132,42 +132,50 @@ class CountProgress:
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(),
                 rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeRemainingColumn(),
                 rich.progress.TextColumn("{task.fields[status]}", markup=False),
             )
-            self._bar = rich.progress.Progress(*columns, console=self._console, speed_estimate_period=_ALL)
+            self._bar = rich.progress.Progress(*columns, console=self._console)
             self._bar.start()
             self._task = self._bar.add_task(self._things, total=self._total, status="")
-            self._bar.advance(self._task, 0)  # the speed counts from here
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, running: str = "", ended: int = 0) -> None:
-        """Takes what runs now, and how many more have ended."""
-        self._running, self._ended = running, self._ended + ended
+    def show(self, running: str = "", ended: int = 0, under_way: float = 0.0) -> None:
+        """Takes what runs now.
+
+        Args:
+          running: its names.
+          ended: how many more have ended.
+          under_way: how much of those that run now is done: the sum of their shares, each in [0, 1].
+        """
+        self._running, self._ended, self._under_way = running, self._ended + ended, under_way
         if self._bar is not None:
-            self._bar.update(self._task, advance=ended, status=visible(running))
+            left = ", ".join(filter(None, (self._left(), visible(running))))
+            self._bar.update(self._task, advance=ended, status=left)
         elif self._clock() - self._said >= self._wait and not self._console.quiet:
             self._said = self._clock()
             say(self._console, self.line())
 
     def line(self) -> str:
         """How far it is, in one line."""
-        parts = [f"{self._ended} of {self._total} {self._things}"]
-        if self._ended:
-            speed = (self._clock() - self._started) / self._ended
-            parts.append(f"{duration(speed * (self._total - self._ended))} left")
+        parts = filter(None, (f"{self._ended} of {self._total} {self._things}", self._left()))
         return ", ".join(parts) + (f"; now {self._running}" if self._running else "")
 
+    def _left(self):
+        done = self._ended + self._under_way
+        if not self._ended and done < _ENOUGH:
+            return ""
+        return f"{duration((self._clock() - self._started) / done * (self._total - done))} left"
 
-_ALL = 1e9  # seconds: more than any grid takes
+
+_ENOUGH = 0.5  # of a run, to tell how long all take: its first steps come after a compilation
 
 
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-    """A bar with steps, percent, a status, and time left."""
+    """A bar with steps, percentage, a status, and time left."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
@@ -190,7 +198,7 @@ def about(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds as people say it.
+    """A number of seconds as text.
 
     Examples:
       >>> duration(9), duration(95), duration(7300)

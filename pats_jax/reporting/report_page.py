@@ -1,4 +1,4 @@
-"""A page of text, tables and pictures, written in Markdown and rendered as HTML; and tables as lines of a console."""
+"""A page of text, tables and pictures, written in Markdown and rendered as HTML; and tables as console lines."""
 
 import base64
 import contextlib
@@ -38,6 +38,7 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 3px; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 480px) {
   body { font-size: 15px; margin: 1rem auto; padding: 0 .7rem; }
+  h1 { font-size: 1.5rem; }
   th, td { font-size: .82rem; padding: .25rem .35rem; }
 }
 """
@@ -68,7 +69,7 @@ class Page:
         self._blocks.append(markdown_block(visible(text, keep="\n\t")))
 
     def table(self, header: list[str], rows: list[list[str]], caption: str | None = None) -> None:
-        """Columns of numbers beside a first column of names."""
+        """Adds a table: a first column of names, then columns of numbers."""
         if caption is not None:
             self._blocks.append(f"**{_markdown(caption)}**")
         lines = [f"| {' | '.join(map(_markdown, row))} |" for row in (header, *rows)]
@@ -76,14 +77,14 @@ class Page:
         self._blocks.append("\n".join([lines[0], rule, *lines[1:]]))
 
     def image(self, path: pathlib.Path, root: pathlib.Path, text: str) -> None:
-        """A PNG file below root, linked from the Markdown and held by the HTML; the text states what it shows."""
+        """Adds a PNG file below root, linked in the Markdown and embedded in the HTML; the text says what it shows."""
         block = markdown_image(text, path.relative_to(root).as_posix())
         self._blocks.append(block)
         self._pictures[path.relative_to(root).as_posix()] = path.read_bytes()
 
     @contextlib.contextmanager
     def folded(self, title: str) -> Iterator[None]:
-        """Blocks that a reader opens by their title."""
+        """Makes the blocks added meanwhile a section that the reader opens by its title."""
         self._blocks.append(f"<details>\n<summary>{html.escape(visible(title))}</summary>")
         yield
         self._blocks.append("</details>")
@@ -102,7 +103,7 @@ class Page:
 
 
 def _render(markdown: str, pictures: dict[str, bytes]) -> str:
-    """HTML of a page's Markdown: tables with captions and scopes, pictures within."""
+    """The HTML of a page's Markdown: tables have captions and scopes, pictures are embedded."""
     parser = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
     tokens = _with_captions(parser.parse(markdown))
     _set_scopes(tokens)
@@ -115,7 +116,7 @@ def _render(markdown: str, pictures: dict[str, bytes]) -> str:
 
 
 def _with_captions(tokens: list[Token]) -> list[Token]:
-    """Moves a paragraph that is bold as a whole into the table that follows it, and lets wide tables scroll."""
+    """Moves an entirely bold paragraph into the table that follows it, as its caption, and lets wide tables scroll."""
     found: list[Token] = []
     for token in tokens:
         if token.type == "table_open":
@@ -133,7 +134,7 @@ def _with_captions(tokens: list[Token]) -> list[Token]:
 
 
 def _caption(tokens: list[Token]) -> Token | None:
-    """The text of a paragraph, given by its tokens, that is bold as a whole."""
+    """The text of an entirely bold paragraph, given by its tokens; else None."""
     if [token.type for token in tokens] != ["paragraph_open", "inline", "paragraph_close"]:
         return None
     kinds = [child.type for child in tokens[1].children or () if child.type != "text" or child.content]
@@ -147,7 +148,7 @@ def _html(text: str) -> Token:
 
 
 def _set_scopes(tokens: list[Token]) -> None:
-    """Says of each header which cells it is of; the first cell of a row is its header."""
+    """Sets the scope of each header cell; the first cell of a row is its header."""
     in_body = first = False
     for token in tokens:
         if token.type in ("tbody_open", "thead_open"):
@@ -182,7 +183,7 @@ def code(value: Any) -> str:
 
 
 def _pieces(text):
-    """The parts of a page's text: (is it code, what it says)."""
+    """The parts of a page's text: (whether it is code, its text)."""
     for part in re.findall(r"`(?:[^`\\]|\\.)*`|(?:[^`\\]|\\.)+|.", text, re.DOTALL):
         is_code = len(part) > 1 and part[0] == part[-1] == "`"
         yield is_code, re.sub(r"\\([\\`])", r"\1", part[1:-1] if is_code else part)

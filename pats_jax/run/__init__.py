@@ -1,1 +1,1 @@
-"""What all programs do: settings, flags, the run folder and its records, journal, start, model card."""
+"""Shared by all programs: settings, flags, the run folder and its records, journal, start, model card."""

@@ -19,11 +19,11 @@ MAX_BYTES = 4 * 2**30  # of the user's cache folder; what was not used for longe
 def keep_compiled_programs(directory: str | None) -> None:
     """Turns JAX's on-disk cache on, in a folder that nobody else can write to, because its contents are executed.
 
-    XLA keeps its choice of the fastest GPU kernels there as well, as is JAX's default.
+    XLA keeps its choice of the fastest GPU kernels there too, which is JAX's default.
 
     Args:
-      directory: the folder; "none" for none; None for `pats_jax/compilation` in the user's cache folder, unless JAX has
-        been told of another. If that one cannot be used, a warning says so.
+      directory: the folder; "none" for no cache; None for ``pats_jax/compilation`` in the user's cache folder, unless
+        JAX is configured to use another. If that one cannot be used, a warning says so.
 
     Raises:
       InputError: if the folder was given and cannot be created, or others can write to it.
@@ -47,7 +47,7 @@ def user_folder() -> pathlib.Path:
     """``$XDG_CACHE_HOME/pats_jax/compilation``, or the same in ``~/.cache``.
 
     Raises:
-      RuntimeError: there is no home.
+      RuntimeError: if there is no home folder.
     """
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     base = base if base.is_absolute() else pathlib.Path.home() / ".cache"  # relative ones are void, says the standard
@@ -55,7 +55,11 @@ def user_folder() -> pathlib.Path:
 
 
 def _private_folder(path: pathlib.Path, given: str | None) -> pathlib.Path:
-    """The folder, created if missing."""
+    """The folder, created if missing.
+
+    Raises:
+      InputError: if it was given and cannot be used.
+    """
     what = path if given is None else f"--compilation_cache_dir {given}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,9 +79,9 @@ def _turn_on(folder: pathlib.Path) -> None:
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Removes programs that a killed process or a full disk left half written: JAX would trip over them each time.
+    """Removes programs that a killed process or a full disk left incomplete: JAX would fail on them each time.
 
-    In a folder with a bound, JAX writes the time of the last use after the program itself, both under one lock.
+    In a folder of limited size, JAX writes the time of the last use after the program itself, both under one lock.
     """
     with filelock.FileLock(folder / ".lockfile", timeout=10):
         for program in folder.glob("*-cache"):

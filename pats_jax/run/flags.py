@@ -1,4 +1,4 @@
-"""The flags of the programs: read from the command line and from config.json, and written as both."""
+"""Reads the flags of the programs from the command line and from config.json, and writes both."""
 
 import dataclasses
 import difflib
@@ -39,24 +39,19 @@ FOREIGN_FLAGS = {
     "bf16": "use --dtype bfloat16",
     "cache_dir": "set the environment variable HF_HOME",
     "config_name": "the config is read from --model_name_or_path",
-    "dataset_config_name": "use --task_name, or --train_file and --validation_file",
-    "dataset_name": "use --task_name, or --train_file and --validation_file",
     "dataloader_num_workers": "the training process builds the batches",
     "eval_strategy": "evaluation follows each epoch; use --eval_steps to change that",
     "evaluation_strategy": "evaluation follows each epoch; use --eval_steps to change that",
     "fp16": "use --dtype bfloat16, which needs no scaling of the loss",
     "group_by_length": "batches are always grouped by length; see --length_buckets",
-    "hub_model_id": "nothing is uploaded",
     "hub_token": "log in with huggingface_hub",
-    "label_names": "labels are read from --train_file",
-    "label_smoothing_factor": "the loss is plain cross-entropy",
-    "learning_rate_scheduler": "the schedule is linear; shape it with --warmup_ratio",
+    "label_column_names": "use --label_column_name",
+    "label_names": "labels are read from the training data",
+    "learning_rate_scheduler": "use --lr_scheduler_type",
     "logging_dir": "metrics.jsonl, plots/ and tensorboard/ are written to --output_dir",
     "logging_strategy": "use --logging_steps",
-    "lr_scheduler_type": "the schedule is linear; shape it with --warmup_ratio",
     "max_length": "use --max_seq_length",
     "max_train_steps": "use --max_steps",
-    "metric_for_best_model": "each task has a fixed main metric",
     "model_revision": "download the revision and set --model_name_or_path to its folder",
     "no_cuda": "set the environment variable JAX_PLATFORMS=cpu",
     "num_warmup_steps": "use --warmup_ratio",
@@ -65,7 +60,6 @@ FOREIGN_FLAGS = {
     "overwrite_output_dir": "use --overwrite",
     "pad_to_max_length": "batches are padded to buckets of length; use --length_buckets",
     "preprocessing_num_workers": "the tokenizer always uses all cores",
-    "push_to_hub": "nothing is uploaded",
     "run_name": "use --output_dir",
     "resume_from_checkpoint": "use --resume, which loads the newest checkpoint in --output_dir",
     "save_strategy": "use --save_steps",
@@ -81,10 +75,10 @@ FOREIGN_FLAGS = {
 
 
 def path_of_flag(flag: str, text: str) -> str:
-    """The path that a flag names, with a leading ``~`` expanded; shells expand it in ``--x ~/y`` only.
+    """The path that a flag names, with a leading ``~`` expanded; shells expand it only in ``--x ~/y``.
 
     Raises:
-      InputError: the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
+      InputError: if the path is not valid on this system, or ``~`` is followed by the name of an unknown user.
     """
     what, path = f"{flag} {shown(text, quoted=False)}", os.path.expanduser(text)
     if not text:
@@ -113,17 +107,17 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
       args: the arguments.
       prog: the program's name, for its help.
       kind: the program's settings.
-      others_read: flags of methods and adapters that may be given although they are not chosen.
+      others_read: flags of methods and adapters that are accepted although these are not chosen.
 
     Raises:
-      InputError: on a flag that the program does not read, a bad config file or a bad value.
+      InputError: if the program does not read a flag, or the config file or a value is invalid.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
     given = flag_names(args)
     if {"help", "h", "help_all"} & set(given):
         show_help(prog, kind, everything="help_all" in given)
     _refuse_foreign(given, prog, kind)
-    path = _value_of("--config", args)
+    path = value_of("--config", args)
     saved = {} if path is None else _given(path, kind)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
         saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
@@ -139,7 +133,7 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
 
 
 def parse_part(args: list[str], prog: str, kind: type[Part], others: type[Composed]) -> tuple[Part, list[str]]:
-    """Reads the settings of a program that hands its other flags on to runs of another program.
+    """Reads the settings of a program that passes its other flags on to runs of another program.
 
     Args:
       args: the arguments.
@@ -151,7 +145,7 @@ def parse_part(args: list[str], prog: str, kind: type[Part], others: type[Compos
       Its settings, and the arguments for the runs.
 
     Raises:
-      InputError: on a flag that the program sets itself in its runs, or a bad value.
+      InputError: if the program itself sets a flag in its runs, or a value is invalid.
       SystemExit: as for `parse`.
     """
     given = flag_names(args)
@@ -187,10 +181,10 @@ def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_conf
     """A class that tyro parses: the settings of a program, in its groups.
 
     Args:
-      *kinds: the program's settings; of further ones what the first does not have or refuse.
-      defaults: values that count where a flag is not given.
-      basic: only the settings that ``--help`` shows.
-      has_config: whether there is a flag ``--config``, which is none of the settings.
+      *kinds: the program's settings; of further ones, only flags that the first neither has nor refuses.
+      defaults: the values of flags that are not given.
+      basic: whether to include only the settings that ``--help`` shows.
+      has_config: whether there is a flag ``--config``, which is not one of the settings.
     """
     fields: dict[str, list[tuple[str, Any, Any]]] = {}
     if has_config and not basic:
@@ -220,7 +214,7 @@ def _flag(entry: Entry, defaults: Flat) -> tuple[str, Any, Any]:
 
 
 def vars_of(parsed: Any) -> Flat:
-    """Flag -> value, of an instance of a class made by `parser`."""
+    """Flag -> value, of an instance of a class from `parser`."""
     found: Flat = {}
     for group in vars(parsed).values():
         found |= vars(group)
@@ -229,7 +223,7 @@ def vars_of(parsed: Any) -> Flat:
 
 
 def read_by(kind: type[Composed], values: Flat) -> set[str]:
-    """The flags that count under these values: those of groups of choice only where they are chosen."""
+    """The flags that have an effect with these values; for a choice, only those of the chosen groups."""
     read = set(kind.all_entries())
     for choice in kind.choices.values():
         kinds = choice.chosen(values.get(choice.entry.flag, choice.entry.default))
@@ -238,7 +232,7 @@ def read_by(kind: type[Composed], values: Flat) -> set[str]:
 
 
 def as_flags(settings: Composed) -> list[str]:
-    """The arguments from which `parse` makes these settings: one for each that differs from its default."""
+    """The arguments that `parse` converts to these settings: one for each that differs from its default."""
     known, args = settings.all_entries(), []
     for flag, value in settings.flat().items():
         if value == known[flag].default:
@@ -253,7 +247,7 @@ def as_flags(settings: Composed) -> list[str]:
 
 
 def flag_names(args: list[str]) -> list[str]:
-    """The names of the flags among arguments, with underscores; ``--no_x`` counts as ``x``, too."""
+    """The names of the flags among arguments, with underscores; ``--no_x`` counts as ``x`` too."""
     names = [arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in args if _is_flag(arg)]
     return names + [name.removeprefix("no_") for name in names if name.startswith("no_")]
 
@@ -293,8 +287,8 @@ def read_config(path: str, kind: type[Program]) -> Program:
     """Reads the settings from a run's config.json, of this version or an earlier one.
 
     Raises:
-      InputError: naming the file and the key, on a missing or damaged file, one that is not a JSON object, an unknown
-        key, or a value of the wrong type or out of range.
+      InputError: if the file is missing, damaged or not a JSON object, or has an unknown key or a value of the wrong
+        type or out of range; the message names the file and the key.
     """
     values = read_values(path, kind)
     try:
@@ -304,7 +298,7 @@ def read_config(path: str, kind: type[Program]) -> Program:
 
 
 def read_values(path: str, kind: type[Composed]) -> Flat:
-    """What `read_config` makes the settings of: flag -> value, those of groups that are not chosen included."""
+    """The values for `read_config`: flag -> value, including those of groups that are not chosen."""
     saved = files.read_json(path)
     if not isinstance(saved, dict):
         raise InputError(f"{path}: not a JSON object with settings")
@@ -339,10 +333,10 @@ def _as_path(flag, value):
     return tuple(path_of_flag(f"--{flag}", each) for each in value) if isinstance(value, tuple) else value
 
 
-def _value_of(flag, args):
+def value_of(flag: str, args: list[str]) -> str | None:
+    """The value of a flag, such as ``--config``, among arguments; None if it is not given."""
     for position, arg in enumerate(args):
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-        if arg == flag and position + 1 < len(args):
-            return args[position + 1]
+        if _is_flag(arg) and flag_names([arg])[0] == flag.lstrip("-"):
+            _, has_value, value = arg.partition("=")
+            return value if has_value else next(iter(args[position + 1 :]), None)
     return None

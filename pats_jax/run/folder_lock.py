@@ -1,7 +1,7 @@
 """One program at a time in a folder: a lock that lasts as long as one of the processes that hold it.
 
-It is the system's own (`flock`) on the file ``.lock``, so a program that is killed leaves none behind. Processes that
-are handed the descriptor keep it: the runs of a killed grid, say, until the last of them has ended.
+It is the system's own lock (`flock`) on the file ``.lock``, so a killed program leaves none behind. Child processes
+that inherit the descriptor keep the lock: the runs of a killed grid, for example, until the last one has ended.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 class FolderLock:
-    """The lock of a folder, not held at first; a context manager that takes it and gives it back."""
+    """The lock of a folder, initially not held; a context manager that takes and releases it."""
 
     def __init__(self, folder: pathlib.Path, *, name: str = LOCK, shared: bool = False, patience: float = 0.3):
-        """Names the lock.
+        """Creates the lock without taking it.
 
         Args:
           folder: the folder.
-          name: the file of the lock in it.
-          shared: whether others may hold it as well, if they share it, too.
+          name: the lock's file in the folder.
+          shared: whether other processes that share the lock may hold it too.
           patience: seconds to wait for others.
         """
         self._descriptor: int | None = None
@@ -39,7 +39,7 @@ class FolderLock:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """For ``pass_fds`` of a process that also holds the lock; empty while it is not held."""
+        """Descriptors for ``pass_fds`` of a process that is to hold the lock too; empty while it is not held."""
         return () if self._descriptor is None else (self._descriptor,)
 
     def __enter__(self) -> "FolderLock":
@@ -50,10 +50,10 @@ class FolderLock:
         self.release()
 
     def take(self) -> None:
-        """Takes the lock, and creates the folder for it; does nothing if the lock is held and the folder was not moved.
+        """Takes the lock and creates its folder; does nothing if the lock is held and the folder was not moved.
 
         Raises:
-          InputError: another process holds it, or the folder cannot be written.
+          InputError: if another process holds it, or the folder cannot be written.
         """
         if self._descriptor is not None and _is_at(self._descriptor, self.path):
             return
@@ -93,7 +93,7 @@ class FolderLock:
 
 
 def in_use(folder: pathlib.Path) -> InputError:
-    """The error that the lock of a folder is held."""
+    """The error for a folder whose lock is held."""
     return InputError(
         f"--output_dir {folder}: another pats-jax, or a process that it started, is using it; "
         "wait until it ends, or choose another folder"
@@ -125,7 +125,7 @@ def is_handed_on(folder: pathlib.Path) -> bool:
 
 
 def _lock(descriptor, shared, folder):
-    """Tries to take the lock; whether it is held now."""
+    """Tries to take the lock; returns whether it is held now."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -27,7 +27,7 @@ class Journal:
 
         Args:
           folder: the run's folder.
-          records: the records of a resumed run up to its checkpoint; later ones are removed.
+          records: the records of a resumed run up to its checkpoint; later lines are removed from the file.
           tensorboard: whether to also write event files to ``tensorboard/``.
 
         Raises:
@@ -51,7 +51,7 @@ class Journal:
             logger.warning("%s", failure)  # the exception on its way says more
 
     def write(self, record: Record) -> None:
-        """Adds one line; all that depends on the clock is in the record's ``timing``.
+        """Adds one line; everything that depends on the clock is in the record's ``timing``.
 
         Raises:
           InputError: if it cannot be written, for instance on a full disk; the file then ends with the previous line.
@@ -74,7 +74,7 @@ class Events:
     """TensorBoard event files, written directly: on a full disk tensorboardX's thread dies, and the run hangs."""
 
     def __init__(self, folder: pathlib.Path, records: list[Record]):
-        """Begins a file; what a resumed run had written after its last record is not shown.
+        """Starts a file; TensorBoard then hides what a resumed run had written after its last record.
 
         Raises:
           InputError: if the package tensorboardX is missing, or the system refuses.
@@ -120,7 +120,11 @@ def check_tensorboard() -> None:
 
 
 def _tensorboard():
-    """The classes of a file and of an event, and the function that makes a scalar's summary."""
+    """The classes of files and events, and the function that makes a scalar's summary.
+
+    Raises:
+      InputError: if the package tensorboardX is missing.
+    """
     try:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event

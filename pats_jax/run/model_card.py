@@ -7,7 +7,7 @@ import logging
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pats_jax.core import files
@@ -29,14 +29,17 @@ _NOT_CHANGED_BY_HAND = ("output_dir", "train_batch_size", "length_buckets", "sen
 Values = Mapping[str, Any]  # of settings, or of results.json
 
 
-def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
-    """Writes the card of a `pats-jax glue` run.
+def write_fine_tuned(
+    folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None, program: str = "glue"
+) -> None:
+    """Writes the card of a `pats-jax glue` or `pats-jax train` run.
 
     Args:
       folder: the run's folder, with the saved model.
       settings: all settings, by name.
       results: the content of results.json.
       defaults: the program's own settings; the card shows those that differ. None: it shows all.
+      program: its subcommand.
     """
     from huggingface_hub import ModelCardData
 
@@ -49,7 +52,7 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
     lines = [
         f"# {markdown_text(results['model_name_or_path'])} fine-tuned on {markdown_text(results['data'])}",
         "",
-        f"Trained by `pats-jax glue` with {method}, seed {results['seed']}"
+        f"Trained by `pats-jax {program}` with {method}, seed {results['seed']}"
         + (f", {results['steps']} steps." if "steps" in results else "."),
         "",
         *_score_table(results),
@@ -59,18 +62,17 @@ def write_fine_tuned(folder: pathlib.Path, settings: Values, results: Values, de
         "",
         *_use(folder, results),
     ]
-    whole = _is_whole(folder, results)
     data = ModelCardData(
         base_model=_hub_id(results["model_name_or_path"]),
         license=_license(results["model_name_or_path"]),
-        library_name="transformers" if whole else "peft" if results["peft"] in _IN_PEFTS_FORMAT else None,
+        library_name=_library(results, _is_whole(folder, results)),
         pipeline_tag="text-classification",
         tags=_tags(results, "fine-tuned"),
         datasets=[_GLUE] if _is_glue(settings) else None,
         model_name=visible(folder.name),
         eval_results=_eval_results(settings, results),
     )
-    _write(folder, "glue", data, lines, _changed(settings, defaults), results)
+    _write(folder, program, data, lines, _changed(settings, defaults), results)
 
 
 def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None) -> None:
@@ -112,6 +114,86 @@ def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaul
     _write(folder, "prime", data, lines, _changed(settings, defaults), results)
 
 
+def for_hub(
+    repo_id: str, settings: Values, results: Values, defaults: Values, *, whole: bool, paths: Collection[str] = ()
+) -> str:
+    """The card of a model as a repository of the hub: without paths of this machine.
+
+    Args:
+      repo_id: the repository, ``USER/NAME``.
+      settings: all settings of the run, by name.
+      results: what results.json holds, or as much of it as is known: at least the model, the method and the versions.
+      defaults: the program's own settings; the card shows those that differ.
+      whole: whether the repository holds a whole model, not only an adapter.
+      paths: the settings that name files or folders.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base, primed = str(results["model_name_or_path"]), "upstream_tasks" in results
+    results = {**results, "model_name_or_path": pathlib.Path(base).name, "data": _public_data(settings)}
+    what = (
+        f"primed on {len(results['upstream_tasks'])} few-shot tasks" if primed else f"fine-tuned on {results['data']}"
+    )
+    peft = f"{markdown_code('--peft ' + results['peft'])} and " if results.get("peft") else ""
+    more = [f"{name} {results[name]}" for name in ("seed", "steps") if name in results]
+    lines = [
+        f"# {markdown_text(repo_id.split('/')[-1])}",
+        "",
+        f"{markdown_text(_hub_id(base) or pathlib.Path(base).name)} {markdown_text(what)}, by pats-jax with {peft}"
+        f"{markdown_code('--method ' + results['method'])}{''.join(f', {one}' for one in more)}.",
+        "",
+        *(_dev_table(results) if primed else _score_table(results)),
+        "",
+        "## Use",
+        "",
+        *_use_from_hub(repo_id, results, whole, primed),
+        "",
+        *_settings_table({name: one for name, one in _changed(settings, defaults).items() if name not in paths}),
+        "",
+        _versions(results),
+    ]
+    data = ModelCardData(
+        base_model=_hub_id(base),
+        license=_license(base),
+        library_name=_library(results, whole),
+        pipeline_tag=None if primed else "text-classification",
+        tags=_tags(results, "primed" if primed else "fine-tuned"),
+        datasets=[_GLUE] if _is_glue(settings) else None,
+        model_name=visible(repo_id.split("/")[-1]),
+        eval_results=None if primed else _eval_results(settings, results),
+    )
+    text = "\n".join(lines)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _public_data(settings: Values) -> str:
+    """The data by name, without folders of this machine."""
+    if settings.get("task_name"):
+        generated = settings.get("data_dir") == "builtin"
+        return f"generated data in the form of {settings['task_name']}" if generated else str(settings["task_name"])
+    return "own data"
+
+
+def _use_from_hub(repo_id: str, results: Values, whole: bool, primed: bool) -> list[str]:
+    """How to load a repository of the hub."""
+    load = (
+        ["from pats_jax import models", "", f"model, params, config = models.from_pretrained({repo_id!r})"]
+        if whole
+        else [
+            "from huggingface_hub import snapshot_download",
+            "from pats_jax import models",
+            "",
+            f"model, params, config = models.peft.load_peft_model(snapshot_download({repo_id!r}))",
+        ]
+    )
+    if primed and whole:
+        load[-1] = load[-1].replace(f"{repo_id!r}", f"{repo_id!r}, num_labels=2")
+    lines = ["In Python, with JAX:", "", _python(*load)]
+    if not whole or primed:
+        return lines
+    return [*lines, "", "With Transformers (torch):", "", _pipeline(repo_id), "", _SERVICE, "", _serve(repo_id)]
+
+
 _HERE = "Run the commands in the directory in which the run was started."
 
 
@@ -144,13 +226,9 @@ def _write(
             f"pats-jax {program} --config {_word(f'{folder}/config.json')} --output_dir {_word(f'{folder}-again')}"
         ),
         "",
-        "Settings other than the defaults:",
+        *_settings_table(changed),
         "",
-        "| setting | value |",
-        "| --- | --- |",
-        *(f"| {markdown_text(name)} | {markdown_code(value)} |" for name, value in changed.items()),
-        "",
-        "Made with " + ", ".join(markdown_text(f"{name} {one}") for name, one in results["versions"].items()) + ".",
+        _versions(results),
     ]
     plots = sorted((folder / "plots").glob("*.png"))
     if plots:
@@ -160,7 +238,26 @@ def _write(
     files.write_text(folder / "README.md", str(card))
 
 
+def _settings_table(changed: Mapping[str, object]) -> list[str]:
+    return [
+        "Settings other than the defaults:",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| {markdown_text(name)} | {markdown_code(value)} |" for name, value in changed.items()),
+    ]
+
+
+def _versions(results: Values) -> str:
+    return "Made with " + ", ".join(markdown_text(f"{name} {one}") for name, one in results["versions"].items()) + "."
+
+
 # front matter
+
+
+def _library(results: Values, whole: bool) -> str | None:
+    """The library that the hub's page tells people to load it with."""
+    return "transformers" if whole else "peft" if results["peft"] in _IN_PEFTS_FORMAT else None
 
 
 def _is_glue(settings: Values) -> bool:
@@ -174,7 +271,7 @@ def _hub_id(name: str) -> str | None:
 
 
 def _license(name: str) -> str | None:
-    """The license that the base model's own card names, if that is on this machine."""
+    """The license that the base model's own card names, if the card is on this machine."""
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(name, "README.md") if _hub_id(name) else f"{name}/README.md"
@@ -229,7 +326,16 @@ def _score_table(results: Values) -> list[str]:
         "| | " + " | ".join(map(markdown_text, names)) + " |",
         "| --- |" + " --- |" * len(names),
         *(f"| {title} | " + " | ".join(f"{row['metrics'][n]:.4f}" for n in names) + " |" for title, row in rows),
+        *_interval_line(results.get("diagnosis")),
     ]
+
+
+def _interval_line(diagnosis: Values | None) -> list[str]:
+    if not diagnosis:
+        return []
+    interval, metric = diagnosis["interval"], markdown_text(diagnosis["metric"])
+    what = f"{metric} of the model in this folder is {diagnosis['score']:.4f}"
+    return ["", f"{what}, {interval['level']:.0%} bootstrap interval {interval['low']:.4f} to {interval['high']:.4f}."]
 
 
 def _dev_table(results: Values) -> list[str]:
@@ -262,7 +368,7 @@ def _is_whole(folder: pathlib.Path, results: Values) -> bool:
 
 
 def _use(folder: pathlib.Path, results: Values) -> list[str]:
-    """How to load the model and to serve it: whole, or as an adapter for the base model."""
+    """How to load and serve the model: whole, or as an adapter for the base model."""
     whole = _is_whole(folder, results)
     part = str(folder / ("model" if whole else "adapter"))
     count, kind = results["num_labels"], results.get("peft")
@@ -289,19 +395,11 @@ def _use(folder: pathlib.Path, results: Values) -> list[str]:
             "",
             "With Transformers (torch):",
             "",
-            _python(
-                "from transformers import pipeline",
-                "",
-                f'classify = pipeline("text-classification", model={part!r})',
-                'print(classify("A text."))',
-            ),
+            _pipeline(part),
             "",
-            "As a service, by [Text Embeddings Inference](https://huggingface.co/docs/text-embeddings-inference):",
+            _SERVICE,
             "",
-            _command(
-                f"text-embeddings-router --model-id {_word(part)} --port 8080 &",
-                "curl 127.0.0.1:8080/predict -H 'Content-Type: application/json' -d '{\"inputs\": \"A text.\"}'",
-            ),
+            _serve(part),
         ]
     if kind:
         lines += [
@@ -311,6 +409,25 @@ def _use(folder: pathlib.Path, results: Values) -> list[str]:
             + (" So does PEFT (torch)." if kind in _IN_PEFTS_FORMAT else ""),
         ]
     return lines
+
+
+_SERVICE = "As a service, by [Text Embeddings Inference](https://huggingface.co/docs/text-embeddings-inference):"
+
+
+def _pipeline(name: str) -> str:
+    return _python(
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("text-classification", model={name!r})',
+        'print(classify("A text."))',
+    )
+
+
+def _serve(name: str) -> str:
+    return _command(
+        f"text-embeddings-router --model-id {_word(name)} --port 8080 &",
+        "curl 127.0.0.1:8080/predict -H 'Content-Type: application/json' -d '{\"inputs\": \"A text.\"}'",
+    )
 
 
 def _command(*lines: str) -> str:

@@ -2,7 +2,7 @@
 
 A file may have more fields than its record. A field that is `NotRequired` is missing in files of some versions or some
 runs. Scores are finite, and every number is small enough to compute with. A name that becomes part of a path is one of
-a closed set, or goes through `files.checked_name`.
+a fixed set, or is checked by `files.checked_name`.
 """
 
 from typing import Annotated, Literal, NotRequired
@@ -63,7 +63,7 @@ class ScoreInterval(TypedDict):
 
 
 class ClassRecord(TypedDict):
-    """How one class is recognised, see `diagnosis.ClassFigures`."""
+    """How well one class is recognised, see `diagnosis.ClassFigures`."""
 
     label: str
     precision: Share
@@ -74,7 +74,7 @@ class ClassRecord(TypedDict):
 
 
 class MajorityClass(TypedDict):
-    """The most frequent class of the validation rows, its share, and the scores of always giving it."""
+    """The most frequent class of the validation rows, its share, and the scores of always predicting it."""
 
     label: str
     share: Share
@@ -82,7 +82,7 @@ class MajorityClass(TypedDict):
 
 
 class MeanAnswer(TypedDict):
-    """The mean score of the validation rows, and the errors of always giving it."""
+    """The mean score of the validation rows, and the errors of always predicting it."""
 
     value: float
     loss: float
@@ -90,7 +90,7 @@ class MeanAnswer(TypedDict):
 
 
 class Examined(TypedDict):
-    """What the examinations of classes and of scores share: rows, main score and its interval, loss."""
+    """Shared by the examinations of classes and of scores: rows, main score and its interval, loss."""
 
     rows: Count
     metric: str
@@ -110,11 +110,20 @@ class ClassificationDiagnosis(Examined):
 
 
 class RegressionDiagnosis(Examined):
-    """The examination of a model that gives scores, see `diagnosis.Regression`."""
+    """The examination of a model that predicts scores, see `diagnosis.Regression`."""
 
     mean_absolute_error: float
     explained_variance: float
     mean_answer: MeanAnswer
+
+
+class SeveralLabelsDiagnosis(Examined):
+    """The examination of a model that may give a text several labels, see `diagnosis.SeveralLabels`."""
+
+    macro_f1: Share
+    micro_f1: Share
+    exact_match: Share
+    classes: list[ClassRecord]
 
 
 class GlueResults(TypedDict):
@@ -126,11 +135,11 @@ class GlueResults(TypedDict):
     peft: NotRequired[str | None]
     final: NotRequired[Evaluation]
     out_of_domain: NotRequired[dict[str, AccuracyScores]]
-    diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis]
+    diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis | SeveralLabelsDiagnosis]
 
 
 class PrimedResults(TypedDict):
-    """Of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
+    """Results of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     model_name_or_path: str
@@ -152,13 +161,13 @@ class Figures(TypedDict):
 
 
 class FiguresOfAll(TypedDict):
-    """Those of all parameters together."""
+    """The figures of all parameters together."""
 
     all: Figures
 
 
 class Histogram(TypedDict):
-    """Shares of the values between edges, which are one more."""
+    """The shares of the values between edges; there is one more edge than shares."""
 
     edges: list[Score]
     before: list[Score]
@@ -174,7 +183,7 @@ class Concentration(TypedDict):
 
 
 class ComparedResults(TypedDict):
-    """Of a run of `pats-jax glue` that was trained and evaluated: what `pats-jax compare` reads."""
+    """Results of a trained and evaluated run of `pats-jax glue`, as `pats-jax compare` reads them."""
 
     data: str
     main_metric: str
@@ -197,10 +206,11 @@ class Timing(TypedDict):
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     seconds: NotRequired[Seconds]
+    lanes: NotRequired[Annotated[int, annotated_types.Interval(ge=1, le=100_000)]]  # runs that share these seconds
 
 
 class MetricsLine(TypedDict):
-    """A line of metrics.jsonl: of some steps, or of an evaluation. Early versions wrote losses that are not finite."""
+    """A line of metrics.jsonl, for some steps or an evaluation. Early versions wrote losses that are not finite."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     step: Count
@@ -212,16 +222,33 @@ class MetricsLine(TypedDict):
 # grid.json
 
 
+Overridden = (
+    Annotated[int, annotated_types.Interval(ge=-(2**63), lt=2**63)]
+    | Annotated[float, annotated_types.Interval(ge=-3.5e38, le=3.5e38)]
+    | str
+    | None
+)
+
+
 class GridRun(TypedDict):
-    """A run of a grid, see `seed_statistics.Run`."""
+    """A run of a grid, see `seed_statistics.Run`; overrides are those of its arm, see `arms.Arm`."""
 
     task: str
     method: str
+    overrides: NotRequired[dict[str, Overridden]]
     seed: Seed
 
 
+class LaneSetFile(TypedDict):
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+
+    runs: list[GridRun]
+    lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
+    layers: Literal["auto", "separate", "stacked"]
+
+
 class GridFile(TypedDict):
-    """grid.json: of all starts of `pats-jax compare` in its folder."""
+    """The content of grid.json: all starts of `pats-jax compare` in its folder."""
 
     runs: list[GridRun]
     commands: list[str]
@@ -232,7 +259,7 @@ class GridFile(TypedDict):
 
 
 class Curve(TypedDict):
-    """The dev scores of a tuning by step, lists of one length."""
+    """The dev scores of a tuning by step, lists of the same length."""
 
     step: list[Count]
     dev: list[Score]
@@ -264,8 +291,14 @@ class TuningRecord(TypedDict):
 # config.json, as `pats-jax submission` reads it
 
 
+class RunColumns(TypedDict):
+    """The columns that a run was told; `pats-jax predict` looks for them first."""
+
+    text_column_names: NotRequired[list[str] | None]
+
+
 class SubmittedConfig(TypedDict):
-    """The settings that tell what a run answers; the config.json of a saved model has no task."""
+    """The settings that say what a run predicts; the config.json of a saved model has no task."""
 
     task_name: NotRequired[str | None]
     data_dir: NotRequired[str | None]

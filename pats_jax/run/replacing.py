@@ -70,14 +70,14 @@ def contents(folder: pathlib.Path) -> list[str]:
 
 
 def foreign(folder: pathlib.Path, entries: Iterable[str] | None = None) -> str | None:
-    """The first path in a folder that no run wrote, by its name (a model card by its text); None if there is none.
+    """The first path in a folder that no run wrote, judged by its name (a model card by its text); else None.
 
     Args:
       folder: the folder.
       entries: check only these entries.
 
     Raises:
-      OSError: a folder in it cannot be read.
+      OSError: if a folder in it cannot be read.
     """
     for path in map(folder.joinpath, sorted(os.listdir(folder) if entries is None else entries)):
         for each in (path, *_below(path)):
@@ -122,7 +122,7 @@ def check_inputs(folder: pathlib.Path, settings: Composed) -> None:
 
 
 def _inputs(settings):
-    """Flag and path of all that a run reads; a name that is no path is harmless among them."""
+    """Flag and path of everything that a run reads; names that are not paths do no harm."""
     known = settings.all_entries()
     for name, value in settings.flat().items():
         if value and known[name].about.is_path and not known[name].about.free_on_resume:
@@ -145,7 +145,7 @@ def _base_of_adapter(folder):
 
 
 def _places(path):
-    """Where an input really lies: itself, and what links in it lead to, as deep as data and models go."""
+    """The real places of an input: its own, and the targets of links in it, as deep as data and models go."""
     links = (found for pattern in ("*", "*/*") for found in path.glob(pattern) if found.is_symlink())
     with contextlib.suppress(OSError, ValueError):
         for each in (path, *(links if path.is_dir() else ())):
@@ -154,7 +154,7 @@ def _places(path):
 
 
 def _is_run(folder):
-    """Whether config.json is one of ours: that of a model has the same name."""
+    """Whether config.json is a run's rather than a model's."""
     try:
         values = files.read_json(folder / _CONFIG)
     except InputError:
@@ -185,15 +185,15 @@ def _below(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path | None:
-    """Takes the run out of a folder that `check` has approved of; the folder is not there then, or empty.
+    """Moves the run out of a folder that `check` has approved; the folder is then missing or empty.
 
-    Where an earlier ``FOLDER.previous`` is finished and this run is not, that stays, and this run is removed.
+    If an earlier ``FOLDER.previous`` is finished and this run is not, the former stays and this run is removed.
 
     Returns:
-      Where this run is now; None if it is gone.
+      The new place of this run; None if it was removed.
 
     Raises:
-      InputError: the system refuses; everything is as it was.
+      InputError: if the system refuses; everything is then unchanged.
     """
     previous = _previous(folder)
     if is_finished(previous) and not is_finished(folder):
@@ -234,7 +234,7 @@ def kept(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def discard(folder: pathlib.Path) -> None:
-    """Removes the run that a finished one has replaced; warns of what cannot be removed."""
+    """Removes the run that a finished one has replaced; warns of files that cannot be removed."""
     previous = kept(folder)
     if previous is None:
         return
@@ -248,7 +248,7 @@ def discard(folder: pathlib.Path) -> None:
 
 
 def keep_for_good(folder: pathlib.Path) -> None:
-    """Marks a run that --overwrite has set aside as one to keep."""
+    """Marks a run that ``--overwrite`` has set aside as one to keep."""
     with contextlib.suppress(OSError):
         (folder / _MARK).unlink()
 
@@ -273,7 +273,7 @@ def _remove(folder):
 
 
 def _empty(folder):
-    """Removes a run: results.json first, config.json last, so that a kill leaves no doubt about what is left."""
+    """Removes a run: results.json first, config.json last, so a kill leaves a recognisable unfinished run."""
     last = [_CONFIG, _MARK, folder_lock.LOCK]
     (folder / _RESULTS).unlink(missing_ok=True)
     names = [path.name for path in folder.iterdir() if path.name not in last]

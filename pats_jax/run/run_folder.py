@@ -1,4 +1,4 @@
-"""A run's folder: its contents, and when it may be written."""
+"""A run's folder: its content, and whether it may be written."""
 
 import importlib.metadata
 import json
@@ -104,8 +104,8 @@ def read_metrics(folder: pathlib.Path) -> list[MetricsLine]:
     """The lines of metrics.jsonl.
 
     Raises:
-      InputError: naming file and line, if a line is damaged, as the last line of a killed run may be; ``--resume``
-        rewrites the file.
+      InputError: if a line is damaged, as the last line of a killed run may be; the message names file and line.
+        ``--resume`` rewrites the file.
     """
     path = folder / METRICS
     lines = files.read_bytes(path).splitlines()
@@ -116,7 +116,7 @@ def read_results(folder: pathlib.Path) -> JsonObject | None:
     """Reads results.json as `records.PrimedResults` or `records.GlueResults`; None if it does not exist.
 
     Raises:
-      InputError: naming the file and the field, if it does not contain the results of a run.
+      InputError: if it does not contain the results of a run; the message names the file and the field.
     """
     path = folder / "results.json"
     if not os.path.lexists(path):
@@ -134,7 +134,7 @@ def write_results(folder: pathlib.Path, results: JsonObject) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """The versions of Python and of the packages that a result depends on."""
     installed = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v}}
 

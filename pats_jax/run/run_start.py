@@ -12,7 +12,7 @@ import rich.console
 
 from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError
-from pats_jax.run import compilation_cache, replacing, run_folder, xla_flags
+from pats_jax.run import compilation_cache, hub, replacing, run_folder, xla_flags
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.journal import check_tensorboard
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Start(Generic[Kind]):
-    """A run that is about to start; a context manager, which releases the folder at its end.
+    """A run that is about to start; a context manager that releases the folder at its end.
 
     Attributes:
       settings: the settings, with folder, layers and batch sizes filled in.
       runner: runs steps on the run's devices.
       folder: the output folder.
-      console: prints for process 0; silent in all others.
+      console: where process 0 prints; silent in all others.
       resuming: whether the run resumes the one in the folder.
       finished: the results of that run, if it is already finished.
       lock: the lock of the folder, which process 0 takes.
@@ -108,9 +108,11 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
       console: where to print progress and scores; None: nowhere.
 
     Raises:
-      InputError: on invalid settings, missing devices, or a folder that cannot be used.
+      InputError: if settings are not valid, devices are missing, or the folder cannot be used.
     """
     settings.check()
+    if settings.hub.push_to_hub:
+        hub.check_ready(settings.hub.hub_model_id, "--push_to_hub")
     processes, devices, compiler = settings.processes, settings.devices, settings.compiler
     xla_flags.set_defaults(compiler.deterministic)
     compilation_cache.keep_compiled_programs(compiler.compilation_cache_dir)
@@ -123,7 +125,7 @@ def begin(settings: Kind, default_folder: str, console: rich.console.Console | N
     runner = runners.make_runner(devices.parallel, fsdp=devices.fsdp, num_devices=devices.num_devices)
     console = console if console and runners.is_first() else rich.console.Console(quiet=True)
     settings = settings.replace(output_dir=settings.folder.output_dir or default_folder)
-    settings = settings.with_layers(*runners.default_form(runner.platform))
+    settings = settings.with_layers(*runners.default_form(runner.platform), settings.adapter)
     folder = pathlib.Path(str(settings.folder.output_dir))
     lock = FolderLock(folder)
     resuming = settings.folder.resume and (folder / "config.json").exists()

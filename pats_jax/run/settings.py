@@ -1,4 +1,4 @@
-"""The settings of the programs that train: groups that belong to whoever reads them, composed for each program.
+"""The settings of the programs that train: groups that belong to the modules that read them, composed per program.
 
 The flags of a program are the names of its settings, and so are the keys of config.json; see `pats_jax.run.flags`.
 """
@@ -22,6 +22,7 @@ from pats_jax.training.settings import (
     DeviceSettings,
     LengthSettings,
     LoopSettings,
+    LossSettings,
     ProcessSettings,
     SavingSettings,
 )
@@ -73,9 +74,34 @@ class FolderSettings(Group):
             raise InputError("--resume and --overwrite cannot be used together")
 
 
+@dataclasses.dataclass(frozen=True)
+class HubSettings(Group):
+    """Whether and where to publish the model."""
+
+    title: ClassVar[str] = "hub"
+
+    push_to_hub: bool = setting(
+        False, "upload the model and its card to the Hugging Face hub at the end", of_one_start=True
+    )
+    hub_model_id: str | None = setting(
+        None, "with --push_to_hub: the repository, USER/NAME; if unset, named after output_dir", of_one_start=True
+    )
+    hub_private_repo: bool | None = setting(
+        None,
+        "with --push_to_hub: whether a new repository is private; if unset, as the account says",
+        of_one_start=True,
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise InputError(f"--{name}: needs --push_to_hub")
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class TunedModel(Composed):
-    """What every program that trains reads: model, methods, compilation, seed."""
+    """The settings of every program that trains: model, methods, compilation, seed."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE}
 
@@ -93,7 +119,7 @@ class TunedModel(Composed):
 
     @property
     def model_attention(self) -> str:
-        """The model's ``attention``: cuDNN's is not known to keep to one order of its sums."""
+        """The model's ``attention``; with ``--deterministic`` not cuDNN's, whose order of summation may vary."""
         return "einsum" if self.compiler.deterministic else self.model.attention
 
     def check(self) -> None:
@@ -101,19 +127,27 @@ class TunedModel(Composed):
         if self.model.attention == "cudnn" and self.model_attention != "cudnn":
             raise InputError("--attention cudnn: not available with --fsdp or --deterministic")
 
-    def with_layers(self, layers: Literal["separate", "stacked"], unroll: int) -> Self:
-        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing."""
+    def with_layers(
+        self, layers: Literal["separate", "stacked"], unroll: int, adapter: "peft.PeftConfig | None"
+    ) -> Self:
+        """The same settings with the backend's defaults where ``--layers`` and ``--unroll`` say nothing.
+
+        An adapter on some layers needs separate ones.
+        """
+        if adapter is not None and adapter.differs_by_layer:
+            layers = "separate"
         return self.replace(model=self.model.with_layers(layers, unroll))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class TrainingSettings(TunedModel):
-    """What the programs with one training a run read, besides: optimizer, loop, checkpoints, devices, folder."""
+    """The further settings of programs with one training per run: optimizer, loop, checkpoints, devices, folder."""
 
     choices: ClassVar[Mapping[str, Choice]] = {"methods": METHOD_CHOICE, "adapters": PEFT_CHOICE}
 
     adapters: "tuple[peft.PeftConfig, ...]" = ()  # of --peft: one, or none
     folder: FolderSettings = FolderSettings()
+    hub: HubSettings = HubSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     loop: LoopSettings = LoopSettings()
     saving: SavingSettings = SavingSettings()
@@ -137,11 +171,11 @@ class TrainingSettings(TunedModel):
 
     @property
     def model_attention(self) -> str:
-        """The model's ``attention``: cuDNN's cannot be cut as --fsdp may do, either."""
+        """The model's ``attention``; with ``--fsdp`` not cuDNN's, which cannot be sharded that way."""
         return "einsum" if self.devices.fsdp > 1 else super().model_attention
 
     def over(self, num_devices: int) -> Self:
-        """The same settings with the sizes of batches filled in for this many devices.
+        """The same settings, with batch sizes filled in for this many devices.
 
         Raises:
           InputError: if a step cannot be split evenly.
@@ -153,12 +187,18 @@ class TrainingSettings(TunedModel):
 class Settings(TrainingSettings):
     """Fine-tune a pretrained BERT or RoBERTa on a GLUE task or on your own files."""
 
+    program: ClassVar[str] = "glue"
+
     do_train: bool = setting(False, "train; without --do_train, --do_eval and --do_predict: train and evaluate")
     do_eval: bool = setting(False, "evaluate on the validation set")
     do_predict: bool = setting(False, "write test-set predictions in the GLUE server's format", is_basic=True)
     data: DataSettings = DataSettings()
+    metric_for_best_model: str | None = setting(
+        None, "the score that picks the best model, such as macro_f1; if unset, the main metric of the data"
+    )
     batches: BatchSettings = BatchSettings()
     length: LengthSettings = LengthSettings()
+    loss: LossSettings = LossSettings()
 
     def check(self) -> None:
         super().check()
@@ -167,6 +207,11 @@ class Settings(TrainingSettings):
             raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
         if self.data.low_resource and "train" not in self.phases:
             raise InputError("--low_resource: needs --do_train")
+        for name in ("class_weights", "label_smoothing_factor"):
+            if getattr(self.loss, name) and "train" not in self.phases:
+                raise InputError(f"--{name}: needs --do_train")
+        if self.metric_for_best_model and "eval" not in self.phases:
+            raise InputError("--metric_for_best_model: needs --do_eval")
         if self.data.out_of_domain and "eval" not in self.phases:
             raise InputError("--out_of_domain: needs --do_eval")
 
@@ -180,12 +225,43 @@ class Settings(TrainingSettings):
         return self.replace(batches=self.batches.over(num_devices))
 
 
+# Flags of these programs that other programs refuse.
+OF_CLASSIFIERS = dict.fromkeys(
+    ("dataset_name", "dataset_config_name", "class_weights", "label_smoothing_factor", "metric_for_best_model"),
+    "is for `pats-jax train` and `pats-jax glue`; omit it",
+)
+_A_TASK = "is for GLUE tasks; use `pats-jax glue`"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class OwnDataSettings(Settings):
+    """Fine-tune a pretrained BERT or RoBERTa on your own texts."""
+
+    program: ClassVar[str] = "train"
+    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("task_name", "data_dir", "out_of_domain", "out_of_domain_dir"), _A_TASK
+    )
+
+    data: DataSettings = DataSettings(validation_split_percentage=10.0)
+
+    def check(self) -> None:
+        if not self.data.own_name:
+            raise InputError("no data: set --train_file or --dataset_name")
+        super().check()
+
+    @property
+    def phases(self) -> set[str]:
+        """As of `Settings`; with ``--test_file`` it also predicts, unless it is told what to do."""
+        chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
+        return chosen or {"train", "eval"} | ({"predict"} if self.data.test_file else set())
+
+
 Program = TypeVar("Program", bound=TunedModel)
 Kind = TypeVar("Kind", bound=TrainingSettings)
 
 
 def resuming(ours: Kind, saved: Kind) -> Kind:
-    """The settings for resuming a saved run: what it chose where they are unset, on the devices available now.
+    """The settings for resuming a saved run: unset ones are those that it chose, on the devices available now.
 
     Raises:
       InputError: if a setting that defines the run differs; the message names each one that does.

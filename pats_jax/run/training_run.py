@@ -1,4 +1,4 @@
-"""A training run: from a built training to the folder that people read, the same for every program that trains."""
+"""A training run, from a built training to the run's folder: shared by all programs that train."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError, Preempted
 from pats_jax.reporting import plots
 from pats_jax.reporting.progress import StepProgress
-from pats_jax.run import run_folder
+from pats_jax.run import hub, run_folder
 from pats_jax.run.journal import Journal
 from pats_jax.run.run_start import Start
 from pats_jax.training import preemption, runners, shape_costs
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingFacts(TypedDict, total=False):
-    """What results.json holds of a training."""
+    """The part of results.json that describes the training."""
 
     train_examples: int
     trained_parameters: int
@@ -49,9 +49,9 @@ class Trained:
     Attributes:
       params: the parameters that the run keeps.
       records: the logged lines.
-      facts: what results.json holds of it.
-      save: saves a checkpoint of the end, where there is none yet.
-      draw: draws what was measured before and after.
+      facts: the part of results.json that describes the training.
+      save: saves a checkpoint of the end, unless there is one.
+      draw: plots what was measured before and after training.
     """
 
     params: Any
@@ -80,17 +80,17 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a program gives to be carried out.
+    """What a program wants to be carried out.
 
     Attributes:
-      program: its name, for the command that resumes it.
+      program: its name, for the command that resumes the run.
       training: what to train; None: nothing.
-      evaluator: scores the training on its way.
-      params: on the devices, of a job without training.
-      use: ``use(trained)``, in every process: what follows the training on the devices; gives what results.json holds
-        of it. May raise `Preempted`.
-      write: ``write(trained, params, results)``, in the first process: writes what people read, from parameters on the
-        host; results.json, which marks the end, follows it.
+      evaluator: scores the model during training.
+      params: the parameters, on the devices, of a job without training.
+      use: ``use(trained)``, called in every process: what follows the training on the devices; returns its part of
+        results.json. May raise `Preempted`.
+      write: ``write(trained, params, results)``, called in the first process: writes the files of the run, from
+        parameters on the host; results.json, which marks the end, is written after it.
     """
 
     program: str
@@ -102,19 +102,19 @@ class Job:
 
 
 def carry_out(start: Start, job: Job, results: JsonObject, asked: preemption.Preemption) -> JsonObject:
-    """Trains, uses what was trained, and writes the folder.
+    """Trains, uses the trained parameters, and writes the folder.
 
     Args:
-      start: the started run, whose input is checked.
+      start: the started run, whose input has been checked.
       job: what to do.
-      results: what results.json holds before the training.
-      asked: tells that the run is asked to end.
+      results: the content of results.json before training.
+      asked: says whether the run is asked to stop.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
 
     Raises:
-      Preempted: the run was asked to stop; it has been saved.
+      Preempted: if the run was asked to stop; it has been saved.
     """
     folder, runner = start.folder, start.runner
     checkpoints = Checkpoints(folder / "checkpoints", start.settings.saving.save_total_limit)
@@ -135,6 +135,8 @@ def carry_out(start: Start, job: Job, results: JsonObject, asked: preemption.Pre
                 run_folder.check_links(folder)
                 job.write(trained, params, results)
                 start.finish(results)
+    if runners.is_first():
+        hub.publish(start.settings, folder, start.console)
     return results
 
 
@@ -148,7 +150,8 @@ class TrainingHooks(Hooks):
     """The callbacks of a run: progress bar, journal, evaluation, checkpoints, profile.
 
     Attributes:
-      seconds_to_first_step: from the start of the process until the first step of this start was done; None before.
+      seconds_to_first_step: seconds from the start of the process to the end of the first step of this start; None
+        before.
     """
 
     def __init__(
@@ -270,7 +273,7 @@ def _describe(training):
 
 @contextlib.contextmanager
 def _training_hooks(start, training, evaluator, checkpoints, progress):
-    """The hooks with their progress bar, journal and profiler, which are closed at the end."""
+    """The hooks, with progress bar, journal and profiler, which are closed at the end."""
     total_steps, loop = training.rhythm.total_steps, start.settings.loop
     with contextlib.ExitStack() as stack:
         compiling = shape_costs.compile_seconds(training.shapes.all_params, training.runner.platform)

@@ -32,6 +32,7 @@ import numpy as np
 import pats_jax
 from pats_jax.core import files
 from pats_jax.errors import InputError
+from pats_jax.reporting.progress import duration
 from pats_jax.run import folder_lock
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.worker_settings import WorkerSettings
@@ -79,15 +80,15 @@ class Session:
 
 
 def run_job(job: Job, number: int, session: Session) -> Ended:
-    """Starts the child process of a job, and waits for it.
+    """Starts the child process of a job and waits for it.
 
     Args:
       job: the job.
-      number: tells the jobs of a session apart.
-      session: what it belongs to.
+      number: the job's number in its session.
+      session: the session that the job belongs to.
 
     Raises:
-      InputError: the log cannot be written, or a child of an earlier worker still runs after ten minutes.
+      InputError: if the log cannot be written, or a child of an earlier worker still runs after ten minutes.
     """
     since = time.perf_counter()
     lock = FolderLock(pathlib.Path(session.folder), name=f"{_LOCK_OF_JOB}{number}")
@@ -155,7 +156,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def _stop(session: str) -> list[int]:
-    """Sends SIGTERM to the children of a session, lets no other start, and returns the numbers of their jobs."""
+    """Sends SIGTERM to the children of a session, prevents others from starting, and returns their jobs' numbers."""
     with _guard:
         _stopped.add(session)
         running = dict(_children[session])
@@ -173,10 +174,10 @@ def _kill(session: str) -> None:
 
 
 def open_log(path: pathlib.Path) -> BinaryIO:
-    """Opens a file, made with its folder, to which output of processes is appended; no link is followed.
+    """Opens a file for the output of processes, which is appended; creates its folder, and follows no link.
 
     Raises:
-      InputError: the system refuses.
+      InputError: if the system refuses.
     """
     files.make_folder(path.parent)
     try:
@@ -190,7 +191,7 @@ def open_log(path: pathlib.Path) -> BinaryIO:
 
 
 class Workers(Protocol):
-    """An executor, and what reaches the children that its threads have started."""
+    """An executor, with access to the children that its threads have started."""
 
     @property
     def executor(self) -> concurrent.futures.Executor: ...
@@ -202,7 +203,7 @@ class Workers(Protocol):
         """Calls a function in every process whose threads start children, and returns the results."""
 
     def machines(self) -> list[dict[str, str]]:
-        """Describes the machines of these processes; of several that are alike, one."""
+        """Describes the machines of these processes; machines that are alike are listed once."""
 
 
 class LocalWorkers:
@@ -211,7 +212,7 @@ class LocalWorkers:
     ends_with_worker = False
 
     def __init__(self, jobs: int, lock: FolderLock) -> None:
-        """Makes as many threads as jobs may run at a time; the children hold the lock of the program's folder, too."""
+        """Makes a thread for each job that may run at a time; children hold the lock of the program's folder too."""
         shares = collections.deque(shares_of_cores(jobs))
         self.inherited = lock.descriptors
         self.executor = concurrent.futures.ThreadPoolExecutor(jobs, initializer=lambda: _pin(shares.popleft()))
@@ -224,7 +225,7 @@ class LocalWorkers:
 
 
 def _pin(cores: set[int] | None) -> None:
-    """Pins this thread, and so the processes that it will start."""
+    """Pins this thread, and so the processes that it starts later."""
     if cores is not None:
         os.sched_setaffinity(0, cores)
 
@@ -247,7 +248,7 @@ class DaskWorkers:
         """Checks the workers of a connected client.
 
         Raises:
-          InputError: one has several threads, or another version of this package.
+          InputError: if a worker has several threads, or another version of this package.
         """
         self._client, self._address = client, address
         for worker, threads in client.nthreads().items():
@@ -281,11 +282,11 @@ def connect(settings: WorkerSettings, lock: FolderLock) -> Iterator[Workers]:
     """The workers of the settings.
 
     Args:
-      settings: checked ones.
-      lock: the lock of the program's folder, which local children hold, too.
+      settings: the settings, checked.
+      lock: the lock of the program's folder, which local children hold too.
 
     Raises:
-      InputError: dask is not installed, no scheduler answers, or a worker does not fit.
+      InputError: if dask is not installed, no scheduler answers, or a worker is not suitable.
     """
     if settings.executor == "local":
         local = LocalWorkers(settings.jobs, lock)
@@ -314,7 +315,7 @@ def hold(folder: pathlib.Path) -> Iterator[FolderLock]:
     """Locks a program's folder against other programs and the children of a killed one; yields the lock.
 
     Raises:
-      InputError: one of them uses the folder.
+      InputError: if one of them is using the folder.
     """
     with FolderLock(folder) as lock:
         if any(folder_lock.is_taken(path) for path in folder.glob(f"{_LOCK_OF_JOB}*")):
@@ -329,20 +330,20 @@ def run_jobs(
     asked: preemption.Preemption,
     show: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> Generator[tuple[Job, Ended], None, None]:
-    """Runs jobs in their order, and yields each when it has ended.
+    """Runs jobs in order, and yields each when it has ended.
 
-    It ends early if this process has noted a signal, or when it is closed: children are then asked to stop, and it
-    waits until they have saved; if the wait is interrupted they are killed.
+    It ends early if this process has noted a signal, or when it is closed. It then asks children to stop, waits until
+    they have saved, and kills them if the wait is interrupted.
 
     Args:
-      jobs: what to run.
-      workers: where.
+      jobs: the jobs.
+      workers: where to run them.
       folder: the program's folder.
       asked: notes the signals of this process.
-      show: is called now and then with the jobs that run here.
+      show: called regularly with the jobs that run here.
 
     Raises:
-      InputError: a child cannot be started, or the connection to dask is lost.
+      InputError: if a child cannot be started, or the connection to dask is lost.
     """
     more = workers.ends_with_worker, workers.inherited
     session = Session(uuid.uuid4().hex, str(folder.absolute()), os.getcwd(), *more)
@@ -362,7 +363,7 @@ def _result(future: concurrent.futures.Future) -> Ended:
     """How a job ended.
 
     Raises:
-      InputError: its child could not be started, or the connection to dask is lost.
+      InputError: if the child could not be started, or the connection to dask is lost.
     """
     try:
         return future.result()
@@ -399,16 +400,27 @@ def reason(job: Job, ended: Ended) -> str | None:
 
 
 def how_far(job: Job) -> str:
-    """A job's name, and the last step that its log tells of, if any."""
+    """A job's name, and the last step in its log, if any."""
+    steps = _steps_told(job)
+    return f"{job.name} {steps[-1][0]}" if steps else job.name
+
+
+def share_done(job: Job) -> float:
+    """The share of its steps that a job has made, as far as its log tells."""
+    steps = _steps_told(job)
+    return int(steps[-1][1]) / 100 if steps else 0.0
+
+
+def _steps_told(job: Job) -> list[tuple[str, str]]:
+    """What the end of a log tells of steps: the words, and the percentage."""
     log = pathlib.Path(job.log)
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _END_OF_LOG))
             text = file.read().decode(errors="replace")
     except OSError:  # not begun, or on another machine
-        return job.name
-    steps = re.findall(r"^step \d+ of \d+ \(\d+%\)", text, re.MULTILINE)
-    return f"{job.name} {steps[-1]}" if steps else job.name
+        return []
+    return re.findall(r"^(step \d+ of \d+ \((\d+)%\))", text, re.MULTILINE)
 
 
 _END_OF_LOG = 4096  # bytes
@@ -419,6 +431,28 @@ def last_line(log: pathlib.Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return last.removeprefix("pats-jax: error: ")
+
+
+def forecast(count: int, things: str, seconds: Sequence[float], settings: WorkerSettings) -> str:
+    """What some runs will take, before they start.
+
+    Args:
+      count: how many there are.
+      things: what they are called, in the plural.
+      seconds: what finished ones took.
+      settings: where they run; a cluster's workers may come and go, so nothing is said of their time.
+
+    Examples:
+      >>> forecast(6, "runs", [110.0, 130.0], WorkerSettings(jobs=2))
+      '6 runs to do: about 6 min 0 s, if each takes 2 min 0 s as the finished ones did'
+      >>> forecast(6, "runs", [], WorkerSettings())
+      '6 runs to do; the time left is shown as soon as it can be told'
+    """
+    if not seconds or settings.executor != "local":
+        return f"{count} {things} to do; the time left is shown as soon as it can be told"
+    each = sum(seconds) / len(seconds)
+    whole = each * -(-count // settings.jobs)
+    return f"{count} {things} to do: about {duration(whole)}, if each takes {duration(each)} as the finished ones did"
 
 
 @contextlib.contextmanager

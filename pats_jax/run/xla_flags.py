@@ -1,4 +1,4 @@
-"""XLA's flags that the programs set for a GPU, before a backend starts; whoever sets one in XLA_FLAGS keeps it."""
+"""XLA's flags that the programs set for a GPU before a backend starts; flags in XLA_FLAGS take precedence."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def set_defaults(deterministic: bool = False) -> None:
       deterministic: whether the same program must compute the same bits each time.
 
     Raises:
-      InputError: ``deterministic`` comes too late, or XLA_FLAGS says the opposite.
+      InputError: if ``deterministic`` comes too late, or XLA_FLAGS says the opposite.
     """
     if not any(importlib.util.find_spec(name) for name in _PLUGINS):
         return
@@ -56,7 +56,7 @@ def _check_ordered(flags):
 
 
 def _has_started() -> bool:
-    """Whether JAX has started a backend. JAX tells only those who want to change the number of CPU devices."""
+    """Whether JAX has started a backend; found out by trying to change the number of CPU devices."""
     number = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_num_cpu_devices", number + 1)
@@ -67,7 +67,7 @@ def _has_started() -> bool:
 
 
 def with_defaults(flags: str, version: str, deterministic: bool = False) -> str:
-    """The value of XLA_FLAGS with the defaults for a version of jaxlib, but for flags that it sets itself.
+    """The value of XLA_FLAGS with the defaults for a version of jaxlib; flags that it sets itself are kept.
 
     Examples:
       >>> with_defaults("--xla_gpu_autotune_level=4", "0.11.2")

@@ -1,8 +1,8 @@
-"""Checkpoints of the other layout: which of their arrays hold the layers of a state, and how these become its own.
+"""Checkpoints of the other layout of layers, and their conversion to a state's own layout.
 
-A state with separate layers has an array for each layer, one with stacked layers an array for all of them: see
-`pats_jax.models.layout`. What an optimizer holds for each layer, such as a standard deviation, is stacked like its
-parameter. Keys are the same in both.
+A state with separate layers has an array for each layer, a state with stacked layers one array for all layers; see
+`pats_jax.models.layout`. The optimizer's values for each layer, such as standard deviations, are stacked like its
+parameters. Keys are the same in both layouts.
 """
 
 import math
@@ -43,9 +43,9 @@ class OtherLayout:
         self._names = {name: names_in_other_layout(paths[name], x) for name, x in arrays.items()}
 
     def differing_name(self, saved: Collection[str]) -> str | None:
-        """A name that shows that the saved arrays are of another state; None if they are this one's.
+        """A name that shows that the saved arrays belong to a different state; None if they belong to this one.
 
-        A stack in the optimizer's state may lack layers: those that a mask leaves out have no state of their own.
+        A stack in the optimizer's state may lack layers: layers that a mask leaves out have no state.
         """
         known = {name for names in self._names.values() for name in names}
         differing = set(saved) - known
@@ -56,7 +56,7 @@ class OtherLayout:
         return min(differing, default=None)
 
     def differing_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        """A name of a saved array, of these shapes, that cannot be this state's; None if all can."""
+        """The name of a saved array whose shape does not fit this state; None if all fit."""
         layers = 1 + max((number for number in self._numbers.values() if number is not None), default=0)
         for name, x in self._arrays.items():
             if self._is_same(name):
@@ -72,7 +72,7 @@ class OtherLayout:
         return None
 
     def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-        """The saved arrays as abstract ones, of these shapes, cut over the devices as the state's own are."""
+        """The saved arrays as shapes, sharded over the devices like the state's own."""
         found = {}
         for name, x in self._arrays.items():
             for source in set(self._names[name]) & set(shapes):
@@ -101,7 +101,7 @@ class OtherLayout:
         )
 
     def _sharding(self, name, ndim):
-        """That of the state's array without or with an axis of layers, if it has one of its own for each axis."""
+        """The sharding of the state's array, with or without the axis of layers, if it is a sharding by axes."""
         own = self._arrays[name]
         if not isinstance(own.sharding, NamedSharding):
             return own.sharding

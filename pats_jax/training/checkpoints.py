@@ -55,6 +55,7 @@ FORMAT = 1
 _ITEM, _RECORD = "state", "record.json"
 
 Progress = TypeVar("Progress")
+State = TypeVar("State")
 Result = TypeVar("Result")
 
 
@@ -78,20 +79,20 @@ class _Record:
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
-    With many processes every one of them calls every method; the folder is one that all of them see. Orbax, which
-    takes its time to import, is imported by the first save.
+    With several processes, each of them calls every method, and all must see the same folder. Orbax, which is slow to
+    import, is imported by the first save.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int | None):
-        """Opens the checkpoints of a folder, which the first save creates, and removes what a killed save left there.
+        """Opens the checkpoints of a folder, which the first save creates; removes what a killed save left.
 
         Args:
           folder: where the checkpoints are.
-          keep: how many of the newest are kept, and beside them the best one that each of these names; None: all.
+          keep: the number of newest checkpoints to keep, with the best ones that they name; None: all.
 
         Raises:
-          InputError: if the path has one of the characters ``*?[``: Orbax takes them for a pattern, and what it saves
-            under such a path cannot be read.
+          InputError: if the path contains one of the characters ``*?[``, which Orbax takes for a pattern: it could not
+            read what it saves there.
         """
         if any(character in str(folder.absolute()) for character in "*?["):
             raise InputError(f"output_dir {folder.parent}: cannot save checkpoints under a path with *, ? or [")
@@ -137,12 +138,12 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"{self._folder}: cannot be read ({error.strerror})") from None
 
-    def save(self, step: int, state: TrainState, progress: Any, best_step: int | None = None) -> None:
+    def save(self, step: int, state: Any, progress: Any, best_step: int | None = None) -> None:
         """Copies the state off the devices and writes it in the background; does nothing if it is already saved.
 
         Args:
           step: the number of the checkpoint.
-          state: what to save, as arrays of the whole mesh.
+          state: what to save, a `TrainState` or another tree, as arrays of the whole mesh.
           progress: anything that JSON can hold.
           best_step: the checkpoint with the best score so far, which must not go as long as this one is kept.
 
@@ -174,21 +175,22 @@ class Checkpoints:
             with _in_one_line(self._folder):
                 self._manager.wait_until_finished()
 
-    def restore(self, state: TrainState, kind: type[Progress] = dict) -> tuple[TrainState, Progress] | None:  # type: ignore[assignment]
-        """Restores the newest valid checkpoint: it and the best checkpoint that it names are undamaged.
+    def restore(self, state: State, kind: type[Progress] = dict) -> tuple[State, Progress] | None:  # type: ignore[assignment]
+        """Restores the newest checkpoint that is undamaged, as is the best checkpoint that it names.
 
-        A damaged one is named in a warning and renamed STEP.damaged. One that names a damaged or a missing best one is
-        renamed STEP.without_best: from the one before it, training comes to the same best one again. None is removed.
+        A damaged one is renamed STEP.damaged, with a warning. One whose best checkpoint is damaged or missing is
+        renamed STEP.without_best: training from the checkpoint before it makes the same best one again. None is
+        removed.
 
         Args:
-          state: a state of the same tree, with separate or stacked layers; its shardings are where the arrays go.
-          kind: what the progress is, for `files.parse_record`.
+          state: a state of the same tree, with separate or stacked layers; the arrays get its shardings.
+          kind: the type of the progress, for `files.parse_record`.
 
         Returns:
-          The state and the progress that were saved, or None where there is no whole checkpoint.
+          The saved state and progress, or None if there is no undamaged checkpoint.
 
         Raises:
-          InputError: if a checkpoint cannot be read, or is sound but of another format, model or optimizer.
+          InputError: if a checkpoint cannot be read, or is undamaged but of another format, model or optimizer.
         """
         there_were = steps = self.steps
         while steps:
@@ -232,7 +234,7 @@ class Checkpoints:
         return False
 
     def _set_aside(self, step, ending, reason):
-        """Renames a checkpoint so that neither we nor Orbax read it, with a warning."""
+        """Renames a checkpoint, with a warning, so that neither this library nor Orbax reads it."""
         path = self._path(step)
         names = itertools.chain([f"{step}.{ending}"], (f"{step}.{ending}.{number}" for number in itertools.count(2)))
         new = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
@@ -269,7 +271,7 @@ class Checkpoints:
         return self._path(step) / _ITEM / _RECORD
 
     def _best_step(self, step):
-        """The best checkpoint that one names; None if it is too damaged."""
+        """The best checkpoint that a checkpoint names; None if the latter is too damaged."""
         if step not in self._best_steps:
             try:
                 self._best_steps[step] = self._read_record(step).best_step
@@ -309,7 +311,7 @@ class Checkpoints:
             if found != digest:
                 raise _Damaged(f"{_ITEM}/{name} does not match what was saved")
 
-    def _arrays(self, step, state, record) -> TrainState:
+    def _arrays(self, step, state: State, record) -> State:
         """The state in a verified checkpoint."""
         wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
@@ -330,7 +332,7 @@ class Checkpoints:
         return _put_together(state, {**wanted, **(other.convert(arrays) if other else arrays)})
 
     def _read(self, step, read):
-        """``read(checkpointer, path)`` of a checkpoint's arrays."""
+        """Calls ``read(checkpointer, path)`` on a checkpoint's arrays."""
         import orbax.checkpoint as ocp
 
         try:
@@ -388,7 +390,7 @@ def _orbax_item():
 
     @ocp.args.register_with_handler(Handler, for_restore=True)
     class Restore(ocp.args.StandardRestore):
-        """Orbax requires a way to restore; `StandardCheckpointer` does that."""
+        """Required by Orbax, but unused: `StandardCheckpointer` restores."""
 
     return Handler(), Save
 
@@ -399,7 +401,7 @@ def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_room_for_files(number: int = 64):
-    """Raises InputError if Orbax would run out of open files, which it reports only in tracebacks of its threads."""
+    """Raises InputError if Orbax would run out of open files, which it reports only as tracebacks in its threads."""
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(number):
@@ -433,7 +435,7 @@ def _of_another_model(path, name):
 
 
 def _agreed(call: Callable[[], Result]) -> Result:
-    """The result of a call in every process; if it fails in one, it fails in all, in the same way."""
+    """The result of a call in every process; if it fails in one, it fails in all with the same error."""
     result, failure = None, None
     try:
         result = call()
@@ -450,7 +452,7 @@ def _agreed(call: Callable[[], Result]) -> Result:
 
 
 def _committed(folder: pathlib.Path) -> list[int]:
-    """The steps of a folder's checkpoints, in increasing order; Orbax names one when it is complete."""
+    """The steps of the complete checkpoints in a folder, in increasing order."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except FileNotFoundError:
@@ -473,7 +475,7 @@ def _in_one_line(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own message within a long one, if it is there."""
+    """The system's own message within a long one, if there is one."""
     lines = str(error).splitlines() or [type(error).__name__]
     return next((words for words in _SYSTEM_WORDS if words in str(error)), shown(lines[0], 300, quoted=False))
 
@@ -484,10 +486,10 @@ _SYSTEM_WORDS = [
 ]
 
 
-def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
-    """Arrays by their path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of its keys.
+def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
+    """The arrays by path (``params.bert.pooler.dense.kernel``), in the order of the tree, and the kinds of keys.
 
-    The project's own states hold keys as `random.StoredKey`. Optax's may hold typed keys: their words take their place.
+    The project's own states hold keys as `random.StoredKey`. Typed keys in Optax's states are replaced by their words.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_stored_key)
     arrays, kinds = {}, {}
@@ -504,7 +506,7 @@ def _take_apart(state: TrainState) -> tuple[Arrays, dict[str, str]]:
     return arrays, kinds
 
 
-def _put_together(state: TrainState, arrays: Arrays) -> TrainState:
+def _put_together(state: State, arrays: Arrays) -> State:
     """Puts the arrays of `_take_apart` into a state of the same structure."""
     leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
 
@@ -526,9 +528,9 @@ def _is_stored_key(x):
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """A checksum of each array, () uint32, which changes with any element and does not depend on the sharding.
 
-    Sum over the elements of mix(bits ^ mix(i)) modulo 2**32, i the row-major index. The mixing is one-to-one, so one
-    change is always seen; it is not linear, so changes of several (two signs, two elements in each other's place) do
-    not cancel but by a chance of 2**-32.
+    It is the sum over elements of mix(bits ^ mix(i)) modulo 2**32, with i the row-major index. The mixing is
+    one-to-one, so a change of one element is always detected; it is not linear, so changes of several elements (two
+    signs, two swapped elements) cancel only with probability 2**-32.
     """
     return {name: _checksum(x) for name, x in arrays.items()}
 

@@ -1,4 +1,4 @@
-"""How sensitivity is spread over the parameters: measured by gradients, summed up in three figures.
+"""Measures sensitivity by gradients, and how it is spread over the parameters, in three figures.
 
 The PATS paper reports that well-performing models have concentrated distributions of sensitivity; how to measure
 concentration is ours.
@@ -20,15 +20,15 @@ HISTOGRAM_EDGES = tuple(quarter / 4 for quarter in range(-80, 17))  # log10, fro
 def measure_sensitivity(
     loss_fn: LossFn, params: Any, batches: Iterable[Batch], in_turn: Callable[[Any], Any] = lambda total: total
 ) -> Any:
-    """Mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
+    """The mean over batches of |theta * g|, at fixed parameters theta, with g the gradient of a batch's mean loss.
 
     The moving average in `PatsNoiseState` follows one training with one method; this compares any two models.
 
     Args:
-      loss_fn: as for `make_train_step`, without dropout: it gets no key.
+      loss_fn: as for `make_train_step`, without dropout: its key is None.
       params: a tree of parameters.
       batches: at least one batch; compiled once for each loss_fn and shape.
-      in_turn: gives back what a program returns when the next one may begin, see `MeshRunner.in_turn`.
+      in_turn: returns a program's result when the next program may start, see `MeshRunner.in_turn`.
 
     Returns:
       A tree like params, float32.
@@ -40,7 +40,7 @@ def measure_sensitivity(
 
 
 def _zeros(param):
-    """Lies where the parameter does, as the sums will, or the first batch would have a program of its own."""
+    """Zeros with the sharding of the parameter, like the sums; otherwise the first batch would need its own program."""
     zeros = np.zeros(param.shape, np.float32)
     return jax.device_put(zeros, param.sharding) if isinstance(param, jax.Array) else zeros
 
@@ -57,16 +57,15 @@ def _add(loss_fn, total, params, batch):
 
 
 def concentration(values: np.ndarray) -> dict[str, float]:
-    """Three figures of how concentrated non-negative values are.
+    """Measures how concentrated non-negative values are, in three figures.
 
     Args:
       values: (n,) float, n >= 1.
 
     Returns:
-      ``gini``: Gini coefficient, 0 where all are equal, (n-1)/n where one holds everything;
-      ``entropy``: -sum(p log p) / log(n) with p the shares, 1 where all are equal, 0 where one holds everything;
-      ``top_10_percent_share``: what the largest tenth (rounded up) holds of the sum.
-      Where all values are 0 they count as equal.
+      ``gini``, the Gini coefficient: 0 if all values are equal, (n-1)/n if one holds everything; ``entropy``, -sum(p
+      log p) / log(n) with p the shares: 1 if all are equal, 0 if one holds everything; and ``top_10_percent_share``,
+      the share of the largest tenth (rounded up) in the sum. If all values are 0, they count as equal.
     """
     ordered = np.sort(np.asarray(values, np.float64).ravel())
     count, total = ordered.size, ordered.sum()
@@ -90,8 +89,8 @@ def by_tensor(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def log10_histogram(values: np.ndarray) -> list[float]:
     """The share of non-negative values in every bin between the powers of ten `HISTOGRAM_EDGES`.
 
-    The bins are the same for all runs, so that histograms can be averaged; the outermost take what lies beyond. Zeros
-    fall in no bin: what the shares lack to 1 is theirs.
+    The bins are the same for all runs, so histograms can be averaged; the outermost bins include all values beyond.
+    Zeros are in no bin: their share is 1 minus the sum of the others.
 
     Args:
       values: (n,), n >= 1.

@@ -1,7 +1,7 @@
-"""What a model gets right and wrong on labelled rows: figures by class, calibration, an interval, the costliest rows.
+"""Examines a model on labelled rows: figures by class, calibration, an interval, the rows with the largest loss.
 
-A run of `pats-jax glue` examines the model that it keeps on its validation data: `examine` gives everything, ``record``
-is what results.json has of it, and ``tables`` are the files of the run's folder ``diagnosis/``.
+`pats-jax glue` examines the model that it keeps on its validation data: `examine` returns everything, ``record`` is its
+part of results.json, and ``tables`` are the files in the run's folder ``diagnosis/``.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import numpy as np
 
 from pats_jax.core.files import JsonObject
 from pats_jax.data.readers import Split
-from pats_jax.data.tasks import Task
+from pats_jax.data.tasks import Task, join_labels
 from pats_jax.reporting import plots
 from pats_jax.training import metrics
-from pats_jax.training.evaluation import Predictor, decide, to_tsv, true_labels
+from pats_jax.training.evaluation import Predictor, decide, probabilities, to_tsv, true_labels
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -26,9 +26,9 @@ COSTLIEST = 20
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A bootstrap interval of a score: what other rows of the same kind may give the same model.
+    """A bootstrap interval of a score: the scores that the same model may get on other rows of the same kind.
 
-    It says nothing of other seeds of training.
+    It says nothing about other training seeds.
     """
 
     low: float
@@ -39,15 +39,15 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class ClassFigures:
-    """How one class is recognised; a figure that divides by 0 is 0.
+    """How well one class is recognised; a figure that would divide by 0 is 0.
 
     Attributes:
       label: its name.
-      precision: the share of the rows given this class that have it.
-      recall: the share of its rows that are given it.
-      f1: harmonic mean of the two.
-      support: its rows.
-      predicted: the rows that are given it.
+      precision: the share of the rows predicted as this class that belong to it.
+      recall: the share of its rows that are predicted as it.
+      f1: the harmonic mean of precision and recall.
+      support: the number of its rows.
+      predicted: the number of rows predicted as it.
     """
 
     label: str
@@ -75,11 +75,11 @@ class Classification:
 
     Attributes:
       split: the rows.
-      names: of the classes.
-      logits: (rows, classes) float32.
-      scores: the task's metrics.
-      main_metric: the one that counts.
-      interval: of that.
+      names: the names of the classes.
+      logits: the logits, (rows, classes) float32.
+      scores: the values of the task's metrics.
+      main_metric: the name of the main metric.
+      interval: the interval of the main metric.
     """
 
     split: Split
@@ -101,14 +101,14 @@ class Classification:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64 (rows, classes)."""
+        """The softmax of the logits, (rows, classes) float64."""
         import scipy.special
 
         return scipy.special.softmax(self.logits.astype(np.float64), axis=1)
 
     @property
     def losses(self) -> np.ndarray:
-        """Cross-entropy of each row, float64 (rows,)."""
+        """The cross-entropy of each row, (rows,) float64."""
         import scipy.special
 
         log = scipy.special.log_softmax(self.logits.astype(np.float64), axis=1)
@@ -116,7 +116,7 @@ class Classification:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Rows by true class and given class, (classes, classes)."""
+        """The number of rows by true and predicted class, (classes, classes)."""
         from sklearn.metrics import confusion_matrix
 
         return confusion_matrix(self.labels, self.answers, labels=np.arange(len(self.names)))
@@ -145,9 +145,11 @@ class Classification:
 
         most_frequent = int(np.argmax(np.bincount(self.labels)))
         constant = np.full(len(self.labels), most_frequent)
-        always = metrics.compute_metrics(
-            [name for name in self.scores if name in metrics.METRICS], constant, self.labels
-        )
+        names = list(self.scores)
+        always = {name: metrics.METRICS[name](constant, self.labels) for name in names if name in metrics.METRICS}
+        if "combined_score" in names:  # the mean of those before it
+            averaged = names[: names.index("combined_score")]
+            always["combined_score"] = float(np.mean([always[name] for name in averaged]))
         return {
             "rows": len(self.labels),
             "metric": self.main_metric,
@@ -177,7 +179,7 @@ class Classification:
         answer_of = [self.names[answer] for answer in self.answers]
         losses, probabilities = self.losses, self.probabilities
         worst = np.argsort(-losses, kind="stable")[:COSTLIEST]
-        texts = _texts(self.split)
+        texts = self.split.texts
         return {
             "classes.tsv": to_tsv(
                 [field.name for field in dataclasses.fields(ClassFigures)],
@@ -213,10 +215,10 @@ class Classification:
 
 @dataclasses.dataclass(frozen=True)
 class Regression:
-    """The examination of a model that gives scores; attributes as those of `Classification`.
+    """The examination of a model that predicts scores; other attributes are as in `Classification`.
 
     Attributes:
-      answers: (rows,) float32.
+      answers: the predicted scores, (rows,) float32.
     """
 
     split: Split
@@ -232,7 +234,7 @@ class Regression:
 
     @property
     def residuals(self) -> np.ndarray:
-        """Given minus true score, float64 (rows,)."""
+        """Predicted minus true score, (rows,) float64."""
         return self.answers.astype(np.float64) - self.labels
 
     def record(self) -> JsonObject:
@@ -262,7 +264,7 @@ class Regression:
 
     def tables(self) -> dict[str, str]:
         """The files of ``diagnosis/`` by name."""
-        residuals, texts = self.residuals, _texts(self.split)
+        residuals, texts = self.residuals, self.split.texts
         worst = np.argsort(-np.abs(residuals), kind="stable")[:COSTLIEST]
         header = ("index", "label", "prediction", "residual")
 
@@ -278,41 +280,125 @@ class Regression:
         }
 
 
-def examine(
-    predictor: Predictor, params: Any, *, model_step: int | None, evaluated_step: int
-) -> Classification | Regression:
+@dataclasses.dataclass(frozen=True)
+class SeveralLabels:
+    """The examination of a model that may give a text several labels; attributes as those of `Classification`."""
+
+    split: Split
+    names: tuple[str, ...]
+    logits: np.ndarray
+    scores: dict[str, float]
+    main_metric: str
+    interval: Interval
+
+    @property
+    def labels(self) -> np.ndarray:
+        """0 or 1, (rows, labels)."""
+        return true_labels(self.split).astype(np.int32)
+
+    @property
+    def answers(self) -> np.ndarray:
+        """1 where the probability is above one half, else 0, (rows, labels)."""
+        return (self.logits > 0).astype(np.int32)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Mean over the labels of the sigmoid cross-entropy of each row, float64 (rows,)."""
+        logits = self.logits.astype(np.float64)
+        return np.mean(np.logaddexp(0.0, logits) - self.labels * logits, axis=1)
+
+    @property
+    def classes(self) -> list[ClassFigures]:
+        """The figures of each label."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        columns = precision_recall_fscore_support(self.labels, self.answers, zero_division=0.0)
+        return [
+            ClassFigures(name, float(p), float(r), float(f), int(s), int(n))
+            for name, p, r, f, s, n in zip(self.names, *columns, self.answers.sum(axis=0), strict=True)
+        ]
+
+    def record(self) -> JsonObject:
+        """As `records.SeveralLabelsDiagnosis`."""
+        return {
+            "rows": len(self.labels),
+            "metric": self.main_metric,
+            "score": self.scores[self.main_metric],
+            "interval": dataclasses.asdict(self.interval),
+            "loss": float(np.mean(self.losses)),
+            "macro_f1": metrics.macro_f1(self.answers, self.labels),
+            "micro_f1": metrics.micro_f1(self.answers, self.labels),
+            "exact_match": metrics.accuracy(self.answers, self.labels),
+            "classes": [dataclasses.asdict(one) for one in self.classes],
+        }
+
+    def draw(self, folder: pathlib.Path) -> None:
+        """There is no picture of several labels."""
+
+    def tables(self) -> dict[str, str]:
+        """The files of ``diagnosis/`` by name."""
+        losses, texts = self.losses, self.split.texts
+        right, given = ([join_labels(self.names, row) for row in rows] for rows in (self.labels, self.answers))
+        worst = np.argsort(-losses, kind="stable")[:COSTLIEST]
+
+        def line(row):
+            return [self.split.ids[row], right[row], given[row], f"{losses[row]:.4f}"]
+
+        shares = probabilities(self.logits.astype(np.float64), is_multi_label=True)
+        header = ("index", "labels", "prediction", "loss")
+        return {
+            "classes.tsv": to_tsv(
+                [field.name for field in dataclasses.fields(ClassFigures)],
+                ([_cell(value) for value in dataclasses.astuple(one)] for one in self.classes),
+            ),
+            "largest_losses.tsv": to_tsv(
+                (*header, *texts), ([*line(row), *(column[row] for column in texts.values())] for row in worst)
+            ),
+            "validation.tsv": to_tsv(
+                (*header, *self.names), ([*line(row), *(f"{p:.4f}" for p in shares[row])] for row in range(len(losses)))
+            ),
+        }
+
+
+Examination = Classification | Regression | SeveralLabels
+
+
+def examine(predictor: Predictor, params: Any, *, model_step: int | None, evaluated_step: int) -> Examination:
     """Examines a model on the split ``validation``.
 
     Args:
-      predictor: has task and splits.
+      predictor: has the task and the splits.
       params: the parameters that the run keeps.
-      model_step: the step that they are of; None if they were not trained.
-      evaluated_step: the step of the last evaluation, whose logits are used again where it is the same.
+      model_step: their step; None if they were not trained.
+      evaluated_step: the step of the last evaluation; if it is the same, its logits are reused.
     """
     split, task = predictor.splits["validation"], predictor.task
     logits = predictor.last_logits.get("validation") if model_step in (None, evaluated_step) else None
     return examine_logits(predictor.logits(params, "validation") if logits is None else logits, split, task)
 
 
-def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Classification | Regression:
-    """Examines a model by its logits (rows, num_labels) on labelled rows.
+def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Examination:
+    """Examines a model by its logits, (rows, num_labels), on labelled rows.
 
     Raises:
-      InputError: the rows have no labels.
+      InputError: if the rows have no labels.
     """
     answers, labels = decide(logits, task), true_labels(split)
-    scores = metrics.compute_metrics(task.metrics, answers, labels)
-    interval = Interval(*metrics.bootstrap_interval(task.metrics, answers, labels, LEVEL, RESAMPLES))
+    scores, main = metrics.compute_metrics(task, answers, labels), task.main_metric
+    names = task.metrics if main == "combined_score" else (main,)
+    interval = Interval(*metrics.bootstrap_interval(names, answers, labels, LEVEL, RESAMPLES))
     if task.labels is None:
         return Regression(split, answers, scores, task.main_metric, interval)
+    if task.is_multi_label:
+        return SeveralLabels(split, task.labels, logits, scores, main, interval)
     return Classification(split, task.labels, logits, scores, task.main_metric, interval)
 
 
 def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = BINS) -> list[Bin]:
-    """Rows by their largest probability, in bins of equal width.
+    """Groups rows by their largest probability, in bins of equal width.
 
     Args:
-      probabilities: (rows, classes).
+      probabilities: the probabilities, (rows, classes).
       labels: class indices, (rows,).
       count: number of bins.
     """
@@ -326,14 +412,8 @@ def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = 
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean over rows of |accuracy - confidence| of a row's bin."""
+    """The expected calibration error: the mean over rows of |accuracy - confidence| of the row's bin."""
     return sum(one.rows * abs(one.accuracy - one.confidence) for one in bins) / sum(one.rows for one in bins)
-
-
-def _texts(split):
-    """Name -> texts, of a row's one or two."""
-    texts = {"sentence1": split.sentence1, "sentence2": split.sentence2}
-    return {name: column for name, column in texts.items() if column is not None}
 
 
 def _cell(value):

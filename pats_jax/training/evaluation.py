@@ -6,7 +6,7 @@ import functools
 import io
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pats_jax.data import batches, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
 from pats_jax.models import peft
 from pats_jax.models.labels import respelled
+from pats_jax.train_state import Batch
 from pats_jax.training import metrics
 from pats_jax.training.loop import predict_logits
 from pats_jax.training.runners import CompiledProgram, MeshRunner
@@ -28,17 +29,17 @@ class Predictor:
     """Scores parameters on the validation splits and writes predictions for the test splits.
 
     Attributes:
-      predict: gives logits (batch, num_labels) for parameters and this process's own rows of a batch.
-      runner: deals rows out to the devices.
-      task: what is scored, and how.
+      predict: returns logits (batch, num_labels) for parameters and this process's own rows of a batch.
+      runner: distributes rows over the devices.
+      task: the task, with its metrics.
       splits: the data by name.
-      tokenize: gives the tokens of a split by its name; called when they are first needed, and again at each use.
-      batch_size: rows of a device.
+      tokenize: returns the tokens of a split by its name; called at each use.
+      batch_size: number of rows per device.
       interrupt: called after every batch; what it raises ends the prediction.
-      order: for each class of the task its place in the model's head, (classes,); None: the same order.
+      order: for each class of the task, its place in the model's head, (classes,); None if the order is the same.
       shape_cost: see `shape_costs`, for one pass.
-      evaluations: how often the validation data is scored.
-      last_logits: of the last evaluation, by split.
+      evaluations: the number of times that the validation data is scored.
+      last_logits: the logits of the last evaluation, by split.
     """
 
     predict: CompiledProgram
@@ -57,20 +58,24 @@ class Predictor:
         """Logits (rows, num_labels) of a split, in the order of the task's classes.
 
         Raises:
-          InputError: if they are not finite, for instance since the model has diverged.
+          InputError: if they are not finite, for instance because the model has diverged.
         """
-        logits = predict_logits(self._predict, params, self._batches(name), len(self.tokenize(name)))
+        logits = self.raw_logits(params, name)
         check_finite(logits, "lower learning_rate" if "train" in self.splits else DAMAGED)
         return logits if self.order is None else logits[:, self.order]
 
+    def raw_logits(self, params: Any, name: str) -> np.ndarray:
+        """Logits (rows, num_labels) of a split, in the order of the model's head, finite or not."""
+        return predict_logits(self._predict, params, self.rows_and_batches(name), len(self.tokenize(name)))
+
     def programs(self, params: Any) -> list[Callable[[], None]]:
-        """Compile what `evaluate` will run, a shape each, for the shapes of parameters."""
+        """Functions that compile the programs of `evaluate`, one per shape, for the shapes of parameters."""
         names = [name for name in self.splits if name.startswith("validation")]
-        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self._batches(name)}
+        shapes = {batch["input_ids"].shape: batch for name in names for _, batch in self.rows_and_batches(name)}
         return [functools.partial(self.predict.compile, params, batch) for batch in shapes.values()]
 
-    def _batches(self, name):
-        """Row numbers and batches of a split, this process's own rows of them."""
+    def rows_and_batches(self, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Row numbers and batches of a split, with only this process's own rows."""
         tokens, devices = self.tokenize(name), self.runner.num_devices
         passes = self.evaluations if name.startswith("validation") else 1
         boundaries = batches.bucket_boundaries(tokens.lengths, MOST_BUCKETS, shape_cost=self.shape_cost / passes)
@@ -92,10 +97,13 @@ class Predictor:
         return self._scores(answer)
 
     def evaluate_majority(self) -> dict[str, float]:
-        """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels."""
+        """The metrics of a constant prediction: the most frequent class (or the mean score) of the training labels.
+
+        Of several labels to a text, those that more than half of the texts have.
+        """
         labels = true_labels(self.splits.get("train") or self.splits["validation"])
-        answer = labels.mean() if self.task.is_regression else np.bincount(labels).argmax()
-        return self._scores(lambda name: np.full(len(self.splits[name]), answer))
+        answer = constant_answer(labels, self.task)
+        return self._scores(lambda name: np.repeat(answer[None], len(self.splits[name]), axis=0))
 
     def evaluate_out_of_domain(self, params: Any, names: Iterable[str]) -> dict[str, JsonObject]:
         """Accuracy and number of rows on other inference sets, by name; see `fold` for sets with two classes."""
@@ -113,14 +121,14 @@ class Predictor:
         scores: dict[str, float] = {}
         for name, suffix in (("validation", ""), ("validation_mismatched", "_mm")):
             if name in self.splits:
-                split_scores = metrics.compute_metrics(self.task.metrics, answer(name), true_labels(self.splits[name]))
+                split_scores = metrics.compute_metrics(self.task, answer(name), true_labels(self.splits[name]))
                 scores |= {f"{metric}{suffix}": score for metric, score in split_scores.items()}
         return scores
 
     def predictions(self, params: Any) -> dict[str, str]:
         """The files for the GLUE server, by name: a header, then index, tab and prediction for each row.
 
-        Beside each file of classes is ``probabilities/FILE``, with a column for each class.
+        Each file of classes has a counterpart ``probabilities/FILE``, with a column for each class.
         """
         files = {}
         for name in ("test", "test_mismatched", "ax"):
@@ -132,19 +140,49 @@ class Predictor:
             file = task.prediction_files["test" if name == "ax" else name]
             files[file] = to_tsv(("index", "prediction"), rows)
             if task.labels is not None:
-                files[f"probabilities/{file}"] = probability_table(ids, logits, task.labels)
+                files[f"probabilities/{file}"] = probability_table(
+                    ids, logits, task.labels, is_multi_label=task.is_multi_label
+                )
         return files
 
 
-def probability_table(ids: Sequence[str], logits: np.ndarray, names: Sequence[str]) -> str:
-    """A TSV with the columns ``index`` and ``prediction``, by name, and one for the probability of each class."""
+def probability_table(
+    ids: Sequence[str],
+    logits: np.ndarray,
+    names: Sequence[str],
+    texts: Mapping[str, Sequence[str]] | None = None,
+    digits: int = 4,
+    is_multi_label: bool = False,
+) -> str:
+    """A TSV with the columns ``index`` and ``prediction``, by name, one for the probability of each class, and texts.
+
+    Args:
+      ids: of the rows.
+      logits: (rows, classes).
+      names: of the classes.
+      texts: further columns, each (rows,).
+      digits: of the probabilities, behind the point.
+      is_multi_label: whether a row may have several of the classes.
+    """
+    texts = texts or {}
+    if is_multi_label:
+        said = [tasks.join_labels(names, row) for row in logits > 0]
+    else:
+        said = [names[index] for index in np.argmax(logits, axis=1)]
+    rows = (
+        (index, answer, *(f"{p:.{digits}f}" for p in row), *further)
+        for index, answer, row, *further in zip(
+            ids, said, probabilities(logits, is_multi_label), *texts.values(), strict=True
+        )
+    )
+    return to_tsv(("index", "prediction", *names, *texts), rows)
+
+
+def probabilities(logits: np.ndarray, is_multi_label: bool = False) -> np.ndarray:
+    """The probability of each class, or of each of several labels, (rows, num_labels), from logits of this shape."""
     import scipy.special  # the help of the program needs none
 
-    rows = (
-        (index, names[int(np.argmax(row))], *(f"{p:.4f}" for p in row))
-        for index, row in zip(ids, scipy.special.softmax(logits, axis=1), strict=True)
-    )
-    return to_tsv(("index", "prediction", *names), rows)
+    return scipy.special.expit(logits) if is_multi_label else scipy.special.softmax(logits, axis=1)
 
 
 def to_tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -190,16 +228,28 @@ def true_labels(split: readers.Split) -> np.ndarray:
 
 
 def decide(logits: np.ndarray, task: tasks.Task) -> np.ndarray:
-    """Predicted scores (rows,) for regression, else class indices (rows,), from logits (rows, num_labels)."""
+    """Predicted scores (rows,) for regression, else class indices (rows,), from logits (rows, num_labels).
+
+    With several labels to a text, 1 for those whose probability is above one half, else 0, (rows, num_labels).
+    """
+    if task.is_multi_label:
+        return (logits > 0).astype(np.int32)
     return logits[:, 0] if task.is_regression else np.argmax(logits, axis=1)
+
+
+def constant_answer(labels: np.ndarray, task: tasks.Task) -> np.ndarray:
+    """The answer of a model that knows the labels alone, () or (labels,): see `Predictor.evaluate_majority`."""
+    if task.is_multi_label:
+        return (labels.mean(axis=0) > 0.5).astype(np.int32)
+    return np.asarray(labels.mean() if task.is_regression else np.bincount(labels).argmax())
 
 
 def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Converts predictions of a three-class inference model to the classes of a set that may have two.
 
-    The model's answer is the largest of its three probabilities; neutral and contradiction are then both
-    not_entailment where the set has that class. (The probabilities of the two are not added: an entailment of 0.4
-    stays one beside 0.3 and 0.3. This is the paper's rule, DPS, arXiv 2211.01642.)
+    The model predicts the class with the largest of its three probabilities; neutral and contradiction then both become
+    not_entailment if the set has that class. The probabilities of these two are not added, so an entailment of 0.4 wins
+    over 0.3 and 0.3. This is the rule of the DPS paper (arXiv 2211.01642).
 
     Args:
       answers: class indices of the model, (rows,).
@@ -218,7 +268,7 @@ def fold(answers: np.ndarray, labels: Sequence[str], names: Sequence[str]) -> np
 
 
 def sequence_length(asked: int, model: models.SequenceClassifier) -> int:
-    """``--max_seq_length``, lowered with a warning to the number of positions of the model.
+    """``--max_seq_length``, reduced with a warning to the model's number of positions.
 
     Raises:
       InputError: if virtual tokens leave no room for a text.

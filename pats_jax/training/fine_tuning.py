@@ -1,4 +1,4 @@
-"""A training, built and checked before anything is written: its batches, its optimizer and its step."""
+"""Builds and checks a training before anything is written: its batches, its optimizer and its step."""
 
 import dataclasses
 import functools
@@ -25,23 +25,23 @@ class Evaluator(Protocol):
     """Scores parameters during training."""
 
     def evaluate(self, params: Any) -> dict[str, float]:
-        """Scores by name. May raise `Preempted`."""
+        """The scores by name. May raise `Preempted`."""
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
-        """Functions that compile what `evaluate` will run, for the shapes of parameters; another thread calls them."""
+        """Functions that compile the programs of `evaluate` for the shapes of parameters; another thread calls them."""
 
 
 class Source(Protocol):
-    """What is learnt from: the batches of a training, a pure function of its seed and the number of the step.
+    """The batches of a training: a pure function of its seed and the step number.
 
     Attributes:
-      examples: how many rows there are.
+      examples: the number of rows.
     """
 
     examples: int
 
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, Counts]]:
-        """Yields the batches from a step (counted from 0) on, as from `MeshRunner.put_ahead`, and their counts."""
+        """Yields the batches after ``first_step`` steps, as from `MeshRunner.put_ahead`, with their counts."""
 
     def one_of_each_shape(self, first_step: int, last_step: int) -> Iterator[train_state.Batch]:
         """Yields one batch of every shape of these steps (counted from 0), in order of first use."""
@@ -58,14 +58,14 @@ class Recipe(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the head, the order of rows, dropout and noise."""
+        """The seed of the head, the order of rows, dropout and noise."""
 
     @property
     def optimizer(self) -> OptimizerSettings: ...
 
     @property
     def methods(self) -> Sequence[Method]:
-        """What is added to it."""
+        """The methods that add to it."""
 
     @property
     def loop(self) -> LoopSettings: ...
@@ -83,15 +83,15 @@ class Training:
       source: its batches.
       runner: where it runs.
       rhythm: when to log, evaluate, save and stop.
-      metric: the score that picks the best evaluation.
-      evaluates: whether it is scored on the way.
+      metric: the score that selects the best evaluation.
+      evaluates: whether the model is scored during training.
       schedule: the learning rate by step.
-      num_parameters: of the model.
-      num_trained: of these, how many are trained.
+      num_parameters: the number of the model's parameters.
+      num_trained: the number of trained parameters.
       shapes: the shapes of `state`.
       step: the compiled step.
       create_state: makes the state before the first step.
-      measure: ``measure(params)``: sensitivity by tensor, before and after training; None: it is not asked for.
+      measure: ``measure(params)`` returns sensitivity by tensor, for before and after training; None if not requested.
     """
 
     settings: Recipe
@@ -115,7 +115,7 @@ class Training:
 
     @functools.cached_property
     def figures(self) -> runners.CompiledProgram:
-        """The learning rate of the last step, before which so many were made, and what the methods did in it."""
+        """A program for the learning rate of the last step, given the steps before it, and for the methods' figures."""
         chosen, peak = self.settings.methods, self.settings.optimizer.learning_rate
 
         def figures(opt_state, made):
@@ -126,15 +126,15 @@ class Training:
 
     @property
     def norms_in_step(self) -> bool:
-        """Whether the step measures the norms of parameters and update; elsewhere only logged steps do, apart."""
+        """Whether each step measures the norms of parameters and update; otherwise only logged steps do."""
         return self.runner.platform == "cpu"
 
     def one_of_each_shape(self, first_step: int) -> Iterator[train_state.Batch]:
-        """Yields one batch of every shape from a step (counted from 0) on, in order of first use."""
+        """Yields one batch of every shape after ``first_step`` steps, in order of first use."""
         return self.source.one_of_each_shape(first_step, self.rhythm.total_steps)
 
     def programs_for_later(self, evaluator: Evaluator) -> list[Callable[[], None]]:
-        """Compile the programs besides the step: of the logged figures, and of the evaluation."""
+        """Functions that compile the programs besides the step: for the logged figures, and for the evaluation."""
         shapes = self.runner.view(self.shapes.all_params)
         figures = functools.partial(self.figures.compile, self.shapes.opt_state, np.int32(0))
         return [figures, *(evaluator.programs(shapes) if self.evaluates else ())]
@@ -162,15 +162,15 @@ def make_training(
       settings: the settings.
       source: the batches.
       runner: where to run.
-      model: gives the state its ``apply_fn``.
-      params: where to start.
-      loss_fn: what to minimise.
-      trainable: a tree of bools like params, which are trained; None: all.
+      model: the model, for the state's ``apply_fn``.
+      params: the parameters to start from.
+      loss_fn: the loss to minimise.
+      trainable: a tree of bools like params, True at leaves to train; None: all.
       metric: see `Training`.
       evaluates: see `Training`.
-      total_steps: the length.
-      eval_steps: steps between evaluations, where the settings do not say.
-      accumulation_steps: micro-batches in a step.
+      total_steps: the number of steps.
+      eval_steps: the number of steps between evaluations, if the settings do not say.
+      accumulation_steps: the number of micro-batches per step.
       measure: see `Training`.
     """
     trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
@@ -213,7 +213,7 @@ def make_training(
 
 
 def make_rhythm(loop: LoopSettings, saving: SavingSettings, total_steps: int, eval_steps: int) -> Rhythm:
-    """The rhythm of a training of so many steps, evaluated every ``eval_steps`` where the settings do not say."""
+    """The rhythm of a training of ``total_steps`` steps, evaluated every ``eval_steps`` if the settings do not say."""
     return Rhythm(
         total_steps=total_steps,
         logging_steps=loop.logging_steps,
@@ -226,7 +226,7 @@ def make_rhythm(loop: LoopSettings, saving: SavingSettings, total_steps: int, ev
 
 
 def first_of_each(numbered: Iterator[tuple[Any, Callable[[], Any]]], kinds: int) -> Iterator[Any]:
-    """Makes the first item of each kind, of pairs of a kind and what makes an item, until all kinds have been met."""
+    """Yields the first item of each kind, from pairs of a kind and a function that makes an item."""
     met: set[Any] = set()
     for kind, make in numbered:
         if kind not in met:
@@ -239,7 +239,7 @@ def first_of_each(numbered: Iterator[tuple[Any, Callable[[], Any]]], kinds: int)
 def measure_concentration(
     measure: Callable[[Any], dict[str, np.ndarray]], start: Any, end: Any
 ) -> tuple[JsonObject, list[np.ndarray]]:
-    """How concentrated sensitivity is before and after training, for results.json, and all of its values in both."""
+    """How concentrated sensitivity is before and after training, for results.json, and its values in both."""
     before, after = measure(start), measure(end)
     everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
     found = {

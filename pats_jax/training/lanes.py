@@ -1,8 +1,9 @@
 """Lanes: many trainings as one program, side by side on a leading axis that `jax.vmap` maps over.
 
 The lanes of a set share model, data and method. They differ in seed, in the numbers `LANE_NUMBERS` and in how noise
-depends on sensitivity. A lane has its own head, order of rows, dropout and noise, and gives what its run gives alone;
-frozen parameters are shared. Batches have the same shapes for all seeds, see `pats_jax.data.batches.epoch_plan`.
+depends on sensitivity. Each lane has its own head, order of rows, dropout and noise, and gives the same result as its
+run alone; frozen parameters are shared. Batches have the same shapes for all seeds, see
+`pats_jax.data.batches.epoch_plan`.
 """
 
 import concurrent.futures
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pats_jax import methods, objectives, random, train_state, transforms, trees
 from pats_jax.core.settings import Flat
@@ -24,26 +26,15 @@ from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.models.layout import layer_axis
-from pats_jax.training.settings import LoopSettings
+from pats_jax.training.settings import LANE_NUMBERS, OF_A_LANE, LoopSettings
 
-# The settings that are arrays in the step: each lane may have its own.
-LANE_NUMBERS = (
-    "learning_rate",
-    "weight_decay",
-    "noise_scale",
-    "decay",
-    "r3f_lambda",
-    "r_drop_alpha",
-    "smart_alpha",
-    "lnsr_lambda",
-)
-_OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+LANE = "lane"  # the axis of a mesh that lanes are dealt out to
 
 Arrays = dict[str, Any]
 
 
 class LaneSettings(Protocol):
-    """The settings of a lane's run; a program's own have them, among others."""
+    """The settings of a lane's run; a program's settings have them, among others."""
 
     @property
     def seed(self) -> Any: ...
@@ -61,15 +52,15 @@ class LaneSettings(Protocol):
         """Every setting by its flag."""
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with others, by their flags."""
+        """A copy with changed settings, by their flags."""
 
 
 class LaneState(NamedTuple):
     """The states of all lanes; every leaf has an axis of lanes, see `lane_axes`.
 
     Attributes:
-      step: (lanes,) int32, steps made, skipped ones included.
-      skipped: (lanes,) int32, steps that were skipped because loss or gradient was not finite.
+      step: steps made, skipped ones included, (lanes,) int32.
+      skipped: steps that were skipped because loss or gradient was not finite, (lanes,) int32.
       params: the trained parameters.
       opt_state: the state of the optimizer.
     """
@@ -81,11 +72,16 @@ class LaneState(NamedTuple):
 
 
 def lane_axes(tree: Any) -> Any:
-    """Where each leaf of a state of lanes has them: 1 for stacked layers, whose first axis is that of layers, else 0.
+    """The axis of lanes of each leaf of a state: 1 for stacked layers, whose first axis is that of layers, else 0.
 
-    So `jax.lax.scan` takes layer after layer without a copy.
+    `jax.lax.scan` can then take one layer after another without a copy.
     """
     return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
+
+
+def with_own(params: Any, own: Any) -> Any:
+    """Parameters with some of them, a part of the tree, in the place of theirs."""
+    return unflatten_dict(flatten_dict(params) | flatten_dict(own))
 
 
 def lane_of(tree: Any, lane: int) -> Any:
@@ -94,20 +90,20 @@ def lane_of(tree: Any, lane: int) -> Any:
 
 
 def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
-    """What the lanes differ in, as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
+    """The settings of each lane as arrays (lanes, ...): `LANE_NUMBERS` float32, ``response`` int32, ``words`` of keys.
 
     Args:
       runs: the settings of each lane.
 
     Raises:
-      InputError: naming a setting that differs and must not.
+      InputError: if a setting differs that must not; the message names it.
     """
     flat = [run.flat() for run in runs]
     for other in flat[1:]:
         differing = [
             name
             for name in dict.fromkeys([*flat[0], *other])
-            if name not in _OF_A_LANE and other.get(name) != flat[0].get(name)
+            if name not in OF_A_LANE and other.get(name) != flat[0].get(name)
         ]
         if differing:
             raise InputError(f"lanes cannot differ in {', '.join(differing)}; train such runs one after the other")
@@ -119,14 +115,14 @@ def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
 
 
 def rate_table(settings: OptimizerSettings, total_steps: int, capacity: int | None = None) -> np.ndarray:
-    """The schedule of a run with peak 1: the factor of the learning rate by step, float32 (capacity,), 0 after the end.
+    """The schedule of a run: the factor of the peak learning rate by step, float32 (capacity,), 0 after the end.
 
-    As a table it is data, so trainings of different lengths can share a program.
+    As a table, the schedule is data, so trainings of different lengths can share a program.
 
     Args:
-      settings: their ``warmup_ratio`` counts.
+      settings: the settings of the optimizer, of which ``warmup_ratio`` is used.
       total_steps: number of optimizer steps.
-      capacity: length of the table, at least total_steps; None: total_steps.
+      capacity: length of the table, at least total_steps; None means total_steps.
     """
     schedule = methods.learning_rate_schedule(dataclasses.replace(settings, learning_rate=1.0), total_steps)
     table = np.zeros(total_steps if capacity is None else capacity, np.float32)
@@ -140,10 +136,14 @@ class LaneProgram:
 
     Attributes:
       apply_fn: the model's apply function.
-      settings: what the lanes share.
+      settings: the settings that the lanes share.
       total_steps: number of optimizer steps, for methods that work in stages.
-      responses: the names of the responses that lanes may have; all of them are computed, one is taken.
+      responses: the names of the responses that lanes may have; all are computed, and each lane uses one.
       regression: whether labels are scores.
+      accumulation_steps: micro-batches in a step.
+      norms: whether the step measures the norms of parameters and update, see `make_train_step`.
+      trainable: a tree of bools like the parameters, which are trained; None: what the methods say.
+      mesh: devices that the lanes are dealt out to, with the one axis `LANE`, which divides their number; None: one.
     """
 
     apply_fn: Callable
@@ -151,19 +151,23 @@ class LaneProgram:
     total_steps: int
     responses: tuple[str, ...] = ("linear",)
     regression: bool = False
+    accumulation_steps: int = 1
+    norms: bool = False
+    trainable: Any = None
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
         """``init(params, own, lanes, rates) -> LaneState``, jitted.
 
-        ``params`` are those that all lanes share, ``own`` a part of that tree with a leading axis of lanes that takes
-        their place (the heads), ``lanes`` from `lane_arrays`, ``rates`` from `rate_table`.
+        ``params`` are the parameters that all lanes share; ``own`` is a part of that tree (the heads), with a leading
+        axis of lanes, that replaces theirs; ``lanes`` come from `lane_arrays`, ``rates`` from `rate_table`.
         """
 
         def init(params, own, lanes, rates):
             first = jax.tree.map(lambda x: x[0], (own, lanes))
             axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
-            return jax.vmap(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+            return self._mapped(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
 
         return jax.jit(init)
 
@@ -177,7 +181,7 @@ class LaneProgram:
 
         def step(state, lanes, frozen, rates, batch):
             axes = lane_axes(state)
-            mapped = jax.vmap(self._step, (axes, 0, None, None, 0), (axes, 0))
+            mapped = self._mapped(self._step, (axes, 0, None, None, 0), (axes, 0))
             return mapped(state, lanes, frozen, rates, batch)
 
         return jax.jit(step, donate_argnums=0)
@@ -188,19 +192,84 @@ class LaneProgram:
         alone = train_state.make_predict_step(self.apply_fn)
 
         def predict(params, frozen, batch):
-            of_lane = jax.vmap(lambda own: alone(trees.combine(own, frozen), batch), (lane_axes(params),))
-            return of_lane(params)
+            def of_lane(own, frozen, batch):
+                return alone(trees.combine(own, frozen), batch)
+
+            return self._mapped(of_lane, (lane_axes(params), None, None), 0)(params, frozen, batch)
 
         return jax.jit(predict)
 
+    @functools.cached_property
+    def figures(self) -> Callable[[LaneState, Arrays, Any], dict[str, jax.Array]]:
+        """``figures(state, lanes, rates)``, jitted: the learning rate of the last step, and what the methods did in it.
+
+        By name, (lanes,).
+        """
+
+        def of_lane(state, lane, rates):
+            optimizer, chosen = (settings := self._settings(lane)).optimizer, settings.methods
+
+            def schedule(count):
+                return optimizer.learning_rate * rates[count]
+
+            rate = schedule(jnp.maximum(state.step - state.skipped - 1, 0))
+            did = methods.statistics(chosen, schedule, optimizer.learning_rate, state.opt_state)
+            return {"learning_rate": rate, **did}
+
+        return jax.jit(
+            lambda state, lanes, rates: self._mapped(of_lane, (lane_axes(state), 0, None), 0)(state, lanes, rates)
+        )
+
+    @functools.cached_property
+    def choose(self) -> Callable[[jax.Array, Any, Any], Any]:
+        """``choose(which, params, others)``, jitted: params of the lanes in which, bool (lanes,), of the rest others.
+
+        The others are donated.
+        """
+
+        def choose(which, params, others):
+            axes = lane_axes(params)
+            one = self._mapped(
+                lambda own, *both: jax.tree.map(lambda a, b: jnp.where(own, a, b), *both), (0, axes, axes), axes
+            )
+            return one(which, params, others)
+
+        return jax.jit(choose, donate_argnums=2)
+
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trained and frozen parameters; the latter is None if all are trained."""
-        trainable = methods.trainable_mask(self.settings.methods, params)
+        trainable = self.trainable
+        if trainable is None:
+            trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
+
+    def shapes(self, tree: Any, axes: Any = None) -> Any:
+        """A tree of arrays, of lanes along these axes (see `jax.vmap`), as shapes that say where each lies."""
+        return self._each(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, axes)
+
+    def place(self, tree: Any, axes: Any = None) -> Any:
+        """Puts a tree of arrays, of lanes along these axes, on the devices."""
+        return self._each(jax.device_put, tree, axes)
+
+    def _each(self, function, tree, axes):
+        if isinstance(axes, int | None):
+            return jax.tree.map(lambda x: function(x, self._sharding(axes)), tree)
+        return jax.tree.map(lambda x, axis: function(x, self._sharding(axis)), tree, axes)
+
+    def _sharding(self, axis):
+        return None if self.mesh is None else NamedSharding(self.mesh, _spec(axis))
+
+    def _mapped(self, function, in_axes, out_axes):
+        """`jax.vmap` over the lanes, each device its own ones."""
+        mapped = jax.vmap(function, in_axes, out_axes)
+        if self.mesh is None:
+            return mapped
+        in_specs, out_specs = (jax.tree.map(_spec, axes, is_leaf=lambda x: x is None) for axes in (in_axes, out_axes))
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _init(self, params, own, lane, rates):
         settings = self._settings(lane)
-        params = unflatten_dict(flatten_dict(params) | flatten_dict(own))
+        params = with_own(params, own)
         params, _ = self.split(methods.starting_params(settings.methods, params, settings.seed))
         params = jax.tree.map(jnp.asarray, params)
         zero = jnp.zeros([], jnp.int32)
@@ -210,6 +279,8 @@ class LaneProgram:
         settings = self._settings(lane)
         # Weights that are not numbers make a loss that is none: the step is skipped.
         frozen_lane = state.skipped > settings.loop.max_nonfinite_steps
+        if "ended" in lane:
+            frozen_lane |= lane["ended"]
         batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
         loss_fn = objectives.with_objectives(
             self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
@@ -223,12 +294,14 @@ class LaneProgram:
             stored_key=random.StoredKey(lane["words"], random.NAME),
             frozen=frozen,
         )
-        alone, metrics = train_state.make_train_step(loss_fn, skip_nonfinite=True, norms=False)(alone, batch)
+        alone, metrics = train_state.make_train_step(
+            loss_fn, accumulation_steps=self.accumulation_steps, skip_nonfinite=True, norms=self.norms
+        )(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics
 
     def _settings(self, lane):
-        """The settings of one lane: traced numbers, and a key for the seed."""
+        """The settings of one lane: traced numbers, and a key instead of the seed."""
         own: Flat = {name: lane[name] for name in LANE_NUMBERS if name in lane}
         own["seed"] = random.key_from_data(lane["words"], random.NAME)
         return self.settings.replace(**own)
@@ -246,13 +319,18 @@ class LaneProgram:
         )
 
     def _respond(self, number, r):
-        """w of one tensor by the lane's response."""
+        """The response w of one tensor, by the lane's own response."""
         names = list(transforms.RESPONSES)
         chosen, *others = self.responses
         w = transforms.RESPONSES[chosen](r)
         for name in others:
             w = jnp.where(number == names.index(name), transforms.RESPONSES[name](r), w)
         return w
+
+
+def _spec(axis):
+    """How an array with lanes along an axis, or without them, is dealt out to the devices."""
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, LANE)
 
 
 def lane_batches(
@@ -268,10 +346,10 @@ def lane_batches(
     Args:
       tokens: the tokenised rows.
       labels: int32 classes or float32 scores, (rows,).
-      batch_size: rows of a lane's batch.
+      batch_size: number of rows in a lane's batch.
       boundaries: bucket lengths.
-      seeds: of the lanes.
-      total_steps: how many batches.
+      seeds: the seeds of the lanes.
+      total_steps: number of batches.
 
     Yields:
       The padded length, and a batch whose arrays have a leading axis of lanes.
@@ -287,7 +365,7 @@ def lane_batches(
 
 
 def _fill(tokens, labels, rows_of_lanes, batch_size, length):
-    """`fill_batch` of every lane, all at once."""
+    """As `fill_batch`, for all lanes at once."""
     filler = batch_size - len(rows_of_lanes[0])
     filled = np.stack([np.concatenate([rows, np.full(filler, rows[0])]) for rows in rows_of_lanes])
     batch = batches.fill_batch(tokens, labels, filled.ravel(), filled.size, length)
@@ -297,45 +375,46 @@ def _fill(tokens, labels, rows_of_lanes, batch_size, length):
 
 
 class CompiledLanes:
-    """The programs of lanes, compiled in threads, one for each shape of batches.
+    """The programs of lanes, compiled in threads, one per batch shape.
 
-    Compiled once, they serve every set of as many lanes with the same sizes of model and table of rates.
+    The programs can be used for every set of lanes of the same number, with the same sizes of model and rate table.
 
     Attributes:
-      program: what is compiled.
-      lanes: how many.
-      state: a `LaneState` of shapes.
+      program: the programs to compile.
+      lanes: the number of lanes.
+      state: the shapes of a `LaneState`.
     """
 
     def __init__(self, program: LaneProgram, params: Any, own: Any, lanes: Arrays, rates: np.ndarray):
-        """Begins with the initialisation.
+        """Starts to compile the initialisation.
 
         Args:
-          program: what to compile.
+          program: the programs to compile.
           params: the shared parameters, or their shapes.
-          own: parameters of the lanes' own, as for `LaneProgram.init`.
+          own: the lanes' own parameters, as for `LaneProgram.init`.
           lanes: from `lane_arrays`.
           rates: from `rate_table`.
         """
         self.program, self.lanes = program, len(lanes["words"])
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
-        self._params, self._own = _shapes(params), _shapes(own)
-        self._arguments = _shapes(lanes), _shapes(rates)
-        self.state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
-        self._frozen = _shapes(program.split(self._params)[1])
+        self._params, self._own = program.shapes(params), program.shapes(own, 0)
+        self._arguments = program.shapes(lanes, 0), program.shapes(rates)
+        state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
+        self.state: LaneState = program.shapes(state, lane_axes(state))
+        self._frozen = program.shapes(program.split(self._params)[1])
         self._programs: dict[tuple, concurrent.futures.Future] = {}
         self.begin(("init",), program.init, self._params, self._own, *self._arguments)
 
     def expect_step(self, batch: Arrays) -> None:
-        """Begins to compile the step for batches of that shape, (lanes, rows, length), unless it has been."""
+        """Starts to compile the step for batches of that shape, (lanes, rows, length), unless already done."""
         lanes, rates = self._arguments
         key = ("step", *batch["input_ids"].shape)
-        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, _shapes(batch))
+        self.begin(key, self.program.step, self.state, lanes, self._frozen, rates, self.program.shapes(batch, 0))
 
     def expect_predict(self, batch: Arrays) -> None:
-        """Begins to compile the prediction for batches of that shape, (rows, length), unless it has been."""
+        """Starts to compile the prediction for batches of that shape, (rows, length), unless already done."""
         key = ("predict", *batch["input_ids"].shape)
-        self.begin(key, self.program.predict, self.state.params, self._frozen, _shapes(batch))
+        self.begin(key, self.program.predict, self.state.params, self._frozen, self.program.shapes(batch))
 
     def init(self, *arguments: Any) -> LaneState:
         """`LaneProgram.init`."""
@@ -351,19 +430,44 @@ class CompiledLanes:
         self.expect_predict(batch)
         return self.call(("predict", *batch["input_ids"].shape), params, frozen, batch)
 
+    def expect_figures(self) -> None:
+        """Begins to compile `figures`, unless it has been."""
+        self.begin(("figures",), self.program.figures, self.state, *self._arguments)
+
+    def figures(self, state: LaneState, lanes: Arrays, rates: Any) -> dict[str, jax.Array]:
+        """`LaneProgram.figures`; waits for its program."""
+        self.expect_figures()
+        return self.call(("figures",), state, lanes, rates)
+
+    def bytes_of_step(self, batch: Arrays) -> int:
+        """The memory of one device that the step for batches of that shape takes, by XLA's own figures."""
+        self.expect_step(batch)
+        found = self._programs[("step", *batch["input_ids"].shape)].result().memory_analysis()
+        parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+        return sum(parts) - found.alias_size_in_bytes
+
     def call(self, key: tuple, *arguments: Any) -> Any:
-        """Calls what was begun under a key; waits for its program."""
+        """Calls the program of a key; waits until it is compiled."""
         return self._programs[key].result()(*arguments)
 
     def begin(self, key: tuple, function: Any, *arguments: Any) -> None:
-        """Begins to compile a jitted function for arguments or their shapes, unless it has been under this key."""
+        """Starts to compile a jitted function under a key, for arguments or their shapes, unless already done."""
         if key not in self._programs:
             self._programs[key] = self._pool.submit(lambda: function.lower(*arguments).compile())
 
 
-def _shapes(tree):
-    """A tree of arrays as shapes and dtypes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def fitting_lanes(most: int, needed: Callable[[int], int], limit: float) -> int:
+    """The largest number of lanes, at least 1, that is found to fit into memory.
+
+    Args:
+      most: of interest.
+      needed: the bytes that so many lanes take; each call may compile a program.
+      limit: bytes that there are.
+    """
+    number = most
+    while number > 1 and (bytes_needed := needed(number)) > limit:
+        number = max(1, min(number - 1, int(number * limit / bytes_needed)))
+    return number
 
 
 @dataclasses.dataclass
@@ -371,10 +475,10 @@ class TrainedLanes:
     """The result of `fit`.
 
     Attributes:
-      state: after the last step.
-      metrics: by name, (steps, lanes).
-      logits: of the evaluation rows, (lanes, rows, num_labels), by the number of steps made.
-      diverged: (lanes,) bool, lanes that were frozen because loss or gradient was not finite too often.
+      state: the state after the last step.
+      metrics: name -> values, (steps, lanes).
+      logits: number of steps made -> logits of the evaluation rows, (lanes, rows, num_labels).
+      diverged: whether a lane was frozen because loss or gradient was not finite too often, (lanes,) bool.
     """
 
     state: LaneState
@@ -397,13 +501,13 @@ def fit(
 
     Args:
       compiled: the programs.
-      state: where to start; it is given away.
+      state: the state to start from; it is donated.
       lanes: from `lane_arrays`.
       frozen: parameters that are not trained, or None.
       rates: from `rate_table`.
       data: from `lane_batches`.
       evaluation: from `pats_jax.data.batches.eval_batches`.
-      eval_steps: steps between evaluations.
+      eval_steps: number of steps between evaluations.
     """
     lanes, frozen, rates = jax.device_put((lanes, frozen, rates))
     evaluation = [(rows, jax.device_put(batch)) for rows, batch in evaluation]
@@ -412,7 +516,7 @@ def fit(
 
     def evaluate():
         parts = [(rows, compiled.predict(state.params, frozen, batch)) for rows, batch in evaluation]
-        logits[len(pending)] = _in_order(jax.device_get(parts))
+        logits[len(pending)] = in_order(jax.device_get(parts))
 
     with prefetch(jax.device_put(batch) for _, batch in data) as ready:
         for batch in ready:
@@ -428,7 +532,8 @@ def fit(
     return TrainedLanes(state, stacked, logits, diverged)
 
 
-def _in_order(parts):
+def in_order(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Logits (lanes, rows, num_labels) in the order of the rows, from batches of row numbers and logits."""
     order = np.concatenate([rows for rows, _ in parts])
     logits = np.concatenate([part[:, : len(rows)] for rows, part in parts], axis=1)
     result = np.empty_like(logits)

@@ -1,6 +1,6 @@
 """The loop: steps, logging that does not stall the device, evaluation, checkpoints, early stopping.
 
-Nothing in it knows of tasks or texts: what a step is, what is measured and where lines go is handed in.
+The loop knows nothing of tasks or texts: the step, the measurements and the destination of lines are arguments.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class Rhythm:
       total_steps: length of the training.
       logging_steps: steps between logged lines.
       eval_steps: steps between evaluations.
-      save_steps: steps between checkpoints, and after the last step of a run longer than that; 0: none, but when the
-        run is asked to end.
+      save_steps: steps between checkpoints; a longer run also saves after its last step. With 0, only a run that is
+        asked to stop saves.
       save_best: whether to save after every evaluation that is the best so far.
       patience: stop after this many evaluations without a better score; None: never before the last step.
-      max_nonfinite_steps: how many steps with a non-finite loss or gradient to skip; one more is an error.
+      max_nonfinite_steps: number of steps with a non-finite loss or gradient to skip; one more is an error.
     """
 
     total_steps: int
@@ -47,7 +47,7 @@ class Rhythm:
 
     @property
     def evaluations(self) -> int:
-        """How often the model is evaluated, unless training stops early."""
+        """The number of evaluations, unless training stops early."""
         return -(-self.total_steps // self.eval_steps)
 
     def logs_at(self, step: int) -> bool:
@@ -59,13 +59,13 @@ class Rhythm:
         return step % self.eval_steps == 0 or step == self.total_steps
 
     def saves_at(self, step: int, ended: bool) -> bool:
-        """Whether a checkpoint is saved after this step (counted from 1), at which training may end."""
+        """Whether a checkpoint is saved after this step (counted from 1), with which training may have ended."""
         return self.save_steps > 0 and (step % self.save_steps == 0 or (ended and step > self.save_steps))
 
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a run: all that its future depends on, besides the `TrainState`.
+    """The progress of a run: everything that its future depends on, besides the `TrainState`.
 
     Attributes:
       step: optimizer steps made.
@@ -98,7 +98,7 @@ class Hooks:
     """Callbacks of the loop; each does nothing unless a subclass overrides it.
 
     Attributes:
-      metric: the score that picks the best evaluation.
+      metric: the score that selects the best evaluation.
       evaluates: whether anything is evaluated.
     """
 
@@ -106,7 +106,7 @@ class Hooks:
     evaluates: bool = False
 
     def before_step(self, step: int, state: TrainState) -> None:
-        """Called before a step (counted from 1), which takes the state's buffers."""
+        """Called before a step (counted from 1), which invalidates the state's buffers."""
 
     def on_step(self, step: int, state: TrainState) -> None:
         """Called when a step is dispatched; the device may still be running it."""
@@ -138,24 +138,24 @@ def fit(
 ) -> tuple[TrainState, Progress]:
     """Trains up to ``rhythm.total_steps`` steps, or until early stopping.
 
-    The device runs ahead of Python: metrics are fetched at logging steps and checkpoints only.
+    The device runs asynchronously: metrics are fetched only at logging steps and checkpoints.
 
     Args:
-      state: where to start; its buffers are given away if train_step donates them.
+      state: the state to start from; train_step may donate its buffers.
       train_step: a compiled step.
-      batches: from the step after ``progress.step`` on, pairs of a batch and its counts: ``examples`` and ``tokens``
-        that are real, and ``computed_tokens``.
+      batches: pairs of a batch and its counts, starting after ``progress.step``; the counts are real ``examples`` and
+        ``tokens``, and ``computed_tokens``.
       rhythm: when to log, evaluate and save.
       hooks: what to do then.
       progress: the progress of a resumed run; changed in place.
-      preemption: tells that the run is asked to end.
+      preemption: says whether the run is asked to stop.
 
     Returns:
       The state and the progress after the last step.
 
     Raises:
       InputError: if more steps than allowed were not finite.
-      Preempted: if the run was asked to end; it has been saved then.
+      Preempted: if the run was asked to stop; it has been saved.
     """
     loop = _Loop(state, rhythm, hooks, Progress() if progress is None else progress)
     while True:
@@ -176,13 +176,13 @@ class _Loop:
 
     def __init__(self, state, rhythm, hooks, progress):
         self.state, self.progress = state, progress
-        self._rhythm, self._hooks, self._clock = rhythm, hooks, _Clock()
+        self._rhythm, self._hooks, self._clock = rhythm, hooks, Clock()
         self._fetched = list(progress.pending)  # of the steps since the last line, those that are on the host ...
         self._pending: list[Record] = []  # ... and those that may still be on the device
         self._saved_at = progress.step
 
     def step(self, train_step, batches):
-        """Makes a step, and logs if a line is due."""
+        """Makes a step, and logs a line if one is due."""
         with self._clock.waiting_for_data():
             batch, counts = next(batches)
         self._hooks.before_step(self.progress.step + 1, self.state)
@@ -197,7 +197,7 @@ class _Loop:
     def evaluate(self):
         """Evaluates after the last step, if that is due and not done."""
         step, progress = self.progress.step, self.progress
-        if not (self._hooks.evaluates and step and self._rhythm.evaluates_at(step)) or _was_evaluated(progress):
+        if not (self._hooks.evaluates and step and self._rhythm.evaluates_at(step)) or was_evaluated(progress):
             return
         self._fetch()  # so that the pause is that of the evaluation alone
         with self._clock.paused():
@@ -206,9 +206,9 @@ class _Loop:
         self._hooks.on_record(progress.records[-1])
 
     def has_ended(self):
-        """Whether the last step was the last one; logs what is left then, and saves if that is due."""
+        """Whether training has ended; if so, logs what is left, and saves if that is due."""
         progress, rhythm, metric = self.progress, self._rhythm, self._hooks.metric
-        ended = progress.step >= rhythm.total_steps or _is_out_of_patience(progress, rhythm, metric)
+        ended = progress.step >= rhythm.total_steps or is_out_of_patience(progress, rhythm, metric)
         if ended and (self._fetched or self._pending):
             self._log()
         if _is_to_be_saved(progress, rhythm, metric, ended):
@@ -226,9 +226,9 @@ class _Loop:
     def _log(self):
         progress = self.progress
         self._fetch()
-        record = _summarise(self._fetched, progress)
+        record = summarise(self._fetched, progress)
         if progress.skipped_steps > self._rhythm.max_nonfinite_steps:
-            raise InputError(_divergence(progress, self.state))
+            raise InputError(divergence(progress, self.state.params))
         record |= self._hooks.describe(progress, self.state) | {"timing": self._clock.lap()}
         progress.records.append(record)
         progress.pending = []
@@ -245,13 +245,13 @@ def predict_logits(
     """Logits of all rows, in order.
 
     Args:
-      predict_step: a compiled step that gives logits (batch, num_labels).
+      predict_step: a compiled step that returns logits (batch, num_labels).
       params: the model's parameters.
-      batches: pairs of row numbers (n,) and a batch whose first n rows are theirs; the rest is filler.
-      rows: number of rows in all.
+      batches: pairs of row numbers, (n,), and a batch whose first n rows are these; the rest is filler.
+      rows: total number of rows.
 
     Returns:
-      (rows, num_labels) float32.
+      The logits, (rows, num_labels) float32.
     """
     parts = [(index, predict_step(params, batch)) for index, batch in batches]
     order = np.concatenate([index for index, _ in parts])
@@ -261,7 +261,7 @@ def predict_logits(
     return result
 
 
-class _Clock:
+class Clock:
     """Counts seconds, seconds of waiting for data, examples and tokens since the last record, without evaluations."""
 
     def __init__(self):
@@ -270,28 +270,36 @@ class _Clock:
     def _restart(self):
         self._started, self._waited, self._examples, self._tokens = time.perf_counter(), 0.0, 0.0, 0.0
 
-    def count(self, counts):
+    def count(self, counts: dict[str, float]) -> None:
+        """Counts a step's examples and tokens."""
         self._examples += counts["examples"]
         self._tokens += counts["tokens"]
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
+        """The time of what is done meanwhile does not count."""
         since = time.perf_counter()
         yield
         self._started += time.perf_counter() - since
 
     @contextlib.contextmanager
-    def waiting_for_data(self):
+    def waiting_for_data(self) -> Iterator[None]:
+        """The time of what is done meanwhile counts as waiting, too."""
         since = time.perf_counter()
         yield
         self._waited += time.perf_counter() - since
 
-    def lap(self):
+    def lap(self) -> dict[str, float]:
+        """As `read`; then counts from 0."""
+        found = self.read()
+        self._restart()
+        return found
+
+    def read(self) -> dict[str, float]:
+        """What a record's ``timing`` holds."""
         seconds = time.perf_counter() - self._started
         rates = {"examples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
-        waited = self._waited
-        self._restart()
-        return {"seconds": seconds, "data_wait_seconds": waited, **rates}
+        return {"seconds": seconds, "data_wait_seconds": self._waited, **rates}
 
 
 def _fetch(fetched, pending):
@@ -300,8 +308,8 @@ def _fetch(fetched, pending):
     pending.clear()
 
 
-def _summarise(steps, progress):
-    """One record: means over the steps that were not skipped, share of padding, number of skipped steps."""
+def summarise(steps: list[dict[str, float]], progress: Progress) -> Record:
+    """Makes a record: means over the steps that were not skipped, share of padding, number of skipped steps."""
     kept = [step for step in steps if not _was_skipped(step)]
     names = [name for name in steps[0] if name not in ("skipped", "examples", "tokens", "computed_tokens")]
     means = {name: float(np.mean([step[name] for step in kept])) for name in names} if kept else {}
@@ -315,10 +323,10 @@ def _was_skipped(step):
     return step["skipped"] == 1 if "skipped" in step else not math.isfinite(step["loss"])
 
 
-def _divergence(progress, state):
-    """The message when training has diverged."""
+def divergence(progress: Progress, params: Any) -> str:
+    """The message when training has diverged, with the parameters that it has come to."""
     sizes: list[tuple[str, jax.Array]] = []
-    for path, p in jax.tree_util.tree_leaves_with_path(state.params):
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
         names = separate_names(path, p)
         within = None if len(names) == 1 else tuple(range(1, p.ndim))
         sizes += zip(names, jnp.atleast_1d(jnp.max(jnp.abs(p), axis=within, initial=0.0)), strict=True)
@@ -330,7 +338,8 @@ def _divergence(progress, state):
     )
 
 
-def _was_evaluated(progress):
+def was_evaluated(progress: Progress) -> bool:
+    """Whether there is an evaluation after the last step."""
     return any(record["step"] == progress.step for record in progress.evaluations)
 
 
@@ -340,5 +349,6 @@ def _is_to_be_saved(progress, rhythm, metric, ended):
     return is_best or rhythm.saves_at(progress.step, ended)
 
 
-def _is_out_of_patience(progress, rhythm, metric):
+def is_out_of_patience(progress: Progress, rhythm: Rhythm, metric: str) -> bool:
+    """Whether training stops because there was no better score for long enough."""
     return rhythm.patience is not None and progress.evaluations_without_gain(metric) >= rhythm.patience

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C: handled between steps, so that a run is saved before it stops.
 
-While a run reads its data and loads its model there is nothing to save, and a signal ends it at once, as any program.
+While a run reads its data and loads its model there is nothing to save, so a signal ends it immediately.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ class Preemption:
     """Whether this run was asked to stop.
 
     Attributes:
-      signal_number: the signal that has come, or None.
-      begin: to be called when there is something to save: from then on signals are noted. Asking does it, too.
+      signal_number: the signal received, or None.
+      begin: a function to call as soon as there is something to save; after it, or after the first question, signals
+        are noted.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Preemption:
         return jax.process_count() == 1 and self.signal_number is not None
 
     def check(self) -> None:
-        """Raises `Preempted` if this process has received a signal; only where no other process waits for it."""
+        """Raises `Preempted` if this process has received a signal; for use where no other process waits for it."""
         self.begin()
         if jax.process_count() == 1 and self.signal_number is not None:
             raise Preempted("interrupted", self.signal_number)
@@ -43,10 +44,10 @@ class Preemption:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Preemption]:
-    """Notes SIGTERM and Ctrl-C instead of stopping, from ``begin`` on; a second signal has its usual effect.
+    """Notes SIGTERM and Ctrl-C instead of stopping, once ``begin`` is called; a second signal has its usual effect.
 
-    With many processes the signals are left alone: JAX's own preemption service takes SIGTERM and tells all of them.
-    Outside the main thread, where Python takes no signals, nothing is watched.
+    With several processes, signals are left to JAX's own preemption service, which receives SIGTERM and tells all
+    processes. Outside the main thread, where Python handles no signals, nothing is watched.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield Preemption()

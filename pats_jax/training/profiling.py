@@ -1,4 +1,4 @@
-"""Profiles a few training steps with JAX's profiler, for TensorBoard or Perfetto; the age of the process."""
+"""Profiles a few training steps with JAX's profiler, for TensorBoard or Perfetto; measures the age of the process."""
 
 import logging
 import os
@@ -21,9 +21,9 @@ class Profiler:
         """Chooses the steps.
 
         Args:
-          folder: where the trace goes.
-          first_step: steps made before this start.
-          total_steps: length of the training.
+          folder: where to write the trace.
+          first_step: number of steps made before this start.
+          total_steps: number of steps of the training.
         """
         self._folder, self._running, self._earlier = folder, False, set[pathlib.Path]()
         self._last = min(first_step + 2 * STEPS, total_steps)

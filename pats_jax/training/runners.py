@@ -1,8 +1,8 @@
 """Runners for the pure steps: jit over a device mesh (the default), pmap, and either of them over many processes.
 
-A step is the same function in all of them. The runner decides where the training state lives, how a batch is dealt
-out to the devices, and brings results back to the host. The mean over the global batch is the same however the batch
-is split, up to rounding.
+A step is the same function in all of them. The runner decides where the training state is, how a batch is distributed
+over the devices, and brings results back to the host. The mean over the global batch is the same however the batch is
+split, up to rounding.
 """
 
 import concurrent.futures
@@ -39,17 +39,17 @@ def initialize(
 ) -> None:
     """Connects to the other processes of this run, if any; call it before anything else uses a device.
 
-    With an address, that run; without one, the run that Slurm (`srun` with several tasks) or a TPU pod describes,
-    which JAX asks; else nothing. A second call does nothing.
+    With an address, it connects to that run; without one, to the run that Slurm (`srun` with several tasks) or a TPU
+    pod describes, if any. A second call does nothing.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
-      heartbeat_timeout_seconds: a process that has been silent for so long is taken for dead, and the others end.
+      num_processes: the number of processes.
+      process_id: the number of this process, at least 0.
+      heartbeat_timeout_seconds: a process that is silent for this many seconds is considered dead, and the others end.
 
     Raises:
-      InputError: if the address is given without the two numbers, or nobody answers at it.
+      InputError: if the address is given without the two numbers, or there is no answer from it.
     """
     described = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in described.items() if value is None]
@@ -91,20 +91,20 @@ def wait_for_all(name: str) -> None:
 
 
 def first_says(value: bool) -> bool:
-    """Gives every process the value of process 0; all must call it, and wait."""
+    """Gives every process the value of process 0; all processes must call it, and wait for each other."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def make_runner(
     kind: str = "jit", *, fsdp: int = 1, num_devices: int | None = None, devices: Sequence[jax.Device] | None = None
 ) -> "MeshRunner":
-    """The runner of a run.
+    """Makes the runner of a run.
 
     Args:
       kind: "jit" over a mesh, or "pmap".
-      fsdp: devices that one copy of parameters and optimizer state is spread over; 1: every device has its own.
+      fsdp: number of devices that share one copy of parameters and optimizer state; with 1, every device has its own.
       num_devices: use only the first ``num_devices`` devices; None: all of them.
-      devices: those to choose from; None: all devices of all processes.
+      devices: the devices to choose from; None: all devices of all processes.
 
     Raises:
       InputError: if fsdp does not divide the number of devices or is used with pmap, or there are too few devices.
@@ -126,17 +126,17 @@ def make_runner(
 
 
 def default_form(platform: str) -> tuple[Layout, int]:
-    """What ``--layers auto`` and no ``--unroll`` mean on a platform ("cpu", "gpu", "tpu").
+    """The defaults of ``--layers`` and ``--unroll`` on a platform ("cpu", "gpu" or "tpu").
 
-    Measured for BERT-base: on an H100 a step of the loop takes 1.8 times one without it (benchmarks/results/h100). On a
-    TPU, whose compiler takes longest, the loop.
+    Measured for BERT-base: on an H100 a step with the loop takes 1.8 times as long as without
+    (benchmarks/results/h100). TPUs, whose compiler is the slowest, use the loop.
     """
     forms: dict[str, tuple[Layout, int]] = {"cpu": ("separate", 1), "gpu": ("stacked", 0)}
     return forms.get(platform, ("stacked", 1))
 
 
 class CompiledProgram:
-    """A jitted function, called like a plain one, that another thread may compile before it is called."""
+    """A jitted function that another thread may compile before it is called."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class CompiledProgram:
         deal: Callable[..., tuple] = lambda *arguments: arguments,
         in_turn: Callable[[Any], Any] = lambda result: result,
     ):
-        """Wraps a function under `jax.jit`; for the rest see `CompiledStep`."""
+        """Wraps a function under `jax.jit`; the other arguments are as for `CompiledStep`."""
         self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
         self._lock = threading.Lock()
 
@@ -155,22 +155,22 @@ class CompiledProgram:
         return self._in_turn(result)
 
     def compile(self, *arguments: Any) -> None:
-        """Compiles it for such arguments, arrays or their shapes; computes nothing."""
+        """Compiles the function for such arguments, arrays or shapes; computes nothing."""
         abstract = jax.tree.map(_abstract, self._deal(*arguments))
         with self._lock:
             self._compiled.lower(*abstract).compile()
 
 
 class CompiledStep:
-    """A training step, called like a plain one, whose programs (one per batch shape) can be compiled ahead."""
+    """A training step whose programs, one per batch shape, can be compiled ahead."""
 
     def __init__(self, compiled: Any, deal: Callable[[TrainState, Batch], tuple], in_turn: Callable[[Any], Any]):
-        """Wraps the step that a runner has made.
+        """Wraps a runner's step.
 
         Args:
           compiled: the step under `jax.jit` or `jax.pmap`.
-          deal: what it is called with, from the state and this process's own rows of a batch.
-          in_turn: returns its result when the next program may begin.
+          deal: makes the step's arguments from the state and this process's own rows of a batch.
+          in_turn: returns the step's result when the next program may start.
         """
         self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
         self._announced: dict[tuple, Any] = {}  # by shapes: abstract arguments of programs that nobody has begun
@@ -196,11 +196,11 @@ class CompiledStep:
         return result
 
     def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        """The compiled program for arguments of such shapes, which a call then runs; computes nothing."""
+        """Compiles the program for arguments of such shapes, which later calls use; computes nothing."""
         return self._compile(jax.tree.map(_abstract, self._deal(state, batch)))
 
     def begin(self, state: TrainState, batch: Batch) -> None:
-        """Begins to compile the program of the first step in a thread; `compiling_ahead` must follow, and ends it.
+        """Starts to compile the program of the first step in a thread, which `compiling_ahead` must end.
 
         Args:
           state: the state's shapes, from `MeshRunner.state_shapes`.
@@ -216,12 +216,12 @@ class CompiledStep:
     ) -> Iterator[None]:
         """After the first step, compiles the other programs in a thread; a step waits for its own program if necessary.
 
-        Nothing is computed with them, and what is compiled is what the step would have compiled at its call.
+        Nothing is computed with them; they are the programs that the step would compile when called.
 
         Args:
           state: a state like the one that the step will get.
           batches: one batch of every shape, in the order in which they will be needed.
-          then: compile what else is needed later, after these.
+          then: functions that compile other programs needed later.
         """
         self._then = then
         for batch in batches:
@@ -268,9 +268,9 @@ def _abstract(x):
 class MeshRunner:
     """Runs steps by ``jax.jit`` over a mesh with the axes "data" and "fsdp".
 
-    Rows of a batch are split across both axes. Parameters and all that has their shape in the optimizer's state
-    are cut along their largest dimension that "fsdp" divides, biases and other vectors excepted; everything else is
-    the same on all devices. The layers of stacked ones are never dealt out. XLA puts in the communication.
+    The rows of a batch are split across both axes. Parameters, and arrays of the same shape in the optimizer's state,
+    are split along their largest dimension that "fsdp" divides; biases and other vectors, and everything else, are
+    replicated. The axis of stacked layers is never split. XLA inserts the communication.
 
     Attributes:
       mesh: all devices of the run, over all processes.
@@ -290,7 +290,7 @@ class MeshRunner:
 
     @property
     def platform(self) -> str:
-        """JAX's name for the kind of the devices: "cpu", "gpu" or "tpu"."""
+        """JAX's name for the kind of devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
@@ -312,7 +312,7 @@ class MeshRunner:
     def put(self, batch: Batch) -> Batch:
         """Puts a global batch on the devices, from this process's own rows, without communication.
 
-        What is on the devices already stays as it is.
+        Arrays that are already on the devices stay as they are.
         """
         return {
             name: x if isinstance(x, jax.Array) else jax.make_array_from_process_local_data(self.rows, x)
@@ -320,7 +320,7 @@ class MeshRunner:
         }
 
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Moves a batch for the training step as close to the devices as another thread can."""
+        """Moves a batch for the training step as close to the devices as is possible in another thread."""
         return self.put(batch)
 
     def place(self, tree: Any) -> Any:
@@ -328,7 +328,7 @@ class MeshRunner:
         return jax.tree.map(jax.device_put, tree, self.shardings_of(tree))
 
     def shardings_of(self, tree: Any) -> Any:
-        """The sharding of every leaf of parameters, or of a training state with such trees in it."""
+        """The sharding of every leaf of parameters, or of a training state that contains such trees."""
         return jax.tree_util.tree_map_with_path(lambda path, x: self.sharding_of(x, stacked=is_stacked(path)), tree)
 
     def sharding_of(self, leaf: Any, *, stacked: bool = False) -> NamedSharding:
@@ -336,7 +336,7 @@ class MeshRunner:
 
         Args:
           leaf: an array, or its shape.
-          stacked: whether its first axis is that of stacked layers, which is not cut.
+          stacked: whether its first axis is that of stacked layers, which is not split.
         """
         parts = self.mesh.shape[FSDP]
         layers = [0] if stacked else []
@@ -357,7 +357,7 @@ class MeshRunner:
         return jax.jit(create_state, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
 
     def state_shapes(self, create: Callable[..., TrainState], params: Any) -> TrainState:
-        """What `create_state` gives, as shapes with their shardings; computes nothing."""
+        """The result of `create_state`, as shapes with their shardings; computes nothing."""
         shapes = jax.eval_shape(lambda params: create(params=params), params)
         return jax.tree.map(_with_shape_of, shapes, self.shardings_of(shapes))
 
@@ -367,14 +367,14 @@ class MeshRunner:
         return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
 
     def jit_step(self, step: Step, state: TrainState) -> Any:
-        """The step as JAX compiles it for states like this one and what `batch_shapes` describes."""
+        """The step as JAX compiles it, for states like this one and batches from `batch_shapes`."""
         # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
         # the memory that cutting them saves. Only what comes out must lie where it lay.
         shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.replicated))
 
     def batch_shapes(self, batch: Batch) -> Batch:
-        """A global batch as the jitted step takes it, as shapes with their shardings; puts nothing on a device."""
+        """The shapes and shardings of a global batch for the jitted step; puts nothing on a device."""
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows) for name, x in batch.items()}
 
     def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> CompiledProgram:
@@ -385,14 +385,14 @@ class MeshRunner:
     def in_turn(self, result: Any) -> Any:
         """The result; with several CPU devices, waits until it is ready.
 
-        They share one pool of threads, in which the collectives of programs in flight can starve each other until XLA
-        gives up the process.
+        CPU devices share one thread pool, in which the collectives of concurrent programs can starve each other until
+        XLA aborts the process.
         """
         several_cpus = self.mesh.size > 1 and self.platform == "cpu"
         return jax.block_until_ready(result) if several_cpus else result
 
     def view(self, tree: Any) -> Any:
-        """The result of a step, as arrays of the whole mesh; of shapes, those of the arrays."""
+        """The result of a step, as arrays of the whole mesh, or their shapes."""
         return tree
 
     def to_host(self, tree: Any) -> Any:
@@ -403,7 +403,7 @@ class MeshRunner:
 class PmapRunner(MeshRunner):
     """Runs training steps by ``jax.pmap``: every device has all parameters and works on its own rows.
 
-    No array has a leading axis of devices but the batch: the state goes in and comes out by ``None``.
+    Only the batch has a leading axis of devices: ``in_axes`` and ``out_axes`` of the state are None.
     """
 
     @property

@@ -3,8 +3,22 @@
 import dataclasses
 from typing import ClassVar, Literal, Self
 
-from pats_jax.core.settings import POSITIVE, Group, Range, at_least, setting
+from pats_jax.core.settings import POSITIVE, PROBABILITY, Group, Range, at_least, setting
 from pats_jax.errors import InputError
+
+# The settings that are arrays in the step: each lane may have its own.
+LANE_NUMBERS = (
+    "learning_rate",
+    "weight_decay",
+    "noise_scale",
+    "decay",
+    "r3f_lambda",
+    "r_drop_alpha",
+    "smart_alpha",
+    "lnsr_lambda",
+)
+OF_A_LANE = {*LANE_NUMBERS, "seed", "response", "output_dir"}
+LANES_ON_CPU = 4  # where nobody says how many
 
 
 def counted(number: int, noun: str) -> str:
@@ -80,6 +94,18 @@ class LengthSettings(Group):
         at_least(0),
         chosen_by_run=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings(Group):
+    """The loss of classes."""
+
+    title: ClassVar[str] = "loss"
+
+    class_weights: Literal["balanced"] | None = setting(
+        None, "balanced: rows of class c count n / (k n_c), for n rows of k classes, n_c of them of c"
+    )
+    label_smoothing_factor: float = setting(0.0, "share of the loss that all classes have alike", PROBABILITY)
 
 
 @dataclasses.dataclass(frozen=True)

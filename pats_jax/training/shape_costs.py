@@ -1,16 +1,16 @@
-"""What one more batch shape costs, so that the number of length buckets can be chosen.
+"""The cost of one more batch shape, to choose the number of length buckets.
 
-XLA compiles a program for each shape. That takes seconds, which grow with the number of parameter tensors: a layer that
-is written out is compiled each time, stacked layers once. Padding takes seconds, too, which grow with the parameters
-that every token meets. A shape is worth its compilation if it saves more seconds of padding:
+XLA compiles a program for each shape. That takes seconds, which grow with the number of parameter tensors: separate
+layers are compiled one by one, stacked layers once. Padding takes seconds too, which grow with the number of parameters
+that every token is multiplied with. A shape is worth its compilation if it saves more seconds of padding:
 
     seconds of a compilation      = fixed + per_tensor * tensors
     seconds of a training token   = 6 * encoder parameters / flops_per_second
     cost of a shape in tokens     = the first / (the second * how often the data is gone through)
 
-The rates are rounded figures by platform, not measurements of the machine at hand, so that a run is the same on any
-machine of a platform. They only need to be right within a factor of two: on an accelerator a compilation is worth
-millions of tokens, on a CPU ten thousand.
+The rates are rounded figures by platform, not measurements of the current machine, so a run is the same on any machine
+of a platform. They only need to be right within a factor of two: on an accelerator a compilation is worth millions of
+tokens, on a CPU ten thousand.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What compiling and computing take on a platform.
+    """The cost of compiling and computing on a platform.
 
     Attributes:
-      fixed: seconds of a compilation whatever the model, tracing included.
-      per_tensor: further seconds for each parameter tensor.
-      flops_per_second: speed of a training step, in floating-point operations.
+      fixed: seconds of a compilation, for any model, tracing included.
+      per_tensor: additional seconds per parameter tensor.
+      flops_per_second: speed of a training step, in floating-point operations per second.
     """
 
     fixed: float
@@ -52,12 +52,12 @@ MOST_BUCKETS = 7
 
 
 def shape_cost(params: Any, platform: str, passes: float, *, training: bool) -> float:
-    """What one more batch shape costs, in tokens of one pass over the data; see `bucket_boundaries`.
+    """The cost of one more batch shape, in tokens of one pass over the data; see `bucket_boundaries`.
 
     Args:
       params: the model's parameters, or their shapes.
-      platform: "cpu", "gpu" or "tpu"; any other is taken for a gpu.
-      passes: how often the data is gone through.
+      platform: "cpu", "gpu" or "tpu"; any other counts as "gpu".
+      passes: the number of passes over the data.
       training: whether the program is a training step or a prediction.
     """
     rates, seconds = RATES.get(platform, RATES["gpu"]), compile_seconds(params, platform)
@@ -68,12 +68,12 @@ def shape_cost(params: Any, platform: str, passes: float, *, training: bool) -> 
 
 
 def compile_seconds(params: Any, platform: str) -> float:
-    """What the compilation of a training step takes, roughly; arguments as those of `shape_cost`."""
+    """A rough estimate of the seconds to compile a training step; the arguments are as for `shape_cost`."""
     rates = RATES.get(platform, RATES["gpu"])
     return rates.fixed + rates.per_tensor * len(jax.tree.leaves(params))
 
 
 def num_encoder_parameters(params: Any) -> int:
-    """Entries of the tensors that every token is multiplied with: all but embeddings, of which it takes a row each."""
+    """The number of parameters that every token is multiplied with: all but the embeddings."""
     sized = ((jax.tree_util.keystr(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
     return sum(size for name, size in sized if "embedding" not in name)

@@ -23,7 +23,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
     """The number of optimizer steps.
 
     Raises:
-      InputError: there are more than anybody could count in 32 bits.
+      InputError: if there are more steps than 32 bits can count.
     """
     if length.max_steps > 0:
         return length.max_steps
@@ -36,7 +36,7 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
 def bucket_boundaries(
     settings: BatchSettings, runner: runners.MeshRunner, params: Any, lengths: np.ndarray, rows: int
 ) -> list[int]:
-    """As many bucket lengths as are set; else as many as are worth their compilation when so many rows pass."""
+    """The bucket lengths: as many as are set, else as many as are worth compiling for ``rows`` rows."""
     if settings.length_buckets is not None:
         return batches.bucket_boundaries(lengths, settings.length_buckets)
     cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
@@ -44,10 +44,10 @@ def bucket_boundaries(
 
 
 class TableSource:
-    """The rows of a table in batches of a few lengths, an epoch after the other.
+    """The rows of a table in batches of a few lengths, one epoch after another.
 
     Attributes:
-      examples: how many rows there are.
+      examples: number of rows.
       boundaries: the lengths of batches.
       plan: (rows, length) of each step of the first epoch.
     """
@@ -61,24 +61,31 @@ class TableSource:
         boundaries: list[int],
         loss_without_dropout: train_state.LossFn,
         seed: int,
+        row_weights: np.ndarray | None = None,
     ):
         """Plans the first epoch.
 
         Args:
-          settings: the sizes of batches, filled in.
-          runner: where the batches go.
+          settings: the batch sizes, filled in.
+          runner: puts the batches on the devices.
           tokens: the texts.
           labels: their labels.
           boundaries: see `bucket_boundaries`.
-          loss_without_dropout: what sensitivity and Fisher information are measured with.
-          seed: of the order of rows.
+          loss_without_dropout: the loss to measure sensitivity and Fisher information with.
+          seed: the seed of the order of rows.
+          row_weights: the weight of each row, float32 (rows,); None: all are 1.
         """
         self._settings, self._runner, self._tokens, self._labels = settings, runner, tokens, labels
-        self._loss_without_dropout, self._seed = loss_without_dropout, seed
+        self._loss_without_dropout, self._seed, self._row_weights = loss_without_dropout, seed, row_weights
         self.boundaries, self.examples = boundaries, len(tokens)
         self.batch_size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         self.batch_size *= runner.num_devices
         self.plan = self._plan(epoch=0)
+
+    @property
+    def platform(self) -> str:
+        """JAX's name for the kind of the devices, see `MeshRunner.platform`."""
+        return self._runner.platform
 
     def with_boundaries(self, boundaries: list[int]) -> "TableSource":
         """The same rows in batches of other lengths."""
@@ -90,23 +97,23 @@ class TableSource:
             boundaries,
             self._loss_without_dropout,
             self._seed,
+            self._row_weights,
         )
 
     def batches(self, first_step: int) -> Iterator[tuple[train_state.Batch, Counts]]:
         """See `Source`."""
-        lengths = self._tokens.lengths
-        for rows, length in self._planned(first_step):
-            counts = {
-                "examples": float(len(rows)),
-                "tokens": float(lengths[rows].sum()),
-                "computed_tokens": float(self.batch_size * length),
-            }
-            yield self._runner.put_ahead(self._fill(rows, length)), counts
+        for rows, length in self.planned(first_step):
+            yield self._runner.put_ahead(self.fill(rows, length)), self.counts(rows, length)
+
+    def counts(self, rows: np.ndarray, length: int) -> Counts:
+        """See `Source`, of one step."""
+        tokens, computed = self._tokens.lengths[rows].sum(), self.batch_size * length
+        return {"examples": float(len(rows)), "tokens": float(tokens), "computed_tokens": float(computed)}
 
     def one_of_each_shape(self, first_step: int, last_step: int) -> Iterator[train_state.Batch]:
         """See `Source`."""
-        steps = itertools.islice(self._planned(first_step), last_step - first_step)
-        makers = ((length, lambda r=rows, n=length: self._runner.put_ahead(self._fill(r, n))) for rows, length in steps)
+        steps = itertools.islice(self.planned(first_step), last_step - first_step)
+        makers = ((length, lambda r=rows, n=length: self._runner.put_ahead(self.fill(r, n))) for rows, length in steps)
         return first_of_each(makers, len(self.boundaries))
 
     def sensitivity_measure(
@@ -115,9 +122,9 @@ class TableSource:
         """``measure(params)``: sensitivity by tensor on some batches of the first epoch, all of one shape.
 
         Args:
-          num_batches: how many; 0: None is returned.
-          num_layers: of the model.
-          mask: which tensors are described, as separate layers.
+          num_batches: number of batches; with 0, the result is None.
+          num_layers: the model's number of layers.
+          mask: the tensors to describe, as separate layers.
         """
         if not num_batches:
             return None
@@ -126,20 +133,20 @@ class TableSource:
         chosen = [rows for rows, length in self.plan if length == common][:num_batches]
 
         def measure(params):
-            sample = (runner.put(self._fill(rows, common)) for rows in chosen)
+            sample = (runner.put(self.fill(rows, common)) for rows in chosen)
             found = concentration.measure_sensitivity(self._loss_without_dropout, params, sample, runner.in_turn)
             return concentration.selected(unstack_layers(runner.to_host(found), num_layers), mask)
 
         return measure
 
     def fisher_measure(self, trained: Any, frozen: Any) -> Callable[[float, Any], Any]:
-        """The mask of Child-Tuning D, from one pass over the training data."""
+        """``fisher(keep_fraction, mask)``: the mask of Child-Tuning D, from one pass over the training data."""
 
         def loss_fn(params, batch, key):
             return self._loss_without_dropout(trees.combine(params, frozen), batch, key)
 
         def measure(keep_fraction, mask):
-            everything = (self._runner.put(self._fill(rows, length)) for rows, length in self.plan)
+            everything = (self._runner.put(self.fill(rows, length)) for rows, length in self.plan)
             return fisher_mask(loss_fn, trained, everything, keep_fraction, mask=mask)
 
         return measure
@@ -153,8 +160,8 @@ class TableSource:
             + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
         )
 
-    def _planned(self, first_step):
-        """Yields rows and length of every step from a step (counted from 0) on, without end."""
+    def planned(self, first_step: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields rows and length of every step after ``first_step`` steps, without end."""
         epoch, done = divmod(first_step, len(self.plan))
         for number in itertools.count(epoch):
             yield from self._plan(number)[done:]
@@ -164,6 +171,9 @@ class TableSource:
         lengths = self._tokens.lengths
         return batches.epoch_plan(lengths, self.batch_size, self.boundaries, seed=self._seed, epoch=epoch)
 
-    def _fill(self, rows, length):
+    def fill(self, rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        """The batch of these rows, this process's own ones of them."""
         own = self._runner.own_rows(self.batch_size)
-        return batches.fill_batch(self._tokens, self._labels, rows, self.batch_size, length, own)
+        return batches.fill_batch(
+            self._tokens, self._labels, rows, self.batch_size, length, own, row_weights=self._row_weights
+        )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pats_jax.data import gym, out_of_domain, partitions, readers
+from pats_jax.data import gym, out_of_domain, own_files, partitions, readers
 
 from . import draw, independent
 from .independent import Cells, Unclear, Wrong
@@ -118,7 +118,7 @@ def draw_own(suffix: str) -> Callable[[random.Random], Input]:
 
 def read_own(folder: Path, given: Input) -> Any:
     (name,) = given.files
-    return split_values(readers.read_file(folder / name, **given.options))
+    return split_values(own_files.read_file(folder / name, **given.options))
 
 
 def draw_texts(rng: random.Random) -> Input:
@@ -148,7 +148,7 @@ def draw_texts(rng: random.Random) -> Input:
 
 def read_texts(folder: Path, given: Input) -> Any:
     (name,) = given.files
-    return split_values(readers.read_texts(folder / name))
+    return split_values(own_files.read_texts(folder / name))
 
 
 def draw_splits(rng: random.Random) -> Input:
@@ -207,7 +207,7 @@ def expect_splits(files: dict[str, bytes | str]) -> Expected:
 
 
 def read_splits(folder: Path, given: Input) -> Any:
-    found = readers.load_files({name.split(".")[0]: folder / name for name in given.files})
+    found = own_files.load_files({name.split(".")[0]: folder / name for name in given.files})
     return {name: split_values(split) for name, split in found.items()}
 
 

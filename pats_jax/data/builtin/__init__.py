@@ -72,12 +72,12 @@ def write_builtin(directory: str | Path, *, seed: int = 0, tasks: Sequence[str] 
     """Writes the built-in data as TSV files in the layout of the GLUE distribution, with a README.
 
     Args:
-      directory: New or empty folder to write to.
-      seed: Random seed; the same seed gives the same bytes on every machine.
-      tasks: Names of tasks, such as sst2; if unset, all ten.
+      directory: new or empty folder to write to.
+      seed: random seed; the same seed gives the same bytes on every machine.
+      tasks: names of tasks, such as sst2; if unset, all ten.
 
     Raises:
-      InputError: A task is unknown, or the directory is not empty.
+      InputError: if a task is unknown, or the directory is not empty.
     """
     directory = Path(directory)
     chosen = [get_task(name, "tasks") for name in (TASKS if tasks is None else tasks)]
@@ -95,8 +95,8 @@ def generate(task: str, seed: int = 0) -> dict[str, list[Example]]:
     """Generates one task.
 
     Args:
-      task: A name as in `TASKS`.
-      seed: Any whole number.
+      task: a name as in `TASKS`.
+      seed: any whole number.
 
     Returns:
       Split name -> rows, with labels in the test splits too. No pair of texts occurs twice.

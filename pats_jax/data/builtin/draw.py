@@ -1,7 +1,6 @@
 """Seeded choices, the same on every Python version and platform.
 
-Of the standard generator only ``random()`` is promised to keep its sequence between Python versions, so every choice
-is made from it.
+Python promises the same sequence in all versions only for ``random()``, so every choice is made from it.
 """
 
 import random
@@ -27,9 +26,9 @@ class Draw:
     """The choices that make the rows of one file.
 
     Args:
-      seed: Any text; the same text gives the same choices.
-      vocabulary: Which entries of the vocabulary tables `word` and `words` may give: "seen" those of the training rows,
-        "unseen" those that are kept from them, or "all".
+      seed: any text; the same text gives the same choices.
+      vocabulary: the entries of the vocabulary tables that `word` and `words` may return: "seen" (those of the training
+        rows), "unseen" (those kept out of them) or "all".
     """
 
     def __init__(self, seed: str, vocabulary: str):

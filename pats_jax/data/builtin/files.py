@@ -50,9 +50,9 @@ def file_text(task: Task, split: str, examples: Sequence[Example]) -> str:
     """Returns the whole text of one file.
 
     Args:
-      task: A row of the task table.
-      split: One of the task's splits; the labels of a test split are left out.
-      examples: The rows.
+      task: a row of the task table.
+      split: one of the task's splits; the labels of a test split are left out.
+      examples: the rows.
     """
     layout = LAYOUTS[task.name]
     columns = layout.test if split.startswith("test") else layout.train

@@ -38,13 +38,13 @@ def generate_gym(
     Args:
       seed: any whole number; the same seed gives the same rows on every machine.
       tasks: names of tasks; None: all.
-      seeds: which of the samples ``SEEDS``; all if not given.
+      seeds: the seeds of the samples, of ``SEEDS``; None: all.
 
     Returns:
       Task name -> task, in alphabetical order.
 
     Raises:
-      InputError: there is no such task or sample.
+      InputError: if there is no such task or sample.
     """
     names = chosen_names(GRAMMARS, tasks, "builtin")
     return {name: _task(name, GRAMMARS[name], seed).choose(seeds) for name in names}

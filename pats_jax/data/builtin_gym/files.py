@@ -23,12 +23,12 @@ def write_builtin_gym(directory: str | Path, *, seed: int = 0, tasks: Sequence[s
     """Writes the built-in gym, ``<task>/<task>_16_<seed>_{train,dev}.jsonl`` and one ``..._test.jsonl``, and a README.
 
     Args:
-      directory: Folder to write to, made if need be; one that holds anything is refused.
-      seed: The same seed gives the same bytes everywhere.
-      tasks: Names of tasks; all if not given.
+      directory: folder to write to; created if missing. It must be empty.
+      seed: the same seed gives the same bytes everywhere.
+      tasks: names of tasks; None: all.
 
     Raises:
-      InputError: An unknown task, or a directory that is not empty.
+      InputError: if a task is unknown, or the directory is not empty.
     """
     directory = Path(directory)
     gym = generate_gym(seed=seed, tasks=tasks)

@@ -1,4 +1,4 @@
-"""Which tasks of a gym are for the upstream stage, which choose its settings, and which are targets.
+"""The division of a gym into tasks for the upstream stage, tasks to choose its settings by, and target tasks.
 
 A partition is a JSON file in CrossFit's layout (``train_classification_test_classification.json`` there): an object
 with the lists of task names ``train`` (upstream), ``dev`` (to choose settings of the upstream stage by) and ``test``
@@ -71,7 +71,7 @@ class Partition:
 
     Attributes:
       train: upstream tasks.
-      dev: tasks that choose settings of the upstream stage; may be none.
+      dev: tasks to choose settings of the upstream stage by; may be empty.
       test: target tasks.
     """
 
@@ -96,7 +96,7 @@ def load_partitioned_gym(
       share_sources: as for `load_partition`.
 
     Raises:
-      InputError: as both of them.
+      InputError: as from `load_gym` and `load_partition`.
     """
     named = set(read_partition(_file(name_or_path)).names)
     gym = load_gym(source, tasks=sorted(named.intersection(task_names(source, shots=shots))), shots=shots)
@@ -114,8 +114,8 @@ def load_partition(
       share_sources: whether two lists may have tasks built from the same dataset, as in CrossFit's own partitions.
 
     Raises:
-      InputError: one line with file and line: as ``read_partition``; a task that the gym does not have; a dev or test
-        task without test rows; a source set with tasks on two lists.
+      InputError: as from `read_partition`; or if the gym lacks a task, a dev or test task has no test rows, or tasks of
+        one source set are on two lists; the message names file and line.
     """
     path = _file(name_or_path)
     partition = read_partition(path)
@@ -140,8 +140,8 @@ def read_partition(path: Path) -> Partition:
     """Reads a partition's file.
 
     Raises:
-      InputError: it is missing, no JSON, no object with the three lists of names; a list of train or test tasks is
-        empty; a task is named twice, or cannot be part of a file's name.
+      InputError: if it is missing, is not JSON or not an object with the three lists of names; if the list of train or
+        test tasks is empty; or if a task is named twice, or its name cannot be part of a file's name.
     """
     lists = _read_lists(path)
     partition = Partition(*(tuple(lists[key]) for key in LISTS))
@@ -177,7 +177,11 @@ def _read_lists(path: Path) -> dict[str, list[str]]:
 
 
 def _check_sources(path: Path, partition: Partition) -> None:
-    """Each source set on one list only; the message names all that are on two, at the line of the first."""
+    """Checks that each source set is on one list only; the error names all that are on two, at the line of the first.
+
+    Raises:
+      InputError: if a source set is on two lists.
+    """
     list_of = {name: key for key in LISTS for name in getattr(partition, key)}
     tasks_on: dict[str, list[str]] = {}
     for name in list_of:
@@ -192,7 +196,7 @@ def _check_sources(path: Path, partition: Partition) -> None:
 
 
 def _place(path: Path, name: str, occurrence: int = 0) -> str:
-    """``file:line`` of a name in the file, the first time or later."""
+    """``file:line`` of a name in the file, at its first or a later occurrence."""
     text = read_text(path)
     begins = [match.start() for match in re.finditer(re.escape(json.dumps(name, ensure_ascii=False)), text)]
     begin = begins[min(occurrence, len(begins) - 1)] if begins else 0

@@ -7,14 +7,15 @@ r"""Bottleneck adapters: two small linear layers inside every encoder layer.
     houlsby:   LayerNorm(r + x + A(x))                      after attention and after feed-forward, f = GELU
     pfeiffer:  LayerNorm(r + x + A(LayerNorm(r + x)))       after feed-forward only, f = ReLU
 
-x is what the block's projection and dropout give, r the residual. D and U start normal (cut off at two standard
-deviations of 1e-3), d and u at zero, so the model starts nearly as it was. Places, f and start of houlsby are those of
-the authors' code, the place and f of pfeiffer those of AdapterHub's configuration of that name; *ours* is that both
-start alike and that the LayerNorms stay frozen, which Houlsby et al. train.
+x is the output of the block's projection and dropout, (batch, length, hidden), and r the residual. Entries of D and U
+start normal with standard deviation 1e-3, truncated at two standard deviations; d and u start at zero. The model thus
+starts nearly unchanged. Places, f and initialization of houlsby are those of the authors' code; place and f of pfeiffer
+are those of AdapterHub's configuration of that name. *Ours*: pfeiffer has the same initialization, and the LayerNorms,
+which Houlsby et al. train, stay frozen.
 
 References:
-    Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751); Pfeiffer et al. 2020,
-    MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer (arXiv:2005.00052).
+  Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751); Pfeiffer et al. 2020,
+  MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer (arXiv:2005.00052).
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ _STANDARD_DEVIATION = 1e-3
 
 
 class _Fields(CommonFields, total=False):
-    """What is read of an adapter's config, beside the common fields."""
+    """The fields that are read from an adapter's config, besides the common ones."""
 
     size: int | None
     place: str | None
@@ -49,11 +50,11 @@ class _Fields(CommonFields, total=False):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig(PeftConfig):
-    """The adapters' settings.
+    """The settings of bottleneck adapters.
 
     Attributes:
-        size: Size of the bottleneck.
-        place: Where to insert them: after both sublayers, or only the second.
+      size: number of units of the bottleneck.
+      place: ``"houlsby"`` inserts them after both sublayers, ``"pfeiffer"`` only after the second.
     """
 
     size: int = setting(64, "adapters: bottleneck size", at_least(1, 65_536), flag="adapter_size")

@@ -1,15 +1,16 @@
-r"""BitFit: the biases alone are trained.
+r"""BitFit: trains only the biases.
 
 ::
 
     y = x W + (b + d)        for every linear layer;    the same for the bias of every LayerNorm
 
-d, what training adds to the pretrained b, is the small tree; it starts at zero. The model's own biases stay as they
-are, so that the module can be taken out again. Training d is training b: gradients and AdamW's steps are the same.
+The small tree is d, the trained offset of the pretrained bias b; it starts at zero. *Ours*: the model's own biases stay
+unchanged, so BitFit can be removed like an adapter. Gradients, and AdamW's steps without weight decay, are those of
+training b itself.
 
 References:
-    Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models
-    (arXiv:2106.10199).
+  Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models
+  (arXiv:2106.10199).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from pats_jax.models.peft.saved import SavedModules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFitConfig(PeftConfig):
-    """BitFit has no settings of its own."""
+    """The settings of BitFit, which has none of its own."""
 
     kind: ClassVar[str] = "bitfit"
     summary: ClassVar[str] = "a trained offset for every bias"

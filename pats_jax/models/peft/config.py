@@ -1,8 +1,8 @@
-"""The interface of all methods of parameter-efficient fine-tuning: `PeftConfig`, which each of them implements.
+"""The interface of all PEFT methods: `PeftConfig`, which each of them implements.
 
-A method adds a small tree of parameters under ``params["peft"]``, which changes the forward pass of a
-`SequenceClassifier`; the model's own parameters stay unchanged. The paths of the small tree mirror the model's, with
-the method's own leaves below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
+A method adds a small tree of parameters, ``params["peft"]``, which changes the forward pass of a `SequenceClassifier`;
+the model's own parameters stay unchanged. The paths of the small tree mirror the model's, with the method's own leaves
+below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
 """
 
 import abc
@@ -28,6 +28,11 @@ Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], An
 FlatTree = dict[ParameterPath, Any]  # path -> array
 
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
+_LINEAR_LAYERS = (
+    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    *("intermediate.dense", "output.dense"),
+)
+_MOST_LAYERS = 100  # whose names are tried; the largest encoders have 48
 _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
 
@@ -36,16 +41,14 @@ class PeftConfig(abc.ABC):
     """A PEFT method and its settings, checked on construction.
 
     Attributes:
-        train_pooler: Whether to train and save BERT's pooler as well; the head always is.
-
-    Class attributes:
-        kind: The name of the method.
-        summary: What it does, in one line.
-        source: The paper.
-        peft_type: Its name in ``adapter_config.json``.
-        merges: Whether it can be merged into the weights.
-        prefix: The prefix of every tensor's name in ``adapter_model.safetensors``.
-        saved_fields: How it treats the fields of ``adapter_config.json``.
+      train_pooler: whether to train and save BERT's pooler too; the head is always trained and saved.
+      kind: the name of the method.
+      summary: what the method does, in one line.
+      source: the address of the paper.
+      peft_type: the method's name in ``adapter_config.json``.
+      merges: whether an adapter can be merged into the weights.
+      prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
+      saved_fields: how the method treats the fields of ``adapter_config.json``.
     """
 
     train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
@@ -62,8 +65,13 @@ class PeftConfig(abc.ABC):
         check_fields(self, prefix="")
 
     @property
+    def differs_by_layer(self) -> bool:
+        """Whether it may change encoder layers differently from each other, which needs separate layers."""
+        return False
+
+    @property
     def virtual_tokens(self) -> int:
-        """The number of positions that it takes from the text."""
+        """The number of positions that the adapter takes from the text."""
         return 0
 
     def trains_whole(self, path: ParameterPath) -> bool:
@@ -72,18 +80,29 @@ class PeftConfig(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
-        """New parameters, flat, for the model's flat parameters ``base`` without those that are trained whole.
+        """Draws the small tree, flat.
+
+        Args:
+          base: the model's parameters or their shapes, flat, without those that are trained whole.
+          config: the model's config.
+          key: a typed key.
+
+        Returns:
+          Path -> array, float32.
 
         Raises:
-            InputError: The settings do not fit the model, for instance layers that it lacks.
+          InputError: if the settings do not fit the model, for instance if they name layers that it lacks.
         """
 
     @abc.abstractmethod
     def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
-        """What changes the forward pass (see `flax.linen.intercept_methods`); each module's share is `own_variable`."""
+        """The function that changes the forward pass; see `flax.linen.intercept_methods`.
+
+        It reads each module's part of the small tree by `own_variable`.
+        """
 
     def variables(self, tree: Parameters, config: EncoderConfig, stacked: bool) -> Parameters:
-        """The small tree as a collection of variables, whose paths are those of the modules that it changes."""
+        """The small tree as a Flax collection, whose paths are those of the modules that it changes."""
         return tree
 
     def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
@@ -96,23 +115,23 @@ class PeftConfig(abc.ABC):
 
     @abc.abstractmethod
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
-        """Its own fields of ``adapter_config.json``."""
+        """The method's own fields of ``adapter_config.json``."""
 
     @classmethod
     @abc.abstractmethod
     def from_saved(cls, saved: SavedModules) -> "PeftConfig":
-        """The settings in ``adapter_config.json``, checked against the tensors saved with it.
+        """Reads the settings in ``adapter_config.json`` and checks them against the saved tensors.
 
         Raises:
-            InputError: A field has a value that this library does not support, or that does not match the tensors.
+          InputError: if a field has a value that this library does not support, or that does not match the tensors.
         """
 
     def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
-        """The small tree with the names and layouts of ``adapter_model.safetensors``."""
+        """The small tree as named tensors, in the layout of ``adapter_model.safetensors``."""
         return {self.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in tree.items()}
 
     def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
-        """The inverse of `to_tensors`; names that are not of this kind come out as paths that no model has."""
+        """The inverse of `to_tensors`; names that the method does not use become paths that no model has."""
         tree = {}
         for name, tensor in tensors.items():
             *parents, leaf = name.removeprefix(self.prefix).split(".")
@@ -122,20 +141,20 @@ class PeftConfig(abc.ABC):
 
 
 def own_variable(module: nn.Module, name: str) -> Any:
-    """What the small tree holds for a module under a name (an array, or a dict of its leaves), or None."""
+    """What the small tree holds for a module under a name: an array, a dict of leaves, or None."""
     return module.get_variable(COLLECTION, name)
 
 
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
-    """The paths of the linear layers whose names, joined by dots, match a regex.
+    """The paths of the linear layers whose dotted names match a regex.
 
     Args:
-        base: The model's parameters, flat.
-        pattern: The regex, searched for.
-        what: Its name in error messages.
+      base: the model's parameters, flat.
+      pattern: the regex; it may match any part of the name.
+      what: what to call the regex in error messages.
 
     Raises:
-        InputError: It is not a valid regex, takes too long, or matches no layer.
+      InputError: if the regex is not valid, takes too long to match, or matches no layer.
     """
     matches = compile_pattern(pattern, what)
     layers = [path[:-1] for path in base if path[-1] == "kernel"]
@@ -145,13 +164,32 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     return found
 
 
+def differs_by_layer(pattern: str, what: str) -> bool:
+    """Whether a regex for `linear_layers` can match different linear layers in different encoder layers.
+
+    Args:
+      pattern: the regex.
+      what: what to call the regex in error messages.
+
+    Raises:
+      InputError: if the regex is not valid, or takes too long to match.
+    """
+    matches = compile_pattern(pattern, what)
+    numbers = range(_MOST_LAYERS)
+    return any(
+        len({matches(f"{prefix}.encoder.layer.{number}.{layer}") for number in numbers}) > 1
+        for prefix in ("bert", "roberta")
+        for layer in _LINEAR_LAYERS
+    )
+
+
 def exactly(names: Iterable[str]) -> str:
-    """A regex that matches these names and nothing else."""
+    """A regex that matches exactly these names."""
     return f"^({'|'.join(map(re.escape, sorted(names)))})$"
 
 
 def nodes_with(tree: FlatTree, leaf: str) -> dict[ParameterPath, dict[ParameterPath, Any]]:
-    """Layer path -> its own leaves by their path below ``leaf``, for the layers that have something of that name."""
+    """Layer path -> its leaves by their path below ``leaf``, for the layers that have a node of that name."""
     nodes: dict[ParameterPath, dict[ParameterPath, Any]] = {}
     for path, value in tree.items():
         if leaf in path:

@@ -1,8 +1,8 @@
 """Saved adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, in the layout of the library PEFT.
 
-LoRA, IA3, prompts and prefixes are in PEFT's own format, which names tensors as the base model in Transformers does:
-the adapter, and the whole head under its plain name. BitFit and bottleneck adapters, which PEFT lacks, are written the
-same way, with a ``peft_type`` of our own.
+LoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and the whole head, with the tensor names
+of the base model in Transformers. BitFit and bottleneck adapters, which PEFT lacks, are saved in the same way, with
+``peft_type`` values of our own.
 """
 
 import dataclasses
@@ -56,18 +56,19 @@ def save_peft(
 ) -> None:
     """Writes the adapter and the head, without the base model.
 
-    Besides PEFT's two files it writes ``config.json``, the base model's with this head's labels, and the tokenizer.
+    Besides PEFT's two files, the folder gets ``config.json``, the base model's with this head's labels, and the
+    tokenizer.
 
     Args:
-        directory: The folder; created if missing. Files with the same names are replaced.
-        model: The classifier.
-        params: Its parameters.
-        base_model_name_or_path: What the base model was loaded from, for `load_peft_model` and PEFT.
-        tokenizer: A Transformers tokenizer to save with it.
+      directory: the folder; created if missing. Files with the same names are replaced.
+      model: the classifier.
+      params: its parameters, with separate or stacked layers.
+      base_model_name_or_path: what the base model was loaded from, for `load_peft_model` and PEFT.
+      tokenizer: a Transformers tokenizer to save with it.
 
     Raises:
-        ValueError: The model has no adapter, or it is merged.
-        InputError: The files cannot be written, for instance on a full disk; existing files are unchanged.
+      ValueError: if the model has no adapter, or the adapter is merged.
+      InputError: if the files cannot be written, for instance on a full disk; existing files are unchanged.
     """
     from safetensors.numpy import save_file
 
@@ -105,13 +106,16 @@ def load_peft(
     """Adds a saved adapter to its base model, and loads its head.
 
     Args:
-        directory: A folder that `save_peft` or PEFT wrote.
-        model: The base model, with as many labels as the saved head.
-        params: Its parameters; the result shares them.
-        base_model_name_or_path: What it was loaded from; if given, it must match the name in the folder.
+      directory: a folder that `save_peft` or PEFT wrote.
+      model: the base model, with as many labels as the saved head.
+      params: its parameters; the result shares them.
+      base_model_name_or_path: what the base model was loaded from; if given, it must match the name in the folder.
+
+    Returns:
+      The classifier with the adapter and its parameters, with the saved head.
 
     Raises:
-        InputError: The folder cannot be read, is not supported, or is for another base model.
+      InputError: if the folder cannot be read, is not supported, or is for another base model.
     """
     folder = Path(directory)
     values = read_fields(folder)
@@ -137,14 +141,14 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     """Loads a saved adapter together with the base model that its folder names.
 
     Args:
-        directory: A folder that `save_peft` or PEFT wrote.
-        **options: For `from_pretrained`, such as ``dtype``.
+      directory: a folder that `save_peft` or PEFT wrote.
+      **options: for `from_pretrained`, such as ``dtype``.
 
     Returns:
-        The model, its parameters and its config, as `from_pretrained` does.
+      The model, its parameters and its config, as `from_pretrained` does.
 
     Raises:
-        InputError: As from `load_peft` and `from_pretrained`, or no base model is named.
+      InputError: as from `load_peft` and `from_pretrained`; or if the folder names no base model.
     """
     folder = Path(directory)
     values = read_fields(folder)
@@ -170,8 +174,11 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
         of_head = EncoderConfig.from_folder(base_folder)
         labels = of_head.id2label if of_head.num_labels == count else None
-    check_problem_type(of_head, count, str(folder))
-    base, params, config = from_pretrained(name, num_labels=count, id2label=labels, new_head=True, **options)
+    several = of_head.is_multi_label
+    check_problem_type(of_head, count, str(folder), several)
+    base, params, config = from_pretrained(
+        name, num_labels=count, id2label=labels, new_head=True, multi_label=several, **options
+    )
     return *load_peft(folder, base, params), config
 
 
@@ -196,7 +203,11 @@ def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
 def _read_settings(
     folder: Path, values: JsonObject, kind: type[PeftConfig], model: SequenceClassifier, params: Parameters
 ) -> tuple[PeftConfig, dict[convert.ParameterPath, str]]:
-    """The settings of saved modules, and the names of the tensors that hold head and pooler; reads no tensor."""
+    """The settings of a saved adapter, and path -> tensor name of head and pooler; reads only headers.
+
+    Raises:
+      InputError: if the tensors do not fit the settings or the base model.
+    """
     source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, folder)
     shapes = weights.shapes(dict.fromkeys(weights.names(source), source))
     twice = next((name for name in shapes if kind.prefix + name in shapes), None)
@@ -225,7 +236,11 @@ def _read_settings(
 
 
 def _to_parameter(path: convert.ParameterPath, params: Parameters, tensor: np.ndarray, source: Path) -> np.ndarray:
-    """A tensor of head or pooler as a parameter."""
+    """A tensor of head or pooler as a parameter.
+
+    Raises:
+      InputError: if it does not fit the model.
+    """
     try:
         return convert.to_parameter(path, np.shape(flatten_dict(params)[path]), tensor, source=str(source))
     except InputError as error:
@@ -263,7 +278,11 @@ def _check_shapes(
 
 
 def _count_labels(folder: Path) -> int:
-    """The number of labels of the head in a folder; reads no tensor."""
+    """The number of labels of the head in a folder; reads only headers.
+
+    Raises:
+      InputError: if the file has no head, or a damaged one.
+    """
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:

@@ -1,15 +1,16 @@
-r"""IA3: keys, values and the wide half of the feed-forward block are rescaled, unit by unit.
+r"""IA3: rescales keys, values and the wide half of the feed-forward block, unit by unit.
 
 ::
 
-    y = (x W + b) * l        for the layers whose outputs are rescaled: keys and values
-    y = (x * l) W + b        for those whose inputs are: the second linear layer of the feed-forward block
+    y = (x W + b) * l        l (outputs,), for layers rescaled at their output: keys and values
+    y = (x * l) W + b        l (inputs,), for layers rescaled at their input: the second feed-forward layer
 
-l starts at one: the model starts as it was. A trained l can be merged into W (and b).
+l starts at one, so the model starts unchanged. A trained l can be merged into W (and b). The rule and the default
+layers are the paper's.
 
 References:
-    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
-    (arXiv:2205.05638).
+  Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
+  (arXiv:2205.05638).
 """
 
 import dataclasses
@@ -28,7 +29,15 @@ from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, exactly, linear_layers, own_variable
+from pats_jax.models.peft.config import (
+    FlatTree,
+    Interceptor,
+    PeftConfig,
+    differs_by_layer,
+    exactly,
+    linear_layers,
+    own_variable,
+)
 from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
@@ -37,18 +46,19 @@ _DEFAULT_TARGETS, _DEFAULT_INPUTS = ("key", "value", "output.dense"), ("output.d
 
 
 class _Fields(TargetFields, total=False):
-    """What is read of an IA3 adapter's config."""
+    """The fields that are read from an IA3 adapter's config."""
 
     feedforward_modules: str | list[str] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ia3Config(PeftConfig):
-    """IA3's settings: regexes over names such as ``bert.encoder.layer.0.attention.self.key``.
+    """The settings of IA3: regexes over names such as ``bert.encoder.layer.0.attention.self.key``.
 
     Attributes:
-        output_layers: The linear layers whose outputs are rescaled.
-        input_layers: Those whose inputs are; a layer that both match is rescaled at its input.
+      output_layers: regex of the linear layers to rescale at their output; if empty, none.
+      input_layers: regex of the linear layers to rescale at their input; if empty, none. A layer that both match is
+        rescaled at its input.
     """
 
     output_layers: str = setting(
@@ -65,6 +75,13 @@ class Ia3Config(PeftConfig):
     merges: ClassVar[bool] = True
     # PEFT sets fan_in_fan_out to what a layer has, with a warning
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, ("init_ia3_weights", "fan_in_fan_out"))
+
+    @property
+    def differs_by_layer(self) -> bool:
+        return any(
+            differs_by_layer(pattern, flag)
+            for pattern, flag in ((self.input_layers, "ia3_input_layers"), (self.output_layers, "ia3_output_layers"))
+        )
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         scaled_inputs = _layers(base, self.input_layers, "ia3_input_layers")
@@ -136,14 +153,14 @@ class Ia3Config(PeftConfig):
 
 
 def _input_rule(modules: str | list[str], source: str) -> Callable[[str], bool]:
-    """PEFT's rule for feedforward_modules: a regex for the whole name of a layer, or a list of endings."""
+    """PEFT's rule for feedforward_modules: a regex for the whole name of a layer, or a list of endings of names."""
     if isinstance(modules, str):
         return compile_pattern(modules, f"{source}: feedforward_modules", whole=True)
     return lambda layer: layer.endswith(tuple(modules))
 
 
 def _layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:
-    """As `linear_layers`; an empty pattern stands for no layer."""
+    """As `linear_layers`; an empty pattern selects no layer."""
     return linear_layers(base, pattern, what) if pattern else []
 
 
@@ -153,7 +170,7 @@ def _regex(layers: Iterable[str]) -> str:
 
 
 def _rescaled(base, tree, operation):
-    """The kernels and biases that a small tree changes."""
+    """The kernels and biases that a small tree changes, after ``operation`` with its scales."""
     changed = {}
     for (*layer, leaf), scale in tree.items():
         kernel, bias = (*layer, "kernel"), (*layer, "bias")

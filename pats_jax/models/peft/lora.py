@@ -1,14 +1,14 @@
-r"""LoRA: a low-rank branch beside linear layers.
+r"""LoRA: a low-rank branch parallel to linear layers.
 
 ::
 
     y = x W + b + (alpha / rank) * dropout(x) A B        A (inputs, rank), B (rank, outputs)
 
-A starts uniform in +-1/sqrt(inputs), as in the authors' code, and B at zero, so the model starts unchanged. The weights
-of a trained branch can be merged: W + (alpha / rank) A B.
+A starts uniform on [-1/sqrt(inputs), 1/sqrt(inputs)], as in the authors' code, and B at zero, so the model starts
+unchanged. A trained branch can be merged into the weights: W + (alpha / rank) A B.
 
 References:
-    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
+  Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from pats_jax.models.peft.config import (
     FlatTree,
     Interceptor,
     PeftConfig,
+    differs_by_layer,
     exactly,
     linear_layers,
     nodes_with,
@@ -51,7 +52,7 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class _Fields(TargetFields, total=False):
-    """What is read of a LoRA adapter's config."""
+    """The fields that are read from a LoRA adapter's config."""
 
     r: int | None
     lora_alpha: float | None
@@ -73,14 +74,14 @@ _WITHOUT_EFFECT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(PeftConfig):
-    """LoRA's settings.
+    """The settings of LoRA.
 
     Attributes:
-        rank: Number of columns of A and rows of B.
-        alpha: The branch is scaled by alpha / rank.
-        dropout: Dropout probability on the input of the branch.
-        layers: Regex of the linear layers to adapt, over names such as
-            ``bert.encoder.layer.0.attention.self.query``.
+      rank: number of columns of A and rows of B.
+      alpha: numerator of the branch's scale, alpha / rank.
+      dropout: dropout probability on the input of the branch, in [0, 1).
+      layers: regex of the linear layers to adapt, over names such as
+        ``bert.encoder.layer.0.attention.self.query``.
     """
 
     rank: int = setting(8, "LoRA: rank of the update", at_least(1, 65_536), flag="lora_rank")
@@ -96,6 +97,10 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
+
+    @property
+    def differs_by_layer(self) -> bool:
+        return differs_by_layer(self.layers, "lora_layers")
 
     def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
         tree = {}
@@ -130,7 +135,7 @@ class LoraConfig(PeftConfig):
         return self._added(base, tree, -self.alpha / self.rank)
 
     def _added(self, base, tree, scale):
-        """The kernels with ``scale`` A B added."""
+        """The parameters with ``scale`` A B added to the kernels."""
         up = nodes_with(tree, "lora_B")
         changed = {}
         for path, node in nodes_with(tree, "lora_A").items():

@@ -1,4 +1,4 @@
-"""A classifier with an adapter: adding, training, merging and removing the adapter."""
+"""A classifier with an adapter: adds, merges and removes the adapter."""
 
 import dataclasses
 from typing import Any
@@ -30,11 +30,11 @@ KINDS: dict[str, type[PeftConfig]] = {
 class PeftClassifier(SequenceClassifier):
     """A `SequenceClassifier` with an adapter, whose parameters are ``params["peft"]``; create it with `add_peft`.
 
-    Everything else is the plain model's: arguments, ``embed``, gradient checkpointing, ``first_token_only``.
+    Everything else is as in the plain model: arguments, ``embed``, gradient checkpointing, ``first_token_only``.
 
     Attributes:
-        peft: The kind and its settings.
-        merged: Whether the adapter is merged into the weights, so that the forward pass omits it.
+      peft: the method and its settings.
+      merged: whether the adapter is merged into the weights, so that the forward pass omits it.
     """
 
     peft: PeftConfig | None = None
@@ -46,10 +46,11 @@ class PeftClassifier(SequenceClassifier):
         return self.config.max_length - self.peft.virtual_tokens
 
     def __call__(self, *inputs: Any, deterministic: bool = True, **options: Any) -> Any:
-        """As the plain model; see there.
+        """Computes logits as `SequenceClassifier` does, with the adapter.
 
         Raises:
-            ValueError: As there; and ``continue_from`` with a prompt, or a text that leaves no room for a prefix.
+          ValueError: as from `SequenceClassifier`; or if ``continue_from`` is used with a prompt, or a text leaves no
+            room for a prefix.
         """
         if self.merged:
             return super().__call__(*inputs, deterministic=deterministic, **options)
@@ -70,28 +71,28 @@ def add_peft(
     """Adds an adapter to a classifier.
 
     Args:
-        model: A plain classifier.
-        params: Its parameters; the result shares them.
-        config: The kind and its settings.
-        key: An int or a typed key, for the adapter's initialization.
+      model: a plain classifier.
+      params: its parameters; the result shares them.
+      config: the method and its settings.
+      key: an int or a typed key, for the adapter's initialization.
 
     Returns:
-        The classifier with the adapter, and its parameters, including ``"peft"``.
+      The classifier with the adapter, and its parameters, including ``"peft"``.
 
     Raises:
-        InputError: The settings do not fit the model.
-        ValueError: It already has an adapter.
+      InputError: if the settings do not fit the model.
+      ValueError: if the model already has an adapter.
 
     Examples:
-        >>> import jax, pats_jax
-        >>> from pats_jax import models
-        >>> from pats_jax.models import peft
-        >>> config = models.EncoderConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = models.SequenceClassifier(config)
-        >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3), int))["params"]
-        >>> model, params = peft.add_peft(model, params, peft.LoraConfig(rank=2), key=0)
-        >>> peft.count_parameters(model, params)
-        (42, 29910)
+      >>> import jax, pats_jax
+      >>> from pats_jax import models
+      >>> from pats_jax.models import peft
+      >>> config = models.EncoderConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
+      >>> model = models.SequenceClassifier(config)
+      >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3), int))["params"]
+      >>> model, params = peft.add_peft(model, params, peft.LoraConfig(rank=2), key=0)
+      >>> peft.count_parameters(model, params)
+      (42, 29910)
     """
     if "peft" in params:
         raise ValueError("the model already has an adapter; merge or disable it first")
@@ -110,10 +111,10 @@ def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key:
 
 
 def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
-    """A flat tree with separate layers as the model holds it.
+    """Converts a flat tree with separate layers to the model's own layout.
 
     Raises:
-        InputError: The model's layers are stacked, and some of them have other modules than others.
+      InputError: if the model's layers are stacked, and the adapter changes only some of them, or some differently.
     """
     if model.layers != STACKED:
         return unflatten_dict(tree)
@@ -127,7 +128,7 @@ def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
 
 
 def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
-    """A tree of bools like params: True for the adapter, the head and, if the config says so, the pooler."""
+    """A tree of bools like params: True at the adapter, the head and, if the config says so, the pooler."""
     config = config_of(model)
 
     def is_trained(path, _):
@@ -138,7 +139,7 @@ def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
 
 
 def count_parameters(model: PeftClassifier, params: Parameters) -> tuple[int, int]:
-    """The number of trained parameters, and of all parameters."""
+    """The number of trained parameters, and the number of all parameters."""
     sizes = jax.tree.map(lambda p: p.size, params)
     trained = jax.tree.map(lambda size, keep: size * keep, sizes, trainable_mask(model, params))
     return sum(jax.tree.leaves(trained)), sum(jax.tree.leaves(sizes))
@@ -150,7 +151,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     The adapter's own parameters are kept for `unmerge`; `merge_and_unload` drops them.
 
     Raises:
-        ValueError: It is already merged, or the method cannot be merged.
+      ValueError: if the adapter is already merged, or the method cannot be merged.
     """
     config = config_of(model)
     if model.merged:
@@ -164,7 +165,7 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     """The inverse of `merge`; restores the weights up to rounding.
 
     Raises:
-        ValueError: It is not merged, or a scale of IA3 is zero.
+      ValueError: if the adapter is not merged, or a scale of IA3 is zero.
     """
     config = config_of(model)
     if not model.merged:
@@ -173,10 +174,10 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
 
 
 def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
-    """The base model without the adapter, with the trained head (and pooler); its weights are unchanged.
+    """The plain model without the adapter, but with the trained head (and pooler); its other weights are unchanged.
 
     Raises:
-        ValueError: The adapter is merged.
+      ValueError: if the adapter is merged.
     """
     config = config_of(model)
     if model.merged:
@@ -188,7 +189,7 @@ def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[Sequenc
     """A plain classifier with the adapter merged into its weights, for `pats_jax.models.save_pretrained`.
 
     Raises:
-        ValueError: The method cannot be merged.
+      ValueError: if the method cannot be merged.
     """
     config_of(model)
     return _plain(*((model, params) if model.merged else merge(model, params)))
@@ -210,7 +211,11 @@ def _plain(model, params):
 
 
 def config_of(model: SequenceClassifier) -> PeftConfig:
-    """The config of a model's adapter; raises ValueError if it has none."""
+    """The config of a model's adapter.
+
+    Raises:
+      ValueError: if the model has no adapter.
+    """
     if not isinstance(model, PeftClassifier) or model.peft is None:
         raise ValueError("the model has no adapter; add one with add_peft or load_peft")
     return model.peft

@@ -1,17 +1,18 @@
-r"""Prefix tuning: trained keys and values before those of the text, in every layer.
+r"""Prefix tuning: trained keys and values before the text's own, in every layer.
 
 ::
 
-    keys = [k_1, ..., k_length, keys of the text];    the same for values;    all queries attend to both
+    keys   = [k_1, ..., k_length, keys of the text]        k_i, v_i (hidden,), different in each layer
+    values = [v_1, ..., v_length, values of the text]      all queries attend to both
 
-The matrix (length, 2 * layers * hidden) holds, for each virtual token, key and value of layer 0, of layer 1, ... As in
-PEFT, whose files hold prefixes, the text's positions are counted on from the prefix. Entries start normal with the
-model's ``initializer_range``. They are trained themselves: the network that Li and Liang draw them from while training
-is not here (PEFT's ``prefix_projection``; its files, which hold the keys and values that came out, load all the same).
+The small tree is one matrix, (length, 2 * layers * hidden): for each virtual token, its key and value in layer 0, then
+in layer 1, and so on. As in PEFT, positions of the text start after the prefix. Entries start normal with standard
+deviation ``initializer_range``, and are trained directly: the network through which Li and Liang train them (PEFT's
+``prefix_projection``) is not supported. PEFT saves the resulting keys and values, so its files load in either case.
 
 References:
-    Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190); Liu et al. 2021,
-    P-Tuning v2 (arXiv:2110.07602), for encoders.
+  Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190); Liu et al. 2021,
+  P-Tuning v2 (arXiv:2110.07602), for encoders.
 """
 
 import dataclasses
@@ -35,7 +36,11 @@ _PREFIX = "prefix"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixConfig(VirtualTokensConfig):
-    """The prefix's settings: its length."""
+    """The settings of prefix tuning.
+
+    Attributes:
+      length: number of virtual tokens; each takes one position from the text.
+    """
 
     length: int = setting(
         20,

@@ -4,12 +4,12 @@ r"""Prompt tuning: trained word embeddings before the text's own.
 
     embeddings = [p_1, ..., p_length, word embeddings of the text]
 
-Positions are counted from p_1 on, the prompt's token type is 0, and everything attends to it. It changes the
-embeddings only, so it works on ``inputs_embeds`` as on ids. p starts as the word embeddings of tokens drawn at random.
-As in PEFT, whose files hold prompts, the head reads the first position: p_1, not [CLS].
+Positions start at p_1, the prompt has token type 0, and all tokens attend to it. A prompt works with ids and with
+``inputs_embeds``. The p_i, (hidden,), start as the word embeddings of tokens drawn at random. As in PEFT, the head
+reads the first position, which is p_1 rather than [CLS].
 
 References:
-    Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691).
+  Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv:2104.08691).
 """
 
 import dataclasses
@@ -28,7 +28,11 @@ from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig(VirtualTokensConfig):
-    """The prompt's settings: its length."""
+    """The settings of prompt tuning.
+
+    Attributes:
+      length: number of virtual tokens; each takes one position from the text.
+    """
 
     length: int = setting(
         20,

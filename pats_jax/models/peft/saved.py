@@ -1,7 +1,7 @@
-"""The contents of a folder with a saved adapter, checked before use.
+"""Checks the content of a folder with a saved adapter before it is used.
 
-Every field of ``adapter_config.json`` is one of three: *read*; *without effect* on a saved adapter's outputs; or
-*unsupported*, which is an error unless the field is null, false, empty, or PEFT's plain value.
+Every field of ``adapter_config.json`` is *read*, is *without effect* on a saved adapter's outputs, or is *unsupported*:
+then any value but null, false, an empty one or PEFT's plain value is an error.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ TASK = "SEQ_CLS"
 
 
 class CommonFields(TypedDict, total=False):
-    """The fields that are read for every method; each method adds its own."""
+    """The fields that every method reads; each method adds its own."""
 
     peft_type: str
     peft_version: str | None
@@ -31,7 +31,7 @@ class CommonFields(TypedDict, total=False):
 
 
 class TargetFields(CommonFields, total=False):
-    """The fields that select layers, in the files of methods that change layers."""
+    """The fields by which methods that change layers select them."""
 
     target_modules: str | list[str] | None
     exclude_modules: str | list[str] | None
@@ -47,9 +47,9 @@ class FieldRules(NamedTuple):
     """How a method treats the fields of ``adapter_config.json``.
 
     Attributes:
-        read: A ``TypedDict`` with the fields that are read, and their types.
-        without_effect: Fields that do not change what a saved adapter computes.
-        plain: Unsupported fields whose plain value is not null, false or empty -> that value.
+      read: a ``TypedDict`` of the fields that are read, with their types.
+      without_effect: fields that do not change what a saved adapter computes.
+      plain: unsupported field -> its plain value, where that is not null, false or empty.
     """
 
     read: Any = CommonFields
@@ -58,14 +58,14 @@ class FieldRules(NamedTuple):
 
 
 class SavedModules(NamedTuple):
-    """A saved adapter, and the model to add it to.
+    """A saved adapter, and the model that it is added to.
 
     Attributes:
-        fields: ``adapter_config.json``; every field that is read has its type.
-        shapes: The shape of each tensor in ``adapter_model.safetensors``, except head and pooler.
-        layers: The names of the model's linear layers that an adapter may change.
-        model: The model's config.
-        folder: The folder, for error messages.
+      fields: the content of ``adapter_config.json``; the types of fields that are read have been checked.
+      shapes: the shape of each tensor in ``adapter_model.safetensors``, except head and pooler.
+      layers: the names of the model's linear layers that an adapter may change.
+      model: the model's config.
+      folder: the folder, for error messages.
     """
 
     fields: JsonObject
@@ -80,14 +80,21 @@ class SavedModules(NamedTuple):
         return str(self.folder / CONFIG_FILE)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field; null means the default."""
+        """The value of a field, or the default if it is missing or null."""
         value = self.fields.get(name)
         return default if value is None else value
 
     def check_size(self, field: str, value: Any, ending: str, axis: int) -> None:
-        """Raises InputError unless all tensors whose names end so have ``value`` entries along an axis.
+        """Checks a size in the config against the tensors, before anything of that size is created.
 
-        What a config asks for is made only after this: a file has no more than it holds.
+        Args:
+          field: the field's name.
+          value: its value.
+          ending: the tensors' names end with it.
+          axis: the axis along which they must have ``value`` entries.
+
+        Raises:
+          InputError: if there is no such tensor, or one of another size.
         """
         ended = {name: shape for name, shape in self.shapes.items() if name.endswith(ending)}
         if not ended:
@@ -100,10 +107,10 @@ class SavedModules(NamedTuple):
                 )
 
     def changed_layers(self, ending: str, default_targets: Iterable[str]) -> list[str]:
-        """The names of the layers that have tensors with this ending, which must be those that the config names.
+        """The names of the layers that have tensors with this ending; they must be the layers that the config selects.
 
         Raises:
-            InputError: The two differ: the file is incomplete, or PEFT would ignore a part of it.
+          InputError: if the two differ: the file is incomplete, or PEFT would ignore a part of it.
         """
         in_file = [name.removesuffix(ending) for name in self.shapes if name.endswith(ending)]
         named = named_layers(self.fields, self.layers, default_targets, self.source)
@@ -119,13 +126,16 @@ class SavedModules(NamedTuple):
 
 
 def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: Iterable[str], source: str) -> set[str]:
-    """The layers that a config selects, by PEFT's rule (its ``check_target_module_exists``).
+    """The layers that a config selects, by the rule of PEFT's ``check_target_module_exists``.
 
     Args:
-        fields: The config: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
-        layers: The names of the model's linear layers that an adapter may change.
-        default_targets: The value of target_modules if it is null.
-        source: What to call the config in error messages.
+      fields: the config, of which target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
+      layers: the names of the model's linear layers that an adapter may change.
+      default_targets: the value of target_modules if it is null.
+      source: what to call the config in error messages.
+
+    Raises:
+      InputError: if a pattern is not valid or not supported.
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     targets = list(default_targets) if targets is None else targets
@@ -142,7 +152,7 @@ def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: 
 
 
 def _matching(modules: str | list[str], layers: list[str], source: str) -> set[str]:
-    """The layers that a field names: by a regex for the whole name, or by a list of whole names and endings."""
+    """The layers that a field selects: by a regex for the whole name, or by a list of names or their endings."""
     if isinstance(modules, str):
         return set(filter(compile_pattern(modules, source, whole=True), layers))
     endings = tuple(f".{name}" for name in modules)
@@ -150,7 +160,11 @@ def _matching(modules: str | list[str], layers: list[str], source: str) -> set[s
 
 
 def _layer_number(layer: str, patterns: list[str], source: str) -> int | None:
-    """The N of ``bert.encoder.layer.N.output.dense``, if the word before it is one that layers_pattern allows."""
+    """The N of ``bert.encoder.layer.N.output.dense``, if layers_pattern allows the word before it; else None.
+
+    Raises:
+      InputError: if a pattern is not a plain name.
+    """
     for pattern in patterns:
         if not pattern.isidentifier():  # PEFT takes regexes; names are all that people give
             raise InputError(f"{source}: layers_pattern {shown(pattern)} is not supported, only a name")
@@ -162,10 +176,10 @@ def _layer_number(layer: str, patterns: list[str], source: str) -> int | None:
 
 
 def read_fields(folder: Path) -> JsonObject:
-    """The fields of ``adapter_config.json``, those of `CommonFields` of their types; see `check_fields` for the rest.
+    """Reads ``adapter_config.json`` and checks the types of `CommonFields`; `check_fields` checks the other fields.
 
     Raises:
-        InputError: The file is missing or damaged.
+      InputError: if the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -179,7 +193,7 @@ def read_fields(folder: Path) -> JsonObject:
 
 
 def check_fields(folder: Path, values: Mapping[str, Any], rules: FieldRules) -> None:
-    """Raises InputError if a field has a wrong type, or requires something that this library does not support."""
+    """Raises InputError if a field has a wrong type, or asks for something that this library does not support."""
     path = folder / CONFIG_FILE
     parse_record(read_bytes(path), cast(type, rules.read), str(path))
     known = {*rules.read.__annotations__, *rules.without_effect, *_WITHOUT_EFFECT}
@@ -199,7 +213,7 @@ def saves_pooler(values: Mapping[str, Any], folder: Path) -> bool:
     """Whether the pooler is saved with the adapter; the head must be.
 
     Raises:
-        InputError: The adapter is not for a classifier, or other parts of the model are saved with it.
+      InputError: if the adapter is not for a classifier, or other parts of the model are saved with it.
     """
     source, task, parts = folder / CONFIG_FILE, values.get("task_type"), values.get("modules_to_save") or []
     if task not in (TASK, None):

@@ -1,4 +1,4 @@
-"""What prompts and prefixes have in common: one matrix with a row for each virtual token, and its place in the file."""
+"""What prompts and prefixes share: a matrix with one row per virtual token, and its name in the file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ EMBEDDINGS = ("prompt_embeddings",)  # PEFT's name for it, and ours
 
 
 class _Fields(CommonFields, total=False):
-    """What is read of the config of a prompt or prefix."""
+    """The fields that are read from the config of a prompt or prefix."""
 
     num_virtual_tokens: int | None
     token_dim: int | None
@@ -34,10 +34,10 @@ _WITHOUT_EFFECT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VirtualTokensConfig(PeftConfig):
-    """The settings of a kind that adds virtual tokens.
+    """The settings of a method that adds virtual tokens.
 
     Attributes:
-        length: Number of virtual tokens; each takes one position from the text.
+      length: number of virtual tokens; each takes one position from the text.
     """
 
     length: int
@@ -51,7 +51,7 @@ class VirtualTokensConfig(PeftConfig):
 
     @classmethod
     def sizes(cls, model: EncoderConfig) -> dict[str, int]:
-        """The fields that a saved file must have as the model has them."""
+        """The fields of a saved config that must match the model, with the model's values."""
         return {"token_dim": model.hidden_size, "num_transformer_submodules": 1}
 
     def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
