@@ -5,7 +5,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv-$(VERSION)
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # Folder of GLUE's TSV files for `make bench` and `make curves`; where there is none, the first takes the built-in data
@@ -31,7 +31,7 @@ NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks
 
 slow: $(VENV)/.dask
 	$(PYTEST) -m slow
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity and not slow" $(addprefix tests/test_,$(NUMERICS))
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity" $(addprefix tests/test_,$(NUMERICS))
 	$(FUZZ) --count 10000
 	$(MAKE) tpu
 
@@ -40,7 +40,7 @@ fuzz: $(VENV)/.ready
 
 # PEFT's prefix tuning is compared in an environment of its own, for it needs an earlier Transformers.
 parity: $(VENV)/.torch $(VENV)-prefix/.ready
-	$(PYTEST) -m parity
+	$(PYTEST) -m parity $(shell grep -l mark.parity tests/test_*.py)
 	$(VENV)-prefix/bin/python -m pytest -m parity -k prefix tests/test_peft_parity.py
 
 lint: $(VENV)/.ready

@@ -251,7 +251,13 @@ def test_the_configs_of_our_own_kinds_are_read_with_the_same_care(kind, tmp_path
         refused(tmp_path, "adapter_config.json: adapter_place mid: must be 'houlsby' or")
 
 
-@pytest.mark.parametrize("field", ("target_modules", "exclude_modules", "feedforward_modules"))
+@pytest.mark.parametrize(
+    "field",
+    (
+        "target_modules",
+        *(pytest.param(f"{name}_modules", marks=pytest.mark.slow) for name in ("exclude", "feedforward")),
+    ),
+)
 def test_a_regex_of_a_file_that_never_ends_is_refused(field, tmp_path):
     start = time.process_time()
     refused(written(tmp_path, "ia3", **{field: SLOW}), f"{field} '", "takes too long")

@@ -105,7 +105,7 @@ def make_batch(length=128):
     return {"input_ids": rng.integers(5, CONFIG.vocab_size, (4, length)).astype(np.int32), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("layers", ["separate", "stacked"])
+@pytest.mark.parametrize("layers", [pytest.param("separate", marks=pytest.mark.slow), "stacked"])
 def test_a_model_computes_the_same_to_the_rounding_of_bfloat16(layers, monkeypatch):
     monkeypatch.setattr(attention, "_missing_gpu", lambda: None)
     calls = []

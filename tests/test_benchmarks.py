@@ -341,6 +341,7 @@ def test_devices_and_checkpoint_run(checkpoint):
     assert results.measured["checkpoint"]["bytes_per_parameter"] > 4
 
 
+@pytest.mark.slow
 def test_first_step_in_a_new_process(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     figures = compilation.first_step_in_new_process(Case(checkpoint, 4, 8), "pats", 6, str(tmp_path))

@@ -11,6 +11,7 @@ import pathlib
 import random
 import resource
 import shutil
+import tempfile
 
 import damage
 import jax
@@ -76,7 +77,7 @@ def bits(state):
 
 @pytest.mark.parametrize(
     "target",
-    [pytest.param({}, marks=pytest.mark.slow), {"num_devices": 4}, {"fsdp": 4}, {"kind": "pmap"}],
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ({}, {"num_devices": 4})), {"fsdp": 4}, {"kind": "pmap"}],
     ids=str,
 )
 def test_a_state_comes_back_bit_by_bit_on_any_devices(tmp_path, scattered, target):
@@ -142,11 +143,19 @@ def truncate(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-def save_two(folder, state, best=None):
-    """Checkpoints of steps 10 and 20, of which 20 names a best one."""
-    with Checkpoints(folder, keep=None) as checkpoints:
+def save_two(folder, best=None):
+    """Copies checkpoints of `state` at steps 10 and 20, of which 20 names a best one."""
+    shutil.copytree(pathlib.Path(two_saved(best).name, "c"), folder)
+
+
+@functools.cache
+def two_saved(best):
+    """The temporary folder of these checkpoints."""
+    state, folder = make_state(runners.make_runner(num_devices=1)), tempfile.TemporaryDirectory()
+    with Checkpoints(pathlib.Path(folder.name, "c"), keep=None) as checkpoints:
         checkpoints.save(10, state, {"step": 10})
         checkpoints.save(20, state, {"step": 20}, best)
+    return folder
 
 
 def warnings(caplog):
@@ -165,7 +174,7 @@ def loud(caplog):
 def test_a_damaged_checkpoint_is_named_and_kept_and_the_one_before_it_taken(state, tmp_path, damage, kind, caplog):
     """Whatever file it is: how Orbax lays arrays out, and which copies it reads, changes from one save to the next."""
     folder = tmp_path / "c"
-    save_two(folder, state)
+    save_two(folder)
     hit = [path for path in (folder / "20" / "state").rglob("*") if path.is_file()]
     if kind != "everything":
         hit = [path for path in hit if (path.name == "record.json") == (kind == "record.json")]
@@ -209,7 +218,7 @@ def rewrite(path, **changes):
 
 def test_arrays_that_were_written_wrong_are_found_by_their_checksum(state, tmp_path, caplog):
     """Files and record are as they were written, but the arrays are not those that were on the devices."""
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     path = tmp_path / "c" / "20" / "state" / "record.json"
     rewrite(path)
     assert Checkpoints(tmp_path / "c", keep=None).restore(state)[1] == {"step": 20}
@@ -245,7 +254,7 @@ def test_what_the_checksums_see(change, seen_before):
 
 
 def test_a_checkpoint_under_the_name_of_another_step(state, tmp_path, caplog):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     (tmp_path / "c" / "20").rename(tmp_path / "c" / "30")
     assert Checkpoints(tmp_path / "c", keep=None).restore(state)[1] == {"step": 10}
     assert "it belongs to step 20" in warnings(caplog)[0]
@@ -317,7 +326,7 @@ def test_a_checkpoint_is_whole_only_with_the_best_one_that_it_names(state, tmp_p
 
 def test_nothing_whole_is_left(state, tmp_path, caplog):
     folder = tmp_path / "c"
-    save_two(folder, state, best=10)
+    save_two(folder, best=10)
     (folder / "10" / "state" / "_METADATA").write_text("{}")
     assert Checkpoints(folder, keep=None).restore(state) is None
     assert sorted(path.name for path in folder.iterdir()) == ["10.damaged", "20.without_best"]
@@ -325,7 +334,7 @@ def test_nothing_whole_is_left(state, tmp_path, caplog):
 
 
 def test_best_parameters_that_are_damaged_when_they_are_needed(state, tmp_path):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     with Checkpoints(tmp_path / "c", keep=None) as restoring:
         jax.tree.map(np.testing.assert_array_equal, restoring.restore_params(20, state), state.params)
         (tmp_path / "c" / "20" / "state" / "_sharding").unlink()
@@ -341,7 +350,7 @@ def test_best_parameters_that_are_damaged_when_they_are_needed(state, tmp_path):
 @pytest.mark.parametrize("name", ["record.json", "manifest.ocdbt"])
 def test_what_the_system_refuses_is_no_damage(state, tmp_path, monkeypatch, number, name, caplog):
     folder = tmp_path / "c"
-    save_two(folder, state)
+    save_two(folder)
     real = os.open
 
     def refuse(path, *args, **kwargs):
@@ -362,7 +371,7 @@ def test_what_the_system_refuses_is_no_damage(state, tmp_path, monkeypatch, numb
 def test_too_many_open_files(state, tmp_path, more, caplog, capfd):
     """Really so: wherever reading runs out of them, the checkpoint stays."""
     folder = tmp_path / "c"
-    save_two(folder, state)
+    save_two(folder)
     Checkpoints(folder, keep=None).restore(state)  # what is imported is open
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     first_free = os.dup(0)
@@ -383,7 +392,7 @@ def test_too_many_open_files(state, tmp_path, more, caplog, capfd):
 
 @pytest.mark.parametrize("name", ["record.json", "manifest.ocdbt"])
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(state, tmp_path, name):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     path = tmp_path / "c" / "20" / "state" / name
     path.unlink()
     os.mkfifo(path)
@@ -392,7 +401,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(state, tmp_path, name):
 
 
 def test_whatever_orbax_makes_of_sound_files_is_no_damage(state, tmp_path, monkeypatch):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
 
     def fail(*args, **kwargs):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand a lot more")
@@ -404,7 +413,7 @@ def test_whatever_orbax_makes_of_sound_files_is_no_damage(state, tmp_path, monke
 
 
 def test_a_damaged_one_that_cannot_be_renamed(state, tmp_path, monkeypatch):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     (tmp_path / "c" / "20" / "state" / "record.json").unlink()
 
     def refuse(self, target):
@@ -420,7 +429,7 @@ def test_a_damaged_one_that_cannot_be_renamed(state, tmp_path, monkeypatch):
     [(2, "0.9.1", "has format 2"), ("x" * 1000, "1" * 1000, "has format 'xxx"), (None, None, "has format None")],
 )
 def test_another_format_is_refused_and_kept(state, tmp_path, number, version, expected):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     rewrite(tmp_path / "c" / "20" / "state" / "record.json", format=number, version=version)
     with pytest.raises(InputError) as caught:
         Checkpoints(tmp_path / "c", keep=None).restore(state)
@@ -432,7 +441,7 @@ def test_another_format_is_refused_and_kept(state, tmp_path, number, version, ex
 
 def test_a_checkpoint_of_before_formats_had_numbers(state, tmp_path):
     """As pats_jax 0.1.0 wrote it: the progress in an item of its own, without format and digest."""
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     (tmp_path / "c" / "20" / "state" / "record.json").unlink()
     (tmp_path / "c" / "20" / "progress").mkdir()
     (tmp_path / "c" / "20" / "progress" / "metadata").write_text('{"progress": {}, "key_kinds": {}, "checksums": {}}')
@@ -446,7 +455,7 @@ def test_a_checkpoint_of_before_formats_had_numbers(state, tmp_path):
 
 
 def test_a_record_of_ours_with_a_field_of_another_type(state, tmp_path):
-    save_two(tmp_path / "c", state)
+    save_two(tmp_path / "c")
     rewrite(tmp_path / "c" / "20" / "state" / "record.json", progress={"step": "three"})
     with pytest.raises(InputError, match=r"c/20/state/record.json: step: Input should be a valid integer"):
         Checkpoints(tmp_path / "c", keep=None).restore(state, loop.Progress)

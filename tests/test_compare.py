@@ -23,6 +23,7 @@ from pats_jax.comparison.arms import Arm
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
+from pats_jax.programs import cli
 from pats_jax.run import run_folder, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
@@ -400,7 +401,7 @@ def home(tmp_path, monkeypatch):
 ALL = ["finetune-1", "finetune-2", "pats-1", "pats-2"]
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_finished_runs_are_never_run_again(home, jobs):
     out = home.compare("--jobs", jobs)
     assert home.started() == ALL and "mrpc/pats/seed1: combined_score 0.8000" in out
@@ -542,31 +543,53 @@ def test_the_command_starts_no_backend_and_ends_with_code_2(tmp_path):
 # end to end
 
 
-@pytest.mark.parametrize("seeds", ["1", pytest.param("1 2", marks=pytest.mark.slow)])
-def test_a_grid_of_real_runs(seeds, tmp_path, monkeypatch):
-    """2 methods x 1 task x 1 or 2 seeds with the tiny model."""
-    monkeypatch.setenv("XLA_FLAGS", tiny.flags_for_one_device())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    flags = f"""
-        --methods finetune pats --tasks sst2 --seeds {seeds} --jobs 2 --output_dir {tmp_path / "grid"}
-        --model_name_or_path {tiny.save_checkpoint(tmp_path / "checkpoint")}
-        --data_dir {tiny.write_sst2(tmp_path / "data")} --max_seq_length 16 --per_device_train_batch_size 8
+def real_grid(folder, seeds):
+    """The flags of 2 methods x 1 task x 1 or 2 seeds with the tiny model."""
+    return shlex.split(f"""
+        --methods finetune pats --tasks sst2 --seeds {seeds} --jobs 2 --output_dir {folder / "grid"}
+        --model_name_or_path {tiny.save_checkpoint(folder / "checkpoint")}
+        --data_dir {tiny.write_sst2(folder / "data")} --max_seq_length 16 --per_device_train_batch_size 8
         --length_buckets 1 --num_devices 1 --save_steps 0 --max_steps 6 --logging_steps 2 --lanes 1
-        --learning_rate 1e-2 --noise_scale 0.1"""
-    compare.run(shlex.split(flags), rich.console.Console(file=io.StringIO()))
-    found = json.loads((tmp_path / "grid" / "comparison.json").read_text())
+        --learning_rate 1e-2 --noise_scale 0.1""")
+
+
+def assert_compared(root):
+    found = json.loads((root / "comparison.json").read_text())
     assert found["missing"] == [] and found["settings"]["noise_scale"] == 0.1
     methods = found["tasks"]["sst2"]["methods"]
     for method, numbers in methods.items():
         for seed, score in numbers["scores"].items():
-            results = run_folder.read_results(tmp_path / "grid" / "runs" / "sst2" / method / f"seed{seed}")
+            results = run_folder.read_results(root / "runs" / "sst2" / method / f"seed{seed}")
             assert results["final"]["metrics"]["accuracy"] == score and results["seed"] == int(seed)
         assert numbers["curves"]["loss"]["step"] == [2, 4, 6] and numbers["seconds_per_step"] > 0
         assert sum(numbers["concentration"]["histogram"]["after"]) == pytest.approx(1, abs=0.05)
     first, second = (numbers["concentration"]["before"] for numbers in methods.values())
     assert first == second, "before training the seed alone decides"
     assert methods["finetune"]["curves"]["loss"] != methods["pats"]["curves"]["loss"]
+    assert (root / "report.html").read_text().count("data:image/png") == 4
+
+
+def test_a_grid_of_real_runs_by_their_commands(tmp_path):
+    """As the grid would start them, but in this process; the grid then finds them finished."""
+    flags = real_grid(tmp_path, "1")
+    grid, others = compare.parse(flags)
+    shared = compare.check(grid, others)
+    for run in grid.runs(shared):
+        module, program, *arguments = compare.glue_arguments(run, tmp_path / "grid", shared)
+        assert (module, program) == ("-m", "pats_jax")
+        cli.main(arguments)
+    out = io.StringIO()
+    compare.run(flags, rich.console.Console(file=out))
+    assert "2 of 2 runs are already finished" in out.getvalue()
+    assert_compared(tmp_path / "grid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", ["1", "1 2"])
+def test_a_grid_of_real_runs(seeds, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", tiny.flags_for_one_device())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    compare.run(real_grid(tmp_path, seeds), rich.console.Console(file=io.StringIO()))
+    assert_compared(tmp_path / "grid")
     compiled = list((tmp_path / "home" / "pats_jax" / "compilation").glob("jit_step-*-cache"))
     assert len(compiled) == 2, "a training step each method, not each run"
-    text = (tmp_path / "grid" / "report.html").read_text()
-    assert text.count("data:image/png") == 4

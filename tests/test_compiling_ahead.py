@@ -17,6 +17,7 @@ from pats_jax.training import runners
 
 ROWS, LENGTHS = 16, (12, 5, 8)
 TWO = LENGTHS[:2]  # of a training with every runner
+SLOW = pytest.mark.slow
 RUNNERS = {"one device": {"num_devices": 1}, "mesh": {}, "fsdp": {"fsdp": 2}, "pmap": {"kind": "pmap"}}
 
 
@@ -60,14 +61,14 @@ def prepare(**kind):
     """A runner, a first state, and a step with dropout and noise."""
     model = models.SequenceClassifier(tiny.CONFIG)
     runner = runners.make_runner(**kind)
-    tx = pats_jax.pats(optax.adamw(1e-3), noise_scale=1e-3, key=3)
+    tx = pats_jax.pats(optax.sgd(1e-2), noise_scale=1e-3, key=3)
     create = functools.partial(pats_jax.TrainState.create, apply_fn=model.apply, tx=tx, key=0)
     state = runner.create_state(create, tiny.random_params(tiny.CONFIG))
     step = make_train_step(make_loss_fn(model.apply), axis_name=runner.axis_name)
     return runner, state, runner.compile_step(step, state)
 
 
-@pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
+@pytest.mark.parametrize("name", ["one device", *(pytest.param(name, marks=SLOW) for name in ("mesh", "fsdp", "pmap"))])
 def test_the_first_program_may_be_begun_from_shapes_alone(name, compiled):
     """Of a state that is not there yet; it is the very program that the step then runs."""
     expected, expected_metrics, _ = plain(name)
@@ -119,7 +120,7 @@ def train(runner, state, step):
     return runner.to_host(state.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("name", ["one device", pytest.param("mesh", marks=pytest.mark.slow), "fsdp", "pmap"])
+@pytest.mark.parametrize("name", ["one device", *(pytest.param(name, marks=SLOW) for name in ("mesh", "fsdp", "pmap"))])
 def test_each_program_is_compiled_once_all_but_the_first_in_the_thread_and_computes_the_same(name, compiled):
     expected, expected_metrics, programs = plain(name)
     assert programs == len(TWO)

@@ -201,8 +201,13 @@ def plain_tuning(start_folder, kind, sample, steps=3, seed=42):
     return path
 
 
-@pytest.mark.parametrize("kind", ("full", "lora"))
-@pytest.mark.parametrize("task", tiny.PARTITION["test"])
+@pytest.mark.parametrize(
+    "task, kind",
+    [
+        *(("manners", "full"), ("choice", "lora")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("manners", "lora"), ("choice", "full"))),
+    ],
+)
 def test_a_tuning_is_that_of_a_plain_loop(whole, home, kind, task):
     sample = load_gym(home / "gym")[task].sample(21)
     path = plain_tuning(home / "model", kind, sample)
@@ -218,7 +223,7 @@ def test_a_tuning_is_that_of_a_plain_loop(whole, home, kind, task):
 def test_of_equal_scores_that_of_the_lower_loss_is_kept(base, home, tmp_path, monkeypatch):
     monkeypatch.setitem(metrics.METRICS, "accuracy", lambda chosen, right: 0.5)
     best = set()
-    for (_, task, seed), record in run(base, tmp_path / "gym").items():
+    for (_, task, seed), record in run(base, tmp_path / "gym", tasks=("choice",)).items():
         losses = [
             loss for _, loss, *_ in plain_tuning(home / "model", "lora", load_gym(home / "gym")[task].sample(seed))
         ]
@@ -227,16 +232,14 @@ def test_of_equal_scores_that_of_the_lower_loss_is_kept(base, home, tmp_path, mo
     assert len(best) > 1
 
 
-@pytest.fixture
-def later_is_better(monkeypatch):
-    """The dev score rises with every step, so that the last parameters are kept."""
+def keep_the_last(monkeypatch):
+    """Lets the dev score rise with every step, so that the last parameters are kept."""
     counter = itertools.count()
     monkeypatch.setitem(metrics.METRICS, "accuracy", lambda chosen, right: float(next(counter)))
 
 
-@pytest.fixture
-def best_params(monkeypatch):
-    """The parameters that test rows are scored by, as they come."""
+def keep_best_params(monkeypatch):
+    """A list of the parameters that test rows are scored by, as they come."""
     kept, real = [], option_scoring.choose
 
     def choose(scores, head, params, *args, **options):
@@ -247,10 +250,26 @@ def best_params(monkeypatch):
     return kept
 
 
-def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, tmp_path, best_params, later_is_better):
-    one = {"tasks": ("manners",), "samples": (13,)}
-    run(base, tmp_path / "gym", kinds=("full", "lora"), **one)
-    for kind, after in zip(("full", "lora"), best_params, strict=True):
+@pytest.fixture
+def best_params(monkeypatch):
+    return keep_best_params(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def last_params(base, tmp_path_factory):
+    """What a full tuning and one of LoRA make of a sample."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_the_last(patch)
+        kept = keep_best_params(patch)
+        run(base, tmp_path_factory.mktemp("last") / "gym", kinds=("full", "lora"), **ONE)
+    return dict(zip(("full", "lora"), kept, strict=True))
+
+
+ONE = {"tasks": ("manners",), "samples": (13,)}
+
+
+def test_full_tuning_trains_the_encoder_and_lora_its_modules(base, last_params):
+    for kind, after in last_params.items():
         config = peft.LoraConfig(rank=2) if kind == "lora" else None
         _, before = option_scoring.load_scorer(base.model.model_name_or_path, "embedding", config, key=base.seed)
         before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
@@ -307,12 +326,12 @@ def test_fewer_test_rows(base, home, whole, tmp_path, monkeypatch):
         assert record["test_rows"] == 4 and record["test"] in (0, 0.25, 0.5, 0.75, 1)
 
 
-def test_pats_is_an_optimizer_here_too(base, tmp_path, best_params, later_is_better):
-    one = {"tasks": ("manners",), "samples": (13,), "kinds": ("full",)}
-    run(base, tmp_path / "gym", method="pats", noise_scale=0.5, **one)
-    run(base, tmp_path / "plain", **one)
+def test_pats_is_an_optimizer_here_too(base, tmp_path, monkeypatch, best_params, last_params):
+    keep_the_last(monkeypatch)
+    run(base, tmp_path / "gym", method="pats", noise_scale=0.5, kinds=("full",), **ONE)
     noisy, plain = (
-        np.asarray(tree["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]) for tree in best_params
+        np.asarray(tree["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"])
+        for tree in (*best_params, last_params["full"])
     )
     assert not np.array_equal(noisy, plain)
 
@@ -402,10 +421,10 @@ def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(few_shot_tuning.Tuner, "tune", tune)
         with pytest.raises(Preempted, match="interrupted; repeat the command to resume"):
-            run(base, tmp_path / "gym")
+            run(base, tmp_path / "gym", tasks=("manners",))
     assert len(records(tmp_path / "gym")) == 1
-    found = run(base, tmp_path / "gym")
-    assert found == {key: one for key, one in records(whole).items() if key[0] == "direct-lora"}
+    found = run(base, tmp_path / "gym", tasks=("manners",))
+    assert found == {key: one for key, one in records(whole).items() if key[:2] == ("direct-lora", "manners")}
 
 
 def arguments(base, **changes):
@@ -420,6 +439,7 @@ def with_read(given, changes):
     return given | changes
 
 
+@pytest.mark.slow  # one of the processes is above, what starts them in test_workers.py
 def test_many_processes(base, whole, home, tmp_path):
     """Two at once make what one makes, by the numbers up to rounding; one that fails is named with its reason."""
     environment = os.environ | {"XLA_FLAGS": tiny.flags_for_one_device()}

@@ -16,7 +16,10 @@ def load(name):
     return example
 
 
-@pytest.mark.parametrize("name, accuracy", [("linen_bert", 0.85), ("nnx_mlp", 0.93), ("equinox_mlp", 0.93)])
+@pytest.mark.parametrize(
+    "name, accuracy",
+    [pytest.param("linen_bert", 0.85, marks=pytest.mark.slow), ("nnx_mlp", 0.93), ("equinox_mlp", 0.93)],
+)
 def test_example_learns_and_reports_sensitivity(name, accuracy, capsys):
     assert load(name).main() > accuracy
     report = capsys.readouterr().out.splitlines()

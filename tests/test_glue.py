@@ -87,7 +87,7 @@ def noisy(base, tmp_path_factory):
     return folder
 
 
-def test_the_folder_holds_all_that_people_look_for(noisy):
+def test_the_folder_holds_all_that_people_look_for(base, noisy):
     assert {path.name for path in noisy.iterdir()} == set(run_folder.ENTRIES) - {
         "adapter",
         "checkpoints",
@@ -103,6 +103,7 @@ def test_the_folder_holds_all_that_people_look_for(noisy):
     read = read_by(Settings, saved)
     assert saved.keys() == {flag for flag, about in known.items() if flag in read and not about.of_one_start}
     assert saved["output_dir"] == str(noisy)
+    assert base.model.layers == "auto" and saved["layers"] == "separate"  # as is best on CPU
     tokenizer = json.loads((noisy / "model" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == saved["max_seq_length"] == 16  # by which `predict` cuts
 
@@ -141,10 +142,12 @@ PMAP = {"num_devices": 8, "parallel": "pmap"}
 
 
 @pytest.mark.parametrize(
-    "runner", [{}, {"num_devices": 8, "fsdp": 2}, pytest.param(PMAP, marks=pytest.mark.slow)], ids=str
+    "runner",
+    [{}, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ({"num_devices": 8, "fsdp": 2}, PMAP))],
+    ids=str,
 )
 def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(base, tmp_path, monkeypatch, runner):
-    """It is measured at the end, from a copy: here also at the start, exactly the same."""
+    """It is measured at the end, from a copy: here also at the start, exactly the same. Batches share a program."""
     real, measured = training_run.fit, []
 
     def fit(state, step, batches, rhythm, hooks, **options):
@@ -153,7 +156,9 @@ def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(ba
         return real(state, step, batches, rhythm, hooks, **options)
 
     monkeypatch.setattr(training_run, "fit", fit)
-    results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
+    with _compilations("_add") as compiled:
+        results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
+    assert len(compiled) == 1
     assert results["concentration"]["before"] == measured[0] != results["concentration"]["after"]
 
 
@@ -182,22 +187,6 @@ def test_a_plain_run_compiles_no_more_than_it_needs_and_says_how_long_its_first_
     assert sorted(name for name in names if name in OF_A_RUN) == sorted(OF_A_RUN)
     assert set(names) <= {*OF_A_RUN, "_derive", "draw"}, "more only for a new head"
     assert "compiled and made the first step in" in caplog.text
-
-
-@pytest.mark.parametrize("runner", [{}, PMAP], ids=str)
-def test_sensitivity_has_one_program_for_all_its_batches(base, tmp_path, runner):
-    names = []
-
-    def listen(event, seconds, fun_name="", **_):
-        if event.endswith("backend_compile_duration"):
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run(base, tmp_path / "run", method="pats", sensitivity_batches=2, max_steps=1, **runner)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert sum("_add" in name for name in names) == 1
 
 
 OF_A_RUN = ("create_state", "step", "figures", "predict")
@@ -343,23 +332,25 @@ def test_regression(base, tmp_path):
 @pytest.mark.parametrize("max_steps, shapes", [(1, 1), (12, 2)])
 def test_a_run_compiles_the_shapes_that_its_steps_have_and_no_others(base, tmp_path, max_steps, shapes):
     changes = {"length_buckets": 2, "max_steps": max_steps, "do_train": True}
-    with _compilations() as compiled:
+    with _compilations("step") as compiled:
         run(base, tmp_path / "run", **changes)
-    assert compiled == ["step"] * shapes
+    assert len(compiled) == shapes
 
 
 @contextlib.contextmanager
-def _compilations():
-    """The names of the training steps that are compiled, in whatever thread."""
+def _compilations(part):
+    """The names of the programs that are compiled, in whatever thread, and have this part."""
     names = []
 
     def listen(event, seconds, fun_name="", **_):
-        if event.endswith("backend_compile_duration") and "step" in fun_name:
-            names.append("step")
+        if event.endswith("backend_compile_duration") and part in fun_name:
+            names.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_is_fetched_from_the_devices_between_two_lines(base, tmp_path, monkeypatch):
@@ -458,20 +449,27 @@ def test_bitfit_leaves_all_but_biases_and_head_as_they_were(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["child-d", "dps-mix+pats"])
 def test_methods_that_need_the_data_or_the_forward_pass(base, tmp_path, method):
-    changes = {"method": method, "num_train_epochs": 8, "num_devices": 8, "train_batch_size": 8}
-    changes |= {"update_ratio": 0.25} if "dps" in method else {}
+    changes = {"method": method, "num_train_epochs": 8, "train_batch_size": 8}
+    changes |= {"update_ratio": 0.25, "num_devices": 8} if "dps" in method else {}
     results = run(base, tmp_path / "run", **changes)
     first, *_, last = (line["loss"] for line in run_folder.read_metrics(tmp_path / "run") if "loss" in line)
     assert last < first and results["method"] == method
 
 
-def test_objectives_are_added_to_the_loss_and_logged(base, tmp_path):
-    changes = {"method": "pats+r3f+r-drop+smart+lnsr", "lnsr_layer": 0, "r_drop_alpha": 2.0, "lnsr_lambda": 0.5}
-    run(base, tmp_path / "run", **changes)
+WEIGHTS = {"r3f": 1.0, "r_drop": 2.0, "smart": 1.0, "lnsr": 0.5}
+
+
+@pytest.mark.parametrize(
+    "names", [("r_drop", "lnsr"), pytest.param(tuple(WEIGHTS), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_objectives_are_added_to_the_loss_and_logged(base, tmp_path, names):
+    method = "+".join(["pats", *names]).replace("_", "-")
+    run(base, tmp_path / "run", method=method, lnsr_layer=0, r_drop_alpha=2.0, lnsr_lambda=0.5)
     for line in (line for line in run_folder.read_metrics(tmp_path / "run") if "loss" in line):
-        assert line["r_drop"] > 0 and line["lnsr"] > 0 and line["r3f"] >= 0 and line["smart"] >= 0
-        added = line["r3f"] + 2.0 * line["r_drop"] + line["smart"] + 0.5 * line["lnsr"]
+        assert line.keys() & WEIGHTS.keys() == set(names) and line["r_drop"] > 0 and line["lnsr"] > 0
+        added = sum(WEIGHTS[name] * line[name] for name in names)
         assert line["loss"] == pytest.approx(line["task_loss"] + added, rel=1e-5)
+        assert all(line[name] >= 0 for name in names)
 
 
 def test_dropout_is_off_where_the_methods_authors_do_without(base):

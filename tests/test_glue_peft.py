@@ -77,7 +77,7 @@ def _lines(path):
     return path.read_text().splitlines()
 
 
-@pytest.mark.parametrize("kind", ("prefix", "adapters"))
+@pytest.mark.parametrize("kind", ("prefix", pytest.param("adapters", marks=pytest.mark.slow)))
 def test_what_does_not_merge_leaves_an_adapter(kind, base, tmp_path, texts, capsys):
     run(base, tmp_path / "run", peft=kind)
     assert not (tmp_path / "run" / "model").exists()

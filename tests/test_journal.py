@@ -98,9 +98,25 @@ def seen_of_one_call(tmp_path_factory):
     return traced_calls(folder)
 
 
-@pytest.mark.parametrize(
-    "first, total, expected", [pytest.param(0, 50, 10, marks=pytest.mark.slow), (30, 100, 10), (0, 4, 4), (7, 12, 5)]
-)
+STEPS = pytest.mark.parametrize("first, total, expected", [(0, 50, 10), (30, 100, 10), (0, 4, 4), (7, 12, 5)])
+
+
+@STEPS
+def test_the_profiler_runs_for_ten_steps_or_all_of_a_shorter_run(tmp_path, monkeypatch, first, total, expected):
+    """By when JAX's profiler is started and stopped."""
+    seen, running = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: running.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", running.clear)
+    with Profiler(tmp_path / "run", first, total) as profiler:
+        for step in range(first + 1, total + 1):
+            seen += [step] * len(running)
+            profiler.after(step, jnp.ones(3))
+    last = min(first + 20, total)
+    assert not running and seen == list(range(last - expected + 1, last + 1))
+
+
+@pytest.mark.slow
+@STEPS
 def test_the_profiler_sees_ten_steps_or_all_of_a_shorter_run(tmp_path, seen_of_one_call, first, total, expected):
     x = double(jnp.ones(3))
     with Profiler(tmp_path / "run", first, total) as profiler:

@@ -33,6 +33,8 @@ CONFIGS = {
     ),
 }
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
+# RoBERTa has what BERT has, and padding among its positions.
+ROBERTA_OR_SLOW = pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "roberta"])
 
 
 @functools.cache
@@ -85,15 +87,16 @@ def assert_close(ours, theirs, tolerance):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("bert", {}),
-        ("bert", {"unroll": 2}),
+        pytest.param("bert", {}, marks=pytest.mark.slow),
+        pytest.param("bert", {"unroll": 2}, marks=pytest.mark.slow),
         pytest.param("bert", {"unroll": 0}, marks=pytest.mark.slow),
         pytest.param("bert", {"unroll": LAYERS}, marks=pytest.mark.slow),
         pytest.param("bert", {"unroll": LAYERS + 5}, marks=pytest.mark.slow),
         pytest.param("bert", {"first_token_only": False}, marks=pytest.mark.slow),
         pytest.param("bert", {"gradient_checkpointing": True, "unroll": 2}, marks=pytest.mark.slow),
-        ("roberta", {"unroll": 0}),
-        ("roberta", {"first_token_only": False, "gradient_checkpointing": True}),
+        pytest.param("roberta", {"unroll": 0}, marks=pytest.mark.slow),
+        ("roberta", {"gradient_checkpointing": True, "unroll": 2}),
+        pytest.param("roberta", {"first_token_only": False, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -136,6 +139,7 @@ def test_bfloat16_to_its_rounding():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03)
 
 
+@pytest.mark.slow  # six steps of both layouts, to the same bounds, are in test_stacked_runs.py
 def test_fifteen_steps_of_adamw_with_pats():
     """To DESIGN's bounds; but key biases, whose gradient is nothing but rounding. With dropout before the head only."""
     config = dataclasses.replace(BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -159,7 +163,7 @@ def test_fifteen_steps_of_adamw_with_pats():
 # embeddings
 
 
-@FAMILIES
+@ROBERTA_OR_SLOW
 def test_gradients_of_the_tables_are_sums_over_their_rows(family):
     """In NumPy, from the gradient of hidden state 0; rows of padding get none, as in torch (``padding_idx``)."""
     config, params = CONFIGS[family], separate(family)
@@ -227,7 +231,7 @@ def test_the_layouts_convert_into_each_other():
         stack_layers(params)
 
 
-@FAMILIES
+@ROBERTA_OR_SLOW
 def test_new_parameters_are_the_same(family):
     ids = jnp.ones((1, 2), jnp.int32)
     own, stacked = (

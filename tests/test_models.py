@@ -57,7 +57,7 @@ def test_last_layer_for_the_first_token_only_changes_nothing_but_rounding():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, full_gradients)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_keeps_less_and_changes_nothing_but_rounding(kind):
     model, params, _, batch, _ = load(kind)
     kept, logits, gradients = model_parity.loss_and_gradients(model, params, batch)
@@ -71,7 +71,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing_but_rounding(kind
         def loss(params):
             return network.apply({"params": params}, **inputs(batch)).sum()
 
-        return sum(np.size(x) for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
+        return sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)))
 
     assert residuals(spared) < 0.7 * residuals(model)
 
@@ -85,7 +85,7 @@ def test_gradient_checkpointing_draws_the_same_dropout():
             rngs = {"dropout": random.fast_key(1)}
             return jnp.sum(network.apply({"params": params}, **inputs(batch), deterministic=False, rngs=rngs) ** 2)
 
-        return jax.grad(loss)(params)
+        return model_parity.quick_jit(jax.grad(loss))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradient(spared), gradient(model))
 
@@ -107,8 +107,8 @@ def test_word_embeddings_in_place_of_the_ids_change_nothing(kind):
 
 
 def test_robertas_positions_go_over_all_embeddings_without_a_mask():
-    model, params, _, _, _ = load("roberta")
-    ids = np.arange(5, 15).reshape(2, 5)
+    model, params, _, batch, _ = load("roberta")
+    ids = np.arange(batch["input_ids"].size).reshape(batch["input_ids"].shape) % 50 + 5
     embeddings = model.apply({"params": params}, ids, method="embed")
     logits = model.apply({"params": params}, inputs_embeds=embeddings)
     np.testing.assert_array_equal(logits, model.apply({"params": params}, ids))

@@ -421,10 +421,14 @@ def test_with_an_optimizer_method_around_it():
 # the models
 
 
-def test_the_models_offer_what_objectives_need():
-    """Under gradient checkpointing; and what stands in the padding changes nothing."""
+@pytest.mark.parametrize(
+    "chosen",
+    [(r3f(eps=0.01), lnsr(0)), pytest.param((smart(step_size=0.01, noise_std=0.01), lnsr(0)), marks=pytest.mark.slow)],
+    ids=["R3F", "SMART"],
+)
+def test_the_models_offer_what_objectives_need(chosen):
+    """Under gradient checkpointing; and what stands in the padding changes nothing. R-Drop asks for no more."""
     model = models.SequenceClassifier(tiny.CONFIG, gradient_checkpointing=True)
-    chosen = smart(step_size=0.01, noise_std=0.01), lnsr(0)  # R3F and R-Drop ask for no more than these
     loss_fn = with_objectives(model.apply, *chosen, deterministic=True)  # dropout takes long to compile
     step = model_parity.quick_jit(jax.value_and_grad(loss_fn, has_aux=True))
 

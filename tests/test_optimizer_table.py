@@ -97,7 +97,7 @@ def test_accepts_extra_arguments_and_jit_changes_nothing(make):
 
 @pytest.mark.filterwarnings("ignore:pats_noise on bfloat16")
 @every_optimizer
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_keeps_the_dtype_of_params(make, dtype):
     tx, params = make(1e-2), {"x": jnp.arange(6, dtype=dtype), "y": jnp.ones((), dtype)}
     updates, state = tx.update(params, tx.init(params), params)

@@ -178,7 +178,14 @@ def assert_scores(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize(
     "head, kind",
-    [(head, kind) for head in ("embedding", "pair", "mlm") for kind in KINDS] + [("classes", "no modules")],
+    [
+        *((head, "no modules") for head in HEADS),
+        *(("embedding", "prompt"), ("pair", "lora"), ("mlm", "prompt")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("embedding", "lora"), ("pair", "prompt"), ("mlm", "lora"))
+        ),
+    ],
 )
 def test_scores_are_those_of_numpy_option_by_option(scorer, head, kind):
     """Rows have different numbers of options, and texts and options are of many lengths."""
@@ -318,7 +325,7 @@ def roberta_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=built, cls_token="<s>", sep_token="</s>", **named)
 
 
-@pytest.mark.parametrize("head", ["embedding", "mlm"])
+@pytest.mark.parametrize("head", [pytest.param("embedding", marks=pytest.mark.slow), "mlm"])
 def test_roberta_scores_what_it_scores_without_padding(tmp_path, head):
     """Its positions are counted over tokens and its padding has id 1, and it has one type of tokens only."""
     folder = save(tmp_path / "roberta", ROBERTA, tokenizer=roberta_tokenizer())

@@ -72,8 +72,10 @@ def manager(folder, state, target):
 
 @pytest.mark.parametrize(
     ("optimizer", "key", "way"),
-    [(name, "int", standard) for name in OPTIMIZERS]
-    + [(name, "int", way) for name in ("adamw", "pats") for way in (pytree, manager)]
+    [(name, "int", standard) for name in ("pats", "dps_mix", "sift", "multi_steps")]
+    + [pytest.param(name, "int", standard, marks=pytest.mark.slow) for name in ("adamw", "mixout", "child_tuning_f")]
+    + [("pats", "int", way) for way in (pytree, manager)]
+    + [pytest.param("adamw", "int", way, marks=pytest.mark.slow) for way in (pytree, manager)]
     + [("pats", key, standard) for key in ("typed", "rbg")],
 )
 def test_a_state_goes_through_orbax(tmp_path, optimizer, key, way):

@@ -34,7 +34,8 @@ CONFIGS = {
 }
 MERGING = ("lora", "bitfit", "ia3")
 KINDS = pytest.mark.parametrize("name", CONFIGS)
-FAMILIES = pytest.mark.parametrize("family", ("bert", "roberta"))
+MORE_KINDS = ("bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
+FAMILIES = pytest.mark.parametrize("family", ("bert", pytest.param("roberta", marks=pytest.mark.slow)))
 
 
 @functools.cache
@@ -104,7 +105,9 @@ def test_start_is_a_function_of_the_key(name):
     assert same(other, again) == (name in ("bitfit", "ia3"))
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "name", ["lora", "pfeiffer", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_KINDS)]
+)
 def test_training_moves_the_modules_and_the_head_only(name):
     model, params, batch = started(name)
     mask = peft.trainable_mask(model, params)
@@ -221,12 +224,12 @@ def test_word_embeddings_in_place_of_the_ids_change_nothing(name, family):
     )
 
 
-# All ways in which a kind changes the forward pass: a branch, more layers, more tokens, more keys and values.
+# More tokens, and more keys and values: what a choice of tokens could get wrong.
 @pytest.mark.parametrize(
     "name",
     [
-        *("lora", "adapters", "prompt", "prefix"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("bitfit", "ia3", "pfeiffer")),
+        *("prompt", "prefix"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name not in ("prompt", "prefix")),
     ],
 )
 def test_first_token_only_and_gradient_checkpointing_change_nothing_but_rounding(name):
@@ -262,7 +265,9 @@ def test_objectives(name):
         assert both(params, batch, key)[1]["lnsr"] > 0
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "name", ["lora", "pfeiffer", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_KINDS)]
+)
 def test_bfloat16_is_for_computation_only(name):
     model, params, batch = trained(name)
     rough = logits_of(model.clone(dtype=jnp.bfloat16), params, batch)

@@ -44,7 +44,12 @@ def one_bit_apart():
     return jax.random.wrap_key_data(data, impl=random.KIND)
 
 
-FAMILIES = [successive_seeds, successive_splits, successive_fold_ins, leaves_of_successive_steps, one_bit_apart]
+# Of the leaves' keys comes the noise; one bit apart is the hardest of all.
+FAMILIES = [leaves_of_successive_steps, one_bit_apart]
+FAMILIES += [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in (successive_seeds, successive_splits, successive_fold_ins)
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)

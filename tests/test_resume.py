@@ -1,6 +1,7 @@
 """Runs that are killed, interrupted, short of disk or moved to other devices end as if nothing had happened."""
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -8,7 +9,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from safetensors.numpy import load_file
+from test_full_disk import full_from
 
 from pats_jax import glue
 from pats_jax.errors import InputError, Preempted
@@ -139,7 +140,8 @@ def test_twenty_kills(base, whole, tmp_path):
     assert_same_run(folder, whole)
 
 
-def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole_here, tmp_path, caplog):
+@pytest.mark.slow  # in a process of its own; below it is in this one
+def test_a_process_that_is_terminated_says_how_to_go_on_and_does(base, whole_here, tmp_path, caplog):
     folder = tmp_path / "run"
     process = start(dataclasses.replace(base, output_dir=str(folder), save_steps=0))
     assert any("made the first step" in line for line in process.stderr)  # earlier there is nothing to save
@@ -163,25 +165,33 @@ def run(settings, folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole_here(base, tmp_path_factory):
-    """The run in one piece in this process."""
+    """The run in one piece in this process; `--resume`, where there is nothing yet, begins."""
     folder = tmp_path_factory.mktemp("whole_here") / "run"
-    run(base, folder, save_steps=20)
+    assert run(base, folder, save_steps=20, resume=True)["steps"] == STEPS
     return folder
+
+
+@contextlib.contextmanager
+def signal_at(step, number):
+    """The signal comes after a step; what it ends as, and that the signal has its handler of before again."""
+    real, handler = training_run.TrainingHooks.on_step, signal.getsignal(number)
+
+    def on_step(self, made, state):
+        real(self, made, state)
+        if made == step:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run.TrainingHooks, "on_step", on_step)
+        with pytest.raises((Preempted, SystemExit)) as caught:
+            yield caught
+    assert signal.getsignal(number) is handler
 
 
 def interrupt(base, folder, step=13, **changes):
     """Runs up to a step, where Ctrl-C comes; gives the folder."""
-    real = training_run.TrainingHooks.on_step
-
-    def on_step(self, number, state):
-        real(self, number, state)
-        if number == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run.TrainingHooks, "on_step", on_step)
-        with pytest.raises(Preempted) as caught:
-            run(base, folder, **changes)
+    with signal_at(step, signal.SIGINT) as caught:
+        run(base, folder, **changes)
     assert caught.value.signal_number == signal.SIGINT and "interrupted and saved" in str(caught.value)
     assert str(step) in os.listdir(folder / "checkpoints")
     assert not (folder / "results.json").exists()
@@ -218,10 +228,26 @@ def without_dropout(base, tmp_path_factory):
     return still, home / "whole", interrupt(base, home / "cut", **still)
 
 
-def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(base, interrupted):
-    handler = signal.getsignal(signal.SIGINT)
-    interrupted(save_steps=0)
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_ctrl_c_saves_the_step_and_a_second_one_is_as_ever(first_steps):
+    """As `interrupt` has found."""
+    assert (
+        json.loads((first_steps / "checkpoints" / "13" / "state" / "record.json").read_text())["progress"]["step"] == 13
+    )
+
+
+def test_a_run_that_is_terminated_says_how_to_go_on_and_does(base, whole_here, tmp_path, caplog, capsys):
+    """Though it was to save no checkpoints."""
+    folder = tmp_path / "run"
+    with signal_at(13, signal.SIGTERM) as caught:
+        cli.main(["glue", *flags(dataclasses.replace(base, output_dir=str(folder), save_steps=0))])
+    error = capsys.readouterr().err
+    assert caught.value.code == 143 and "Traceback" not in error
+    assert error.splitlines()[-1].endswith(f"to resume, run: pats-jax glue --config {folder}/config.json --resume")
+    command = error.splitlines()[-1].partition("to resume, run: pats-jax glue ")[2].split()
+    caplog.set_level("INFO")
+    cli.main(["glue", *command, "--save_steps=20"])
+    assert "resuming after step 13" in caplog.text
+    assert_same_run(folder, whole_here)
 
 
 @pytest.mark.slow
@@ -251,11 +277,6 @@ def test_a_run_goes_on_with_other_devices(base, without_dropout, tmp_path, there
 def test_a_finished_run_returns_at_once(base, whole_here, monkeypatch):
     monkeypatch.setattr(glue, "load_data", None)
     assert run(base, whole_here, resume=True)["final"] == results(whole_here)["final"]
-
-
-def test_resuming_where_there_is_nothing_begins(base, tmp_path):
-    run(base, tmp_path / "run", resume=True, max_steps=8)
-    assert results(tmp_path / "run")["steps"] == 8
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(base, whole_here, tmp_path):
@@ -394,16 +415,10 @@ def test_a_run_resumed_from_damaged_checkpoints_is_the_uninterrupted_one(base, w
 def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(base, whole_here, cut_short):
     """No file may grow beyond what a checkpoint needs; to the program that is a disk that has no more room."""
     folder = cut_short
-    limit = 20_000
-    process = start(
-        dataclasses.replace(base, output_dir=str(folder), resume=True),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    code, error = finish(process)
-    last = error.splitlines()[-1]
-    assert code == 2 and "Traceback" not in error
-    assert last.startswith("pats-jax: error: a checkpoint could not be written: File too large; the last good one is ")
-    assert last.endswith(str(folder / "checkpoints" / "13"))
+    with full_from(20_000), pytest.raises(InputError) as caught:
+        run(base, folder, resume=True)
+    last = folder / "checkpoints" / "13"
+    assert str(caught.value) == f"a checkpoint could not be written: File too large; the last good one is {last}"
     run(base, folder, resume=True, save_steps=20)
     assert lines(folder) == lines(whole_here)
 
@@ -439,14 +454,14 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
 
 def test_the_best_model_is_kept(base, tmp_path, monkeypatch):
     """The saved model is that of the best score, not the last one, although only one newest checkpoint is kept."""
-    scores = iter([0.2, 0.5, 0.3, 0.8, 0.8, 0.1, 0.7, 0.4, 0.6, 0.0, 0.1, 0.2])  # after steps 5, 10, ..., 60
+    scores = iter([0.2, 0.5, 0.3, 0.8, 0.8, 0.1, 0.7, 0.4])  # after steps 5, 10, ..., 40
     monkeypatch.setattr(glue.Predictor, "evaluate", lambda self, params: {"accuracy": next(scores)})
-    trained = run(base, tmp_path / "run", save_total_limit=1)
+    trained = run(base, tmp_path / "run", save_total_limit=1, max_steps=40)
     assert trained["best"] == {"step": 20, "metrics": {"accuracy": 0.8}} and trained["model_step"] == 20
-    assert trained["final"] == {"step": 60, "metrics": {"accuracy": 0.2}}
+    assert trained["final"] == {"step": 40, "metrics": {"accuracy": 0.4}}
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(int(path.name) for path in folder.iterdir()) == [20, 60]
-    states = {step: ocp.StandardCheckpointer().restore(folder / str(step) / "state") for step in (20, 60)}
+    assert sorted(int(path.name) for path in folder.iterdir()) == [20, 40]
+    states = {step: ocp.StandardCheckpointer().restore(folder / str(step) / "state") for step in (20, 40)}
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")["classifier.weight"]
     assert np.array_equal(saved.T, states[20]["params.classifier.kernel"])
-    assert not np.array_equal(saved.T, states[60]["params.classifier.kernel"])
+    assert not np.array_equal(saved.T, states[40]["params.classifier.kernel"])

@@ -102,7 +102,7 @@ def assert_same_figures(ours, expected):
 
 
 MEASURED = {"noise_scale": 0.1, "sensitivity_batches": 1, "sift_rate": 0.2}
-SAVED = {"method": "pats", "save_steps": 3, "save_total_limit": None}
+SAVED = {"method": "pats", "save_steps": 3, "save_total_limit": None, "attention_dropout": 0.0}
 
 
 def assert_same_runs(folder, found):
@@ -143,11 +143,7 @@ def test_an_adapter(base, tmp_path, kind):
     assert_same_figures(found["stacked"], found["separate"])
 
 
-def test_auto_is_separate_on_cpu(base, tmp_path):
-    glue.run(dataclasses.replace(base, output_dir=str(tmp_path / "run"), max_steps=1))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["layers"] == "separate"
-
-
+@pytest.mark.slow  # test_checkpoint_layers.py has the state that it restores
 def test_an_interrupted_run_goes_on_in_the_other_layout(base, pats_runs, tmp_path):
     shutil.copytree(pats_runs[0], tmp_path, dirs_exist_ok=True)
     for step in (tmp_path / "stacked" / "checkpoints").iterdir():

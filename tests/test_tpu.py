@@ -125,7 +125,7 @@ def test_hbm_bytes_leave_out_what_stays_on_the_chip():
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("name", ["pmap", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("pmap", marks=pytest.mark.slow), "fsdp"])
 def test_steps_are_lowered_from_shapes_for_devices_that_are_given(name):
     (cell,) = tpu.choose_cells("--cells", [name])
     found = tpu.figures_of_step(cell, Case("bert-tiny", 16, 8), jax.devices()[:4], "stacked", 0)

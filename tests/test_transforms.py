@@ -85,8 +85,17 @@ def test_the_controls_without_any_sensitivity():
         assert np.isfinite(updates["w"]).all() and (updates["w"] != 0).all()
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-@pytest.mark.parametrize("response", ["linear", "reciprocal", "exponential", "square", "constant", "reversed"])
+RESPONSES = ("linear", "reciprocal", "exponential", "square", "constant", "reversed")
+
+
+@pytest.mark.parametrize(
+    "response, distribution",
+    [
+        *((response, "uniform") for response in RESPONSES),
+        ("linear", "normal"),
+        *(pytest.param(response, "normal", marks=pytest.mark.slow) for response in RESPONSES[1:]),
+    ],
+)
 def test_noise_has_the_standard_deviation_of_the_formula(response, distribution):
     formulas = {
         "linear": lambda r: np.maximum(0, 1 - r),

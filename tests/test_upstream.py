@@ -99,10 +99,16 @@ def moved(before, after):
 
 @pytest.mark.parametrize(
     "algorithm, train",
-    [("mtl", "plm"), ("mtl", "pe"), ("maml", "plm"), ("fomaml", "pe"), ("reptile", "plm+pe")],
+    [
+        *(("mtl", "plm"), ("maml", "pe"), ("reptile", "plm+pe")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mtl", "pe"), ("maml", "plm"), ("fomaml", "pe"))),
+    ],
 )
 def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, train):
-    """All of the encoder, or all modules; never the pooler and the classifier, which are no part of this head."""
+    """All of the encoder, or all modules; never the pooler and the classifier, which are no part of this head.
+
+    Without dev tasks nothing is watched.
+    """
     kind = "lora" if "pe" in train else None
     found = run(one_shape, tmp_path, algorithm=algorithm, train=train, peft=kind, **LORA if kind else {})
     config = dataclasses.replace(one_shape, peft=kind, **LORA if kind else {}).adapter
@@ -130,6 +136,7 @@ def test_exactly_what_is_asked_for_is_trained(one_shape, tmp_path, algorithm, tr
         again, _, _ = peft.load_peft_model(tmp_path / "adapter")
         assert again.peft.rank == 2
     assert found["trained_parameters"] == sum(sizes[part] for part in train.split("+"))
+    assert "final" not in found and not any("eval" in line for line in lines(tmp_path))
     card = (tmp_path / "README.md").read_text()
     assert f"--algorithm {algorithm} --train {train} --head embedding" in card and "Not evaluated" in card
 
@@ -222,6 +229,7 @@ def assert_same_run(folder, whole):
         assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow  # as below, from another step
 def test_a_resumed_run_is_bitwise_the_whole_one(eventful, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -406,11 +414,7 @@ def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
     assert 0 < np.mean(expected) < 1
 
 
-def test_without_dev_tasks_nothing_is_watched(one_shape, tmp_path):
-    found = run(one_shape, tmp_path / "run", max_steps=2)
-    assert "final" not in found and not any("eval" in line for line in lines(tmp_path / "run"))
-
-
+@pytest.mark.slow  # test_priming.py has the losses on several devices
 def test_two_devices_compute_what_one_does(watched, tmp_path):
     run(watched, tmp_path / "one", max_steps=2)
     run(watched, tmp_path / "two", max_steps=2, num_devices=2)

@@ -359,5 +359,8 @@ def _save(figure, path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # its box says as much
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # names all over it
+        figure.set_dpi(120)
+        figure.get_layout_engine().execute(figure)  # now: `savefig` would draw everything twice
+        figure.set_layout_engine(None)
         figure.savefig(picture, format="png", dpi=120)
     files.write_bytes(path, picture.getvalue())

@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -467,14 +468,20 @@ def note_signals() -> Iterator[preemption.Preemption]:
 
 def describe_machine() -> dict[str, str]:
     """Describes the machine: system, processor, usable cores, and JAX's devices."""
-    source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "devices of JAX": asked.stdout.strip() or "unknown",
+        "devices of JAX": _devices(),
     }
+
+
+@functools.cache
+def _devices():
+    """Asked once, in a process of its own: this one leaves them to its runs."""
+    source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
+    asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
 
 
 def _processor():
