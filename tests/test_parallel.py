@@ -127,7 +127,7 @@ def with_every_runner():
         yield pytest.param(optimizer, name, marks=() if optimizer == "SGD" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("one_device, name", with_every_runner(), indirect=["one_device"])
+@pytest.mark.parametrize("one_device, name", list(with_every_runner()), indirect=["one_device"])
 def test_every_runner_is_one_device_and_compiles_once(one_device, name, caplog):
     tx, tolerance, params, moments, metrics = one_device
     with jax.log_compiles():
