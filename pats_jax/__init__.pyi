@@ -27,8 +27,10 @@ from .objectives import (
 from .programs.classifier import TextClassifier as TextClassifier, TextRegressor as TextRegressor
 from .train_state import (
     TrainState as TrainState,
+    label_counts as label_counts,
     make_loss_fn as make_loss_fn,
     make_predict_step as make_predict_step,
+    make_seq2seq_loss_fn as make_seq2seq_loss_fn,
     make_train_step as make_train_step,
 )
 from .transforms import (

@@ -16,6 +16,8 @@ from pats_jax.errors import InputError
 
 Batch = dict[str, Any]  # of arrays (batch, ...), NumPy's or JAX's
 Metrics = dict[str, jax.Array]
+IGNORED = -100  # the label of a place in a target that the loss leaves out, as in torch
+
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
 RowLoss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits (batch, num_labels), labels) -> (batch,)
 
@@ -245,6 +247,62 @@ def make_loss_fn(
         return weighted_mean(costs(logits, batch["labels"]), batch.get("weights")), {}
 
     return loss_fn
+
+
+def make_seq2seq_loss_fn(apply_fn: Callable, *, label_smoothing: float = 0.0, deterministic: bool = False) -> LossFn:
+    """Mean cross-entropy of the labels' words, over all labels that are not -100.
+
+    With smoothing, as Transformers' Trainer has it, a label costs::
+
+        (1 - label_smoothing) * -log p(label) + label_smoothing * mean over all words of -log p(word)
+
+    Args:
+      apply_fn: an encoder-decoder's apply function that gives logits (batch, length, vocab_size), such as that of
+        `pats_jax.models.T5`.
+      label_smoothing: at least 0, below 1.
+      deterministic: whether dropout is off; the key is not used then.
+
+    Returns:
+      ``loss_fn(params, batch, key) -> (loss, {})`` for `make_train_step`. A batch is a dict of arrays: ``input_ids``
+      and ``labels`` (batch, length), and where there are any, ``attention_mask`` and ``weights`` of the rows: then each
+      row counts with the mean of its labels, times its weight. With the weights `label_counts` this is the mean over
+      all labels, also of a batch that is split over micro-batches or devices.
+
+    Raises:
+      ValueError: if label_smoothing is out of range.
+      InputError: from `loss_fn`, if a batch has no labels.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
+
+    def loss_fn(params, batch, key):
+        check_labels(batch)
+        labels, rngs = batch["labels"], None if deterministic else {"dropout": key}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits = apply_fn({"params": params}, **inputs, labels=labels, deterministic=deterministic, rngs=rngs)
+        losses, counts = jnp.sum(_word_losses(logits, labels, label_smoothing), axis=1), label_counts(labels)
+        if "weights" not in batch:
+            return jnp.sum(losses) / jnp.maximum(jnp.sum(counts), 1), {}
+        return weighted_mean(losses / jnp.maximum(counts, 1), batch["weights"]), {}
+
+    return loss_fn
+
+
+def label_counts(labels: Any) -> jax.Array:
+    """How many labels (batch, length) each row has that are not -100: float32 (batch,)."""
+    return jnp.sum(labels != IGNORED, axis=1, dtype=jnp.float32)
+
+
+def _word_losses(logits, labels, label_smoothing):
+    """The cost of each label, (batch, length) float32; 0 of those that are ignored."""
+    logits, is_label = logits.astype(jnp.float32), labels != IGNORED
+    total = jax.nn.logsumexp(logits, axis=-1)
+    # chosen by comparison: the gradient is then no scatter
+    chosen = jnp.arange(logits.shape[-1]) == jnp.where(is_label, labels, 0)[..., None]
+    losses = total - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (total - jnp.mean(logits, axis=-1))
+    return jnp.where(is_label, losses, 0)
 
 
 def make_predict_step(apply_fn: Callable) -> Callable[[Any, Batch], jax.Array]:

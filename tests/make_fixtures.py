@@ -1,16 +1,19 @@
 """Writes tests/fixtures: what Transformers with torch computes, so that `make test` compares with it without torch.
 
-Run as `python tests/make_fixtures.py` where torch is installed; `versions.json` says what made the stored ones.
+Run as `python tests/make_fixtures.py` where torch is installed; `versions.json` says what made the stored ones. With
+names of fixtures, only those are written.
 """
 
 import json
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch_reference
 import transformers
+from generation_cases import FEW
 from model_parity import summary
 
 from pats_jax.models import load_tokenizer
@@ -38,14 +41,29 @@ def write_minilm() -> None:
     np.savez_compressed(FIXTURES / "minilm.npz", head=head, **batch, **kept)
 
 
+def write_seq2seq(kind: str) -> None:
+    """A tiny T5 or BART with its batch, and the tokens that it generates in a few settings."""
+    model = torch_reference.tiny_seq2seq(kind)
+    torch_reference.save_seq2seq(model, FIXTURES / kind)
+    batch = torch_reference.seq2seq_batch(model.config)
+    source = {name: torch.from_numpy(batch[name]).long() for name in ("input_ids", "attention_mask")}
+    texts = {f"generated/{i}": model.generate(**source, **case).numpy() for i, case in enumerate(FEW.get(kind, []))}
+    np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **texts, **torch_reference.reference(model, batch))
+
+
+WRITERS = {"bert": write_tiny, "roberta": write_tiny, "minilm": lambda _: write_minilm()}
+WRITERS |= dict.fromkeys(("t5", "t5-1.1", "bart"), write_seq2seq)
+
 if __name__ == "__main__":
     FIXTURES.mkdir(exist_ok=True)
-    for kind in ("bert", "roberta"):
-        write_tiny(kind)
-    write_minilm()
-    versions = {
+    chosen = sys.argv[1:] or list(WRITERS)
+    for name in chosen:
+        WRITERS[name](name)
+    own = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (FIXTURES / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    path = FIXTURES / "versions.json"
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(versions | dict.fromkeys(chosen, own), indent=2) + "\n")

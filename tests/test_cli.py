@@ -462,7 +462,7 @@ import signal, time
 import pats_jax.programs.predict
 from pats_jax.programs.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would its child
-pats_jax.programs.predict.read_texts = lambda file: (print("reading", flush=True), time.sleep(60))
+pats_jax.programs.predict.read_texts = lambda *of: (print("reading", flush=True), time.sleep(60))
 main()
 """
 

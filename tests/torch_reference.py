@@ -1,6 +1,7 @@
 """What Transformers with torch computes: the reference for the stored fixtures and for the live parity tests."""
 
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
 
@@ -40,6 +41,87 @@ def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
             centre = 1.0 if name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+# 3 heads of 6 units are not the 16 of the model.
+_T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "max_position_embeddings": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 20,
+}
+_TINY_SEQ2SEQ = {
+    "t5": ("T5", _T5),
+    "t5-1.1": ("T5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5-deeper": ("T5", {**_T5, "num_decoder_layers": 3}),  # than its encoder
+    "bart": ("Bart", _BART),
+    "bart-scaled": ("Bart", {**_BART, "scale_embedding": True, "activation_function": "relu"}),
+}
+SEQ2SEQ_KINDS = tuple(_TINY_SEQ2SEQ)
+GENERATING_KINDS = tuple(
+    kind for kind in _TINY_SEQ2SEQ if kind != "t5-deeper"
+)  # where Transformers' cache is too short
+
+
+def tiny_seq2seq(kind: str, seed: int = 0, scale: float = 0.2):
+    """A T5 or BART in eager attention, with all parameters random and large enough to be felt."""
+    prefix, options = _TINY_SEQ2SEQ[kind]
+    config = getattr(transformers, f"{prefix}Config")(**options)
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
+    model.set_attn_implementation("eager")
+    if kind == "t5-1.1":  # Transformers 5 ties the head of a new model, and of a checkpoint whose head is its own not
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name and name.endswith("weight")
+            parameter.copy_((1.0 if is_norm else 0.0) + scale * torch.randn(parameter.shape, generator=generator))
+        if kind == "bart-scaled":
+            model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator))
+    return model.eval()
+
+
+def save_seq2seq(model, folder) -> None:
+    """A folder as Transformers 5 writes it, but for a head that it would leave out as tied."""
+    model.save_pretrained(folder)
+    stored = safetensors.numpy.load_file(f"{folder}/model.safetensors")
+    if getattr(model, "lm_head", None) is not None and model.lm_head.weight is not model.get_input_embeddings().weight:
+        stored["lm_head.weight"] = model.lm_head.weight.detach().numpy()
+        safetensors.numpy.save_file(stored, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+
+def seq2seq_batch(config, rows: int = 5, source: int = 9, target: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random sources and targets of different lengths; one label in the middle is ignored."""
+    random = np.random.default_rng(seed)
+
+    def lengths(longest):
+        return np.concatenate([[longest], random.integers(2, longest, rows - 1)])[:, None]
+
+    mask = np.arange(source)[None] < lengths(source)
+    is_label = np.arange(target)[None] < lengths(target)
+    is_label[0, 3] = False
+    ids = random.integers(4, config.vocab_size, (rows, source))
+    return {
+        "input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "labels": np.where(is_label, random.integers(4, config.vocab_size, (rows, target)), -100).astype(np.int32),
+    }
 
 
 def minilm(folder: str, head: np.ndarray):

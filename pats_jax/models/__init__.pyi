@@ -1,6 +1,12 @@
 from . import peft as peft
+from .bart import Bart as Bart
 from .bert import SequenceClassifier as SequenceClassifier
 from .config import EncoderConfig as EncoderConfig
+from .generation import (
+    generate as generate,
+    make_generate_step as make_generate_step,
+)
+from .generation_config import GenerationConfig as GenerationConfig
 from .layout import (
     has_stacked_layers as has_stacked_layers,
     layer_axis as layer_axis,
@@ -17,5 +23,11 @@ from .pretrained import (
     new_layers as new_layers,
     save_pretrained as save_pretrained,
 )
+from .seq2seq import from_pretrained_seq2seq as from_pretrained_seq2seq
+from .seq2seq_config import (
+    BartConfig as BartConfig,
+    T5Config as T5Config,
+)
 from .sources import checkpoint_folder as checkpoint_folder
+from .t5 import T5 as T5
 from .tokenizer import load_tokenizer as load_tokenizer

@@ -127,13 +127,7 @@ class EncoderConfig:
         Raises:
           InputError: as from `from_dict`; or if the file is missing or damaged.
         """
-        path = folder / "config.json"
-        if not path.exists():
-            raise InputError(f"{folder}: no config.json; use the folder of a Hugging Face checkpoint")
-        values = read_json(path)
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: not a JSON object")
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(*read_config(folder))
 
     def to_dict(self) -> JsonObject:
         """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
@@ -146,6 +140,21 @@ class EncoderConfig:
             "label2id": self.label2id,
             "dtype": "float32",
         }
+
+
+def read_config(folder: Path) -> tuple[JsonObject, str]:
+    """The content of ``folder/config.json``, and its path, for error messages.
+
+    Raises:
+      InputError: if the file is missing or damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no config.json; use the folder of a Hugging Face checkpoint")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return values, str(path)
 
 
 def default_labels(num_labels: int) -> dict[int, str]:
@@ -177,7 +186,7 @@ def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
     count = rest.pop("num_labels", rest.pop("_num_labels", None))
     rest.pop("label2id", None)
     labels = rest.pop("id2label", None)
-    if count is not None and not (_is_whole(count) and 1 <= count <= _MOST_LABELS):
+    if count is not None and not (is_whole(count) and 1 <= count <= _MOST_LABELS):
         raise InputError(f"{source}: num_labels must be a whole number from 1 to {_MOST_LABELS}, got {shown(count)}")
     if labels is None:
         return default_labels(2 if count is None else count)
@@ -191,15 +200,16 @@ def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
 
 def _is_label(index: Any, name: Any) -> bool:
     """Whether index and name have the types that they have in JSON or Python."""
-    is_index = _is_whole(index) or (isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 20)
+    is_index = is_whole(index) or (isinstance(index, str) and index.isascii() and index.isdigit() and len(index) < 20)
     return is_index and isinstance(name, str)
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether value is an int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether value is a finite number in the range of float32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_FLOAT < value < _LARGEST_FLOAT
 
@@ -213,14 +223,14 @@ def _check_values(config: EncoderConfig, source: str) -> None:
 
     for name in _SIZES:
         value = getattr(config, name)
-        check(name, _is_whole(value) and value >= 1, "a positive whole number")
+        check(name, is_whole(value) and value >= 1, "a positive whole number")
     for name in _RATES:
         value = getattr(config, name)
-        check(name, value is None or (_is_number(value) and 0 <= value < 1), "a rate in [0, 1)")
+        check(name, value is None or (is_number(value) and 0 <= value < 1), "a rate in [0, 1)")
     eps, deviation, pad = config.layer_norm_eps, config.initializer_range, config.pad_token_id
-    check("layer_norm_eps", _is_number(eps) and eps > 0, "a positive number")
-    check("initializer_range", _is_number(deviation) and deviation >= 0, "a number, 0 or more")
-    check("pad_token_id", _is_whole(pad) and pad >= 0, "a whole number, 0 or more")
+    check("layer_norm_eps", is_number(eps) and eps > 0, "a positive number")
+    check("initializer_range", is_number(deviation) and deviation >= 0, "a number, 0 or more")
+    check("pad_token_id", is_whole(pad) and pad >= 0, "a whole number, 0 or more")
     check("pad_token_id", pad < config.vocab_size, f"below vocab_size {shown(config.vocab_size)}")
     check(
         "max_position_embeddings", config.max_length >= 1, f"above pad_token_id {pad} + 1, or no token has a position"

@@ -13,6 +13,7 @@ import numpy as np
 
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
+from pats_jax.models.seq2seq_config import Seq2SeqConfig
 
 ParameterPath = tuple[str, ...]
 Parameters = dict[str, Any]  # nested dicts of arrays, whose paths mirror the tensors' names
@@ -59,7 +60,7 @@ def to_parameter(path: ParameterPath, shape: tuple[int, ...], tensor: np.ndarray
     value = value.T if path[-1] == "kernel" else value
     if value.shape != shape:
         expected = shape[::-1] if path[-1] == "kernel" else shape
-        raise _other_shape(name, tensor.shape, expected, source)
+        raise other_shape(name, tensor.shape, expected, source)
     if not np.isfinite(value).all():
         raise InputError(f"{source}: tensor {name} has non-finite values; the file is damaged, download it again")
     return value
@@ -123,9 +124,9 @@ def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *,
     for part, expected in sizes.items():
         name = f"{config.base_prefix}.{part}.weight"
         if name not in own:
-            raise _incomplete(name, config, source)
+            raise incomplete(name, config, source)
         if shapes[own[name]] != expected:
-            raise _other_shape(name, shapes[own[name]], expected, source)
+            raise other_shape(name, shapes[own[name]], expected, source)
     for name in own:
         if name.startswith("classifier.") and 0 in shapes[own[name]]:
             raise InputError(
@@ -161,16 +162,26 @@ def match(
         sources.pop(path, None)
     missing = [name for path, name in by_path.items() if path not in sources and path not in new]
     if missing:
-        raise _incomplete(_listing(missing), config, source)
+        raise incomplete(listing(missing), config, source)
     surplus = [name for canonical, name in unused.items() if not _is_known_surplus(canonical, config)]
     return Matched(sources, new, surplus)
 
 
-def _other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: str) -> InputError:
+def check_shapes(parameters: Mapping[ParameterPath, Any], shapes: Mapping[ParameterPath, tuple[int, ...]]) -> None:
+    """Raises ValueError unless the parameters, by path, are those of a config, given their shapes."""
+    own = {path: np.shape(value) for path, value in parameters.items()}
+    if own != shapes:
+        wrong = min(path for path in own.keys() | shapes.keys() if own.get(path) != shapes.get(path))
+        raise ValueError(f"params do not match config at {'/'.join(wrong)}")
+
+
+def other_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], source: str) -> InputError:
+    """The error for a tensor of another shape than the config implies."""
     return InputError(f"{source}: tensor {name} has shape {shown(shape)}, but config.json implies {shown(expected)}")
 
 
-def _incomplete(missing: str, config: EncoderConfig, source: str) -> InputError:
+def incomplete(missing: str, config: EncoderConfig | Seq2SeqConfig, source: str) -> InputError:
+    """The error for a checkpoint without a tensor, or a list of them, that its model has."""
     return InputError(f"{source}: the checkpoint lacks {missing}; it is incomplete or not a {config.model_type} model")
 
 
@@ -179,7 +190,7 @@ def _is_known_surplus(name: str, config: EncoderConfig) -> bool:
     return is_unused_pooler or _KNOWN_SURPLUS.fullmatch(name) is not None
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
     """At most five names, and how many more there are."""
     first = ", ".join(names[:5])
     return first if len(names) <= 5 else f"{first} and {len(names) - 5} more tensors"

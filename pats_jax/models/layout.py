@@ -1,7 +1,8 @@
-"""Separate and stacked layers: the two layouts of an encoder's parameters, and conversion between them.
+"""Separate and stacked layers: the two layouts of a model's parameters, and conversion between them.
 
 Separate layers have a subtree each, ``encoder.layer.0.output.dense.kernel``; stacked ones have one subtree whose leaves
-have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers.
+have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers. An
+encoder-decoder has two stacks, ``encoder.layers`` and ``decoder.layers`` in BART, ``block`` in T5.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pats_jax import trees
+
+# where the layers are: the side of the model, and its name for them in BERT, BART and T5
+_STACKS = {(side, name) for side in ("encoder", "decoder") for name in ("layers", "block")} | {("encoder", "layer")}
+_NAMES = ("layer", "layers", "block")
 
 
 def stack_layers(tree: Any) -> Any:
@@ -24,18 +29,25 @@ def stack_layers(tree: Any) -> Any:
     Raises:
       ValueError: if the layers differ in their leaves or in the shapes of these.
     """
-    return _map_stacks(_stack, tree)
+    return _map_stacks(lambda layers, _: _stack(layers), tree)
 
 
-def unstack_layers(tree: Any, num_layers: int) -> Any:
-    """The inverse of `stack_layers`, for a model of ``num_layers`` layers."""
-    return _map_stacks(lambda layers: _unstack(layers, num_layers), tree)
+def unstack_layers(tree: Any, num_layers: int | Mapping[str, int]) -> Any:
+    """The inverse of `stack_layers`.
+
+    Args:
+      tree: as for `stack_layers`.
+      num_layers: the number of layers; for an encoder-decoder ``config.num_layers_of``, which is
+        ``{"encoder": ..., "decoder": ...}``.
+    """
+    depths = num_layers if isinstance(num_layers, Mapping) else {"encoder": num_layers, "decoder": num_layers}
+    return _map_stacks(lambda layers, side: _unstack(layers, depths[side]), tree)
 
 
 def has_stacked_layers(tree: Any) -> bool:
-    """Whether an encoder's layers are stacked somewhere in a tree."""
+    """Whether the layers of a model are stacked somewhere in a tree."""
     found = []
-    _map_stacks(lambda layers: found.append(not _is_separate(layers)), tree)
+    _map_stacks(lambda layers, _: found.append(not _is_separate(layers)), tree)
     return any(found)
 
 
@@ -91,22 +103,38 @@ def _place_of_stack(path):
 
 
 def _place_of_layer(path):
-    """The place in a leaf's path that follows ``encoder.layer``; None if the path is not in a layer."""
+    """The place in a leaf's path that follows, for instance, ``encoder.layer``; None if it is not in a layer."""
     names = [_name(entry) for entry in path]
-    return next((place for place in range(2, len(names)) if names[place - 2 : place] == ["encoder", "layer"]), None)
+    return next((place for place in range(2, len(names)) if tuple(names[place - 2 : place]) in _STACKS), None)
 
 
 def _name(entry):
     return jax.tree_util.keystr((entry,), simple=True)
 
 
-def _map_stacks(function: Callable[[Mapping[str, Any]], Any], tree: Any) -> Any:
-    """The tree with ``function(layers)`` in place of the layers of each encoder in it."""
+def _map_stacks(function: Callable[[Mapping[str, Any], str], Any], tree: Any) -> Any:
+    """The tree with ``function(layers, side)`` in place of the layers of each encoder and decoder in it."""
 
-    def is_encoder(node):
-        return isinstance(node, Mapping) and set(node) == {"layer"} and isinstance(node["layer"], Mapping)
+    def replaced(path, node):
+        name = _name_of_layers(path, node)
+        return node if name is None else {**node, name: function(node[name], _side(path))}
 
-    return jax.tree.map(lambda x: {"layer": function(x["layer"])} if is_encoder(x) else x, tree, is_leaf=is_encoder)
+    return jax.tree_util.tree_map_with_path(
+        replaced, tree, is_leaf=lambda path, node: _name_of_layers(path, node) is not None, is_leaf_takes_path=True
+    )
+
+
+def _name_of_layers(path, node):
+    """Under which name a node holds layers; None if it is no encoder or decoder."""
+    if not isinstance(node, Mapping):
+        return None
+    names = [name for name in _NAMES if (_side(path), name) in _STACKS and isinstance(node.get(name), Mapping)]
+    return names[0] if names else None
+
+
+def _side(path):
+    """``"encoder"`` or ``"decoder"``, which an encoder alone, without a path, is too."""
+    return _name(path[-1]) if path else "encoder"
 
 
 def _is_separate(layers):

@@ -17,12 +17,14 @@ from jax.typing import DTypeLike
 
 from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
-from pats_jax.models import convert, weights
+from pats_jax.models import convert, seq2seq, weights
 from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.config import MULTI_LABEL, EncoderConfig, default_labels
 from pats_jax.models.convert import Parameters
+from pats_jax.models.generation_config import GENERATION_FILE, GenerationConfig
 from pats_jax.models.labels import is_nameless, match_labels
 from pats_jax.models.layout import stack_layers, unstack_layers
+from pats_jax.models.seq2seq_config import Seq2SeqConfig
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
@@ -156,17 +158,25 @@ def _read_parameters(files, sources, shapes, folder):
     }
 
 
-def save_pretrained(directory: str | Path, *, params: Parameters, config: EncoderConfig, tokenizer: Any = None) -> None:
-    """Writes a folder that Transformers (torch) and `from_pretrained` load.
+def save_pretrained(
+    directory: str | Path,
+    *,
+    params: Parameters,
+    config: EncoderConfig | Seq2SeqConfig,
+    tokenizer: Any = None,
+    generation: GenerationConfig | None = None,
+) -> None:
+    """Writes a folder that Transformers (torch) and `from_pretrained` or `from_pretrained_seq2seq` load.
 
     ``config.json``, ``model.safetensors`` (float32) and the tokenizer's files are written to a temporary folder next to
     ``directory``, and moved there together when complete.
 
     Args:
       directory: the folder; created if missing. Files with the same names are replaced.
-      params: the parameters of a `SequenceClassifier` of this config, with separate or stacked layers.
+      params: the parameters of a `SequenceClassifier`, `T5` or `Bart` of this config, with separate or stacked layers.
       config: its config.
       tokenizer: a Transformers tokenizer to save with it.
+      generation: generation settings to save with an encoder-decoder, as ``generation_config.json``.
 
     Raises:
       ValueError: if ``params`` do not match ``config``.
@@ -174,16 +184,18 @@ def save_pretrained(directory: str | Path, *, params: Parameters, config: Encode
     """
     from safetensors.numpy import save_file
 
-    flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_hidden_layers))
-    shapes = _parameter_shapes(SequenceClassifier(config))
-    if {path: np.shape(value) for path, value in flat.items()} != shapes:
-        wrong = min(path for path in flat.keys() | shapes.keys() if np.shape(flat.get(path)) != shapes.get(path))
-        raise ValueError(f"params do not match config at {'/'.join(wrong)}")
+    if isinstance(config, Seq2SeqConfig):
+        tensors = seq2seq.to_tensors(params, config)
+    else:
+        flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_hidden_layers))
+        convert.check_shapes(flat, _parameter_shapes(SequenceClassifier(config)))
+        tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
     with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         write_json(made / "config.json", config.to_dict())
-        tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
+        if generation is not None:
+            write_json(made / GENERATION_FILE, generation.to_dict())
         save_file(tensors, made / weights.WEIGHTS_FILE, metadata={"format": "pt"})
         shutil.copymode(made / "config.json", made / weights.WEIGHTS_FILE)  # save_file lets only the owner read it
 

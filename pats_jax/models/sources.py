@@ -27,6 +27,7 @@ PACKAGES = {
 # What we fetch of a hub repository: never a pickle.
 _HUB_FILES = [
     "config.json",
+    "generation_config.json",
     WEIGHTS_FILE,
     INDEX_FILE,
     "model-*-of-*.safetensors",

@@ -46,8 +46,7 @@ def predict_file(
 
     Args:
       model: folder of a run of `pats-jax train` or `pats-jax glue`, of its model, or of its adapter
-      file: texts as CSV, TSV, JSON or parquet with sentence1[, sentence2], or as .txt with one text per line; if unset
-        or -, standard input, one text per line
+      file: texts as CSV, TSV, JSON or parquet, or as .txt with one text per line; if unset or -, standard input
       text: one text, in place of a file
       text_pair: the second text of a pair
       text_column_names: the one or two columns of the texts in the file; if unset, those of the run, or found by name

@@ -171,7 +171,9 @@ def _public_data(settings: Values) -> str:
     if settings.get("task_name"):
         generated = settings.get("data_dir") == "builtin"
         return f"generated data in the form of {settings['task_name']}" if generated else str(settings["task_name"])
-    return "own data"
+    name = str(settings.get("dataset_name") or "")
+    is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not pathlib.Path(name).exists()
+    return name if is_of_hub else "own data"
 
 
 def _use_from_hub(repo_id: str, results: Values, whole: bool, primed: bool) -> list[str]:
