@@ -158,7 +158,7 @@ def test_sensitivity_before_training_is_that_of_the_parameters_it_starts_from(ba
     monkeypatch.setattr(training_run, "fit", fit)
     with _compilations("_add") as compiled:
         results = run(base, tmp_path / "run", method="pats+noisytune", sensitivity_batches=2, max_steps=3, **runner)
-    assert len(compiled) == 1
+    assert len(compiled) == (2 if "fsdp" in runner else 1)  # where the copy is laid out otherwise than the state
     assert results["concentration"]["before"] == measured[0] != results["concentration"]["after"]
 
 
