@@ -27,7 +27,7 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not parity and not slow"
 
 # Tests of what the numbers are, which `make slow` repeats with all of XLA's optimisations.
-NUMERICS := random.py transforms.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py layers.py
+NUMERICS := random.py transforms.py sage_and_noisy_tune.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py layers.py
 
 slow: $(VENV)/.dask
 	$(PYTEST) -m slow

@@ -1,11 +1,10 @@
-"""The bank that every kind of PE module passes, and each kind's formula against NumPy."""
+"""The bank that every kind of adapter passes; their files and settings."""
 
 import dataclasses
 import functools
 import json
 import shutil
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import model_parity
@@ -14,7 +13,6 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from model_parity import logits_of
-from numpy_bert import NumpyBert
 from safetensors.numpy import load_file, save_file
 from test_models import inputs, load
 
@@ -301,121 +299,6 @@ def test_the_pooler_is_trained_and_saved_on_request(name, tmp_path):
     loaded, again = peft.load_peft(tmp_path, plain, plain_params)
     assert same(again, params) and loaded.peft.train_pooler
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "pooler"]
-
-
-# the formulas
-
-
-def numpy_bert(name):
-    """The base model in NumPy with the trained head, and the modules' tensors by their names in the model."""
-    model, params, _ = trained(name)
-    reference = NumpyBert(model_parity.by_tensor_name(bare(params)), model.config)
-    tree = {".".join(path): np.float64(x) for path, x in flatten_dict(params["peft"]).items()}
-    return reference, tree
-
-
-def lora(reference, tree):
-    def linear(name, x):
-        y = reference.plain_linear(name, x)
-        if f"{name}.lora_A.kernel" in tree:
-            y = y + 6.0 / 2 * x @ (tree[f"{name}.lora_A.kernel"] @ tree[f"{name}.lora_B.kernel"])
-        return y
-
-    reference.linear = linear
-
-
-def bitfit(reference, tree):
-    for name, added in tree.items():
-        reference.tensors[name.replace("bitfit.", "")] += added
-
-
-def ia3(reference, tree):
-    def linear(name, x):
-        y = reference.plain_linear(name, x * tree.get(f"{name}.ia3_input", 1.0))
-        return y * tree.get(f"{name}.ia3_output", 1.0)
-
-    reference.linear = linear
-
-
-def bottleneck(tree, name, h, activation):
-    inner = activation(h @ tree[f"{name}.adapter.down.kernel"] + tree[f"{name}.adapter.down.bias"])
-    return inner @ tree[f"{name}.adapter.up.kernel"] + tree[f"{name}.adapter.up.bias"]
-
-
-def adapters(reference, tree):
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    reference.block_end = lambda name, x, residual: reference.norm(
-        f"{name}.LayerNorm", residual + x + bottleneck(tree, name, x, gelu)
-    )
-
-
-def pfeiffer(reference, tree):
-    def block_end(name, x, residual):
-        total = residual + x
-        if "attention" not in name:
-            total = total + bottleneck(
-                tree, name, reference.norm(f"{name}.LayerNorm", total), lambda h: np.maximum(h, 0)
-            )
-        return reference.norm(f"{name}.LayerNorm", total)
-
-    reference.block_end = block_end
-
-
-def prompt(reference, tree):
-    reference.prompt = tree["prompt_embeddings"]
-
-
-def prefix(reference, tree):
-    parts = np.split(tree["prompt_embeddings"], 2 * reference.config.num_hidden_layers, axis=1)
-    reference.prefix = list(zip(parts[::2], parts[1::2], strict=True))
-
-
-@KINDS
-def test_the_forward_pass_is_the_formula(name):
-    model, params, batch = trained(name)
-    reference, tree = numpy_bert(name)
-    plain_logits = reference.logits(**inputs(batch))
-    globals()[name](reference, tree)
-    expected = reference.logits(**inputs(batch))
-    assert np.abs(expected - plain_logits).max() > 1e-2
-    np.testing.assert_allclose(logits_of(model, params, batch), expected, rtol=0, atol=2e-5)
-
-
-def test_dropout_is_on_the_input_of_loras_branch():
-    """A and B are the identity: the branch is the dropped input, and what stands beside it stays whole."""
-
-    class One(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(50, name="dense")(x)
-
-    x = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
-    params = {"dense": {"kernel": np.zeros((50, 50), np.float32), "bias": np.full(50, 9.0, np.float32)}}
-    tree = {"dense": {name: {"kernel": jnp.eye(50)} for name in ("lora_A", "lora_B")}}
-    config = peft.LoraConfig(rank=50, alpha=100.0, dropout=0.25)
-
-    def branch(deterministic, seed=0):
-        with nn.intercept_methods(config.interceptor(None, deterministic)):
-            return One().apply({"params": params, "peft": tree}, x, rngs={"dropout": random.fast_key(seed)}) - 9.0
-
-    np.testing.assert_allclose(branch(True), 2 * x, atol=1e-5)
-    kept = branch(False) != 0
-    np.testing.assert_allclose(branch(False), kept * 2 * x / 0.75, atol=1e-5)
-    assert abs(np.mean(kept) - 0.75) < 4 * np.sqrt(0.25 * 0.75 / x.size)
-    assert np.any((branch(False, seed=1) != 0) != kept)
-
-
-def test_a_text_must_leave_room_for_virtual_tokens():
-    plain, params, *_ = base()
-    ids = np.full((1, 22), 7)
-    for config in (peft.PromptConfig(length=3), peft.PrefixConfig(length=3)):
-        model, both = peft.add_peft(plain, params, config, key=0)
-        run = functools.partial(model.apply, {"params": both})
-        assert jax.eval_shape(run, ids[:, :21]).shape == (1, 3)
-        with pytest.raises(ValueError, match="but the model has 24 positions"):
-            jax.eval_shape(run, ids)
 
 
 # files
