@@ -75,6 +75,7 @@ def test_without_lists_an_arm_is_a_method():
         ("--per_device_train_batch_size 8 16", "list --train_batch_size instead"),
         ("--peft none lora --methods bitfit", "--peft lora --method bitfit: "),
         ("--train_file a.csv", "--train_file: cannot be used with --tasks"),
+        ("--dataset_name org/reviews", "--dataset_name: cannot be used with --tasks"),
     ],
 )
 def test_a_wrong_list_is_refused_in_a_line(flags, message):
@@ -91,6 +92,10 @@ def test_own_files_stand_in_place_of_a_task():
     settings = compare.settings_of(runs[0], pathlib.Path("grid"), shared)
     assert (settings.data.train_file, settings.data.task_name) == ("data/reviews.csv", None)
     assert settings.folder.output_dir == "grid/runs/reviews/finetune,learning_rate=0.0001/seed1"
+    grid, shared = checked("", tasks="--dataset_name org/reviews")
+    run = grid.runs(shared)[0]
+    settings = compare.settings_of(run, pathlib.Path("grid"), shared)
+    assert (run.task, settings.data.dataset_name, settings.data.task_name) == ("reviews", "org/reviews", None)
     with pytest.raises(InputError, match="--tasks is missing; for your own data, set --train_file"):
         checked("", tasks="")
 

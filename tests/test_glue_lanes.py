@@ -139,6 +139,26 @@ def assert_same_weights(ours, theirs, atol=2e-4):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
+def test_a_small_table_of_ones_own_has_the_batch_of_a_run_alone(base, tmp_path):
+    """Of 6 rows, a batch of 32 is one of 6; a given number of rows stays."""
+    rows = zip(*tiny.sentences(6, 0), strict=True)
+    table = tiny.write_table(tmp_path / "own.csv", ("text", "label"), *rows, separator=",")
+    own = base.replace(
+        **{"task_name": None, "data_dir": None, "train_file": str(table), "validation_file": str(table)},
+        **{"do_predict": False, "max_steps": 3, "train_batch_size": None, "per_device_train_batch_size": 32},
+    )
+    runs = settings_of(own, tmp_path, OWN[:2])
+    in_lanes(runs, tmp_path / "set")
+    glue.run(own.replace(output_dir=str(tmp_path / "alone"), **OWN[0]))
+    sizes = [
+        json.loads((tmp_path / name / "config.json").read_text())["train_batch_size"]
+        for name in ("run0", "run1", "alone")
+    ]
+    assert sizes == [6, 6, 6]
+    assert_same_weights(weights(tmp_path / "run0"), weights(tmp_path / "alone"))
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_in_lanes_is_the_run_alone(base, trained, tmp_path, number, monkeypatch):
     home, rows_in_lanes = trained

@@ -62,6 +62,14 @@ def test_what_cannot_be_a_lane_goes_alone(tmp_path):
     assert named(planned(tmp_path, "", None, "pats", "0 1 2")) == [("pats", [0, 2]), ("pats", [1])]
 
 
+@pytest.mark.parametrize(
+    "flags", ["--class_weights balanced", "--label_smoothing_factor 0.1", "--validation_split_percentage 20"]
+)
+def test_what_differs_by_seed_or_weighs_rows_goes_alone(flags, tmp_path):
+    assert named(planned(tmp_path, flags, None, "pats", "0 1")) == [("pats", [0]), ("pats", [1])]
+    assert named(planned(tmp_path, "", None, "pats", "0 1")) == [("pats", [0, 1])]
+
+
 @pytest.mark.parametrize("flags", ["--fsdp 2", "--parallel pmap", "--attention cudnn --dtype bfloat16"])
 def test_what_excludes_lanes_is_refused_by_name(flags, tmp_path):
     flag, value = flags.split()[:2]

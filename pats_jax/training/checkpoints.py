@@ -160,7 +160,7 @@ class Checkpoints:
             return
         with _in_one_line(self._folder):
             self._best_steps[step] = best_step
-            item = _orbax_item()[1](arrays, record=json.dumps(dataclasses.asdict(record)))  # now: progress goes on
+            item = _orbax_item()[1](arrays, record=json.dumps(dataclasses.asdict(record)))  # now: progress changes
             self._manager.save(step, args=ocp.args.Composite(**{_ITEM: item}))
 
     def check(self) -> None:

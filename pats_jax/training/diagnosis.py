@@ -70,24 +70,43 @@ class Bin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """The examination of a classifier.
+class Scored:
+    """What every examination starts from.
 
     Attributes:
       split: the rows.
-      names: the names of the classes.
-      logits: the logits, (rows, classes) float32.
       scores: the values of the task's metrics.
       main_metric: the name of the main metric.
       interval: the interval of the main metric.
     """
 
     split: Split
-    names: tuple[str, ...]
-    logits: np.ndarray
     scores: dict[str, float]
     main_metric: str
     interval: Interval
+
+    def _summary(self, loss: float) -> JsonObject:
+        """The entries that all records begin with."""
+        return {
+            "rows": len(self.split),
+            "metric": self.main_metric,
+            "score": self.scores[self.main_metric],
+            "interval": dataclasses.asdict(self.interval),
+            "loss": loss,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Scored):
+    """The examination of a classifier.
+
+    Attributes:
+      names: the names of the classes.
+      logits: the logits, (rows, classes) float32.
+    """
+
+    names: tuple[str, ...]
+    logits: np.ndarray
 
     @property
     def labels(self) -> np.ndarray:
@@ -150,12 +169,7 @@ class Classification:
         if "combined_score" in names:  # the mean of those before it
             averaged = names[: names.index("combined_score")]
             always["combined_score"] = float(np.mean([always[name] for name in averaged]))
-        return {
-            "rows": len(self.labels),
-            "metric": self.main_metric,
-            "score": self.scores[self.main_metric],
-            "interval": dataclasses.asdict(self.interval),
-            "loss": float(np.mean(self.losses)),
+        return self._summary(float(np.mean(self.losses))) | {
             "macro_f1": metrics.macro_f1(self.answers, self.labels),
             "micro_f1": float(f1_score(self.labels, self.answers, average="micro")),
             "calibration_error": calibration_error(self.bins),
@@ -214,18 +228,14 @@ class Classification:
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
-    """The examination of a model that predicts scores; other attributes are as in `Classification`.
+class Regression(Scored):
+    """The examination of a model that predicts scores.
 
     Attributes:
       answers: the predicted scores, (rows,) float32.
     """
 
-    split: Split
     answers: np.ndarray
-    scores: dict[str, float]
-    main_metric: str
-    interval: Interval
 
     @property
     def labels(self) -> np.ndarray:
@@ -243,12 +253,7 @@ class Regression:
 
         labels, answers = self.labels.astype(np.float64), self.answers.astype(np.float64)
         mean = np.full(len(labels), labels.mean())
-        return {
-            "rows": len(labels),
-            "metric": self.main_metric,
-            "score": self.scores[self.main_metric],
-            "interval": dataclasses.asdict(self.interval),
-            "loss": float(mean_squared_error(labels, answers)),
+        return self._summary(float(mean_squared_error(labels, answers))) | {
             "mean_absolute_error": float(mean_absolute_error(labels, answers)),
             "explained_variance": float(r2_score(labels, answers)) if np.ptp(labels) else 0.0,
             "mean_answer": {
@@ -281,15 +286,16 @@ class Regression:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeveralLabels:
-    """The examination of a model that may give a text several labels; attributes as those of `Classification`."""
+class SeveralLabels(Scored):
+    """The examination of a model that may give a text several labels.
 
-    split: Split
+    Attributes:
+      names: the names of the labels.
+      logits: the logits, (rows, labels) float32.
+    """
+
     names: tuple[str, ...]
     logits: np.ndarray
-    scores: dict[str, float]
-    main_metric: str
-    interval: Interval
 
     @property
     def labels(self) -> np.ndarray:
@@ -320,12 +326,7 @@ class SeveralLabels:
 
     def record(self) -> JsonObject:
         """As `records.SeveralLabelsDiagnosis`."""
-        return {
-            "rows": len(self.labels),
-            "metric": self.main_metric,
-            "score": self.scores[self.main_metric],
-            "interval": dataclasses.asdict(self.interval),
-            "loss": float(np.mean(self.losses)),
+        return self._summary(float(np.mean(self.losses))) | {
             "macro_f1": metrics.macro_f1(self.answers, self.labels),
             "micro_f1": metrics.micro_f1(self.answers, self.labels),
             "exact_match": metrics.accuracy(self.answers, self.labels),
@@ -388,10 +389,9 @@ def examine_logits(logits: np.ndarray, split: Split, task: Task) -> Examination:
     names = task.metrics if main == "combined_score" else (main,)
     interval = Interval(*metrics.bootstrap_interval(names, answers, labels, LEVEL, RESAMPLES))
     if task.labels is None:
-        return Regression(split, answers, scores, task.main_metric, interval)
-    if task.is_multi_label:
-        return SeveralLabels(split, task.labels, logits, scores, main, interval)
-    return Classification(split, task.labels, logits, scores, task.main_metric, interval)
+        return Regression(split, scores, main, interval, answers)
+    kind = SeveralLabels if task.is_multi_label else Classification
+    return kind(split, scores, main, interval, task.labels, logits)
 
 
 def confidence_bins(probabilities: np.ndarray, labels: np.ndarray, count: int = BINS) -> list[Bin]:

@@ -1,7 +1,7 @@
-"""The loop of a set of lanes: that of `loop`, but each lane has its own records, its own early stop and its own end.
+"""The loop of a set of lanes: like `loop`, but each lane has its own records, early stop and end.
 
-A lane has ended when it ran out of patience or has failed; the set goes on without it until all have ended, or the
-last step is made. What a lane records is what the same run records alone, but for ``timing``.
+A lane ends when it runs out of patience or fails. The others continue until all have ended or the last step is made.
+A lane records what the same run records alone, except for ``timing``.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError
 from pats_jax.training.loop import (
     Clock,
     Progress,
@@ -19,6 +19,7 @@ from pats_jax.training.loop import (
     Rhythm,
     divergence,
     is_out_of_patience,
+    run_to_end,
     summarise,
     was_evaluated,
 )
@@ -120,17 +121,8 @@ def fit(
       Preempted: if the run was asked to end; it has been saved then.
     """
     loop = _Loop(state, rhythm, hooks, progress)
-    while True:
-        try:
-            loop.evaluate()
-            if loop.has_ended():
-                return loop.state, loop.progress
-            if preemption is not None and preemption.arrived(loop.progress.step):
-                raise Preempted("asked to stop", preemption.signal_number or 0)
-        except Preempted:
-            loop.save()
-            raise
-        loop.step(train_step, batches)
+    run_to_end(loop, lambda: loop.step(train_step, batches), preemption)
+    return loop.state, loop.progress
 
 
 class _Loop:

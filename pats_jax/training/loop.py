@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -158,17 +158,47 @@ def fit(
       Preempted: if the run was asked to stop; it has been saved.
     """
     loop = _Loop(state, rhythm, hooks, Progress() if progress is None else progress)
+    run_to_end(loop, lambda: loop.step(train_step, batches), preemption)
+    return loop.state, loop.progress
+
+
+class Steps(Protocol):
+    """What `run_to_end` asks of a loop, between two steps."""
+
+    progress: Any  # with the number of the last ``step``
+
+    def evaluate(self) -> None:
+        """Evaluates after the last step, if that is due."""
+
+    def has_ended(self) -> bool:
+        """Whether no step is left; logs and saves what is due."""
+
+    def save(self) -> None:
+        """Saves a checkpoint of the last step, unless there is one."""
+
+
+def run_to_end(loop: Steps, make_step: Callable[[], None], preemption: Preemption | None) -> None:
+    """Makes steps until a loop has ended.
+
+    Args:
+      loop: the loop.
+      make_step: makes its next step.
+      preemption: says whether the run is asked to stop.
+
+    Raises:
+      Preempted: if the run was asked to stop; it has been saved.
+    """
     while True:
         try:
             loop.evaluate()
             if loop.has_ended():
-                return loop.state, loop.progress
+                return
             if preemption is not None and preemption.arrived(loop.progress.step):
                 raise Preempted("asked to stop", preemption.signal_number or 0)
         except Preempted:
             loop.save()
             raise
-        loop.step(train_step, batches)
+        make_step()
 
 
 class _Loop:

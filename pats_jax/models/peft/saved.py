@@ -37,7 +37,7 @@ class TargetFields(CommonFields, total=False):
     exclude_modules: str | list[str] | None
 
 
-# Fields of every kind that change nothing: whether training goes on, and the classes that the base model was made by.
+# Fields of every kind that change nothing: whether training continues, and the classes that built the base model.
 _WITHOUT_EFFECT = ("inference_mode", "auto_mapping")
 # Parts that modules_to_save may name: the head under PEFT's two names for it, and BERT's pooler.
 _HEAD_NAMES, _POOLER_NAME = ("classifier", "score"), "pooler"
