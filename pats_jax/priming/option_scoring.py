@@ -353,13 +353,13 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
     Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
       >>> with_fewer_options(row, 2, np.random.default_rng(0))
-      Row(input='2 + 2', options=('4', '6'), answer=0)
+      Row(input='2 + 2', options=('4', '6'), answer=0, references=(), whole=None)
     """
     if len(row.options) <= most:
         return row
     others = [index for index in range(len(row.options)) if index != row.answer]
     kept = sorted([row.answer, *rng.choice(others, most - 1, replace=False).tolist()])
-    return Row(row.input, tuple(row.options[index] for index in kept), kept.index(row.answer))
+    return row._replace(options=tuple(row.options[index] for index in kept), answer=kept.index(row.answer))
 
 
 def check_tokens(head: str, tokenizer: Any, config: models.EncoderConfig, tasks: Sequence[FewShotTask]) -> None:
