@@ -204,8 +204,8 @@ def _check_alike(files: _Files) -> None:
     if other is not None:
         without, with_some = sorted((lines[0], other), key=lambda line: bool(line.options))
         raise InputError(
-            f"{without.place}: the row has no options, but {with_some.place} has {len(with_some.options)}; give options "
-            "to all rows of a task or to none"
+            f"{without.place}: the row has no options, but {with_some.place} has {len(with_some.options)}; give "
+            "options to all rows of a task or to none"
         )
 
 
