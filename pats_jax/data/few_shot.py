@@ -161,6 +161,24 @@ def task_metric(name: str) -> str:
     return known.metric if known and known.metric in ("matthews_correlation", "macro_f1") else "accuracy"
 
 
+def other_sampling(tasks: Sequence[FewShotTask]) -> str | None:
+    """Says in one line which tasks of CrossFit have samples that are not drawn as CrossFit draws them; None if none.
+
+    Args:
+      tasks: any tasks.
+    """
+    known = [task for task in tasks if task.is_crossfits_sampling is not None]
+    others = [task for task in known if not task.is_crossfits_sampling]
+    if not others:
+        return None
+    sizes = sorted({len(sample.train) for task in others for sample in task.samples})
+    rows = f"{sizes[0]} rows" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} rows"
+    return (
+        f"not CrossFit's sampling: {len(others)} of {len(known)} tasks have {rows} in all in train; CrossFit has "
+        "16 per class, or 32, so an ARG on them is not CrossFit's"
+    )
+
+
 def chosen_names(there: Iterable[str], wanted: Sequence[str] | None, where: str) -> list[str]:
     """Names of tasks in alphabetical order.
 

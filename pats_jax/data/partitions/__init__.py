@@ -166,7 +166,8 @@ def read_partition(path: Path) -> Partition:
         if name not in lists["train"] or name not in lists["test"]:
             raise InputError(f"{_place(path, name)}: the leak {shown(name)} must be listed in 'train' and in 'test'")
     lists["train"] = [name for name in lists["train"] if name not in leaks]
-    partition = Partition(*(tuple(lists[key]) for key in LISTS), leaks=tuple(leaks))
+    train, dev, test = (tuple(lists[key]) for key in LISTS)
+    partition = Partition(train, dev, test, tuple(leaks))
     for key in ("train", "test"):
         if not lists[key]:
             raise InputError(f"{_place(path, key)}: the list {key!r} is empty")
