@@ -13,7 +13,7 @@ from pats_jax import models
 from pats_jax.models.seq2seq_config import config_from_dict
 
 WORDS = (*tiny.GOOD, *tiny.BAD, *tiny.NAMES, "and", "is", ".", "(A)", "(B)", "(C)", "1", "2", "3")
-TASKS = ("weather", "voice", "watched", "manners", "choice", "copy", "who")
+TASKS = ("weather", "voice", "watched", "manners", "choice", "copy", "who", "names")
 VOCABULARY = ("<pad>", "</s>", "<unk>", *WORDS, *(f"[{name}]" for name in TASKS))
 CONFIG = {
     "model_type": "t5",
@@ -59,7 +59,7 @@ def random_model(**changes):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        return rng.normal(size=leaf.shape, scale=leaf.shape[0] ** -0.5).astype(np.float32) if leaf.ndim > 1 else np.ones(leaf.shape, np.float32)
+        return (rng.normal(size=leaf.shape) if leaf.ndim > 1 else np.ones(leaf.shape)).astype(np.float32)
 
     return model, jax.tree_util.tree_map_with_path(draw, shapes), config
 
@@ -71,23 +71,26 @@ def save_checkpoint(folder: Path, **changes) -> Path:
     return folder
 
 
-PARTITION = {"train": ["weather", "voice", "copy"], "dev": ["watched", "who"], "test": ["manners", "choice", "copy2"]}
+PARTITION = {"train": ["weather", "voice", "copy"], "dev": ["watched", "who"], "test": ["manners", "choice", "names"]}
 
 
 def write_gym(folder: Path) -> Path:
-    """The tasks of `tiny.write_gym`, and three without options: the second name of a text, or all names of it."""
+    """The tasks of `tiny.write_gym`, and three that ask for a text's last name; copy also takes both names."""
     tiny.write_gym(folder)
-    for number, name in enumerate(("copy", "who", "copy2")):
+    sizes = {(seed, split): size for seed in tiny.SEEDS for split, size in (("train", 6), ("dev", 5))}
+    for number, name in enumerate(("copy", "who", "names")):
         rng = np.random.default_rng(100 + number)
-        for seed, split, size in ((13, "train", 6), (13, "dev", 4), (13, "test", 8), (21, "train", 6), (21, "dev", 4)):
-            lines = []
+        for (seed, split), size in (sizes | {(13, "test"): 12}).items():
+            path, lines = folder / name / f"{name}_16_{seed}_{split}", []
             for _ in range(size):
-                names = rng.choice(tiny.NAMES[4:] if name == "copy2" else tiny.NAMES[:4], 2)
-                answers = [names[1], " ".join(names)] if name == "copy" else [names[1]]
-                lines.append("\t".join([f"{names[0]} and {names[1]} .", *answers]))
-            path = folder / name / f"{name}_16_{seed}_{split}.tsv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                one, other = rng.choice(tiny.NAMES[4:] if name == "names" else tiny.NAMES[:4], 2)
+                lines.append((f"{one} and {other} .", other, f"{one} {other}"))
+            if name == "copy":
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".tsv").write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+                continue
+            records = ({"task": name, "input": text, "output": answer, "options": []} for text, answer, _ in lines)
+            tiny.write_lines(path.with_suffix(".jsonl"), records)
     return folder
 
 
