@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pats_jax.core.settings import FLOAT32_MAX, About, Choice, Entry, Group, at_least, entries, setting
+from pats_jax.core.settings import FLOAT32_MAX, About, Choice, Entry, Group, Preset, at_least, entries, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError, shown
 from pats_jax.methods.settings import AdamWSettings, OptimizerSettings
 from pats_jax.methods.table import METHOD_CHOICE
 from pats_jax.models import peft
 from pats_jax.models.settings import ModelSettings
+from pats_jax.priming import crossfit_recipe
 from pats_jax.priming.text_settings import TextSettings
 from pats_jax.run.records import Tuned
 from pats_jax.run.settings import OF_CLASSIFIERS, TunedModel
@@ -140,6 +141,11 @@ class GymSettings(TunedModel):
         for flag in entries(kind)
     ) | {"peft", "share"}
 
+    presets: ClassVar[Mapping[str, Preset]] = {"crossfit": crossfit_recipe.tuning}
+
+    preset: Literal["crossfit"] | None = setting(
+        None, "crossfit: the defaults of CrossFit's recipe, for T5 and BART", is_basic=True, of_one_start=True
+    )
     output_dir: str | None = setting(
         None, "folder of the tunings; repeat the same command to resume them", is_path=True, is_basic=True
     )

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-from pats_jax.core.settings import POSITIVE, Flat, Group, at_least, entries, setting
+from pats_jax.core.settings import POSITIVE, Flat, Group, Preset, at_least, entries, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
+from pats_jax.priming import crossfit_recipe
 from pats_jax.priming.text_settings import TextSettings
 from pats_jax.run.settings import OF_CLASSIFIERS, TrainingSettings
 from pats_jax.training.settings import counted
@@ -80,6 +81,11 @@ class PrimingSettings(TrainingSettings):
     }
     former: ClassVar[frozenset[str]] = frozenset(_BATCH_FLAGS)
 
+    presets: ClassVar[Mapping[str, Preset]] = {"crossfit": crossfit_recipe.upstream}
+
+    preset: Literal["crossfit"] | None = setting(
+        None, "crossfit: the defaults of CrossFit's recipe, for T5 and BART", is_basic=True, of_one_start=True
+    )
     data: GymDataSettings = GymDataSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     text: TextSettings = TextSettings()
