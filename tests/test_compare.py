@@ -24,7 +24,7 @@ from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.programs import cli
-from pats_jax.run import run_folder, workers
+from pats_jax.run import machine, run_folder, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
 
@@ -395,6 +395,7 @@ def home(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "glue_arguments", command)
     monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
+    monkeypatch.setattr(machine, "find_devices", machine.Devices)
     return Home(tmp_path)
 
 
