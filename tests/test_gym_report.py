@@ -284,16 +284,28 @@ def test_effects_and_intervals_stand_at_their_names(monkeypatch):
     ],
 )
 def test_the_page_begins_with_its_answer(tmp_path, arms, said):
-    """Against gains worked out by hand: +20 on three tasks; -25, 0 and 0, whose interval includes 0."""
+    """Against gains worked out by hand: +20 on three tasks, which show no spread; -25, 0 and 0."""
     kept = [r for r in records() if "/".join(filter(None, (r["algorithm"], r["trained"], r["peft"]))) in arms]
     summary = summarise(kept)
     text = gym_report.answer(summary)
     assert text.startswith(said)
-    if "interval" in text:
-        assert text.endswith(": not shown to differ.") == ("below" in text)
+    assert ("interval" in text) == ("below" in text) and ": shown to differ" not in text
     gym_report.write_report(tmp_path, summary, title="Tunings", about=[])
     title, first, *_ = (tmp_path / "report.md").read_text(encoding="utf-8").split("\n\n")
     assert title == "# Tunings" and first.startswith(said.partition("`maml/plm+pe")[0])
+
+
+@pytest.mark.parametrize("factors, ending", [((1.1, 1.2, 1.3), "shown"), ((0.9, 1.2, 1.3), "not shown")])
+def test_gains_with_spread_on_one_side_are_shown(factors, ending):
+    kept = [r for r in records() if r["algorithm"] in ("direct", "maml") and r["trained"] in (None, "plm")]
+    factor = dict(zip(TASKS, factors, strict=False))
+    direct = {(r["task"], r["sample"]): r["test"] for r in kept if r["algorithm"] == "direct"}
+    kept = [
+        r if r["algorithm"] == "direct" else r | {"test": direct[r["task"], r["sample"]] * factor.get(r["task"], 1.2)}
+        for r in kept
+        if r["peft"] == "lora"
+    ]
+    assert gym_report.answer(summarise(kept)).endswith(f": {ending} to differ.")
 
 
 def test_gains_are_sorted_by_task(monkeypatch):
