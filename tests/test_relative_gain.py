@@ -215,7 +215,7 @@ def test_an_arm_worked_out_by_hand():
     assert arm.mean_test == pytest.approx(1.9 / 3) and arm.mean_chance == 0.5
     assert arm.seconds == TuningTime(2.0, 12.0, 6)
     direct = summary.arms["direct/lora"]
-    assert direct.against_direct.arg == 0 and direct.against_direct.interval == [0, 0]
+    assert direct.against_direct.arg == 0 and direct.against_direct.interval is None
     assert direct.against_full.arg == pytest.approx(np.mean([-20, -20, 25]))
     as_dict = dataclasses.asdict(summary)
     assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict
