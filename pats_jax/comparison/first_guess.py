@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +43,13 @@ def guess_seconds(
     return forecast.rough_seconds(work, devices, known[0][1].model.dtype, jobs)
 
 
-def _work_of_sets(known: Iterable[tuple[RunSet, Settings]], devices: Devices) -> Work:
+def _work_of_sets(known: Sequence[tuple[RunSet, Settings]], devices: Devices) -> Work:
     """The work of all sets; a program that an earlier set has compiled is only traced anew."""
-
-    @functools.cache
-    def lengths(task: str, name: str) -> Mapping[str, TextLengths]:
-        return _lengths(of_data[task, name])
-
-    of_data = {(one.runs[0].task, settings.model.model_name_or_path): settings for one, settings in known}
+    kinds = {_kind(one, settings): settings for one, settings in known}
+    texts_of = {kind: _lengths(settings) for kind, settings in kinds.items()}
     work, compiled = Work(), set[Any]()
     for one, settings in known:
-        costs = forecast.costs_of(settings, devices.platform)
-        texts = lengths(one.runs[0].task, settings.model.model_name_or_path)
+        costs, texts = forecast.costs_of(settings, devices.platform), texts_of[_kind(one, settings)]
         split_over = 1 if one.name is not None else settings.devices.num_devices or devices.count
         of_one = forecast.work_of_run(settings, costs, texts["train"], texts["validation"], split_over)
         program = program_of(one.runs[0], settings), len(one.runs)
@@ -63,6 +57,11 @@ def _work_of_sets(known: Iterable[tuple[RunSet, Settings]], devices: Devices) ->
         compiled.add(program)
         work += dataclasses.replace(of_one, compiling=compiling, operations=of_one.operations * len(one.runs))
     return work
+
+
+def _kind(one: RunSet, settings: Settings) -> tuple[str, int]:
+    """What the lengths of a set's texts depend on."""
+    return one.runs[0].task, settings.model.max_seq_length
 
 
 def _lengths(settings: Settings) -> Mapping[str, TextLengths]:
