@@ -340,7 +340,7 @@ class Group:
         shared = self._shared
         steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
         rows = steps * (settings.batches.train_batch_size or 1)
-        boundaries = bucket_boundaries(settings.batches, shared.runner, params, tokens.lengths, rows)
+        boundaries = bucket_boundaries(settings.batches, shared.runner.platform, params, tokens.lengths, rows)
         split = glue.in_order_of_head(splits["train"], shared.order)
         return TableSource(settings.batches, shared.runner, tokens, split.labels, boundaries, plain, settings.seed)
 
