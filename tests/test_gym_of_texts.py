@@ -12,7 +12,9 @@ import tiny_t5
 
 from pats_jax import models
 from pats_jax.data import load_gym
-from pats_jax.priming import downstream, upstream
+from pats_jax.data.few_shot import Row, Sample, build_task
+from pats_jax.data.partitions import Partition
+from pats_jax.priming import answerers, downstream, upstream
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import flags, run_folder
@@ -185,3 +187,15 @@ def test_what_a_preset_does_not_have(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     found = tiny.refused(capsys, "gym", "--preset", "crossfit", "--config", str(tmp_path / "config.json"))
     assert found.startswith("--preset: cannot be used with --config")
+
+
+def test_what_is_odd_about_the_data_is_said():
+    """A leak that a partition names, and samples of CrossFit's tasks that are not drawn as CrossFit draws them."""
+    rows = tuple(Row(f"text {number}", ("no", "yes"), number % 2) for number in range(16))
+    gym = {name: build_task(name, [Sample(13, rows, rows, rows)]) for name in ("sick", "anli", "mine")}
+    out = io.StringIO()
+    partition = Partition(("anli",), (), ("sick", "mine"), leaks=("sick",))
+    answerers.tell_about_data(rich.console.Console(file=out, width=300), gym, partition, "of_nli")
+    leak, sampling = out.getvalue().splitlines()
+    assert leak == "of_nli: sick is upstream and a target in CrossFit's file, a leak; here it is a target only"
+    assert sampling.startswith("not CrossFit's sampling: 2 of 2 tasks have 16 rows in all in train")

@@ -22,7 +22,7 @@ import rich.console
 from pats_jax import models
 from pats_jax.comparison import compare
 from pats_jax.core import files
-from pats_jax.data import few_shot, load_partitioned_gym
+from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
@@ -90,9 +90,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
             return
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
-            others = few_shot.other_sampling(tasks)
-            if others:
-                say(console, others)
+            answerers.tell_about_data(console, {task.name: task for task in tasks}, partition, settings.data.partition)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
                 say(console, say_before(settings, wanted, tokenizer))
