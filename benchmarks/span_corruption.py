@@ -108,7 +108,14 @@ class PackedRows:
     """
 
     def __init__(
-        self, texts: Sequence[np.ndarray], lengths: Lengths, batch_size: int, *, seed: int, first_sentinel: int, end: int
+        self,
+        texts: Sequence[np.ndarray],
+        lengths: Lengths,
+        batch_size: int,
+        *,
+        seed: int,
+        first_sentinel: int,
+        end: int,
     ):
         """Takes the texts.
 
