@@ -172,6 +172,8 @@ class PrefixConfig(VirtualTokensConfig):
             length = saved.get("num_virtual_tokens", 0)
             saved.check_size("num_virtual_tokens", length, f".{_PREFIX}.{_PARTS[0]}", 0)
             return cls(length=length)
+        if isinstance(saved.model, Seq2SeqConfig):
+            decoder_prefix.check(saved.model)
         config = super().from_saved(saved)
         return cls(length=config.length, place="decoder" if is_seq2seq else "everywhere")
 
