@@ -399,3 +399,40 @@ def test_folders_that_do_not_fit(tmp_path):
     other = tmp_path / "prefix"
     peft.save_peft(other, model=moved("prefix", "t5")[0], params=moved("prefix", "t5")[1])
     refused(lambda: peft.load_peft(other, *base("bart")), "another base model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), FITTING)
+def test_checkpointing_changes_nothing_and_bfloat16_little(name, kind):
+    """Gradients of the adapter with stacked layers."""
+    model, params = moved(name, kind, "stacked")
+
+    def gradients(model):
+        def loss(small):
+            return pats_jax.make_seq2seq_loss_fn(model.apply, deterministic=True)(params | small, batch_of(), None)[0]
+
+        return jax.tree.leaves(quick_jit(jax.grad(loss))({"peft": params["peft"]}))
+
+    plain = gradients(model)
+    assert np.sum([np.sum(np.square(x)) for x in plain]) > 1e-8
+    for ours, expected in zip(gradients(model.clone(gradient_checkpointing=True)), plain, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max() + 1e-7)
+    rounded = logits_of(model.clone(dtype=jnp.bfloat16), params)
+    assert rounded.dtype == np.float32
+    exact = logits_of(model, params)
+    assert 0.98 < np.corrcoef(rounded.ravel(), exact.ravel())[0, 1] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), FITTING)
+def test_dropout_is_drawn_from_the_key(name, kind):
+    model, params = moved(name, kind)
+    model = model.clone(config=CONFIGS[kind])
+    if name == "lora":
+        model = model.clone(peft=dataclasses.replace(model.peft, dropout=0.3))
+    run = quick_jit(
+        lambda key: model.apply({"params": params}, **batch_of(), deterministic=False, rngs={"dropout": key})
+    )
+    once, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(once, again)
+    assert np.isfinite(once).all() and np.abs(once - other).max() > 1e-3
