@@ -177,7 +177,9 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     folder = Path(directory)
     values, name, base_folder, options = _base_model(folder, options)
     if _is_seq2seq(values, base_folder):
-        raise InputError(f"{folder}: the adapter is for an encoder-decoder; load it with load_peft_seq2seq")
+        raise InputError(
+            f"{folder}: is for an encoder-decoder, not a classifier; in Python, load it with load_peft_seq2seq"
+        )
     count = _count_labels(folder)
     labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
@@ -215,7 +217,9 @@ def load_peft_seq2seq(
     folder = Path(directory)
     values, name, base_folder, options = _base_model(folder, options)
     if not _is_seq2seq(values, base_folder):
-        raise InputError(f"{folder}: the adapter is for a classifier; load it with load_peft_model")
+        raise InputError(
+            f"{folder}: is for a classifier, not an encoder-decoder; in Python, load it with load_peft_model"
+        )
     base, params, config = from_pretrained_seq2seq(name, **options)
     return *load_peft(folder, base, params), config
 
