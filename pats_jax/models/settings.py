@@ -1,9 +1,10 @@
 """The settings that choose a run's checkpoint and how to compute with it."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal, Self
 
-from pats_jax.core.settings import PROBABILITY, Group, at_least, setting
+from pats_jax.core.settings import PROBABILITY, Group, Range, at_least, setting
 from pats_jax.errors import InputError
 
 Layers = Literal["auto", "separate", "stacked"]
@@ -93,3 +94,42 @@ class Seq2SeqSettings(CheckpointSettings):
     )
     source_prefix: str = setting("", 'put before every source, such as "summarize: " for T5', is_basic=True)
     dropout: float | None = setting(None, "probability; if unset, the checkpoint's", PROBABILITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings(Group):
+    """How texts are generated; what is not set is as the checkpoint's generation_config.json says."""
+
+    title: ClassVar[str] = "generation"
+
+    num_beams: int | None = setting(
+        None, "1: greedy search; more: beam search; if unset, the checkpoint's", at_least(1, 1000), is_basic=True
+    )
+    early_stopping: Literal["true", "false", "never"] | None = setting(
+        None, "beam search: when it ends, as in Transformers; if unset, the checkpoint's"
+    )
+    length_penalty: float | None = setting(
+        None,
+        "beam search: a text's score is divided by its length to this power; if unset, the checkpoint's",
+        Range(math.isfinite, "finite"),
+    )
+    no_repeat_ngram_size: int | None = setting(
+        None, "no N tokens in a row occur twice; 0: they may; if unset, the checkpoint's", at_least(0)
+    )
+    min_length: int | None = setting(
+        None, "tokens at least, with the start token; if unset, the checkpoint's", at_least(0)
+    )
+    min_new_tokens: int | None = setting(None, "the same without the start token", at_least(0))
+    forced_bos_token_id: int | None = setting(None, "the first token; if unset, the checkpoint's", at_least(0))
+    forced_eos_token_id: int | None = setting(
+        None, "the last token at the longest length; if unset, the checkpoint's", at_least(0)
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.min_length is not None and self.min_new_tokens is not None:
+            raise InputError("--min_length and --min_new_tokens cannot be used together")
+        if self.num_beams == 1:
+            for name in ("early_stopping", "length_penalty"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"--{name}: is for beam search; set --num_beams to at least 2, or omit the flag")
