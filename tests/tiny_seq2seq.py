@@ -57,9 +57,10 @@ def save_checkpoint(folder: Path, kind: str = "t5", **changes) -> Path:
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        width = leaf.shape[0] if leaf.ndim > 1 and path[-1].key == "kernel" else 4
-        values = rng.normal(size=leaf.shape) / width**0.5 if leaf.ndim > 1 else np.full(leaf.shape, path[-1].key == "scale")
-        return values.astype(np.float32)
+        if leaf.ndim < 2:
+            return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+        width = leaf.shape[0] if path[-1].key == "kernel" else 4
+        return (rng.normal(size=leaf.shape) / width**0.5).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     models.save_pretrained(folder, params=params, config=made, tokenizer=tokenizer(kind))
