@@ -187,6 +187,20 @@ def test_columns_are_found_by_name(tmp_path, names):
     assert load_pair_files({"test": lines}, PairColumns())["test"].sources == ["d", "e f"]
 
 
+def test_a_column_may_be_a_field_of_another(tmp_path):
+    records = [{"id": i, "translation": {"en": f"word {i}", "de": f"Wort {i}"}} for i in range(3)]
+    tiny.write_lines(tmp_path / "own.jsonl", records)
+    import datasets
+
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    columns = PairColumns("translation.en", "translation.de")
+    read = load_pair_files({"train": tmp_path / "own.jsonl"}, columns)["train"]
+    assert read.sources == ["word 0", "word 1", "word 2"] and read.targets == ["Wort 0", "Wort 1", "Wort 2"]
+    assert load_pair_set(str(tmp_path / "set"), None, ["train"], columns)["train"] == read
+    with pytest.raises(InputError, match="target_column: no column 'translation.fr' among 'id', 'translation'"):
+        load_pair_files({"train": tmp_path / "own.jsonl"}, PairColumns("translation.en", "translation.fr"))
+
+
 def test_rows_are_held_out_and_two_names_of_a_column_are_one(home, caplog):
     caplog.set_level(logging.INFO, "pats_jax")
     path = tiny_seq2seq.write_pairs(home / "pages.tsv", ROWS, ("page", "abstract"))

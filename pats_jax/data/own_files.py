@@ -146,6 +146,8 @@ def set_table(
     if own is None:
         raise InputError(f"{name}: has no split {split!r}; its splits are {', '.join(map(str, splits))}")
     rows = splits[own]
+    if any("." in column and column not in rows.column_names for column in wanted):
+        rows = rows.flatten()  # the field "en" of a column "translation" is then the column "translation.en"
     values, classes = {}, {}
     for column in rows.column_names:
         if column in wanted:
