@@ -249,8 +249,8 @@ def _call(function, args, prog, paths, description, **options):
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
-    "text2text": text2text,
     "predict": predict,
+    "text2text": text2text,
     "glue": glue,
     "compare": compare,
     "prime": prime,
