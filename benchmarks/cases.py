@@ -46,11 +46,13 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     **{kind: functools.partial(dict, peft=kind) for kind in peft.KINDS},
 }
 
-# The same of the model: how it holds its layers, and how many of them one turn of the loop over them computes.
+# The same of the model: how it holds its layers, how many of them one turn of the loop over them computes, and its
+# attention, for cuDNN's kernel without dropout.
 MODEL_CHANGES: dict[str, dict[str, Any]] = {
     "separate": {"layers": "separate"},
     "stacked": {"layers": "stacked"},
     **{f"unroll{count}": {"unroll": count} for count in (0, 1, 2, 3, 4, 6, 8, 12, 24)},
+    **{kind: {"attention": kind, "attention_dropout": 0.0} for kind in ("einsum", "cudnn")},
 }
 
 
@@ -84,14 +86,21 @@ class Case:
         return cls(found[1], int(found[2]), int(found[3]))
 
 
-def load_model(name: str, **options: Any) -> tuple[models.SequenceClassifier, Any, EncoderConfig]:
+def load_model(
+    name: str, attention_dropout: float | None = None, **options: Any
+) -> tuple[models.SequenceClassifier, Any, EncoderConfig]:
     """A classifier of two classes with options of its own, its parameters as NumPy arrays, and its config."""
-    if name not in SIZES:
+    if name in SIZES:
+        config = config_of_size(name)
+        model = models.SequenceClassifier(config, **options)
+        params = random_params(model, config)
+    else:
         model, params, config = models.from_pretrained(PACKAGES.get(name, name), num_labels=2, **options)
-        return model, jax.device_get(params), config
-    config = config_of_size(name)
-    model = models.SequenceClassifier(config, **options)
-    return model, random_params(model, config), config
+        params = jax.device_get(params)
+    if attention_dropout is not None:
+        config = dataclasses.replace(config, attention_probs_dropout_prob=attention_dropout)
+        model = model.clone(config=config)
+    return model, params, config
 
 
 def loader(name: str, dtype: Dtype) -> Callable[[str], tuple[models.SequenceClassifier, Any, EncoderConfig]]:

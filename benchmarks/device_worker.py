@@ -81,6 +81,38 @@ def prepare_step(case: str, dtype: str, variant: str) -> Prepared:
     return Prepared(figures, run, restart, lambda: _digest(held[0].params))
 
 
+def prepare_lanes(case: str, dtype: str, variant: str) -> Prepared:
+    """The step of many trainings side by side; variant is ``LANES:METHOD[:CHANGE...]``."""
+    import jax
+    import numpy as np
+
+    from benchmarks import cases, programs
+    from pats_jax.training import lanes
+
+    number, _, method = variant.partition(":")
+    parsed = cases.Case.parse(case)
+    model, params, config = cases.load_model(parsed.model, dtype=dtype, **cases.model_options(method))
+    runs = [cases.settings_of(method, seed=seed) for seed in range(int(number))]
+    batch = cases.random_batch(config.vocab_size, parsed.rows, parsed.length)
+    program = lanes.LaneProgram(model.apply, runs[0], 10_000)
+    shared = lanes.lane_arrays(runs), program.split(params)[1], lanes.rate_table(runs[0].optimizer, 10_000)
+    batches = {name: np.stack([array] * len(runs)) for name, array in batch.items()}
+    arrays, frozen, rates, batches = jax.device_put((*shared, batches))
+    held = [program.init(params, {}, arrays, rates)]
+    figures: dict[str, Any] = {"parameters": cases.size(params), "lanes": len(runs)}
+    figures |= programs.compile_timed(program.step, (held[0], arrays, frozen, rates, batches))
+
+    def run(steps):
+        for _ in range(steps):
+            held[0], metrics = program.step(held[0], arrays, frozen, rates, batches)
+        jax.block_until_ready((held[0].params, metrics))
+        held[1:] = [metrics]
+
+    _warm_up(run, figures)
+    figures["loss"] = float(held[1]["loss"][0])
+    return Prepared(figures, run)
+
+
 def prepare_update(case: str, dtype: str, variant: str) -> Prepared:
     """The optimizer's update alone, on the parameters of a model; as variant ``copy``, reading and writing 1 GiB.
 
@@ -199,6 +231,7 @@ def prepare_attention(case: str, dtype: str, variant: str) -> Prepared:
 
 KINDS: dict[str, Callable[[str, str, str], Prepared]] = {
     "step": prepare_step,
+    "lanes": prepare_lanes,
     "update": prepare_update,
     "torch": prepare_torch,
     "attention": prepare_attention,

@@ -2,13 +2,14 @@
 
 Each row is one thing to measure, the most important first; a row starts only while its time is left. After each row,
 and within long ones, everything measured so far is in ``on_device.json``. Processes prepare (load, compile, warm up) at
-the same time and are then timed one after the other, while the others wait; in a first_loss, glue or tests row nothing
-else runs. XLA has the flags that the programs set, unless XLA_FLAGS or ``--xla`` say otherwise.
+the same time and are then timed one after the other, while the others wait; in a cold, glue, resumed or tests row,
+nothing else runs. XLA has the flags that the programs set, unless XLA_FLAGS or ``--xla`` say otherwise.
 ``benchmarks/on_device.sh`` installs what a bare CUDA image lacks and calls this.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -44,8 +45,9 @@ class Flags:
     forms: tuple[str, ...] = FORMS  # of our model in the rows step and update: CHANGE[:CHANGE...]
     methods: tuple[str, ...] = ("finetune", "pats", "pats:all")  # METHOD[:CHANGE...] in the rows step and update
     best: str | None = None  # form of our model in the other rows; none: the fastest of row step, else the first form
-    xla: tuple[str, ...] = ()  # NAME=XLA_FLAGS: also times plain fine-tuning in the first form with these flags
+    xla: tuple[str, ...] = ()  # NAME=XLA_FLAGS: rows step and cold also time plain fine-tuning with these flags
     also: tuple[str, ...] = ()  # sizes of row models to time with row step, plain fine-tuning in its first form
+    lanes: tuple[int, ...] = (8,)  # numbers of trainings side by side in row lanes
     torch_ways: tuple[str, ...] = ("eager", "compile")  # also compile:reduce-overhead, compile:max-autotune
     dtype: str = "bfloat16"  # of computation, on both sides
     steps: int = 20  # steps without waiting in between
@@ -343,6 +345,35 @@ def attention(session: Session, row: dict[str, Any]) -> None:
     race(session, row, {f"jax {case}": ("attention", case, dtype, *ways) for case in cases})
 
 
+def attention_in_model(session: Session, row: dict[str, Any]) -> None:
+    """The step of BERT-base on rows of 512 tokens without attention dropout: attention by einsum and by cuDNN."""
+    flags, form = session.flags, session.best_form()
+    case = "bert-tiny:2x16" if flags.rehearse else "bert-base:8x512"
+    ways = ("einsum",) if flags.rehearse else ("einsum", "cudnn")
+    race(session, row, {"jax": ("step", case, flags.dtype, *(f"finetune:{form}:{way}" for way in ways))})
+
+
+def lanes(session: Session, row: dict[str, Any]) -> None:
+    """The step of MiniLM in lanes, over as many steps of one training; and a profile of it."""
+    flags, form, case = session.flags, session.best_form(), session.case("minilm")
+    asked = {"jax one": ("step", case, flags.dtype, f"finetune:{form}")}
+    names = [f"{count}:{method}:{form}" for method in ("finetune", "pats") for count in flags.lanes]
+    asked["jax lanes"] = ("lanes", case, flags.dtype, *names)
+
+    def against_one(row, ready):
+        one = row["variants"][f"one finetune:{form}"].get("ms")
+        for figures in row["variants"].values():
+            if one and "ms" in figures and "lanes" in figures:
+                figures["to_steps_of_one"] = figures["ms"] / (figures["lanes"] * one)
+        row["profiles"] = {}
+        for name, (worker, variant) in ready.items():
+            if session.left() > 15:
+                row["profiles"][name] = worker.ask(f"profile {variant} 5", min(60.0, session.left()))
+                session.save()
+
+    race(session, row, asked, then=against_one)
+
+
 def cold(session: Session, row: dict[str, Any]) -> None:
     """Seconds from the start of a process to the first loss, with an empty compilation cache and with a full one."""
     form = session.best_form()
@@ -359,20 +390,33 @@ def cold(session: Session, row: dict[str, Any]) -> None:
                 seconds, code, output = session.command(words, 90, env)
                 row[f"{method}:{form} {kind}"] = {"seconds": seconds, "exit": code} | (json.loads(output or "{}"))
                 session.save()
+        for way in session.flags.xla:  # each with an empty cache of its own
+            name, _, xla_flags = way.partition("=")
+            env = session.env | {"JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(folder) / name)}
+            env |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()}
+            words = [*WORKER, "first_loss", model, session.flags.dtype, f"finetune:{form}"]
+            seconds, code, output = session.command(words, 90, env)
+            row[f"{name} finetune:{form}"] = {"seconds": seconds, "exit": code} | (json.loads(output or "{}"))
+            session.save()
+
+
+def _glue_words(session, folder):
+    """The command line of `pats-jax glue` on MRPC with MiniLM, its compiled programs kept in a folder."""
+    flags, carried = session.flags, session.flags.carried.resolve()
+    words = [sys.executable, "-m", "pats_jax", "glue", "--task_name", "mrpc"]
+    words += ["--data_dir", str(carried / "glue"), "--model_name_or_path", str(carried / "minilm")]
+    words += ["--compilation_cache_dir", str(pathlib.Path(folder) / "compiled")]
+    if flags.rehearse:
+        return [*words, "--max_train_samples", "64", "--max_eval_samples", "64", "--max_seq_length", "16"]
+    return [*words, "--dtype", flags.dtype]
 
 
 def glue(session: Session, row: dict[str, Any]) -> None:
     """`pats-jax glue` on MRPC with MiniLM, three epochs, with an empty cache and once more."""
-    flags, carried = session.flags, session.flags.carried.resolve()
+    flags = session.flags
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pats_jax", "glue", "--task_name", "mrpc"]
-        words += ["--data_dir", str(carried / "glue"), "--model_name_or_path", str(carried / "minilm")]
-        words += ["--compilation_cache_dir", str(pathlib.Path(folder) / "compiled")]
-        if flags.rehearse:
-            words += ["--max_steps", "3", "--max_train_samples", "64", "--max_eval_samples", "64"]
-            words += ["--max_seq_length", "16"]
-        else:
-            words += ["--num_train_epochs", "3", "--dtype", flags.dtype]
+        words = _glue_words(session, folder)
+        words += ["--max_steps", "3"] if flags.rehearse else ["--num_train_epochs", "3"]
         env = session.env | {"XDG_CACHE_HOME": folder}
         for kind in ("empty cache", "again")[: 1 if flags.once else 2]:
             run = pathlib.Path(folder) / kind.replace(" ", "_")
@@ -394,6 +438,41 @@ def deterministic(session: Session, row: dict[str, Any]) -> None:
     race(session, row, {"jax usual": words, "jax ordered": words}, more_env={"jax ordered": ordered}, then=bits)
 
 
+def resumed(session: Session, row: dict[str, Any]) -> None:
+    """`pats-jax glue --deterministic`: whether a run that is killed and resumed ends with the bits of a whole one."""
+    steps, saved = ("4", "2") if session.flags.rehearse else ("60", "30")
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*_glue_words(session, folder), "--deterministic", "--method", "pats"]
+        words += ["--max_steps", steps, "--eval_steps", steps, "--save_steps", saved]
+        digests = {}
+        for name in ("whole", "again", "killed"):
+            run = pathlib.Path(folder) / name
+            arguments = [*words, "--output_dir", str(run)]
+            if name == "killed":
+                row["killed"] = _kill_after(session, [*arguments, "--save_steps", saved], run / "checkpoints" / saved)
+                arguments.append("--resume")
+            seconds, code, output = session.command(arguments, 90, session.env)
+            row[name] = row.get(name, {}) | {"seconds": seconds, "exit": code, "last_lines": output.splitlines()[-2:]}
+            weights = run / "model" / "model.safetensors"
+            digests[name] = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None
+            session.save()
+    row["digests"] = digests
+    row["equal_bits"] = {
+        name: digests[name] is not None and digests[name] == digests["whole"] for name in ("again", "killed")
+    }
+
+
+def _kill_after(session, words, checkpoint):
+    """Kills a program as soon as a checkpoint of it is complete; what had become of it then."""
+    process = subprocess.Popen(words, stdout=session.log, stderr=session.log, env=session.env, process_group=0)
+    until = time.monotonic() + min(90.0, session.left())
+    while process.poll() is None and not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    ended = process.poll()
+    end_group(process)
+    return {"checkpoint": checkpoint.exists(), "ended_before": ended}
+
+
 def tests(session: Session, row: dict[str, Any]) -> None:
     """The tests of the transforms and of the random numbers."""
     words = [sys.executable, "-m", "pytest", "-q", "tests/test_transforms.py", "tests/test_random.py"]
@@ -413,6 +492,9 @@ ROWS: dict[str, tuple[Callable[[Session, dict[str, Any]], None], float]] = {
     "cold": (cold, 30),
     "glue": (glue, 40),
     "deterministic": (deterministic, 40),
+    "lanes": (lanes, 60),
+    "attention_in_model": (attention_in_model, 40),
+    "resumed": (resumed, 50),
     "tests": (tests, 40),
 }
 
@@ -436,13 +518,16 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 yield from (f"     {line}" for line in value.get("last_lines", [])[:1])
         if name == "tests":
             yield "   " + " ".join(row.get("last_lines", [])[-1:])
+        if name == "resumed":
+            yield f"   equal bits: {row.get('equal_bits')}"
         if "copy_bytes_per_second" in row:
             yield f"   copy {row['copy_bytes_per_second'] / 1e9:.0f} GB/s"
 
 
 def _line(variant: str, figures: dict[str, Any]) -> str:
     text = f"{variant:40} {figures['ms']:9.3f} ms" if "ms" in figures else f"{variant:40} {figures.get('error')}"
-    for key, unit in (("to_torch_compile", "of torch"), ("to_memory", "of memory's time")):
+    units = {"to_torch_compile": "of torch", "to_memory": "of memory's time", "to_steps_of_one": "of steps of one"}
+    for key, unit in units.items():
         text += f"  {figures[key]:.3f} {unit}" if key in figures else ""
     if "compile_seconds" in figures:
         text += f"  compile {figures['compile_seconds']:.1f} s, {figures['kernels']} kernels"

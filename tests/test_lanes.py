@@ -119,7 +119,7 @@ def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropo
     trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, boundaries=boundaries, responses=responses)
     ended = trained.state.params
     if layers == "stacked":
-        ended = unstack_layers(ended, 1)
+        ended = jax.vmap(lambda params: unstack_layers(params, 1))(ended)
     assert jax.tree.structure(lanes.lane_of(trained.state.params, 1)) == jax.tree.structure(trained.state.params)
     assert sorted(trained.logits) == [7, 14, 15] and not trained.diverged.any()
     for lane, run in enumerate(runs):

@@ -215,8 +215,7 @@ class Engine:
 def _sample_sensitivity(opt_state):
     """Every 61st entry of the sensitivity of each tensor, (lanes, n)."""
     (state,) = trees.find_states(opt_state, transforms.PatsNoiseState)
-    first = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0), state, lanes.lane_axes(state))
-    parts = [leaf.reshape(leaf.shape[0], -1)[:, ::SAMPLED] for leaf in jax.tree.leaves(first.sensitivity)]
+    parts = [leaf.reshape(leaf.shape[0], -1)[:, ::SAMPLED] for leaf in jax.tree.leaves(state.sensitivity)]
     return jnp.concatenate(parts, axis=1)
 
 

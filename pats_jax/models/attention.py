@@ -27,9 +27,31 @@ def softmax_weights(query: Array, key: Array, bias: Array) -> Array:
 
     Scores and softmax are float32. The arguments have the shapes that `by_platform` takes.
     """
-    width = query.shape[-1]
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores + bias).astype(query.dtype)
+    product = _product if query.dtype == jnp.float32 else _product_with_narrow_gradient
+    return jax.nn.softmax(product(query * query.shape[-1] ** -0.5, key) + bias).astype(query.dtype)
+
+
+def _product(query, key):
+    """Q K^T, (batch, heads, queries, length) in float32."""
+    return jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product_with_narrow_gradient(query, key):
+    """As `_product`; its gradient is rounded to the queries' dtype before it is multiplied.
+
+    JAX's own gradient is float32, and its products take twice the bytes and the slower matrix units.
+    """
+    return _product(query, key)
+
+
+def _narrow_gradient(operands, gradient):
+    query, key = operands
+    gradient = gradient.astype(query.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", gradient, key), jnp.einsum("bhqk,bqhd->bkhd", gradient, query)
+
+
+_product_with_narrow_gradient.defvjp(lambda query, key: (_product(query, key), (query, key)), _narrow_gradient)
 
 
 def weighted_sum(weights: Array, value: Array) -> Array:

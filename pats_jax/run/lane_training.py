@@ -206,7 +206,7 @@ class TrainedSet:
     """The result of training a set.
 
     Attributes:
-      params: the trained parameters that the runs keep; every leaf has an axis of lanes.
+      params: the trained parameters that the runs keep; every leaf has a leading axis of lanes.
       progress: of all lanes.
       timing: what all lanes share of ``timing`` in results.json.
       save: saves a checkpoint of the end, where there is none yet.

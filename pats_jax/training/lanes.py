@@ -25,7 +25,6 @@ from pats_jax.data import batches
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import Method, OptimizerSettings
-from pats_jax.models.layout import layer_axis
 from pats_jax.training.settings import LANE_NUMBERS, OF_A_LANE, LoopSettings
 
 LANE = "lane"  # the axis of a mesh that lanes are dealt out to
@@ -56,7 +55,7 @@ class LaneSettings(Protocol):
 
 
 class LaneState(NamedTuple):
-    """The states of all lanes; every leaf has an axis of lanes, see `lane_axes`.
+    """The states of all lanes; every leaf has a leading axis of lanes.
 
     Attributes:
       step: steps made, skipped ones included, (lanes,) int32.
@@ -71,14 +70,6 @@ class LaneState(NamedTuple):
     opt_state: Any
 
 
-def lane_axes(tree: Any) -> Any:
-    """The axis of lanes of each leaf of a state: 1 for stacked layers, whose first axis is that of layers, else 0.
-
-    `jax.lax.scan` can then take one layer after another without a copy.
-    """
-    return jax.tree.map(lambda axis: 1 if axis >= 0 else 0, layer_axis(tree))
-
-
 def with_own(params: Any, own: Any) -> Any:
     """Parameters with some of them, a part of the tree, in the place of theirs."""
     return unflatten_dict(flatten_dict(params) | flatten_dict(own))
@@ -86,7 +77,7 @@ def with_own(params: Any, own: Any) -> Any:
 
 def lane_of(tree: Any, lane: int) -> Any:
     """One lane's part of a state of lanes, or of a part of it."""
-    return jax.tree.map(lambda leaf, axis: jnp.take(leaf, lane, axis), tree, lane_axes(tree))
+    return jax.tree.map(lambda leaf: leaf[lane], tree)
 
 
 def lane_arrays(runs: Sequence[LaneSettings]) -> Arrays:
@@ -165,9 +156,7 @@ class LaneProgram:
         """
 
         def init(params, own, lanes, rates):
-            first = jax.tree.map(lambda x: x[0], (own, lanes))
-            axes = lane_axes(jax.eval_shape(self._init, params, *first, rates))
-            return self._mapped(self._init, (None, 0, 0, None), axes)(params, own, lanes, rates)
+            return self._mapped(self._init, (None, 0, 0, None))(params, own, lanes, rates)
 
         return jax.jit(init)
 
@@ -180,9 +169,7 @@ class LaneProgram:
         """
 
         def step(state, lanes, frozen, rates, batch):
-            axes = lane_axes(state)
-            mapped = self._mapped(self._step, (axes, 0, None, None, 0), (axes, 0))
-            return mapped(state, lanes, frozen, rates, batch)
+            return self._mapped(self._step, (0, 0, None, None, 0))(state, lanes, frozen, rates, batch)
 
         return jax.jit(step, donate_argnums=0)
 
@@ -195,7 +182,7 @@ class LaneProgram:
             def of_lane(own, frozen, batch):
                 return alone(trees.combine(own, frozen), batch)
 
-            return self._mapped(of_lane, (lane_axes(params), None, None), 0)(params, frozen, batch)
+            return self._mapped(of_lane, (0, None, None))(params, frozen, batch)
 
         return jax.jit(predict)
 
@@ -216,9 +203,7 @@ class LaneProgram:
             did = methods.statistics(chosen, schedule, optimizer.learning_rate, state.opt_state)
             return {"learning_rate": rate, **did}
 
-        return jax.jit(
-            lambda state, lanes, rates: self._mapped(of_lane, (lane_axes(state), 0, None), 0)(state, lanes, rates)
-        )
+        return jax.jit(lambda state, lanes, rates: self._mapped(of_lane, (0, 0, None))(state, lanes, rates))
 
     @functools.cached_property
     def choose(self) -> Callable[[jax.Array, Any, Any], Any]:
@@ -227,12 +212,11 @@ class LaneProgram:
         The others are donated.
         """
 
+        def of_lane(which, params, others):
+            return jax.tree.map(lambda a, b: jnp.where(which, a, b), params, others)
+
         def choose(which, params, others):
-            axes = lane_axes(params)
-            one = self._mapped(
-                lambda own, *both: jax.tree.map(lambda a, b: jnp.where(own, a, b), *both), (0, axes, axes), axes
-            )
-            return one(which, params, others)
+            return self._mapped(of_lane, (0, 0, 0))(which, params, others)
 
         return jax.jit(choose, donate_argnums=2)
 
@@ -243,29 +227,25 @@ class LaneProgram:
             trainable = methods.trainable_mask(self.settings.methods, params)
         return (params, None) if trainable is None else trees.partition(trainable, params)
 
-    def shapes(self, tree: Any, axes: Any = None) -> Any:
-        """A tree of arrays, of lanes along these axes (see `jax.vmap`), as shapes that say where each lies."""
-        return self._each(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, axes)
+    def shapes(self, tree: Any, axis: int | None = None) -> Any:
+        """A tree of arrays, with a leading axis of lanes if ``axis`` is 0, as shapes that say where each lies."""
+        sharding = self._sharding(axis)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    def place(self, tree: Any, axes: Any = None) -> Any:
-        """Puts a tree of arrays, of lanes along these axes, on the devices."""
-        return self._each(jax.device_put, tree, axes)
-
-    def _each(self, function, tree, axes):
-        if isinstance(axes, int | None):
-            return jax.tree.map(lambda x: function(x, self._sharding(axes)), tree)
-        return jax.tree.map(lambda x, axis: function(x, self._sharding(axis)), tree, axes)
+    def place(self, tree: Any, axis: int | None = None) -> Any:
+        """Puts a tree of arrays, with a leading axis of lanes if ``axis`` is 0, on the devices."""
+        return jax.device_put(tree, self._sharding(axis))
 
     def _sharding(self, axis):
         return None if self.mesh is None else NamedSharding(self.mesh, _spec(axis))
 
-    def _mapped(self, function, in_axes, out_axes):
+    def _mapped(self, function, in_axes):
         """`jax.vmap` over the lanes, each device its own ones."""
-        mapped = jax.vmap(function, in_axes, out_axes)
+        mapped = jax.vmap(function, in_axes)
         if self.mesh is None:
             return mapped
-        in_specs, out_specs = (jax.tree.map(_spec, axes, is_leaf=lambda x: x is None) for axes in (in_axes, out_axes))
-        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        in_specs = tuple(map(_spec, in_axes))
+        return jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=_spec(0), check_vma=False)
 
     def _init(self, params, own, lane, rates):
         settings = self._settings(lane)
@@ -329,8 +309,8 @@ class LaneProgram:
 
 
 def _spec(axis):
-    """How an array with lanes along an axis, or without them, is dealt out to the devices."""
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, LANE)
+    """How arrays with a leading axis of lanes (axis 0), or without one (None), are dealt out to the devices."""
+    return PartitionSpec() if axis is None else PartitionSpec(LANE)
 
 
 def lane_batches(
@@ -400,7 +380,7 @@ class CompiledLanes:
         self._params, self._own = program.shapes(params), program.shapes(own, 0)
         self._arguments = program.shapes(lanes, 0), program.shapes(rates)
         state = jax.eval_shape(program.init, self._params, self._own, *self._arguments)
-        self.state: LaneState = program.shapes(state, lane_axes(state))
+        self.state: LaneState = program.shapes(state, 0)
         self._frozen = program.shapes(program.split(self._params)[1])
         self._programs: dict[tuple, concurrent.futures.Future] = {}
         self.begin(("init",), program.init, self._params, self._own, *self._arguments)
