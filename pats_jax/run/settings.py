@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Self, TypeVar
 
 from pats_jax.core.settings import SEED, About, Choice, Composed, Entry, Flat, Group, as_json, entries, setting
-from pats_jax.data.settings import DataSettings
+from pats_jax.data.settings import DataSettings, OwnData
 from pats_jax.errors import InputError
 from pats_jax.methods.method import Method
 from pats_jax.methods.paths import ENCODERS_MATRICES, MATRICES
@@ -199,6 +199,7 @@ class FineTuningSettings(TrainingSettings):
     do_train: bool = setting(False, "train; without --do_train, --do_eval and --do_predict: train and evaluate")
     do_eval: bool = setting(False, "evaluate on the validation set")
     do_predict: bool = setting(False, "write predictions for the test set", is_basic=True)
+    data: OwnData = DataSettings()
     metric_for_best_model: str | None = setting(
         None, "the score that picks the best model, such as macro_f1; if unset, the main metric of the data"
     )
