@@ -162,8 +162,13 @@ class Texts:
 
 
 def fitting_length(name: str, settings: Text2TextSettings, model: EncoderDecoder) -> int:
-    """``--max_source_length`` or ``--max_target_length``, reduced with a warning to the model's positions."""
+    """``--max_source_length`` or ``--max_target_length``, reduced with a warning to the model's positions.
+
+    An adapter's virtual tokens take some of those of sources.
+    """
     asked, longest = getattr(settings.model, name), model.config.max_length
+    if longest is not None and settings.adapter and name == "max_source_length":
+        longest -= settings.adapter.virtual_tokens
     if longest is None or asked <= longest:
         return asked
     warnings.warn(f"{name} {asked} exceeds the model's {longest} positions; using {longest}", stacklevel=2)

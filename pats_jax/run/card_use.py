@@ -17,8 +17,8 @@ HERE = "Run the commands in the directory in which the run was started."
 
 def from_hub(repo_id: str, results: Values, whole: bool, primed: bool) -> list[str]:
     """How to load a repository of the hub."""
-    if "pipeline_tag" in results and whole:
-        return _writer(repo_id, results)
+    if "pipeline_tag" in results:
+        return _writer(repo_id, results, whole, is_repository=True)
     load = (
         ["from pats_jax import models", "", f"model, params, config = models.from_pretrained({repo_id!r})"]
         if whole
@@ -46,15 +46,25 @@ def of_folder(folder: pathlib.Path, results: Values) -> list[str]:
     """How to load and serve the model: whole, or as an adapter for the base model."""
     whole = is_whole(folder, results)
     part = str(folder / ("model" if whole else "adapter"))
-    if "pipeline_tag" in results and whole:
-        flags = f"--do_predict --model_name_or_path {word(part)} --test_file new.tsv"
-        prefix = f" --source_prefix {word(results['source_prefix'])}" if results["source_prefix"] else ""
-        texts = command(f"pats-jax text2text {flags}{prefix} --output_dir {word(f'{folder}-texts')}")
-        return [HERE, "", texts, "", *_writer(part, results)]
-    count, kind = results["num_labels"], results.get("peft")
+    writes = "pipeline_tag" in results
+    lines = _written(folder, part, results, whole) if writes else _classified(part, results, whole)
+    kind = results.get("peft")
+    if kind:
+        loader = "load_peft_seq2seq" if writes else "load_peft_model"
+        kind = f"the adapter ({markdown_text(kind)})" + ("" if writes else " and the head")
+        lines += [
+            "",
+            f"The folder `adapter/` contains {kind} for the base model "
+            f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.{loader}` loads both."
+            + (" So does PEFT (torch)." if results["peft"] in IN_PEFTS_FORMAT else ""),
+        ]
+    return [HERE, "", *lines]
+
+
+def _classified(part: str, results: Values, whole: bool) -> list[str]:
+    """How to load and serve a classifier, from its folder or that of its adapter."""
+    count = results["num_labels"]
     lines = [
-        HERE,
-        "",
         command(f"pats-jax predict {word(part)} --file texts.tsv"),
         "",
         "In Python, with JAX:",
@@ -71,42 +81,51 @@ def of_folder(folder: pathlib.Path, results: Values) -> list[str]:
         ),
     ]
     if whole:
-        lines += [
-            "",
-            "With Transformers (torch):",
-            "",
-            _pipeline(part),
-            "",
-            _SERVICE,
-            "",
-            _serve(part),
-        ]
-    if kind:
-        lines += [
-            "",
-            f"The folder `adapter/` contains the adapter ({markdown_text(kind)}) and the head for the base model "
-            f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
-            + (" So does PEFT (torch)." if kind in IN_PEFTS_FORMAT else ""),
-        ]
+        lines += ["", "With Transformers (torch):", "", _pipeline(part), "", _SERVICE, "", _serve(part)]
     return lines
 
 
-def _writer(name: str, results: Values) -> list[str]:
-    """How to load an encoder-decoder, and to let it write."""
-    text = repr(f"{results['source_prefix']}A text.")
-    return [
+def _written(folder: pathlib.Path, part: str, results: Values, whole: bool) -> list[str]:
+    """How to let an encoder-decoder write, from its folder or that of its adapter."""
+    if not whole:
+        return _writer(part, results, whole)
+    flags = f"--do_predict --model_name_or_path {word(part)} --test_file new.tsv"
+    prefix = f" --source_prefix {word(results['source_prefix'])}" if results["source_prefix"] else ""
+    texts = command(f"pats-jax text2text {flags}{prefix} --output_dir {word(f'{folder}-texts')}")
+    return [texts, "", *_writer(part, results, whole)]
+
+
+def _writer(name: str, results: Values, whole: bool, is_repository: bool = False) -> list[str]:
+    """How to load an encoder-decoder, or its adapter with the base model, and to let it write."""
+    text, loader = repr(f"{results['source_prefix']}A text."), "from_pretrained_seq2seq"
+    place, settings = repr(name), f"from_pretrained({name!r})"
+    imports = ["from pats_jax import models", ""]
+    if not whole:
+        loader, settings = "peft.load_peft_seq2seq", f"from_dict({results['generation']})"
+        if is_repository:
+            imports = [
+                "from huggingface_hub import snapshot_download",
+                *imports,
+                f"folder = snapshot_download({place})",
+            ]
+            place = "folder"
+    lines = [
         "In Python, with JAX:",
         "",
         _python(
-            "from pats_jax import models",
-            "",
-            f"model, params, config = models.from_pretrained_seq2seq({name!r})",
-            f"tokenizer = models.load_tokenizer({name!r})",
-            f"settings = models.GenerationConfig.from_pretrained({name!r})",
+            *imports,
+            f"model, params, config = models.{loader}({place})",
+            f"tokenizer = models.load_tokenizer({place})",
+            f"settings = models.GenerationConfig.{settings}",
             f'inputs = tokenizer([{text}], return_tensors="np")',
             'tokens = models.generate(model, params, inputs["input_ids"], inputs["attention_mask"], settings=settings)',
             "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
         ),
+    ]
+    if not whole:
+        return lines
+    return [
+        *lines,
         "",
         "With Transformers (torch):",
         "",
