@@ -61,8 +61,12 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
       Preempted: if the run was asked to stop; it has been saved.
     """
     keep_batch = settings.batches.train_batch_size is not None
-    carry = functools.partial(carry_out, keep_batch=keep_batch)
-    return start_and_carry_out(settings, default_folder(settings), console, carry)
+    return start_and_carry_out(
+        settings,
+        default_folder(settings),
+        console,
+        lambda start, loading: carry_out(start, loading, keep_batch=keep_batch),
+    )
 
 
 def start_and_carry_out(

@@ -1,9 +1,11 @@
 """`pats-jax text2text`: a run and its folder, what it reads and refuses, and its training against a loop by hand."""
 
+import ast
 import csv
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import signal
 
@@ -518,3 +520,44 @@ def test_the_best_model_is_kept_with_its_texts(home, tmp_path, monkeypatch):
     assert texts == generated(folder / "model", [source for source, _ in DEV])
     again = dataclasses.asdict(models.GenerationConfig.from_pretrained(folder / "model"))
     assert again["max_new_tokens"] == 6
+
+
+def code_of(card):
+    """The code with JAX in a card, and what it prints."""
+    return next(block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "pats_jax" in block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("t5", {}),
+        ("t5", {"peft": "lora", "method": "pats", "sensitivity_batches": 1}),
+        ("t5", {"peft": "prefix", "prefix_length": 3, "layers": "stacked"}),
+        ("bart", {"peft": "prompt", "prompt_length": 3}),
+        ("bart", {"peft": "bitfit"}),
+        ("bart", {"peft": "adapters", "num_beams": 2}),
+    ],
+    ids=str,
+)
+def test_adapters_train_and_the_code_of_the_card_writes_what_the_run_wrote(kind, changes, home, tmp_path, capsys):
+    changes |= {"max_source_length": 24, "max_target_length": 20, "model_name_or_path": home / kind}
+    test = tiny_seq2seq.write_pairs(tmp_path / "test.tsv", [("A text.", "gnu")])
+    folder = run(home, tmp_path / "run", test_file=test, **changes)
+    found = results(folder)
+    assert found["peft"] == changes.get("peft") and found["steps"] == 3
+    assert ("trained_parameters" in found) and (found["trained_parameters"] < found["num_parameters"]) is (
+        "peft" in changes
+    )
+    with open(folder / "predictions" / "test.tsv", encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file, delimiter="\t")
+    capsys.readouterr()
+    code = code_of((folder / "README.md").read_text())
+    exec(code.replace("batch_decode(tokens,", f"batch_decode(tokens * (tokens < {len(tiny_seq2seq.tokenizer(kind))}),"))
+    said = ast.literal_eval(capsys.readouterr().out.strip())
+    assert [text.strip() for text in said] == [row["prediction"]]
+
+
+def test_bitfit_on_t5_names_what_to_take(home, capsys):
+    line = tiny.refused(capsys, "text2text", *tiny.flags(**given(home, peft="bitfit")))
+    assert line == "bitfit: a t5 model has no biases; take ia3 or lora"

@@ -7,7 +7,6 @@ folder.
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 import pathlib
 import warnings
@@ -43,8 +42,12 @@ logger = logging.getLogger(__name__)
 def run(settings: Text2TextSettings, console: rich.console.Console | None = None) -> JsonObject:
     """Runs the program; arguments, result and errors are those of `pats_jax.glue.run`."""
     keep_batch = settings.batches.train_batch_size is not None
-    carry = functools.partial(carry_out, keep_batch=keep_batch)
-    return glue.start_and_carry_out(settings, default_folder(settings), console, carry)
+    return glue.start_and_carry_out(
+        settings,
+        default_folder(settings),
+        console,
+        lambda start, loading: carry_out(start, loading, keep_batch=keep_batch),
+    )
 
 
 def carry_out(
