@@ -7,6 +7,7 @@
 It learns a vocabulary of 8,192 tokens from the same texts (`benchmarks.pretraining_texts` says which), and writes a
 folder for `pats_jax.models.from_pretrained_seq2seq` and Transformers, checkpoints, and the loss curve as JSON and as a
 picture. ``--minutes`` stops earlier; the same command with ``--resume`` goes on, to the same bits on the same machine.
+Two runs from the start differ a little: learning the vocabulary is not deterministic.
 
 The model is T5 1.0: at this size the table of words is a fifth of all parameters, and 1.1 would have it twice. As in
 1.1 there is no dropout in pretraining; the config has 0.1 for what follows. As in both, the optimizer is Adafactor with
@@ -303,13 +304,15 @@ def draw(records: list[Record], config: T5Config, paths: list[pathlib.Path]) -> 
     axes = figure.subplots()
     losses = [(line["step"], line["loss"]) for line in records if "loss" in line]
     held_out = [(line["step"], line["eval"]["loss"]) for line in records if "eval" in line]
-    axes.plot(*zip(*losses, strict=True), color="#9aa5b1", linewidth=1, label="training texts")
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color="#9aa5b1", linewidth=1, label="training texts")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#0b6e99", marker=".", label="held-out texts")
     layers = f"{config.num_layers} + {config.num_decoder_layers} layers of {config.d_model}"
     axes.set(title=f"Span corruption, T5 with {layers}", xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if losses:
+        axes.legend()
     for path in paths:
         files.make_folder(path.parent)
         figure.savefig(path, dpi=120)

@@ -139,7 +139,7 @@ class AdapterConfig(PeftConfig):
     @classmethod
     def from_saved(cls, saved: SavedModules) -> "AdapterConfig":
         size = saved.get("size", 64)
-        saved.check_size("size", size, ".adapter.down.bias", 0)
+        saved.check_size("size", size, "adapter.down.bias", 0)
         return cls(size=size, place=saved.get("place", "houlsby"))
 
 

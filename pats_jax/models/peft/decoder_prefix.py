@@ -34,9 +34,7 @@ def check(config: Seq2SeqConfig) -> None:
     """Raises InputError if PEFT's form does not fit the model."""
     layers, heads = config.num_layers_of, config.heads_of
     if layers["encoder"] != layers["decoder"] or heads["encoder"] != heads["decoder"]:
-        raise InputError(
-            "prefix_place decoder: encoder and decoder must have as many layers and heads; take everywhere"
-        )
+        raise InputError("prefix_place decoder: encoder and decoder differ in layers or heads; take everywhere")
     if heads["decoder"] * config.head_width != config.d_model:
         raise InputError(
             f"prefix_place decoder: the heads have {heads['decoder'] * config.head_width} units, which must be as many "
