@@ -203,7 +203,7 @@ def make_training(
     """The training on a split, with labels numbered as in the head, and the source of its batches."""
     steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
     rows = steps * (settings.batches.train_batch_size or 1)
-    boundaries = bucket_boundaries(settings.batches, runner, params, tokens.lengths, rows)
+    boundaries = bucket_boundaries(settings.batches, runner.platform, params, tokens.lengths, rows)
     loss = task_loss.make_task_loss(settings.loss, split.labels, tuple(model.config.id2label.values()))
     plain = train_state.make_loss_fn(
         model.apply, regression=task.is_regression, deterministic=True, row_loss=loss.row_loss

@@ -18,7 +18,7 @@ class Noise(Method):
     layers: ClassVar = MATRICES
 
     noise_scale: float = setting(
-        1e-3,
+        1e-2,
         "PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr",
         at_least(0),
         is_basic=True,

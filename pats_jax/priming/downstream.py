@@ -28,11 +28,12 @@ from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
 from pats_jax.priming import gym_report, option_scoring, relative_gain
 from pats_jax.priming.few_shot_tuning import Tuner, TuningStart
+from pats_jax.priming.first_guess import guess_seconds
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
-from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, workers, xla_flags
+from pats_jax.run import compilation_cache, folder_lock, forecast, machine, pe_modules, run_folder, workers, xla_flags
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
@@ -90,8 +91,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
             open_folder(folder, settings, starts)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
-                finished = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
-                say(console, workers.forecast(len(missing), "tunings", _seconds(finished), settings.workers))
+                say(console, say_before(settings, wanted, folder_of_model, tokenizer))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
@@ -99,8 +99,15 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def _seconds(records):
-    return [record["seconds"] for record in records if record.get("seconds")]
+def say_before(settings: GymSettings, wanted: Sequence["Tuning"], folder_of_model: pathlib.Path, tokenizer: Any) -> str:
+    """How long those of the tunings that are missing will take."""
+    records = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
+    finished = [spent for record in records if (spent := record.get("seconds"))]
+    missing = [(one.start, one.task, one.sample) for one in wanted if not one.path.exists()]
+    guess = None
+    if not finished and settings.workers.executor == "local":
+        guess = guess_seconds(settings, missing, folder_of_model, tokenizer, machine.find_devices())
+    return forecast.describe(len(missing), "tunings", finished, guess, settings.workers)
 
 
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart]:
@@ -384,11 +391,11 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         read_config(str(config), GymSettings)
         settings = files.read_bytes(config).decode()
     summary = relative_gain.summarise(list(records.values()), sources=list(records))
-    machine = ", ".join(f"{name}: {value}" for name, value in workers.describe_machine().items())
+    described = ", ".join(f"{name}: {value}" for name, value in workers.describe_machine().items())
     files.checked_place(folder / "report" / "plots" / "file", folder)
     with compare.report_lock(folder):
         gym_report.write_report(
-            folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
+            folder / "report", summary, title="Priming: relative gains", about=[command, described, settings]
         )
     for line in gym_report.table_lines(summary):
         say(console, line)

@@ -269,7 +269,8 @@ def _write_limits(page: Page, summary: GymSummary) -> None:
     page.heading("How to read these numbers")
     seeds = {len(arm.seeds) for arm in summary.arms.values() if arm.algorithm != "direct"}
     texts = [
-        "The interval resamples tasks: it covers what other tasks like these might give, but not other upstream seeds.",
+        "The interval resamples tasks: it covers what other tasks like these might give, but not other upstream seeds. "
+        "With fewer than three tasks, or equal gains on all of them, there is none.",
         "A task with a low baseline has a large weight in an ARG: a gain from 5 to 10 points counts as 100 %. Check "
         "the gains by task.",
         "A column mean mixes metrics, and covers only the tasks that the arm has.",

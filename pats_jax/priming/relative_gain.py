@@ -97,7 +97,9 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
 
 
 def arg_interval(gains: np.ndarray) -> list[float] | None:
-    """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy), or None for fewer than 3 tasks.
+    """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy); None if resampling shows no spread.
+
+    That is so for fewer than 3 tasks, or if all have the same gain: an interval without width is no evidence.
 
     Tasks are drawn with replacement, each with its gains for all upstream seeds. The ARG of a draw is computed like
     that of the tasks themselves: by seed, then the mean over seeds. The interval thus shows what other tasks might
@@ -128,7 +130,8 @@ def arg_interval(gains: np.ndarray) -> list[float] | None:
         vectorized=True,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return [float(found.low), float(found.high)]
+    low, high = float(found.low), float(found.high)
+    return None if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9) else [low, high]
 
 
 def steps_to_score(curve: Curve, target: float) -> int | None:

@@ -316,6 +316,8 @@ def _interval_line(diagnosis: Values | None) -> list[str]:
         return []
     interval, metric = diagnosis["interval"], markdown_text(diagnosis["metric"])
     what = f"{metric} of the model in this folder is {diagnosis['score']:.4f}"
+    if interval["low"] == interval["high"]:
+        return ["", f"{what}; there is no bootstrap interval, for all resamples of the rows have the same score."]
     return ["", f"{what}, {interval['level']:.0%} bootstrap interval {interval['low']:.4f} to {interval['high']:.4f}."]
 
 

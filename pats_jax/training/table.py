@@ -33,13 +33,11 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
     return math.ceil(steps)
 
 
-def bucket_boundaries(
-    settings: BatchSettings, runner: runners.MeshRunner, params: Any, lengths: np.ndarray, rows: int
-) -> list[int]:
+def bucket_boundaries(settings: BatchSettings, platform: str, params: Any, lengths: np.ndarray, rows: int) -> list[int]:
     """The bucket lengths: as many as are set, else as many as are worth compiling for ``rows`` rows."""
     if settings.length_buckets is not None:
         return batches.bucket_boundaries(lengths, settings.length_buckets)
-    cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
+    cost = shape_costs.shape_cost(params, platform, rows / len(lengths), training=True)
     return batches.bucket_boundaries(lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
 
 
