@@ -109,7 +109,8 @@ def in_layout(model: PlainModel, tree: FlatTree) -> Parameters:
     for side, count in _depths(model).items():
         changed = {number for own_side, number in layers if own_side == side}
         if len(changed) not in (0, count):
-            raise InputError(f"the adapter changes {len(changed)} of {count} {side} layers: {_ADVICE}")
+            kind = f"{side} layers" if isinstance(model.config, Seq2SeqConfig) else "layers"
+            raise InputError(f"the adapter changes {len(changed)} of {count} {kind}: {_ADVICE}")
     try:
         return stack_layers(unflatten_dict(tree))
     except ValueError:
