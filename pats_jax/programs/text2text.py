@@ -246,7 +246,7 @@ def make_training(
     """The training on sources and targets, and the source of its batches."""
     steps = count_steps(settings.length, settings.batches.train_batch_size, len(pairs))
     rows = steps * (settings.batches.train_batch_size or 1)
-    boundaries = bucket_boundaries(settings.batches, runner, params, pairs.sources.lengths, rows)
+    boundaries = bucket_boundaries(settings.batches, runner.platform, params, pairs.sources.lengths, rows)
     smoothing = settings.loss.label_smoothing_factor
     plain = train_state.make_seq2seq_loss_fn(model.apply, label_smoothing=smoothing, deterministic=True)
     source = PairSource(settings.batches, runner, pairs, boundaries, plain, settings.seed)
