@@ -226,8 +226,8 @@ def texts_of(home, **changes):
     settings = settings_of(home, **changes)
     splits = text2text.load_data(settings)
     model, _ = text2text.load_model(settings, splits)
-    ends = text2text.generation_config(settings, model).eos_token_id
-    return text2text.Texts.of(splits, models.load_tokenizer(settings.model.model_name_or_path), model, settings, ends)
+    generation, tokenizer = text2text.generation_config(settings, model), models.load_tokenizer(home / "t5")
+    return text2text.Texts.of(splits, tokenizer, model, settings, generation)
 
 
 def test_long_texts_are_counted_and_said(home, caplog):
@@ -240,6 +240,9 @@ def test_long_texts_are_counted_and_said(home, caplog):
     said += [
         f"train: {longer[0]} of 16 targets are longer than 3 tokens and were truncated; to keep more, set max_target"
     ]
+    beyond = sum(len(text.split()) > 2 for text, _ in DEV)
+    assert beyond > 0
+    said += [f"validation: {beyond} of 5 targets are longer than the 3 tokens that are generated at most"]
     assert all(any(line.startswith(one) for line in caplog.messages) for one in said), caplog.messages
     targets = texts.targets["train"]
     assert targets.lengths.max() == 3 and np.all(targets.input_ids[targets.offsets[1:] - 1] == 1)  # all have their end

@@ -64,7 +64,7 @@ def carry_out(
         start = dataclasses.replace(start, settings=settings)
     model, params = load_model(settings, splits)
     generation = generation_config(settings, model)
-    texts = Texts.of(splits, loading.result(), model, settings, generation.eos_token_id)
+    texts = Texts.of(splits, loading.result(), model, settings, generation)
     results = describe_run(settings, params, generation)
 
     # train, evaluating on the way; predict; write the folder that people read
@@ -115,7 +115,7 @@ class Texts:
     Attributes:
       tokenizer: the checkpoint's own.
       sources: split -> tokens of its sources, with the prefix.
-      targets: the same of targets, of the training rows.
+      targets: the same of targets.
     """
 
     tokenizer: Any
@@ -129,7 +129,7 @@ class Texts:
         tokenizer: Any,
         model: EncoderDecoder,
         settings: Text2TextSettings,
-        ends: tuple[int, ...],
+        generation: models.GenerationConfig,
     ) -> "Texts":
         """Tokenises the texts of the splits.
 
@@ -137,26 +137,27 @@ class Texts:
           splits: the texts.
           tokenizer: the checkpoint's own.
           model: the model.
-          settings: lengths and prefix.
-          ends: the tokens that end a text.
+          settings: the length of sources, and their prefix.
+          generation: the length of targets, and the tokens that end them.
 
         Raises:
           InputError: if a text is not suitable for the model.
         """
         tokenizer.model_max_length = length = fitting_length("max_source_length", settings, model)
+        longest, ends = generation.max_new_tokens, generation.eos_token_id
+        assert longest is not None
         prefix, sources, targets = settings.model.source_prefix, {}, {}
         for name, split in splits.items():
             texts = [prefix + text for text in split.sources]
             sources[name] = _tokenize(name, texts, split.ids, tokenizer, model, length, "source")
-        if "train" in splits:
-            split, length = splits["train"], fitting_length("max_target_length", settings, model)
-            assert split.targets is not None
-            targets["train"] = found = _tokenize("train", split.targets, split.ids, tokenizer, model, length, "target")
-            if not np.isin(found.input_ids[found.offsets[1:] - 1], ends).all():
-                raise InputError(
-                    f"the tokenizer does not end texts with a token that ends generation (eos_token_id "
-                    f"{' '.join(map(str, ends))}); use the checkpoint's own tokenizer"
-                )
+            if split.targets is not None:  # those to compare with are only counted
+                targets[name] = _tokenize(name, split.targets, split.ids, tokenizer, model, longest, "target")
+        found = targets.get("train")
+        if found is not None and not np.isin(found.input_ids[found.offsets[1:] - 1], ends).all():
+            raise InputError(
+                f"the tokenizer does not end texts with a token that ends generation (eos_token_id "
+                f"{' '.join(map(str, ends))}); use the checkpoint's own tokenizer"
+            )
         return cls(tokenizer, sources, targets)
 
     def pairs(self, name: str) -> PairTokens:
@@ -179,12 +180,16 @@ def fitting_length(name: str, settings: Text2TextSettings, model: EncoderDecoder
 
 
 def _tokenize(split, texts, ids, tokenizer, model, max_length, kind):
-    """The tokens of sources or targets; warns how many were truncated."""
+    """The tokens of sources or targets; warns how many were truncated, or cannot be reached."""
     setting = f"max_{kind}_length"
     tokens = batches.tokenize(Split(texts, None, None, ids), tokenizer, max_length, setting)
     largest = max(int(tokens.input_ids.max(initial=0)), tokens.pad_id)
     batches.check_vocabulary(largest, model.config.vocab_size)
     cut = batches.describe_cut(tokens, max_length, model.config.max_length, setting, f"{kind}s")
+    if cut and kind == "target" and split != "train":
+        cut = (
+            f"{tokens.cut} of {len(tokens)} targets are longer than the {max_length} tokens that are generated at most"
+        )
     if cut and runners.is_first():
         logger.warning("%s: %s", split, cut)
     return tokens
