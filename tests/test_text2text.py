@@ -105,6 +105,21 @@ def test_predictions_are_what_the_saved_model_writes(finished):
     assert any(texts)
 
 
+@pytest.mark.parity
+def test_transformers_writes_the_same(finished):
+    """By the files of the run alone: model, tokenizer and settings of generation."""
+    import transformers
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(finished / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "model")
+    with open(finished / "predictions" / "test.tsv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for (source, _), row in zip(NEW, rows, strict=True):
+        encoded = tokenizer([f"cat {source}"], truncation=True, return_tensors="pt")
+        tokens = [token for token in model.generate(**encoded)[0].tolist() if token < len(tokenizer)]
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == row["prediction"]
+
+
 def test_its_folder_says_what_was_done(finished, home):
     found = json.loads((finished / "results.json").read_text())
     assert found["steps"] == 3 and found["eval_examples"] == 5 and found["test"]["examples"] == 3
