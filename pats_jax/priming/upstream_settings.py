@@ -8,6 +8,7 @@ from pats_jax.core.settings import POSITIVE, Flat, Group, at_least, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
+from pats_jax.models.settings import ModelSettings
 from pats_jax.run.settings import OF_CLASSIFIERS, TrainingSettings
 from pats_jax.training.settings import counted
 
@@ -77,6 +78,7 @@ class PrimingSettings(TrainingSettings):
     }
     former: ClassVar[frozenset[str]] = frozenset(_BATCH_FLAGS)
 
+    model: ModelSettings = ModelSettings()
     data: GymDataSettings = GymDataSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-5, max_grad_norm=0.1)
@@ -100,6 +102,7 @@ class PrimingSettings(TrainingSettings):
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
         """The current names: the first version wrote task_batch_size as query_batch_size."""
+        saved = super().renamed(saved)
         if "query_batch_size" not in saved:
             return saved
         return {"task_batch_size" if key == "query_batch_size" else key: value for key, value in saved.items()}
