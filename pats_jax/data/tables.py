@@ -200,6 +200,15 @@ def read_tsv(
     return _collect(path, names, rows(), wanted), broken
 
 
+def tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every line of a tab-separated file without header, with the line's number; quotes have no meaning.
+
+    Raises:
+      InputError: as from `read_text`.
+    """
+    yield from ((number, line.split("\t")) for number, line in enumerate(split_lines(read_text(path)), 1))
+
+
 def read_csv(path: Path, wanted: Collection[str], delimiter: str = ",") -> Table:
     """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
 

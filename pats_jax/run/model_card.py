@@ -324,9 +324,10 @@ def _interval_line(diagnosis: Values | None) -> list[str]:
 def _dev_table(results: Values) -> list[str]:
     if "final" not in results:
         return ["Not evaluated on dev tasks."]
-    rows = [(title, results[title]["step"], results[title]["metrics"]["accuracy"]) for title in ("best", "final")]
-    table = [f"| {title} | {step} | {accuracy:.4f} |" for title, step, accuracy in rows]
-    return ["| dev tasks | step | accuracy |", "| --- | ---: | ---: |", *table]
+    (name,) = results["final"]["metrics"]
+    rows = [(title, results[title]["step"], results[title]["metrics"][name]) for title in ("best", "final")]
+    table = [f"| {title} | {step} | {score:.4f} |" for title, step, score in rows]
+    return [f"| dev tasks | step | {name} |", "| --- | ---: | ---: |", *table]
 
 
 def _out_of_domain_table(results: Values) -> list[str]:
