@@ -95,7 +95,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
                 say(console, others)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
-                say(console, say_before(settings, wanted, folder_of_model, tokenizer))
+                say(console, say_before(settings, wanted, tokenizer))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
@@ -103,14 +103,15 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def say_before(settings: GymSettings, wanted: Sequence["Tuning"], folder_of_model: pathlib.Path, tokenizer: Any) -> str:
+def say_before(settings: GymSettings, wanted: Sequence["Tuning"], tokenizer: Any) -> str:
     """How long those of the tunings that are missing will take."""
     records = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
     finished = [spent for record in records if (spent := record.get("seconds"))]
     missing = [(one.start, one.task, one.sample) for one in wanted if not one.path.exists()]
     guess = None
     if not finished and settings.workers.executor == "local":
-        guess = guess_seconds(settings, missing, folder_of_model, tokenizer, machine.find_devices())
+        of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
+        guess = guess_seconds(settings, missing, of_model, tokenizer, machine.find_devices())
     return forecast.describe(len(missing), "tunings", finished, guess, settings.workers)
 
 
