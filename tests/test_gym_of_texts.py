@@ -9,6 +9,7 @@ import pytest
 import rich.console
 import tiny
 import tiny_t5
+from safetensors.numpy import load_file
 
 from pats_jax import models
 from pats_jax.data import load_gym
@@ -114,6 +115,39 @@ def test_options_are_chosen_by_likelihood(home, tmp_path):
         right += int(np.argmax(scores)) == row.answer
     assert record["curve"]["dev"][0] == pytest.approx(right / len(sample.dev)) and 0 < right
     assert record["batch_sizes"] == [6, 99] and record["metric"] == "accuracy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "train"), [("mtl", "pe"), ("maml", "pe"), ("reptile", "plm+pe"), ("fomaml", "plm")]
+)
+def test_every_part_is_primed_by_every_algorithm_and_tuned_by_lora(home, tmp_path, algorithm, train):
+    """What is not trained stays bit for bit; LoRA is then tuned from the stage and from the unprimed model."""
+    kind = "lora" if "pe" in train else None
+    quick = {"max_steps": 2, "learning_rate": 1e-2, "inner_learning_rate": 1e-2, "tasks_per_step": 2, "seed": 1}
+    upstream.run(
+        PrimingSettings(
+            **names_of(home) | {"partition": str(home / "short.json")},
+            **QUICK,
+            **quick | ({"lora_rank": 2} if kind else {}),
+            algorithm=algorithm,
+            train=train,
+            peft=kind,
+            eval_steps=2,
+            save_steps=0,
+            num_devices=1,
+            output_dir=str(tmp_path / "primed"),
+        )
+    )
+    assert (tmp_path / "primed" / "model").exists() == ("plm" in train)
+    assert (tmp_path / "primed" / "adapter").exists() == ("pe" in train)
+    if kind:
+        adapter = load_file(tmp_path / "primed" / "adapter" / "adapter_model.safetensors")
+        assert all(np.any(x) for name, x in adapter.items() if "lora_B" in name) and adapter
+    changes = {"kinds": ("lora",), "grid": ("lora=1e-2",), "lora_rank": 2, "tasks": ("names",), "max_steps": 1}
+    tune(home, tmp_path / "gym", **changes, primed=(str(tmp_path / "primed"),))
+    starts = {path.parent.name for path in tmp_path.glob("gym/tunings/*/names-13.json")}
+    assert starts == {"direct-lora", f"{algorithm}-{train}-seed1-lora"}
 
 
 # what is refused

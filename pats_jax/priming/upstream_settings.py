@@ -8,6 +8,7 @@ from pats_jax.core.settings import POSITIVE, Flat, Group, Preset, at_least, entr
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
+from pats_jax.models.settings import ModelSettings
 from pats_jax.priming import crossfit_recipe
 from pats_jax.priming.text_settings import TextSettings
 from pats_jax.run.settings import OF_CLASSIFIERS, TrainingSettings
@@ -80,12 +81,12 @@ class PrimingSettings(TrainingSettings):
         **{flag: hint for flag, hint in OF_CLASSIFIERS.items() if flag not in entries(TextSettings)},
     }
     former: ClassVar[frozenset[str]] = frozenset(_BATCH_FLAGS)
-
     presets: ClassVar[Mapping[str, Preset]] = {"crossfit": crossfit_recipe.upstream}
 
     preset: Literal["crossfit"] | None = setting(
         None, "crossfit: the defaults of CrossFit's recipe, for T5 and BART", is_basic=True, of_one_start=True
     )
+    model: ModelSettings = ModelSettings()
     data: GymDataSettings = GymDataSettings()
     upstream: UpstreamSettings = UpstreamSettings()
     text: TextSettings = TextSettings()
@@ -111,6 +112,7 @@ class PrimingSettings(TrainingSettings):
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
         """The current names: the first version wrote task_batch_size as query_batch_size."""
+        saved = super().renamed(saved)
         if "query_batch_size" not in saved:
             return saved
         return {"task_batch_size" if key == "query_batch_size" else key: value for key, value in saved.items()}
