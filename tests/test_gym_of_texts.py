@@ -122,7 +122,7 @@ def test_options_are_chosen_by_likelihood(home, tmp_path):
     ("algorithm", "train"), [("mtl", "pe"), ("maml", "pe"), ("reptile", "plm+pe"), ("fomaml", "plm")]
 )
 def test_every_part_is_primed_by_every_algorithm_and_tuned_by_lora(home, tmp_path, algorithm, train):
-    """What is not trained stays bit for bit; LoRA is then tuned from the stage and from the unprimed model."""
+    """What is trained is saved and has moved; LoRA is then tuned from the stage and from the unprimed model."""
     kind = "lora" if "pe" in train else None
     quick = {"max_steps": 2, "learning_rate": 1e-2, "inner_learning_rate": 1e-2, "tasks_per_step": 2, "seed": 1}
     upstream.run(
