@@ -111,13 +111,13 @@ def test_other_methods_have_programs_of_their_own(flags, tmp_path, capsys):
     losses = {one["method"]: one["loss"] for one in records if one["seed"] == 0}
     assert len({loss[0] for loss in losses.values()}) == 3
     assert [one["sensitivity"] is None for one in records] == [False] * 3 + [True] * 4
-    assert "child-d: left out, for it is not available in lanes" in capsys.readouterr().out
+    assert "child-d: left out, since it is not available in lanes" in capsys.readouterr().out
 
 
 def test_what_cannot_be_trained_is_left_out_by_name(flags, capsys):
     for asked, reason in (
-        (["--parts", "d", "--methods", "child-d"], "child-d: left out, for it is not available in lanes"),
-        (["--parts", "b", "--tasks", "trec", "subj"], "trec, subj: left out, for --texts_dir is not set"),
+        (["--parts", "d", "--methods", "child-d"], "child-d: left out, since it is not available in lanes"),
+        (["--parts", "b", "--tasks", "trec", "subj"], "trec, subj: left out, since --texts_dir is not set"),
     ):
         with pytest.raises(SystemExit):
             study.main([*flags, *asked])
@@ -314,7 +314,7 @@ def test_other_parts_have_tables_of_their_own(tmp_path):
         report.holm({number: one["pooled"]["p_value"] for number, one in enumerate(every)})[i] for i in range(5)
     )
     page = report.as_markdown(summary)
-    assert "| method | noise scale | stsb | trec | all tasks |" in page and "| lnsr |  | -" in page
+    assert "| method | noise scale | stsb | trec | all tasks |" in page and "| lnsr | -" in page
     assert page.count("| task | learning rate |") == 2  # those of mrpc and rte are in one table
 
 

@@ -93,7 +93,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     parts = {name: _of_part(of_part(table, name), name, choice, rest) for name in grid.PARTS}
     own = parts[first]
     if not own["tasks"]:
-        raise InputError("no training of plain fine-tuning is finished; there is nothing to compare with")
+        tasks = ", ".join(grid.PARTS[first].tasks)
+        raise InputError(f"no training of plain fine-tuning on {tasks} is finished; there is nothing to compare with")
     _add_holm([one for part in parts.values() for one in part["methods"].values()])
     of_first = of_part(table, first)
     both = sorted({scale for method, scale in of_first if method == "pats" and ("constant", scale) in of_first})
@@ -251,18 +252,18 @@ def as_markdown(summary: dict[str, Any]) -> str:
 
 def _lines_of_part(title, part, summary):
     """The tables of a further part, whose plain trainings may be those of the first."""
-    tasks, of_plain = part["tasks"], _rows(_PLAIN_HEAD, _plain_rows(summary, part))
-    return [
-        f"{title}. A noise scale is chosen and reported as above; a method without one is reported on all seeds. "
-        "Holm's correction is over the methods of all tables:",
-        "",
-        *([] if tasks == summary["tasks"] else [*of_plain, ""]),
-        *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(part)),
-        "",
-        "Every setting, over all seeds:",
-        "",
-        *_rows(("method", "noise scale", *tasks, "all tasks", "p"), map(_setting_row(tasks), part["settings"])),
-    ]
+    tasks = part["tasks"]
+    if tasks != summary["tasks"]:
+        yield from (f"{title}: plain fine-tuning.", "", *_rows(_PLAIN_HEAD, _plain_rows(summary, part)), "")
+    if not any(one["noise_scale"] for one in part["settings"]):
+        yield f"{title}, over all seeds, as no setting is chosen. Holm's correction is over the methods of all tables."
+        rows = ((method, *cells) for method, _, *cells in _method_rows(part))
+        yield from ("", *_rows(("method", *tasks, "all tasks", "p", "p, Holm"), rows))
+        return
+    yield f"{title}, chosen and reported as above. Holm's correction is over the methods of all tables."
+    yield from ("", *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(part)), "")
+    rows = map(_setting_row(tasks), part["settings"])
+    yield from ("Every setting, over all seeds:", "", *_rows(("method", "noise scale", *tasks, "all tasks", "p"), rows))
 
 
 def _rows(head, rows):
@@ -278,11 +279,7 @@ def _plain_rows(summary, part):
 def _method_rows(part):
     for method, one in part["methods"].items():
         pair = f"{one['pooled']['p_value']:.4f}", f"{one['p_holm']:.4f}"
-        yield method, _scale(one), *_cells(one, part["tasks"]), *pair
-
-
-def _scale(one):
-    return f"{one['noise_scale']:g}" if one["noise_scale"] else ""
+        yield method, f"{one['noise_scale']:g}", *_cells(one, part["tasks"]), *pair
 
 
 def _setting_row(tasks):
@@ -292,7 +289,7 @@ def _setting_row(tasks):
 def _contrast_row(tasks):
     def row(one):
         p_value = one["pooled"]["p_value"]
-        return _scale(one), *_cells(one, tasks), "" if p_value is None else f"{p_value:.4f}"
+        return f"{one['noise_scale']:g}", *_cells(one, tasks), "" if p_value is None else f"{p_value:.4f}"
 
     return row
 

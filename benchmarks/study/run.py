@@ -295,7 +295,7 @@ class Study:
         """The tasks that there are data for."""
         left_out = [] if self.flags.texts_dir else [task for task in self.flags.tasks if task in data.OWN_TASKS]
         if left_out and "b" in self._parts():
-            self.say(f"{', '.join(left_out)}: left out, for --texts_dir is not set")
+            self.say(f"{', '.join(left_out)}: left out, since --texts_dir is not set")
         return [task for task in self.flags.tasks if task not in left_out]
 
     def _arms(self):
@@ -303,7 +303,7 @@ class Study:
         left_out = [name for name in self.flags.methods if not grid.ARMS[name].method_type.works_in_lanes]
         if "d" in self._parts():
             for name in left_out:
-                self.say(f"{name}: left out, for it is not available in lanes; train it with pats-jax compare")
+                self.say(f"{name}: left out, since it is not available in lanes; train it with pats-jax compare")
         return [name for name in self.flags.methods if name not in left_out]
 
     def _load(self, tasks):
