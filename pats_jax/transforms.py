@@ -274,7 +274,7 @@ def with_raw_gradient(inner: optax.GradientTransformation | optax.MultiSteps) ->
 
 def pats(
     inner: optax.GradientTransformation | optax.MultiSteps,
-    noise_scale: optax.ScalarOrSchedule = 1e-3,
+    noise_scale: optax.ScalarOrSchedule = 1e-2,
     *,
     key: int | np.integer | jax.Array,
     decay: float | jax.Array = 0.9,
@@ -291,7 +291,8 @@ def pats(
     Args:
       inner: the optimizer, for instance ``optax.adamw(2e-5)``.
       noise_scale: standard deviation of the noise on a parameter of zero sensitivity, in units of its tensor's standard
-        deviation; `pats_noise` has details of this and the following arguments.
+        deviation; `pats_noise` has details of this and the following arguments. The default is ours: of the scales that
+        we tried, annealed with the learning rate, the largest that does little harm (docs/results.md).
       key: an int or a typed key.
       decay: decay of the moving average of sensitivity, in [0, 1).
       response: how the noise depends on relative sensitivity.
@@ -309,7 +310,7 @@ def pats(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, pats_jax
-      >>> tx = pats_jax.pats(optax.adam(0.05), noise_scale=1e-3, key=0)
+      >>> tx = pats_jax.pats(optax.adam(0.05), noise_scale=1e-2, key=0)
       >>> params = jnp.array([1.0, -2.0])
       >>> state = tx.init(params)
       >>> for _ in range(200):

@@ -58,6 +58,23 @@ def by_loops(query, key, value, bias):
     return result
 
 
+def test_the_gradient_of_bfloat16_scores_multiplies_bfloat16():
+    def loss(query, key, bias):
+        weights = attention.softmax_weights(query, key, bias).astype(jnp.float32)
+        return jnp.sum(weights * jnp.cos(jnp.arange(weights.size).reshape(weights.shape)))
+
+    query, key, _, bias = draw(dtype=jnp.bfloat16)
+    gradient = jax.grad(loss, argnums=(0, 1))
+    products = [eqn for eqn in jax.make_jaxpr(gradient)(query, key, bias).eqns if eqn.primitive.name == "dot_general"]
+    assert len(products) == 3 and {x.aval.dtype.name for eqn in products for x in eqn.invars} == {"bfloat16"}
+    exact = gradient(*(x.astype(jnp.float32) for x in (query, key)), bias)
+    for narrow, wide in zip(gradient(query, key, bias), exact, strict=True):
+        assert narrow.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(narrow - wide) < 0.01 * jnp.linalg.norm(wide)
+    twice = jax.grad(lambda q: jnp.sum(jax.grad(loss)(q, key, bias).astype(jnp.float32) ** 2))(query)
+    assert jnp.isfinite(twice).all() and jnp.any(twice != 0)  # MAML differentiates it again
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """JAX believes that cuDNN is there, and we that the first device is a GPU."""

@@ -253,7 +253,7 @@ def test_the_table_of_methods_has_all_of_them():
     console.print(methods.as_table())
     shown = console.file.getvalue()
     assert all(f" {name} " in shown and method.source in shown for name, method in methods.METHODS.items())
-    assert "--noise_scale 0.001" in shown and "--keep_fraction None" in shown
+    assert "--noise_scale 0.01" in shown and "--keep_fraction None" in shown
 
 
 @pytest.mark.parametrize("name", ["dps-dense", "dps-mix"])

@@ -299,9 +299,8 @@ def test_stored_results_name_no_folder_of_a_machine(path):
 
 
 def test_rows_that_are_stored_follow_from_their_raw_seconds():
-    read = by_device.read_rows(report.RESULTS / "h100")
-    assert {by_device.FIRST, by_device.SECOND, "glue", "lanes"} <= set(read)
-    variants = read[by_device.SECOND]["rows"]["step"]["variants"]
+    read = by_device.read_calls(report.RESULTS)
+    variants = read[by_device.THIRD]["rows"]["step"]["variants"]
     ms = {name: 1e3 * statistics.median(sum(one["step_seconds"], [])) for name, one in variants.items()}
     ours = ms["finetune:stacked:unroll0"]
     values = {
@@ -312,6 +311,10 @@ def test_rows_that_are_stored_follow_from_their_raw_seconds():
     by_text = {goal.text: goal for goal in by_device.GOALS}
     for text, value in values.items():
         assert by_text[text].value(read[by_text[text].subject]) == pytest.approx(value)
+    lanes = read[by_device.H200]["rows"]["lanes"]["variants"]
+    one = lanes["one finetune:stacked:unroll0"]["ms"]
+    eight = lanes["lanes 8:finetune:stacked:unroll0"]
+    assert eight["lanes"] == 8 and eight["to_steps_of_one"] == pytest.approx(eight["ms"] / (8 * one))
     update = read[by_device.FIRST]["rows"]["update"]["variants"]
     rate = update["copy"]["bytes"] / statistics.median(sum(update["copy"]["step_seconds"], []))
     for method in ("finetune", "pats:all"):

@@ -1,5 +1,6 @@
 """The study: it goes on where it was stopped, a finished training is not repeated, and what its report computes."""
 
+import inspect
 import itertools
 import json
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
+import pats_jax
+from benchmarks.goals import ROOT
+from benchmarks.report import RESULTS
 from benchmarks.study import __main__ as study, data, grid, report, run
-from pats_jax import metrics
+from pats_jax import methods, metrics
 from pats_jax.data import batches
 from pats_jax.methods import METHODS
 
@@ -351,3 +355,11 @@ def test_damaged_lines_are_named(tmp_path, capsys):
     assert "runs.jsonl:1: not a line of the study" in capsys.readouterr().err
     with pytest.raises(run.InputError, match="not found"):
         report.read_runs(tmp_path / "nowhere.jsonl")
+
+
+def test_the_page_and_the_default_follow_from_the_stored_runs():
+    summary = report.summarise(report.read_runs(RESULTS / "h200" / "study" / "runs.jsonl"))
+    tables = [line for line in report.as_markdown(summary).splitlines() if line.startswith("|")]
+    assert len(tables) > 30 and set(tables) <= set((ROOT / "docs" / "results.md").read_text().splitlines())
+    default = inspect.signature(pats_jax.pats).parameters["noise_scale"].default
+    assert summary["default"]["noise_scale"] == methods.get_methods("pats")[0].noise_scale == default
