@@ -121,7 +121,8 @@ def test_other_methods_have_programs_of_their_own(flags, tmp_path, capsys):
 def test_what_cannot_be_trained_is_left_out_by_name(flags, capsys):
     for asked, reason in (
         (["--parts", "d", "--methods", "child-d"], "child-d: left out, since it is not available in lanes"),
-        (["--parts", "b", "--tasks", "trec", "subj"], "trec, subj: left out, since --texts_dir is not set"),
+        (["--parts", "b", "--tasks", "trec", "subj"], "subj: left out, since --texts_dir is not set"),
+        (["--parts", "b", "--tasks", "stsb", "--data_dir", "no"], "stsb: left out, since no/STS-B does not exist"),
     ):
         with pytest.raises(SystemExit):
             study.main([*flags, *asked])
@@ -247,6 +248,10 @@ def test_lines_of_the_first_part_keep_their_protocol():
     assert run.protocol_of("rte", given) == alike | {"lengths": {"short": [16, 64], "long": [64, 128]}}
     others = {"similarity": [32, 96], "questions": [8], "subjectivity": [32, 64]}
     assert run.protocol_of("subj", given) == alike | {"lengths": others}
+
+    protocols = {task: run.protocol_of(task, given) | {"dtype": "bfloat16"} for task in grid.TASKS}
+    stored = run.Journal(RESULTS / "h200" / "study" / "runs.jsonl", protocols).finished
+    assert {"plain", "pats", "constant"} <= {training.method for training in stored} and len(stored) >= 780
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

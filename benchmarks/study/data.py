@@ -125,6 +125,14 @@ def load_groups(
     return groups
 
 
+def why_missing(task: str, data_dir: str, texts_dir: str | None) -> str | None:
+    """Why a task's data are not there; None if they are."""
+    if task in OWN_TASKS:
+        return None if texts_dir else "--texts_dir is not set"
+    folder = pathlib.Path(data_dir) / task_of(task).folder
+    return None if data_dir in ("builtin", "hub") or folder.is_dir() else f"{folder} does not exist"
+
+
 def _load(data_dir, texts_dir, task):
     if task in OWN_TASKS:
         return {"trec": read_trec, "subj": read_subj}[task](pathlib.Path(texts_dir))

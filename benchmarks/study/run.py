@@ -292,11 +292,14 @@ class Study:
         return self.flags.parts or (["a"] if jax.default_backend() == "cpu" else list(grid.PARTS))
 
     def _tasks(self):
-        """The tasks that there are data for."""
-        left_out = [] if self.flags.texts_dir else [task for task in self.flags.tasks if task in data.OWN_TASKS]
-        if left_out and "b" in self._parts():
-            self.say(f"{', '.join(left_out)}: left out, since --texts_dir is not set")
-        return [task for task in self.flags.tasks if task not in left_out]
+        """The tasks to train: those of the first part, and of the others those that there are data for."""
+        flags, first = self.flags, grid.PARTS["a"].tasks
+        missing = {task: data.why_missing(task, flags.data_dir, flags.texts_dir) for task in flags.tasks}
+        left_out = {task: reason for task, reason in missing.items() if reason and task not in first}
+        if "b" in self._parts():
+            for task, reason in left_out.items():
+                self.say(f"{task}: left out, since {reason}")
+        return [task for task in flags.tasks if task not in left_out]
 
     def _arms(self):
         """The arms that can be trained in lanes."""
