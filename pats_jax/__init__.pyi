@@ -18,7 +18,10 @@ from .companions.sift import sift as sift
 from .errors import InputError as InputError
 from .objectives import (
     Objective as Objective,
+    View as View,
+    hype as hype,
     lnsr as lnsr,
+    neftune as neftune,
     r3f as r3f,
     r_drop as r_drop,
     smart as smart,

@@ -98,8 +98,8 @@ class Method(Group):
         """The parameters that training starts from."""
         return params
 
-    def objective(self) -> "objectives.Objective":
-        """A term of the loss."""
+    def objective(self) -> "objectives.Objective | objectives.View":
+        """A term of the loss, or noise on what the model reads in training."""
         raise NotImplementedError
 
     def without_dropout(self, total_steps: int) -> bool:

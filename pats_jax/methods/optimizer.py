@@ -131,8 +131,8 @@ def starting_params(chosen: Sequence[Method], params: Any, seed: Any) -> Any:
     return params
 
 
-def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective]:
-    """The terms that the methods add to the loss."""
+def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective | objectives.View]:
+    """The terms that the methods add to the loss, and the noise on what the model reads."""
     return [method.objective() for method in chosen if method.has("objective")]
 
 

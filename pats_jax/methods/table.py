@@ -30,6 +30,8 @@ BUILTIN = (
     "r_drop:RDrop",
     "smart:Smart",
     "lnsr:Lnsr",
+    "neftune:NefTune",
+    "hype:HyPe",
     "sift:Sift",
     "bitfit:BitFit",
 )
