@@ -13,6 +13,7 @@ from .companions.l2_sp import l2_sp as l2_sp
 from .companions.mixout import mixout as mixout
 from .companions.noisy_tune import noisy_tune as noisy_tune
 from .companions.perturbed import perturbed as perturbed
+from .companions.rose import rose as rose
 from .companions.sage import scale_by_sage as scale_by_sage
 from .companions.sift import sift as sift
 from .errors import InputError as InputError

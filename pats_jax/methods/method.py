@@ -25,6 +25,7 @@ class Context:
       seed: an int or a typed key, for the method's random numbers.
       fisher: ``fisher(keep_fraction, mask)``, which returns the mask of Child-Tuning D, measured on the training data.
       response: replaces a method's ``response``.
+      warmup_steps: number of steps over which the learning rate rises.
     """
 
     total_steps: int
@@ -34,6 +35,7 @@ class Context:
     seed: Any
     fisher: Callable[[float, Any], Any] | None = None
     response: "transforms.Response | None" = None
+    warmup_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Method(Group):
     def scaling(self, context: Context) -> "optax.GradientTransformation":
         """A transform that runs between Adam and weight decay."""
         raise NotImplementedError
+
+    def adamw(self, context: Context, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
+        """Wraps AdamW, which runs after clipping."""
+        return optimizer
 
     def last(self, context: Context) -> "optax.GradientTransformation":
         """A transform that runs after AdamW."""

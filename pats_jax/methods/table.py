@@ -33,6 +33,7 @@ BUILTIN = (
     "neftune:NefTune",
     "hype:HyPe",
     "sift:Sift",
+    "rose:Rose",
     "bitfit:BitFit",
 )
 GROUP = "pats_jax.methods"  # of entry points, by which other packages add methods
