@@ -15,6 +15,10 @@ from .companions.noisy_tune import noisy_tune as noisy_tune
 from .companions.perturbed import perturbed as perturbed
 from .companions.rose import rose as rose
 from .companions.sage import scale_by_sage as scale_by_sage
+from .companions.sam import (
+    asam as asam,
+    sam as sam,
+)
 from .companions.sift import sift as sift
 from .errors import InputError as InputError
 from .objectives import (

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # settings are read, and `--help` answers, without JAX
     import jax
     import optax
 
-    from pats_jax import objectives, transforms
+    from pats_jax import objectives, train_state, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,12 @@ class Method(Group):
     def objective(self) -> "objectives.Objective | objectives.View":
         """A term of the loss, or noise on what the model reads in training."""
         raise NotImplementedError
+
+    def gradient(
+        self, value_and_grad: "train_state.ValueAndGrad", params: Any, batch: "train_state.Batch", key: "jax.Array"
+    ) -> "tuple[tuple[jax.Array, train_state.Metrics], Any]":
+        """The loss, the metrics and the gradient of a step; see `pats_jax.make_train_step`."""
+        return value_and_grad(params, batch, key)
 
     def without_dropout(self, total_steps: int) -> bool:
         """Whether the authors turn dropout off in a training of ``total_steps`` steps."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import objectives, transforms
+from pats_jax import objectives, train_state, transforms
 from pats_jax.errors import InputError
 from pats_jax.methods.masks import layer_mask
 from pats_jax.methods.method import Context, Method
@@ -140,6 +140,11 @@ def starting_params(chosen: Sequence[Method], params: Any, seed: Any) -> Any:
 def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective | objectives.View]:
     """The terms that the methods add to the loss, and the noise on what the model reads."""
     return [method.objective() for method in chosen if method.has("objective")]
+
+
+def chosen_gradient(chosen: Sequence[Method]) -> train_state.Gradient | None:
+    """The argument ``gradient`` of `make_train_step` for the methods; None if it is one plain gradient."""
+    return next((method.gradient for method in chosen if method.has("gradient")), None)
 
 
 SENSITIVITY_BATCHES = 8
