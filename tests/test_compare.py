@@ -24,7 +24,7 @@ from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError, Preempted
 from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.programs import cli
-from pats_jax.run import run_folder, workers
+from pats_jax.run import machine, run_folder, workers
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.settings import Settings
 
@@ -339,6 +339,29 @@ def test_the_page_begins_with_its_answer(tmp_path, reported):
     assert text.split("\n\n")[1].startswith("pats is 3.00 points above finetune on average over tasks (95 % interval")
 
 
+@pytest.mark.parametrize(
+    "by_task",
+    [
+        {"a": {1: 0.01, 2: 0.01, 3: 0.01}, "b": {1: 0.02, 2: 0.02}},  # equal pairs of each task
+        {name: {1: value} for name, value in zip("abcdefgh", [0.1, 0.2, 0.1, 0.3, 0.1, 0.2, 0.1, 0.3], strict=True)},
+        {"a": {1: 0.1, 2: 0.2, 3: 0.3}, "b": {1: 0.1}},  # its spread is that of one task alone
+    ],
+)
+def test_pairs_without_spread_have_no_interval_over_tasks(by_task):
+    found = seed_statistics.pooled_difference(by_task)
+    assert found.interval is None and found.mean > 0
+
+
+def test_no_spread_is_no_evidence(tmp_path):
+    """Eight equal differences on each of two tasks have a tiny p, but may be copies of one."""
+    eight = range(1, 9)
+    plain, other = {s: 0.8 + s / 1000 for s in eight}, {s: 0.81 + s / 1000 for s in eight}
+    for tasks in (("mrpc",), ("mrpc", "stsb")):
+        summary = comparison_of(tmp_path / str(len(tasks)), {"finetune": plain, "pats": other}, tasks)
+        assert summary.pooled["pats"].holm_p_value < 0.01 and summary.pooled["pats"].interval is None
+        assert comparison_page.answer(summary).endswith(": not shown to differ.")
+
+
 def test_the_numbers_are_there_for_programs(reported):
     found = json.loads((reported / "comparison.json").read_text())
     assert found["tasks"]["stsb"]["methods"]["pats"]["scores"] == {str(seed): score for seed, score in PATS.items()}
@@ -395,6 +418,7 @@ def home(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "glue_arguments", command)
     monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
+    monkeypatch.setattr(machine, "find_devices", machine.Devices)
     return Home(tmp_path)
 
 

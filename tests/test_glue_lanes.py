@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import rich.console
 import tiny
 from safetensors.numpy import load_file
 
-from pats_jax import glue
+from pats_jax import glue, models
 from pats_jax.errors import InputError, Preempted
 from pats_jax.programs import glue_lanes
 from pats_jax.run import flags, lane_training, run_folder
@@ -284,6 +285,21 @@ def test_as_many_lanes_as_fit_into_memory(base, tmp_path, monkeypatch):
     in_lanes(settings_of(base, tmp_path / "small", owns, **changes), tmp_path / "small" / "set")
     chosen = run_folder.read_metrics(tmp_path / "small" / "run0")[0]["timing"]["lanes"]
     assert 1 <= chosen <= 2 and used[chosen] < 0.8 * used[6] / 2
+
+
+@pytest.mark.slow
+def test_fewer_lanes_where_the_host_has_little_memory(base, tmp_path, monkeypatch, caplog):
+    owns = [{"seed": seed} for seed in range(3)]
+    changes = {"max_steps": 2, "do_predict": False}
+    runs = settings_of(base, tmp_path, owns, **changes)
+    checkpoint = runs[0].model.model_name_or_path
+    per_lane = 50 * sum(leaf.size for leaf in jax.tree.leaves(models.from_pretrained(checkpoint, num_labels=2)[1]))
+    assert 2**26 < glue_lanes.free_memory() < 2**50
+    monkeypatch.setattr(glue_lanes, "free_memory", lambda: int(2.5 * per_lane))
+    in_lanes(runs, tmp_path / "set", lanes=3)
+    assert run_folder.read_metrics(tmp_path / "run0")[0]["timing"]["lanes"] == 2
+    assert run_folder.read_results(tmp_path / "run2")["steps"] == 2
+    assert "2 lanes at a time instead of 3: 0.0 GB of memory are free" in caplog.text
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_the_main_tables(reported):
     assert [row[0] for row in against_direct[1:]] == ["mtl, plm", "maml, plm", "maml, plm+pe"]
     (mtl, none), (maml, other), (both, odd) = (row[1:] for row in against_direct[1:])
     assert starts(mtl, "+15.0") and starts(maml, "-8.3") and none == other == both == "–"
-    assert odd == "+20.0 [+20.0, +20.0]"
+    assert odd == "+20.0", "equal gains have no interval"
     assert [row[0] for row in against_full[1:]] == ["direct", "mtl, plm", "maml, plm", "maml, plm+pe"]
     assert starts(against_full[2][1], f"+{50 / 3:.1f}") and starts(against_full[1][1], f"+{(-20 + 25 + 0) / 3:.1f}")
 
@@ -284,16 +284,27 @@ def test_effects_and_intervals_stand_at_their_names(monkeypatch):
     ],
 )
 def test_the_page_begins_with_its_answer(tmp_path, arms, said):
-    """Against gains worked out by hand: +20 on three tasks; -25, 0 and 0, whose interval includes 0."""
+    """Against gains worked out by hand: +20 on three tasks, which show no spread; -25, 0 and 0."""
     kept = [r for r in records() if "/".join(filter(None, (r["algorithm"], r["trained"], r["peft"]))) in arms]
     summary = summarise(kept)
     text = gym_report.answer(summary)
     assert text.startswith(said)
-    if "interval" in text:
-        assert text.endswith(": not shown to differ.") == ("below" in text)
+    assert ("interval" in text) == ("below" in text) and ": shown to differ" not in text
     gym_report.write_report(tmp_path, summary, title="Tunings", about=[])
     title, first, *_ = (tmp_path / "report.md").read_text(encoding="utf-8").split("\n\n")
     assert title == "# Tunings" and first.startswith(said.partition("`maml/plm+pe")[0])
+
+
+@pytest.mark.parametrize("factors, ending", [((1.1, 1.2, 1.3), "shown"), ((0.9, 1.2, 1.3), "not shown")])
+def test_gains_with_spread_on_one_side_are_shown(factors, ending):
+    of_lora = [r for r in records() if r["peft"] == "lora" and r["task"] != "cola" and r["algorithm"] != "mtl"]
+    direct = {(r["task"], r["sample"]): r["test"] for r in of_lora if r["algorithm"] == "direct"}
+    factor = dict(zip(("alpha", "beta", "delta"), factors, strict=True))
+    kept = [
+        r if r["algorithm"] == "direct" else r | {"test": direct[r["task"], r["sample"]] * factor[r["task"]]}
+        for r in of_lora
+    ]
+    assert gym_report.answer(summarise(kept)).endswith(f": {ending} to differ.")
 
 
 def test_gains_are_sorted_by_task(monkeypatch):

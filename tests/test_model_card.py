@@ -107,6 +107,14 @@ def test_the_model_card(tmp_path):
     assert "![loss](plots/loss.png)" in card
 
 
+def test_an_interval_without_width_is_not_on_the_card(tmp_path):
+    interval = {"low": 1.0, "high": 1.0, "level": 0.95, "resamples": 2000}
+    found = {"diagnosis": {"metric": "accuracy", "score": 1.0, "interval": interval}}
+    model_card.write_fine_tuned(tmp_path, {}, RESULTS | found)
+    text = read(tmp_path)
+    assert "interval 1.0000" not in text and "there is no bootstrap interval" in text
+
+
 def test_the_interval_of_the_score_is_on_the_card(tmp_path):
     interval = {"low": 0.61234, "high": 0.85, "level": 0.95, "resamples": 2000}
     found = {"diagnosis": {"metric": "accuracy", "score": 0.75, "interval": interval}}

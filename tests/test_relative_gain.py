@@ -132,7 +132,7 @@ def test_the_interval_keeps_the_seeds_of_a_task_together():
     alike = np.stack([by_task, by_task])
     assert arg_interval(alike) == pytest.approx(arg_interval(by_task))
     opposed = np.stack([by_task, 20 - by_task])  # every task has 10 in the mean over seeds
-    assert arg_interval(opposed) == pytest.approx([10, 10])
+    assert arg_interval(opposed) is None, "no spread over tasks"
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")  # of the computation here
@@ -150,6 +150,11 @@ def test_fewer_than_three_tasks_have_no_interval():
     assert arg_interval(np.array([1.0, 2.0])) is None and arg_interval(np.zeros((2, 0))) is None
     low, high = arg_interval(np.array([1.0, 2.0, 3.0]))
     assert 1 <= low < 2 < high <= 3
+
+
+@pytest.mark.parametrize("gains", [np.full(5, 20.0), np.full((2, 5), -0.1), np.array([0.1 + 0.2, 0.3, 0.3])])
+def test_equal_gains_have_no_interval(gains):
+    assert arg_interval(gains) is None
 
 
 # steps
@@ -210,7 +215,7 @@ def test_an_arm_worked_out_by_hand():
     assert arm.mean_test == pytest.approx(1.9 / 3) and arm.mean_chance == 0.5
     assert arm.seconds == TuningTime(2.0, 12.0, 6)
     direct = summary.arms["direct/lora"]
-    assert direct.against_direct.arg == 0 and direct.against_direct.interval == [0, 0]
+    assert direct.against_direct.arg == 0 and direct.against_direct.interval is None
     assert direct.against_full.arg == pytest.approx(np.mean([-20, -20, 25]))
     as_dict = dataclasses.asdict(summary)
     assert json.loads(json.dumps(as_dict, allow_nan=False)) == as_dict

@@ -143,10 +143,10 @@ def _chosen(table, plain, choice, rest):
 def default_scale(settings: Sequence[dict[str, Any]], chosen: dict[str, Any] | None) -> dict[str, Any]:
     """The noise scale that follows: PATS's chosen one if it gains, else the largest that does no harm.
 
-    It gains if its mean on the seeds of the report is above 0 with Holm's p below 0.05; a scale does no harm if the
-    interval of its pooled difference, over all seeds, lies above -0.5 points.
+    It gains if its mean on the seeds of the report is above 0, with an interval and Holm's p below 0.05; a scale does
+    no harm if the interval of its pooled difference, over all seeds, lies above -0.5 points.
     """
-    if chosen and chosen["pooled"]["mean"] > 0 and chosen["p_holm"] < 0.05:
+    if chosen and chosen["pooled"]["mean"] > 0 and chosen["pooled"]["interval"] and chosen["p_holm"] < 0.05:
         return {"noise_scale": chosen["noise_scale"], "why": "it gains"}
     harmless = [
         one["noise_scale"]

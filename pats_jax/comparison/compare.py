@@ -12,12 +12,12 @@ import os
 import pathlib
 import shlex
 import shutil
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import rich.console
 
-from pats_jax.comparison import comparison_page, seed_statistics
+from pats_jax.comparison import comparison_page, first_guess, seed_statistics
 from pats_jax.comparison.arms import Arm, make_arms, split_lists
 from pats_jax.comparison.run_sets import RunSet, check_lanes, default_lanes, in_sets, is_finished, log_file
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
@@ -29,11 +29,11 @@ from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
 from pats_jax.reporting.report_page import aligned
-from pats_jax.run import flags, run_folder, workers
+from pats_jax.run import flags, forecast, machine, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import GridFile
-from pats_jax.run.settings import Settings, resuming
+from pats_jax.run.settings import OF_TEXT_TO_TEXT, Settings, resuming
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.run.workers import Ended, Job, Workers
 
@@ -59,6 +59,7 @@ class Grid(Composed):
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
+        **dict.fromkeys(OF_TEXT_TO_TEXT, "is for `pats-jax text2text`, whose runs cannot be compared in a grid yet"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
@@ -374,7 +375,7 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
         say(console, f"{finished} of {len(runs)} runs are already finished")
     total = sum(len(one.runs) for one in sets)
     if sets:
-        say(console, workers.forecast(total, "runs", seconds_taken(root), grid.workers))
+        say(console, say_before(sets, known_settings, total, root, grid))
     with workers.note_signals() as asked, CountProgress(console, total, "runs") as progress:
 
         def show(jobs: Sequence[Job]) -> None:
@@ -397,6 +398,16 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
             f"interrupted; {done} of {len(runs)} runs are finished; to resume, run: {command}", asked.signal_number
         )
     return failures
+
+
+def say_before(
+    sets: Sequence[RunSet], settings_of: Callable[[Run], Settings | None], total: int, root: pathlib.Path, grid: Grid
+) -> str:
+    """How long so many runs in these sets will take."""
+    finished, guess = seconds_taken(root), None
+    if not finished and grid.workers.executor == "local":
+        guess = first_guess.guess_seconds(sets, settings_of, machine.find_devices(), grid.workers.jobs)
+    return forecast.describe(total, "runs", finished, guess, grid.workers)
 
 
 def seconds_taken(root: pathlib.Path) -> list[float]:

@@ -84,7 +84,8 @@ def _interval_text(one: Pooled) -> str:
 
 
 def _differs(one: Pooled) -> bool:
-    return one.holm_p_value is not None and one.holm_p_value < _SIGNIFICANT
+    """Whether it is shown to differ: not without an interval, for then its differences show no spread."""
+    return one.interval is not None and one.holm_p_value is not None and one.holm_p_value < _SIGNIFICANT
 
 
 def _verdict(one: Pooled) -> str:
@@ -273,7 +274,8 @@ def _write_limits(page: Page, summary: Comparison) -> None:
             "p is from that test, on the differences seed by seed. The interval is a BCa bootstrap of their mean; it "
             "is too narrow for few seeds, so treat it as a hint with fewer than about ten.",
             f"p (Holm) is corrected for the {counted(len(differences), 'comparison')} by task on this page. A method "
-            "is shown to differ if its p over all tasks, corrected for the methods, is below 0.05.",
+            "is shown to differ if its p over all tasks, corrected for the methods, is below 0.05, and there is an "
+            "interval: equal differences, or a single one, show no spread, so they have none.",
         ]
     else:
         texts.append("Nothing is compared: no two methods share a finished seed.")

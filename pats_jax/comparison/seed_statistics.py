@@ -5,6 +5,7 @@ those of the model that a run keeps: the last one, or the best one with ``--load
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
@@ -358,7 +359,9 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
 def pooled_difference(by_task: Mapping[str, Mapping[int, float]]) -> Pooled:
     """The mean over tasks of the mean difference, stratified by task.
 
-    The 95 % interval comes from a percentile bootstrap that resamples seeds within each task. The two-sided p-value
+    The 95 % interval comes from a percentile bootstrap that resamples seeds within each task. There is none if a task
+    has only one pair, or if the differences of each task are equal: resampling then shows no spread, which is no
+    evidence. The two-sided p-value
     comes from a test that flips the signs of differences at random. Draws have a fixed seed.
 
     Args:
@@ -373,8 +376,10 @@ def pooled_difference(by_task: Mapping[str, Mapping[int, float]]) -> Pooled:
         resampled += one[rng.integers(len(one), size=(_POOLED_RESAMPLES, len(one)))].mean(1) / len(values)
         flipped += (rng.choice((-1.0, 1.0), (_POOLED_RESAMPLES, len(one))) * one).mean(1) / len(values)
     extreme = np.sum(np.abs(flipped) >= abs(mean) - 1e-12)
-    interval, counts = np.percentile(resampled, (2.5, 97.5)).tolist(), {task: len(x) for task, x in by_task.items()}
-    return Pooled(mean, interval, float((extreme + 1) / (_POOLED_RESAMPLES + 1)), counts)
+    low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
+    has_spread = min(map(len, values)) > 1 and not math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12)
+    p_value, counts = float((extreme + 1) / (_POOLED_RESAMPLES + 1)), {task: len(x) for task, x in by_task.items()}
+    return Pooled(mean, [low, high] if has_spread else None, p_value, counts)
 
 
 def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:

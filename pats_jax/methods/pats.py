@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from pats_jax.core.settings import PROBABILITY, at_least, setting
 from pats_jax.methods.method import Context, Method
+from pats_jax.methods.paths import MATRICES
 
 NoiseResponse = Literal["linear", "reciprocal", "exponential", "constant", "reversed"]
-_MATRICES = r"encoder\.layer\..*\.kernel$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Noise(Method):
     """Settings of the noise, of PATS and its control."""
 
     kind: ClassVar = "noise"
-    layers: ClassVar = _MATRICES
+    layers: ClassVar = MATRICES
 
     noise_scale: float = setting(
         1e-2,
@@ -28,7 +28,7 @@ class Noise(Method):
         "linear", "PATS: how noise depends on sensitivity; constant and reversed are controls"
     )
     distribution: Literal["uniform", "normal"] = setting("uniform", "PATS: distribution of the noise")
-    noise_layers: str = setting(_MATRICES, "PATS: regex of the parameter paths that get noise")
+    noise_layers: str = setting(MATRICES, "PATS: regex of the parameter paths that get noise")
     sensitivity_dtype: Literal["float32", "bfloat16"] = setting("float32", "PATS: type in which sensitivity is stored")
 
     def arguments(self, context: Context) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pats_jax.core.settings import FRACTION, setting
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Rose(Method):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "updates only the weight tensors whose gradient norm agrees best with its moving average"
     source: ClassVar = "https://arxiv.org/abs/2210.09658"
-    layers: ClassVar = r"(encoder|decoder)\.(layers?|block)\..*\.(kernel|scale)$"
+    layers: ClassVar = rf"{LAYERS}.*\.(kernel|scale)$"
 
     rose_quantile: float = setting(
         0.6, "ROSE: fraction of the tensors that are updated; the authors use 0.3 to 0.9", FRACTION

@@ -75,7 +75,8 @@ class Layer(nn.Module):
         """Maps (batch, length, hidden) to the same; ``cross`` is the encoder's states and the bias of their padding."""
         kept = self.self_attn.keys_values(hidden)
         attended = self.self_attn(hidden, kept, own_biases, deterministic=deterministic)
-        hidden = self.self_attn_layer_norm(hidden + self.dropout(attended, deterministic=deterministic))
+        attended = self.adapt_attention(self.dropout(attended, deterministic=deterministic), hidden)
+        hidden = self.self_attn_layer_norm(hidden + attended)
         if cross is not None:
             states, masked = cross
             hidden = self._attend_to_source(hidden, self.cross(states), masked, deterministic)
@@ -93,7 +94,7 @@ class Layer(nn.Module):
     ) -> tuple[Array, KeysValues]:
         """One token of each beam; see `Attention.step`."""
         attended, kept = self.self_attn.step(hidden, kept, position, chosen, bias)
-        hidden = self.self_attn_layer_norm(hidden + attended)
+        hidden = self.self_attn_layer_norm(hidden + self.adapt_attention(attended, hidden))
         return self._feed_forward(self._attend_to_source(hidden, cross, masked, True), True), kept
 
     def cross(self, states: Array) -> KeysValues:
@@ -107,7 +108,16 @@ class Layer(nn.Module):
     def _feed_forward(self, hidden, deterministic):
         wide = ACTIVATION_FUNCTIONS[self.config.activation_function](self.fc1(hidden))
         forwarded = self.fc2(self.activation_dropout(wide, deterministic=deterministic))
-        return self.final_layer_norm(hidden + self.dropout(forwarded, deterministic=deterministic))
+        forwarded = self.adapt_output(self.dropout(forwarded, deterministic=deterministic), hidden)
+        return self.final_layer_norm(hidden + forwarded)
+
+    def adapt_attention(self, x: Array, residual: Array) -> Array:
+        """Returns x, (batch, length, hidden). Bottleneck adapters (`pats_jax.models.peft`) act here."""
+        return x
+
+    def adapt_output(self, x: Array, residual: Array) -> Array:
+        """As `adapt_attention`, after the feed-forward block."""
+        return x
 
 
 class Stack(nn.Module):
@@ -135,14 +145,21 @@ class Stack(nn.Module):
         self, words: Array, biases: tuple[Array, ...], cross: tuple[Array, Array] | None, deterministic: bool
     ) -> Array:
         """The states (batch, length, hidden) from embedded words of that shape."""
-        positions = self.embed_positions.embedding[_FIRST_POSITION : _FIRST_POSITION + words.shape[1]]
+        first = self.first_position()
+        positions = self.embed_positions.embedding[first : first + words.shape[1]]
         hidden = self.dropout(self.layernorm_embedding(words + positions), deterministic=deterministic)
         return self.layers(hidden, (biases, cross), deterministic=deterministic)
 
     def started(self, words: Array, position: Array) -> Array:
         """What goes into the first layer for words (batch, beams, hidden) that all have one position."""
         table = self.embed_positions.embedding
-        return self.layernorm_embedding(words + jax.lax.dynamic_slice_in_dim(table, position + _FIRST_POSITION, 1))
+        return self.layernorm_embedding(
+            words + jax.lax.dynamic_slice_in_dim(table, position + self.first_position(), 1)
+        )
+
+    def first_position(self) -> int:
+        """The row of the first token in the table of positions. Prefixes (`pats_jax.models.peft`) act here."""
+        return _FIRST_POSITION
 
 
 class Stacks(nn.Module):

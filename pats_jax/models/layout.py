@@ -96,6 +96,14 @@ def layer_number(path: tuple) -> int | None:
     return int(name) if name is not None and name.isdecimal() else None
 
 
+def side_and_layer(path: tuple[str, ...]) -> tuple[str, int] | None:
+    """The side ("encoder" or "decoder") and the number of the separate layer that a leaf belongs to, by its path."""
+    for side, stack, number in zip(path, path[1:], path[2:], strict=False):
+        if (side, stack) in _STACKS and number.isdecimal():
+            return side, int(number)
+    return None
+
+
 def _place_of_stack(path):
     """The place in a leaf's path where the layer's number would be; None if the path has one, or is not in a layer."""
     place = _place_of_layer(path)

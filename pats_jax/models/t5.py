@@ -129,11 +129,15 @@ class SelfAttention(nn.Module):
         normal = self.layer_norm(hidden)
         kept = self.SelfAttention.keys_values(normal)
         attended = self.SelfAttention(normal, kept, biases, deterministic=deterministic)
-        return hidden + self.dropout(attended, deterministic=deterministic)
+        return hidden + self.adapt(self.dropout(attended, deterministic=deterministic), hidden)
 
     def step(self, hidden, kept, position, chosen, bias):
         attended, kept = self.SelfAttention.step(self.layer_norm(hidden), kept, position, chosen, bias)
-        return hidden + attended, kept
+        return hidden + self.adapt(attended, hidden), kept
+
+    def adapt(self, x, residual):
+        """Returns x, (batch, length, hidden). Bottleneck adapters (`pats_jax.models.peft`) act here."""
+        return x
 
 
 class CrossAttention(nn.Module):
@@ -191,7 +195,11 @@ class FeedForward(nn.Module):
 
     def __call__(self, hidden, deterministic):
         forwarded = self.DenseReluDense(self.layer_norm(hidden), deterministic)
-        return hidden + self.dropout(forwarded, deterministic=deterministic)
+        return hidden + self.adapt(self.dropout(forwarded, deterministic=deterministic), hidden)
+
+    def adapt(self, x, residual):
+        """Returns x, (batch, length, hidden). Bottleneck adapters (`pats_jax.models.peft`) act here."""
+        return x
 
 
 class Sublayers(nn.Module):

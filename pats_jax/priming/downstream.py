@@ -22,17 +22,19 @@ import rich.console
 from pats_jax import models
 from pats_jax.comparison import compare
 from pats_jax.core import files
-from pats_jax.data import load_partitioned_gym
+from pats_jax.data import few_shot, load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
-from pats_jax.priming import gym_report, option_scoring, relative_gain
+from pats_jax.priming import answerers, gym_report, relative_gain
 from pats_jax.priming.few_shot_tuning import Tuner, TuningStart
+from pats_jax.priming.first_guess import guess_seconds
 from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.text_answering import TEXT_HEADS
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
-from pats_jax.run import compilation_cache, folder_lock, pe_modules, run_folder, workers, xla_flags
+from pats_jax.run import compilation_cache, folder_lock, forecast, machine, pe_modules, run_folder, workers, xla_flags
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import PrimedResults, TuningRecord
@@ -42,7 +44,7 @@ from pats_jax.training import preemption
 # What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the
 # primed runs).
 _FREE = frozenset(
-    "output_dir primed kinds direct tasks samples jobs executor scheduler report_only grid learning_rate "
+    "output_dir primed kinds direct tasks samples jobs executor scheduler report_only grid batch_grid learning_rate "
     "per_device_eval_batch_size compilation_cache_dir num_devices parallel layers unroll".split()
 )
 
@@ -73,14 +75,14 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         if unknown:
             raise InputError(f"--tasks {unknown[0]}: not among the target tasks {', '.join(partition.test)}")
         tasks = [gym[name] for name in names]
-        option_scoring.check_tasks(settings.tuning.head, tasks)
+        head = settings.tuning.head
+        answerers.check_model(head, settings.model)
+        answerers.check_tasks(head, tasks, settings.data.partition)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
         check_folder(folder, settings, starts)
         tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
-        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
-        config = models.EncoderConfig.from_folder(folder_of_model)
-        option_scoring.check_tokens(settings.tuning.head, tokenizer, config, tasks)
+        answerers.check_tokens(head, tokenizer, answerers.checkpoint_config(head, settings.model), tasks)
         wanted = [tuning for start in starts for tuning in tunings_of(settings, start, tasks, folder)]
         if folder_lock.is_handed_on(folder):  # a process of another that does the rest
             named = set(sys.stdin.read().splitlines())
@@ -88,10 +90,12 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
             return
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
+            others = few_shot.other_sampling(tasks)
+            if others:
+                say(console, others)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
-                finished = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
-                say(console, workers.forecast(len(missing), "tunings", _seconds(finished), settings.workers))
+                say(console, say_before(settings, wanted, tokenizer))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
@@ -99,8 +103,16 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def _seconds(records):
-    return [record["seconds"] for record in records if record.get("seconds")]
+def say_before(settings: GymSettings, wanted: Sequence["Tuning"], tokenizer: Any) -> str:
+    """How long those of the tunings that are missing will take."""
+    records = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
+    finished = [spent for record in records if (spent := record.get("seconds"))]
+    missing = [(one.start, one.task, one.sample) for one in wanted if not one.path.exists()]
+    guess = None
+    if not finished and settings.workers.executor == "local":
+        of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
+        guess = guess_seconds(settings, missing, of_model, tokenizer, machine.find_devices())
+    return forecast.describe(len(missing), "tunings", finished, guess, settings.workers)
 
 
 def find_starts(settings: GymSettings, tasks: Sequence[str]) -> list[TuningStart]:
@@ -145,7 +157,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
     results = files.read_record(folder / "results.json", PrimedResults)
-    if results["head"] != settings.tuning.head:
+    if results["head"] != settings.tuning.head and not {results["head"], settings.tuning.head} <= {*TEXT_HEADS}:
         raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.tuning.head}")
     base, model = results["model_name_or_path"], settings.model.model_name_or_path
     if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
@@ -218,6 +230,9 @@ def check_records(
                 continue
             record = read_record(path)
             tried, digest = record.get("learning_rates") or rates, record.get("upstream_digest") or start.digest
+            sizes = list(settings.tuning.batch_sizes)
+            if record.get("batch_sizes", sizes) != sizes:
+                raise InputError(f"--batch_grid: {path} used other batch sizes; use the same, or another --output_dir")
             if tried != rates:
                 before, now = (shown(", ".join(map(str, values)), quoted=False) for values in (tried, rates))
                 raise InputError(f"--grid: {path} used {before}, not {now}; use the same grid, or another --output_dir")
@@ -384,11 +399,11 @@ def report(folder: pathlib.Path, console: rich.console.Console, command: str) ->
         read_config(str(config), GymSettings)
         settings = files.read_bytes(config).decode()
     summary = relative_gain.summarise(list(records.values()), sources=list(records))
-    machine = ", ".join(f"{name}: {value}" for name, value in workers.describe_machine().items())
+    described = ", ".join(f"{name}: {value}" for name, value in workers.describe_machine().items())
     files.checked_place(folder / "report" / "plots" / "file", folder)
     with compare.report_lock(folder):
         gym_report.write_report(
-            folder / "report", summary, title="Priming: relative gains", about=[command, machine, settings]
+            folder / "report", summary, title="Priming: relative gains", about=[command, described, settings]
         )
     for line in gym_report.table_lines(summary):
         say(console, line)

@@ -97,7 +97,9 @@ def average_relative_gain(scores: Mapping[str, float], baseline: Mapping[str, fl
 
 
 def arg_interval(gains: np.ndarray) -> list[float] | None:
-    """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy), or None for fewer than 3 tasks.
+    """The ARG's 95 % bootstrap interval over tasks (percentiles, by SciPy); None if resampling shows no spread.
+
+    That is so for fewer than 3 tasks, or if all have the same gain: an interval without width is no evidence.
 
     Tasks are drawn with replacement, each with its gains for all upstream seeds. The ARG of a draw is computed like
     that of the tasks themselves: by seed, then the mean over seeds. The interval thus shows what other tasks might
@@ -128,7 +130,8 @@ def arg_interval(gains: np.ndarray) -> list[float] | None:
         vectorized=True,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return [float(found.low), float(found.high)]
+    low, high = float(found.low), float(found.high)
+    return None if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9) else [low, high]
 
 
 def steps_to_score(curve: Curve, target: float) -> int | None:
@@ -155,11 +158,21 @@ def steps_to_score(curve: Curve, target: float) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class TaskFacts:
-    """Metric and chance of a task, and the numbers of its samples."""
+    """Metric and chance of a task, and the numbers of its samples.
+
+    Attributes:
+      metric: the name of the score.
+      chance: the expected score of a guess.
+      samples: the numbers of the samples.
+      crossfits_sampling: whether CrossFit draws samples of these sizes; None if unknown.
+      unparsable: answers that were no numbers though the score needs some, over all tunings.
+    """
 
     metric: str
     chance: float
     samples: list[int]
+    crossfits_sampling: bool | None = None
+    unparsable: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +301,9 @@ def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -
     for task in sorted({record["task"] for record in records}):
         of_task = [record for record in records if record["task"] == task]
         samples = sorted({record["sample"] for record in of_task})
-        tasks[task] = TaskFacts(of_task[0]["metric"], of_task[0]["chance"], samples)
+        unparsable = sum(record.get("unparsable", 0) for record in of_task)
+        sampling = of_task[0].get("crossfits_sampling")
+        tasks[task] = TaskFacts(of_task[0]["metric"], of_task[0]["chance"], samples, sampling, unparsable)
     arms = {
         arm.name: summarise_arm(arm, by_arm[arm], by_arm.get(Arm("direct", None, arm.peft)), full)
         for arm in sorted(by_arm, key=_place)

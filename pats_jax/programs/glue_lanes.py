@@ -30,7 +30,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import flags, own_data, run_folder, run_start, workers
+from pats_jax.run import flags, own_data, run_folder, run_start, table_training, workers
 from pats_jax.run.lane_training import LaneTraining, TrainedSet, train
 from pats_jax.run.records import GridRun, LaneSetFile
 from pats_jax.run.run_start import Start
@@ -256,8 +256,8 @@ class Group:
                 raise InputError(f"{path}: the runs were begun with --layers {found['layers']}; set that")
             return found["lanes"]
         most = len(self._runs)
-        if asked_lanes is None:
-            asked_lanes = self._fitting(most)
+        fitting = self._fitting(most) if asked_lanes is None else asked_lanes
+        asked_lanes = min(fitting, self._fitting_on_host(fitting))
         files.make_folder(self._folder)
         runs = [run.place for run in self._runs]
         files.write_json(path, LaneSetFile(runs=runs, lanes=min(asked_lanes, most), layers=layers))
@@ -275,6 +275,17 @@ class Group:
             return training.compiled.bytes_of_step(longest)
 
         return lanes.fitting_lanes(most, needed, _SHARE_OF_MEMORY * memory)
+
+    def _fitting_on_host(self, most):
+        """The number of lanes, at most ``most``, for which a CPU has memory free."""
+        free = free_memory() if self._devices[0].platform == "cpu" else None
+        if free is None:
+            return most
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self._shared.params))
+        number = max(1, min(most, int(_SHARE_OF_MEMORY * free / (_BYTES_ON_CPU * parameters))))
+        if number < most:
+            logger.warning("%d lanes at a time instead of %d: %.1f GB of memory are free", number, most, free / 1e9)
+        return number
 
     def _build(self, runs: list[LaneRun]) -> Round:
         """The training of some runs."""
@@ -329,7 +340,7 @@ class Group:
         shared = self._shared
         steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
         rows = steps * (settings.batches.train_batch_size or 1)
-        boundaries = bucket_boundaries(settings.batches, shared.runner, params, tokens.lengths, rows)
+        boundaries = bucket_boundaries(settings.batches, shared.runner.platform, params, tokens.lengths, rows)
         split = glue.in_order_of_head(splits["train"], shared.order)
         return TableSource(settings.batches, shared.runner, tokens, split.labels, boundaries, plain, settings.seed)
 
@@ -357,7 +368,7 @@ class Group:
     def _measures(self, settings, params, sources):
         num_layers = self._shared.config.num_hidden_layers
         separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
-        noisy = methods.layer_mask(separate, glue.described_layers(settings))
+        noisy = methods.layer_mask(separate, table_training.described_layers(settings))
         number = methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods)
         return [source.sensitivity_measure(number, num_layers, noisy) for source in sources]
 
@@ -429,12 +440,23 @@ class Group:
 
 
 _SHARE_OF_MEMORY = 0.8  # the rest is for the evaluation, and for what the allocator cannot use
+_BYTES_ON_CPU = 40  # of a lane, per parameter; 8 lanes of MiniLM with PATS took 32
 
 
 def memory_of(device: jax.Device) -> int | None:
     """The bytes that JAX may use on a device; None on a CPU, which does not say."""
     found = device.memory_stats()
     return None if found is None else found["bytes_limit"]
+
+
+def free_memory() -> int | None:
+    """The bytes that the system could give to a new process, page cache included; None if it does not say."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0][1]) if found else None
 
 
 def check_own_layers(program: lanes.LaneProgram, params: Any, own: Any) -> None:

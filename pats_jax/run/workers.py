@@ -10,12 +10,10 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import importlib
 import logging
 import os
 import pathlib
-import platform
 import re
 import signal
 import subprocess
@@ -32,9 +30,9 @@ import numpy as np
 import pats_jax
 from pats_jax.core import files
 from pats_jax.errors import InputError
-from pats_jax.reporting.progress import duration
 from pats_jax.run import folder_lock
 from pats_jax.run.folder_lock import FolderLock
+from pats_jax.run.machine import describe_machine
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.training import preemption
 
@@ -433,28 +431,6 @@ def last_line(log: pathlib.Path) -> str:
     return last.removeprefix("pats-jax: error: ")
 
 
-def forecast(count: int, things: str, seconds: Sequence[float], settings: WorkerSettings) -> str:
-    """What some runs will take, before they start.
-
-    Args:
-      count: how many there are.
-      things: what they are called, in the plural.
-      seconds: what finished ones took.
-      settings: where they run; a cluster's workers may come and go, so nothing is said of their time.
-
-    Examples:
-      >>> forecast(6, "runs", [110.0, 130.0], WorkerSettings(jobs=2))
-      '6 runs to do: about 6 min 0 s, if each takes 2 min 0 s as the finished ones did'
-      >>> forecast(6, "runs", [], WorkerSettings())
-      '6 runs to do; the time left is shown as soon as it can be told'
-    """
-    if not seconds or settings.executor != "local":
-        return f"{count} {things} to do; the time left is shown as soon as it can be told"
-    each = sum(seconds) / len(seconds)
-    whole = each * -(-count // settings.jobs)
-    return f"{count} {things} to do: about {duration(whole)}, if each takes {duration(each)} as the finished ones did"
-
-
 @contextlib.contextmanager
 def note_signals() -> Iterator[preemption.Preemption]:
     """Notes Ctrl-C, SIGTERM and a closed terminal (unless `nohup` ignores it)."""
@@ -464,28 +440,3 @@ def note_signals() -> Iterator[preemption.Preemption]:
     asked = preemption.Preemption()
     with preemption.noting(asked, numbers):
         yield asked
-
-
-def describe_machine() -> dict[str, str]:
-    """Describes the machine: system, processor, usable cores, and JAX's devices."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "devices of JAX": _devices(),
-    }
-
-
-@functools.cache
-def _devices():
-    """Asked once, in a process of its own: this one leaves them to its runs."""
-    source = "import jax; found = jax.local_devices(); print(len(found), found[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
-
-
-def _processor():
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")

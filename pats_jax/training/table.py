@@ -3,7 +3,7 @@
 import collections
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +33,11 @@ def count_steps(length: LengthSettings, train_batch_size: int | None, rows: int)
     return math.ceil(steps)
 
 
-def bucket_boundaries(
-    settings: BatchSettings, runner: runners.MeshRunner, params: Any, lengths: np.ndarray, rows: int
-) -> list[int]:
+def bucket_boundaries(settings: BatchSettings, platform: str, params: Any, lengths: np.ndarray, rows: int) -> list[int]:
     """The bucket lengths: as many as are set, else as many as are worth compiling for ``rows`` rows."""
     if settings.length_buckets is not None:
         return batches.bucket_boundaries(lengths, settings.length_buckets)
-    cost = shape_costs.shape_cost(params, runner.platform, rows / len(lengths), training=True)
+    cost = shape_costs.shape_cost(params, platform, rows / len(lengths), training=True)
     return batches.bucket_boundaries(lengths, shape_costs.MOST_BUCKETS, shape_cost=cost)
 
 
@@ -117,13 +115,13 @@ class TableSource:
         return first_of_each(makers, len(self.boundaries))
 
     def sensitivity_measure(
-        self, num_batches: int, num_layers: int, mask: Any
+        self, num_batches: int, num_layers: int | Mapping[str, int], mask: Any
     ) -> Callable[[Any], dict[str, np.ndarray]] | None:
         """``measure(params)``: sensitivity by tensor on some batches of the first epoch, all of one shape.
 
         Args:
           num_batches: number of batches; with 0, the result is None.
-          num_layers: the model's number of layers.
+          num_layers: the model's number of layers, see `unstack_layers`.
           mask: the tensors to describe, as separate layers.
         """
         if not num_batches:

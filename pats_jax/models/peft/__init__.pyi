@@ -1,3 +1,8 @@
+from .adapted import (
+    PeftBart as PeftBart,
+    PeftClassifier as PeftClassifier,
+    PeftT5 as PeftT5,
+)
 from .adapters import AdapterConfig as AdapterConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .config import PeftConfig as PeftConfig
@@ -5,13 +10,13 @@ from .files import (
     is_peft_folder as is_peft_folder,
     load_peft as load_peft,
     load_peft_model as load_peft_model,
+    load_peft_seq2seq as load_peft_seq2seq,
     save_peft as save_peft,
 )
 from .ia3 import Ia3Config as Ia3Config
 from .lora import LoraConfig as LoraConfig
 from .model import (
     KINDS as KINDS,
-    PeftClassifier as PeftClassifier,
     add_peft as add_peft,
     config_of as config_of,
     count_parameters as count_parameters,

@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from pats_jax.core.files import JsonObject
-from pats_jax.models.bert import LayerNorm
-from pats_jax.models.config import EncoderConfig
+from pats_jax.errors import InputError
+from pats_jax.models import bart, bert
 from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with, own_variable
-from pats_jax.models.peft.saved import SavedModules
+from pats_jax.models.peft.saved import ModelConfig, SavedModules
+
+_CONSTANT = ("final_logits",)  # BART's, which is not trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,19 @@ class BitFitConfig(PeftConfig):
     peft_type: ClassVar[str] = "PATS_JAX_BITFIT"
     merges: ClassVar[bool] = True
 
-    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
-        return {(*path[:-1], "bitfit", "bias"): jnp.zeros(x.shape) for path, x in base.items() if path[-1] == "bias"}
+    def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
+        biases = {path: x for path, x in base.items() if path[-1] == "bias" and path[0] not in _CONSTANT}
+        if not biases:
+            raise InputError(f"bitfit: a {config.model_type} model has no biases; take ia3 or lora")
+        return {(*path[:-1], "bitfit", "bias"): jnp.zeros(x.shape) for path, x in biases.items()}
 
-    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: ModelConfig, deterministic: bool) -> Interceptor:
         def add_to_bias(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             layer = context.module
-            added = own_variable(layer, "bitfit") if isinstance(layer, nn.Dense | LayerNorm) else None
+            added = (
+                own_variable(layer, "bitfit") if isinstance(layer, nn.Dense | bert.LayerNorm | bart.LayerNorm) else None
+            )
             return y if added is None else y + added["bias"].astype(y.dtype)
 
         return add_to_bias
@@ -55,7 +62,7 @@ class BitFitConfig(PeftConfig):
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
         return base | {(*path, "bias"): base[*path, "bias"] - d["bias",] for path, d in _added(tree)}
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
+    def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
         return {}
 
     @classmethod

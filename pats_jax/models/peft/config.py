@@ -1,8 +1,8 @@
 """The interface of all PEFT methods: `PeftConfig`, which each of them implements.
 
-A method adds a small tree of parameters, ``params["peft"]``, which changes the forward pass of a `SequenceClassifier`;
-the model's own parameters stay unchanged. The paths of the small tree mirror the model's, with the method's own leaves
-below the layer that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
+A method adds a small tree of parameters, ``params["peft"]``, which changes the forward pass of a model; the model's own
+parameters stay unchanged. The paths of the small tree mirror the model's, with the method's own leaves below the layer
+that they change: ``params["peft"]["bert"]...["query"]["lora_A"]["kernel"]``.
 """
 
 import abc
@@ -19,19 +19,39 @@ from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
-from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.saved import FieldRules, SavedModules
+from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
 
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
-_LINEAR_LAYERS = (
-    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    *("intermediate.dense", "output.dense"),
-)
+_LINEAR_LAYERS = {  # of a layer, by what precedes its number
+    **dict.fromkeys(
+        ("bert.encoder.layer", "roberta.encoder.layer"),
+        (
+            *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+            *("intermediate.dense", "output.dense"),
+        ),
+    ),
+    **dict.fromkeys(
+        ("encoder.block", "decoder.block"),
+        (
+            *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
+            *(f"layer.1.EncDecAttention.{name}" for name in "qkvo"),
+            *(f"layer.{number}.DenseReluDense.{name}" for number in (1, 2) for name in ("wi", "wi_0", "wi_1", "wo")),
+        ),
+    ),
+    **dict.fromkeys(
+        ("model.encoder.layers", "model.decoder.layers"),
+        (
+            *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            *(f"encoder_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            *("fc1", "fc2"),
+        ),
+    ),
+}
 _MOST_LAYERS = 100  # whose names are tried; the largest encoders have 48
 _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}
 
@@ -66,7 +86,7 @@ class PeftConfig(abc.ABC):
 
     @property
     def differs_by_layer(self) -> bool:
-        """Whether it may change encoder layers differently from each other, which needs separate layers."""
+        """Whether it may change layers differently from each other, which needs separate layers."""
         return False
 
     @property
@@ -74,12 +94,21 @@ class PeftConfig(abc.ABC):
         """The number of positions that the adapter takes from the text."""
         return 0
 
+    def file_type(self, config: ModelConfig) -> str:
+        """The ``peft_type`` in the file of an adapter of a model with this config."""
+        return self.peft_type
+
+    @classmethod
+    def file_types(cls) -> tuple[str, ...]:
+        """Every ``peft_type`` that a file of this method may have."""
+        return (cls.peft_type,)
+
     def trains_whole(self, path: ParameterPath) -> bool:
         """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
         return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
 
     @abc.abstractmethod
-    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+    def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
         """Draws the small tree, flat.
 
         Args:
@@ -95,13 +124,13 @@ class PeftConfig(abc.ABC):
         """
 
     @abc.abstractmethod
-    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: ModelConfig, deterministic: bool) -> Interceptor:
         """The function that changes the forward pass; see `flax.linen.intercept_methods`.
 
         It reads each module's part of the small tree by `own_variable`.
         """
 
-    def variables(self, tree: Parameters, config: EncoderConfig, stacked: bool) -> Parameters:
+    def variables(self, tree: Parameters, config: ModelConfig, stacked: bool) -> Parameters:
         """The small tree as a Flax collection, whose paths are those of the modules that it changes."""
         return tree
 
@@ -114,7 +143,7 @@ class PeftConfig(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
+    def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
         """The method's own fields of ``adapter_config.json``."""
 
     @classmethod
@@ -126,11 +155,11 @@ class PeftConfig(abc.ABC):
           InputError: if a field has a value that this library does not support, or that does not match the tensors.
         """
 
-    def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
+    def to_tensors(self, tree: FlatTree, config: ModelConfig) -> dict[str, np.ndarray]:
         """The small tree as named tensors, in the layout of ``adapter_model.safetensors``."""
         return {self.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in tree.items()}
 
-    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
+    def from_tensors(self, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> FlatTree:
         """The inverse of `to_tensors`; names that the method does not use become paths that no model has."""
         tree = {}
         for name, tensor in tensors.items():
@@ -165,7 +194,7 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
 
 
 def differs_by_layer(pattern: str, what: str) -> bool:
-    """Whether a regex for `linear_layers` can match different linear layers in different encoder layers.
+    """Whether a regex for `linear_layers` can match different linear layers in different layers of a model.
 
     Args:
       pattern: the regex.
@@ -177,9 +206,9 @@ def differs_by_layer(pattern: str, what: str) -> bool:
     matches = compile_pattern(pattern, what)
     numbers = range(_MOST_LAYERS)
     return any(
-        len({matches(f"{prefix}.encoder.layer.{number}.{layer}") for number in numbers}) > 1
-        for prefix in ("bert", "roberta")
-        for layer in _LINEAR_LAYERS
+        len({matches(f"{prefix}.{number}.{layer}") for number in numbers}) > 1
+        for prefix, layers in _LINEAR_LAYERS.items()
+        for layer in layers
     )
 
 

@@ -1,14 +1,14 @@
 """Saved adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, in the layout of the library PEFT.
 
-LoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and the whole head, with the tensor names
-of the base model in Transformers. BitFit and bottleneck adapters, which PEFT lacks, are saved in the same way, with
-``peft_type`` values of our own.
+LoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and a classifier's whole head, with the
+tensor names of the base model in Transformers. What PEFT lacks is saved in the same way, with ``peft_type`` values of
+our own: BitFit, bottleneck adapters, and prefixes in every attention of an encoder-decoder.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pats_jax.core.files import JsonObject, write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
+from pats_jax.models.bart import Bart
 from pats_jax.models.bert import SequenceClassifier
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models.config import EncoderConfig, read_config
+from pats_jax.models.peft.adapted import PeftBart, PeftClassifier, PeftModel, PeftT5, PlainModel
 from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.model import (
     KINDS,
     Parameters,
-    PeftClassifier,
     add_peft,
     config_of,
     draw,
@@ -34,34 +35,38 @@ from pats_jax.models.peft.model import (
 )
 from pats_jax.models.peft.saved import (
     CONFIG_FILE,
-    TASK,
+    SEQ2SEQ_TASK,
     WEIGHTS_FILE,
     SavedModules,
     check_fields,
     read_fields,
     saves_pooler,
+    task_of,
 )
 from pats_jax.models.pretrained import check_problem_type, from_pretrained
+from pats_jax.models.seq2seq import from_pretrained_seq2seq
+from pats_jax.models.seq2seq_config import BartConfig, Seq2SeqConfig, T5Config
 from pats_jax.models.sources import checkpoint_folder
+from pats_jax.models.t5 import T5
 from pats_jax.models.whole_folder import new_folder
 
 
 def save_peft(
     directory: str | Path,
     *,
-    model: PeftClassifier,
+    model: PeftModel,
     params: Parameters,
     base_model_name_or_path: str | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Writes the adapter and the head, without the base model.
+    """Writes the adapter and a classifier's head, without the base model.
 
     Besides PEFT's two files, the folder gets ``config.json``, the base model's with this head's labels, and the
     tokenizer.
 
     Args:
       directory: the folder; created if missing. Files with the same names are replaced.
-      model: the classifier.
+      model: the model with the adapter.
       params: its parameters, with separate or stacked layers.
       base_model_name_or_path: what the base model was loaded from, for `load_peft_model` and PEFT.
       tokenizer: a Transformers tokenizer to save with it.
@@ -77,14 +82,16 @@ def save_peft(
         raise ValueError("the adapter is merged; unmerge it first")
     tree = small_tree(model, params)
     head = {path: x for path, x in flatten_dict(params).items() if config.trains_whole(path)}
-    tensors = config.to_tensors(tree)
+    tensors = config.to_tensors(tree, model.config)
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
+    is_seq2seq = isinstance(model.config, Seq2SeqConfig)
+    parts = ["classifier", "pooler"] if config.train_pooler else ["classifier"]
     values = {
-        "peft_type": config.peft_type,
-        "task_type": TASK,
+        "peft_type": config.file_type(model.config),
+        "task_type": task_of(model.config),
         "base_model_name_or_path": base_model_name_or_path,
         "inference_mode": True,
-        "modules_to_save": ["classifier", "pooler"] if config.train_pooler else ["classifier"],
+        "modules_to_save": None if is_seq2seq else parts,
         **config.to_dict(tree, model.config),
     }
     with new_folder(directory) as made:
@@ -96,23 +103,39 @@ def save_peft(
         (made / WEIGHTS_FILE).chmod((made / CONFIG_FILE).stat().st_mode)  # save_file lets only the owner read it
 
 
+@overload
 def load_peft(
     directory: str | Path,
     model: SequenceClassifier,
     params: Parameters,
     *,
     base_model_name_or_path: str | None = None,
-) -> tuple[PeftClassifier, Parameters]:
-    """Adds a saved adapter to its base model, and loads its head.
+) -> tuple[PeftClassifier, Parameters]: ...
+
+
+@overload
+def load_peft(
+    directory: str | Path, model: T5 | Bart, params: Parameters, *, base_model_name_or_path: str | None = None
+) -> tuple[PeftT5 | PeftBart, Parameters]: ...
+
+
+def load_peft(
+    directory: str | Path,
+    model: PlainModel,
+    params: Parameters,
+    *,
+    base_model_name_or_path: str | None = None,
+) -> tuple[PeftModel, Parameters]:
+    """Adds a saved adapter to its base model, and loads a classifier's head.
 
     Args:
       directory: a folder that `save_peft` or PEFT wrote.
-      model: the base model, with as many labels as the saved head.
+      model: the base model; of a classifier, with as many labels as the saved head.
       params: its parameters; the result shares them.
       base_model_name_or_path: what the base model was loaded from; if given, it must match the name in the folder.
 
     Returns:
-      The classifier with the adapter and its parameters, with the saved head.
+      The model with the adapter and its parameters, of a classifier with the saved head.
 
     Raises:
       InputError: if the folder cannot be read, is not supported, or is for another base model.
@@ -130,11 +153,11 @@ def load_peft(
     config, whole_names = _read_settings(folder, values, kind, model, params)
     tensors = weights.read_tensors(dict.fromkeys(weights.names(source), source))
     whole = {path: _to_parameter(path, params, tensors.pop(name), source) for path, name in whole_names.items()}
-    tree = config.from_tensors({name: _as_float(name, x, source) for name, x in tensors.items()})
+    tree = config.from_tensors({name: _as_float(name, x, source) for name, x in tensors.items()}, model.config)
     _check_shapes(config, tree, model, params, source)
-    model, params = add_peft(model, params, config, key=0)
+    adapted, params = add_peft(model, params, config, key=0)
     loaded = flatten_dict(params) | {path: jnp.array(x) for path, x in whole.items()}
-    return model, unflatten_dict(loaded) | {"peft": jax.tree.map(jnp.array, in_layout(model, tree))}
+    return adapted, unflatten_dict(loaded) | {"peft": jax.tree.map(jnp.array, in_layout(model, tree))}
 
 
 def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifier, Parameters, EncoderConfig]:
@@ -148,22 +171,15 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
       The model, its parameters and its config, as `from_pretrained` does.
 
     Raises:
-      InputError: as from `load_peft` and `from_pretrained`; or if the folder names no base model.
+      InputError: as from `load_peft` and `from_pretrained`; or if the folder names no base model, or an
+        encoder-decoder.
     """
     folder = Path(directory)
-    values = read_fields(folder)
-    check_fields(folder, values, _kind(values, folder).saved_fields)
-    name = values.get("base_model_name_or_path")
-    if not name:
+    values, name, base_folder, options = _base_model(folder, options)
+    if _is_seq2seq(values, base_folder):
         raise InputError(
-            f"{folder / CONFIG_FILE}: names no base model; set base_model_name_or_path to its name or folder"
+            f"{folder}: is for an encoder-decoder, not a classifier; in Python, load it with load_peft_seq2seq"
         )
-    if values.get("revision") is not None:
-        options = {"revision": values["revision"], **options}
-    try:
-        base_folder = checkpoint_folder(name, revision=options.get("revision"), check_weights=False)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path: {error}") from None
     count = _count_labels(folder)
     labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
@@ -182,6 +198,54 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     return *load_peft(folder, base, params), config
 
 
+def load_peft_seq2seq(
+    directory: str | Path, **options: Any
+) -> tuple[PeftT5 | PeftBart, Parameters, T5Config | BartConfig]:
+    """As `load_peft_model`, for an adapter of a T5 or BART.
+
+    Args:
+      directory: a folder that `save_peft` or PEFT wrote.
+      **options: for `from_pretrained_seq2seq`, such as ``dtype``.
+
+    Returns:
+      The model, its parameters and its config, as `from_pretrained_seq2seq` does.
+
+    Raises:
+      InputError: as from `load_peft` and `from_pretrained_seq2seq`; or if the folder names no base model, or a
+        classifier.
+    """
+    folder = Path(directory)
+    values, name, base_folder, options = _base_model(folder, options)
+    if not _is_seq2seq(values, base_folder):
+        raise InputError(
+            f"{folder}: is for a classifier, not an encoder-decoder; in Python, load it with load_peft_model"
+        )
+    base, params, config = from_pretrained_seq2seq(name, **options)
+    return *load_peft(folder, base, params), config
+
+
+def _base_model(folder: Path, options: Mapping[str, Any]) -> tuple[JsonObject, str, Path, dict[str, Any]]:
+    """What an adapter's config says, the base model's name and folder, and the options to load it with.
+
+    Raises:
+      InputError: if the config cannot be read or used, or there is no such model.
+    """
+    values = read_fields(folder)
+    check_fields(folder, values, _kind(values, folder).saved_fields)
+    name = values.get("base_model_name_or_path")
+    if not name:
+        raise InputError(
+            f"{folder / CONFIG_FILE}: names no base model; set base_model_name_or_path to its name or folder"
+        )
+    own = {} if values.get("revision") is None else {"revision": values["revision"]}
+    options = {**own, **options}
+    try:
+        base_folder = checkpoint_folder(name, revision=options.get("revision"), check_weights=False)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: base_model_name_or_path: {error}") from None
+    return values, name, base_folder, options
+
+
 def is_peft_folder(directory: str | Path) -> bool:
     """Whether a folder contains an adapter rather than a model."""
     try:
@@ -190,35 +254,47 @@ def is_peft_folder(directory: str | Path) -> bool:
         return False
 
 
+def _is_seq2seq(values: Mapping[str, Any], base_folder: Path) -> bool:
+    """Whether an adapter is for an encoder-decoder: its config says so, or its base model's."""
+    if values.get("task_type") is not None:
+        return values["task_type"] == SEQ2SEQ_TASK
+    return read_config(base_folder)[0].get("model_type") in (T5Config.model_type, BartConfig.model_type)
+
+
+def _is_roberta(config: Any) -> bool:
+    return isinstance(config, EncoderConfig) and config.is_roberta
+
+
 def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
     for kind in KINDS.values():
-        if kind.peft_type == values.get("peft_type"):
+        if values.get("peft_type") in kind.file_types():
             return kind
     raise InputError(
         f"{folder / CONFIG_FILE}: peft_type {shown(values.get('peft_type'))} is not supported; "
-        f"use {', '.join(kind.peft_type for kind in KINDS.values())}"
+        f"use {', '.join(name for kind in KINDS.values() for name in kind.file_types())}"
     )
 
 
 def _read_settings(
-    folder: Path, values: JsonObject, kind: type[PeftConfig], model: SequenceClassifier, params: Parameters
+    folder: Path, values: JsonObject, kind: type[PeftConfig], model: PlainModel, params: Parameters
 ) -> tuple[PeftConfig, dict[convert.ParameterPath, str]]:
     """The settings of a saved adapter, and path -> tensor name of head and pooler; reads only headers.
 
     Raises:
       InputError: if the tensors do not fit the settings or the base model.
     """
-    source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, folder)
+    source, with_pooler = folder / WEIGHTS_FILE, saves_pooler(values, model.config, folder)
     shapes = weights.shapes(dict.fromkeys(weights.names(source), source))
     twice = next((name for name in shapes if kind.prefix + name in shapes), None)
     if twice is not None:
         raise InputError(f"{source}: tensor {shown(twice, quoted=False)} appears with and without {kind.prefix}")
-    own, plain = own_shapes(model, params), kind(train_pooler=with_pooler and not model.config.is_roberta)
+    saved_task = task_of(model.config)
+    own, plain = own_shapes(model, params), kind(train_pooler=with_pooler and not _is_roberta(model.config))
     whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
     lacking = next((name for name in whole.values() if name not in shapes), None)
     if lacking:
         raise InputError(
-            f"{source}: lacks the head's tensor {lacking}; it is for another base model, or not a {TASK} adapter"
+            f"{source}: lacks the head's tensor {lacking}; it is for another base model, or not a {saved_task} adapter"
         )
     saved = SavedModules(
         fields=values,
@@ -255,9 +331,7 @@ def _as_float(name: str, tensor: np.ndarray, source: Path) -> np.ndarray:
     return np.asarray(tensor, np.float32)
 
 
-def _check_shapes(
-    config: PeftConfig, tree: FlatTree, model: SequenceClassifier, params: Parameters, source: Path
-) -> None:
+def _check_shapes(config: PeftConfig, tree: FlatTree, model: PlainModel, params: Parameters, source: Path) -> None:
     """Raises InputError unless the tree matches the config and the base model."""
     other_model = "it is for another base model"
     try:
@@ -286,7 +360,7 @@ def _count_labels(folder: Path) -> int:
     path = folder / WEIGHTS_FILE
     heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
     if not heads:
-        raise InputError(f"{path}: has no head; save a {TASK} adapter")
+        raise InputError(f"{path}: has no head; save a SEQ_CLS adapter")
     shape = weights.shapes({heads[0]: path})[heads[0]]
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"{path}: tensor {heads[0]} has shape {shown(shape)}, which is not that of a head")

@@ -5,8 +5,8 @@ r"""IA3: rescales keys, values and the wide half of the feed-forward block, unit
     y = (x W + b) * l        l (outputs,), for layers rescaled at their output: keys and values
     y = (x * l) W + b        l (inputs,), for layers rescaled at their input: the second feed-forward layer
 
-l starts at one, so the model starts unchanged. A trained l can be merged into W (and b). The rule and the default
-layers are the paper's.
+l starts at one, so the model starts unchanged. A trained l can be merged into W (and b). The rule is the paper's, and
+so are the default layers, but of BART PEFT's: queries in place of keys.
 
 References:
   Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
@@ -26,7 +26,6 @@ import numpy as np
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import setting
 from pats_jax.errors import InputError
-from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.config import (
@@ -38,11 +37,13 @@ from pats_jax.models.peft.config import (
     linear_layers,
     own_variable,
 )
-from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
+from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules, TargetFields
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
 _ENDING = ".ia3_l"
-_DEFAULT_TARGETS, _DEFAULT_INPUTS = ("key", "value", "output.dense"), ("output.dense",)  # PEFT's for BERT and RoBERTa
+_DEFAULT_TARGETS = {"t5": ("k", "v", "wo"), "bart": ("q_proj", "v_proj", "fc2")}  # PEFT's
+_DEFAULT_INPUTS = {"t5": ("wo",), "bart": ("fc2",)}
+_TARGETS_OF_ENCODERS, _INPUTS_OF_ENCODERS = ("key", "value", "output.dense"), ("output.dense",)
 
 
 class _Fields(TargetFields, total=False):
@@ -62,10 +63,14 @@ class Ia3Config(PeftConfig):
     """
 
     output_layers: str = setting(
-        r"\.self\.(key|value)$", "IA3: regex of linear layers whose outputs are rescaled", flag="ia3_output_layers"
+        r"\.(self\.key|self\.value|k|v|q_proj|v_proj)$",
+        "IA3: regex of linear layers whose outputs are rescaled",
+        flag="ia3_output_layers",
     )
     input_layers: str = setting(
-        r"\.\d+\.output\.dense$", "IA3: regex of linear layers whose inputs are rescaled", flag="ia3_input_layers"
+        r"\.(\d+\.output\.dense|wo|fc2)$",
+        "IA3: regex of linear layers whose inputs are rescaled",
+        flag="ia3_input_layers",
     )
 
     kind: ClassVar[str] = "ia3"
@@ -83,14 +88,14 @@ class Ia3Config(PeftConfig):
             for pattern, flag in ((self.input_layers, "ia3_input_layers"), (self.output_layers, "ia3_output_layers"))
         )
 
-    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+    def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
         scaled_inputs = _layers(base, self.input_layers, "ia3_input_layers")
         scaled_outputs = _layers(base, self.output_layers, "ia3_output_layers")
         tree = {(*path, _INPUT): jnp.ones(base[*path, "kernel"].shape[0]) for path in scaled_inputs}
         scaled_outputs = [path for path in scaled_outputs if path not in scaled_inputs]
         return tree | {(*path, _OUTPUT): jnp.ones(base[*path, "kernel"].shape[1]) for path in scaled_outputs}
 
-    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: ModelConfig, deterministic: bool) -> Interceptor:
         def rescale(next_fun, args, kwargs, context):
             layer = context.module
             if not isinstance(layer, nn.Dense):
@@ -113,7 +118,7 @@ class Ia3Config(PeftConfig):
             raise ValueError(f"{'.'.join(zeros[0])} contains a zero: the original weights cannot be recovered")
         return base | _rescaled(base, tree, operator.truediv)
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
+    def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
         return {
             "fan_in_fan_out": False,
             "target_modules": sorted(".".join(path[:-1]) for path in tree),
@@ -123,8 +128,10 @@ class Ia3Config(PeftConfig):
 
     @classmethod
     def from_saved(cls, saved: SavedModules) -> "Ia3Config":
-        layers = saved.changed_layers(_ENDING, _DEFAULT_TARGETS)
-        is_input = _input_rule(saved.get("feedforward_modules", list(_DEFAULT_INPUTS)), saved.source)
+        model_type = saved.model.model_type
+        layers = saved.changed_layers(_ENDING, _DEFAULT_TARGETS.get(model_type, _TARGETS_OF_ENCODERS))
+        inputs = saved.get("feedforward_modules", list(_DEFAULT_INPUTS.get(model_type, _INPUTS_OF_ENCODERS)))
+        is_input = _input_rule(inputs, saved.source)
         inputs = [layer for layer in layers if is_input(layer)]
         for layer in layers:
             shape = saved.shapes[layer + _ENDING]
@@ -135,14 +142,14 @@ class Ia3Config(PeftConfig):
                 )
         return cls(input_layers=_regex(inputs), output_layers=_regex(layer for layer in layers if layer not in inputs))
 
-    def to_tensors(self, tree: FlatTree) -> dict[str, np.ndarray]:
+    def to_tensors(self, tree: FlatTree, config: ModelConfig) -> dict[str, np.ndarray]:
         tensors = {}
         for (*layer, leaf), scale in tree.items():
             shape = (1, -1) if leaf == _INPUT else (-1, 1)
             tensors[f"{self.prefix}{'.'.join(layer)}.ia3_l"] = np.asarray(scale, np.float32).reshape(shape)
         return tensors
 
-    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> FlatTree:
+    def from_tensors(self, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> FlatTree:
         tree: FlatTree = {}
         for name, tensor in tensors.items():
             path = tuple(name.removeprefix(self.prefix).split("."))
@@ -178,5 +185,6 @@ def _rescaled(base, tree, operation):
             changed[kernel] = operation(base[kernel], scale[:, None])
         else:
             changed[kernel] = operation(base[kernel], scale)
-            changed[bias] = operation(base[bias], scale)
+            if bias in base:
+                changed[bias] = operation(base[bias], scale)
     return changed

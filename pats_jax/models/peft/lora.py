@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import POSITIVE, PROBABILITY, at_least, setting
 from pats_jax.errors import InputError, shown
-from pats_jax.models.config import EncoderConfig
 from pats_jax.models.peft.config import (
     FlatTree,
     Interceptor,
@@ -32,7 +31,7 @@ from pats_jax.models.peft.config import (
     nodes_with,
     own_variable,
 )
-from pats_jax.models.peft.saved import FieldRules, SavedModules, TargetFields
+from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules, TargetFields
 
 # Variants of LoRA that PEFT's files can hold -> what the plain form has.
 _PLAIN = {
@@ -44,7 +43,8 @@ _PLAIN = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-_DEFAULT_TARGETS = ("query", "value")  # PEFT's for BERT and RoBERTa
+_DEFAULT_TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj")}  # PEFT's
+_TARGETS_OF_ENCODERS = ("query", "value")
 # Values of init_lora_weights that leave the base model's weights alone, and beginnings of those that take what A and B
 # start with out of them (and loftq, which quantises them), so that the adapter fits weights that no file holds.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -81,7 +81,7 @@ class LoraConfig(PeftConfig):
       alpha: numerator of the branch's scale, alpha / rank.
       dropout: dropout probability on the input of the branch, in [0, 1).
       layers: regex of the linear layers to adapt, over names such as
-        ``bert.encoder.layer.0.attention.self.query``.
+        ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model.
     """
 
     rank: int = setting(8, "LoRA: rank of the update", at_least(1, 65_536), flag="lora_rank")
@@ -89,7 +89,9 @@ class LoraConfig(PeftConfig):
     dropout: float = setting(
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
-    layers: str = setting(r"\.(query|value)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers")
+    layers: str = setting(
+        r"\.(query|value|q|v|q_proj|v_proj)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
+    )
 
     kind: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a low-rank branch parallel to linear layers"
@@ -102,7 +104,7 @@ class LoraConfig(PeftConfig):
     def differs_by_layer(self) -> bool:
         return differs_by_layer(self.layers, "lora_layers")
 
-    def draw(self, base: FlatTree, config: EncoderConfig, key: jax.Array) -> FlatTree:
+    def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
         tree = {}
         for path in linear_layers(base, self.layers, "lora_layers"):
             key, own = jax.random.split(key)
@@ -112,7 +114,7 @@ class LoraConfig(PeftConfig):
             tree[*path, "lora_B", "kernel"] = jnp.zeros((self.rank, outputs))
         return tree
 
-    def interceptor(self, config: EncoderConfig, deterministic: bool) -> Interceptor:
+    def interceptor(self, config: ModelConfig, deterministic: bool) -> Interceptor:
         def add_branch(next_fun, args, kwargs, context):
             y = next_fun(*args, **kwargs)
             layer = context.module
@@ -143,7 +145,7 @@ class LoraConfig(PeftConfig):
             changed[*path, "kernel"] = base[*path, "kernel"] + scale * product
         return base | changed
 
-    def to_dict(self, tree: FlatTree, config: EncoderConfig) -> JsonObject:
+    def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
         return _PLAIN | {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -161,7 +163,9 @@ class LoraConfig(PeftConfig):
                 f"{saved.source}: init_lora_weights is {shown(start)}, which is not supported"
                 f"{advice if str(start).lower().startswith(_CHANGES_BASE) else ''}"
             )
-        layers = saved.changed_layers(".lora_A.weight", _DEFAULT_TARGETS)
+        layers = saved.changed_layers(
+            ".lora_A.weight", _DEFAULT_TARGETS.get(saved.model.model_type, _TARGETS_OF_ENCODERS)
+        )
         rank = saved.get("r", 8)
         saved.check_size("r", rank, ".lora_A.weight", 0)
         return cls(

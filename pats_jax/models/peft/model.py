@@ -1,24 +1,35 @@
-"""A classifier with an adapter: adds, merges and removes the adapter."""
+"""Adds, merges and removes the adapter of a model."""
 
-import dataclasses
-from typing import Any
+from typing import overload
 
-import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pats_jax import trees
 from pats_jax.errors import InputError
+from pats_jax.models.bart import Bart
 from pats_jax.models.bert import STACKED, SequenceClassifier
+from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import Parameters
-from pats_jax.models.layout import stack_layers, unstack_layers
+from pats_jax.models.layout import side_and_layer, stack_layers, unstack_layers
+from pats_jax.models.peft.adapted import (
+    PeftBart,
+    PeftClassifier,
+    PeftModel,
+    PeftT5,
+    PlainModel,
+    with_adapter,
+    without_adapter,
+)
 from pats_jax.models.peft.adapters import AdapterConfig
 from pats_jax.models.peft.bitfit import BitFitConfig
-from pats_jax.models.peft.config import COLLECTION, FlatTree, PeftConfig
+from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.ia3 import Ia3Config
 from pats_jax.models.peft.lora import LoraConfig
 from pats_jax.models.peft.prefix import PrefixConfig
 from pats_jax.models.peft.prompt import PromptConfig
+from pats_jax.models.seq2seq_config import Seq2SeqConfig
+from pats_jax.models.t5 import T5
 
 _ADVICE = 'load the model with separate layers (layers="separate")'
 
@@ -27,57 +38,31 @@ KINDS: dict[str, type[PeftConfig]] = {
 }
 
 
-class PeftClassifier(SequenceClassifier):
-    """A `SequenceClassifier` with an adapter, whose parameters are ``params["peft"]``; create it with `add_peft`.
+@overload
+def add_peft(
+    model: SequenceClassifier, params: Parameters, config: PeftConfig, key: int | jax.Array
+) -> tuple[PeftClassifier, Parameters]: ...
 
-    Everything else is as in the plain model: arguments, ``embed``, gradient checkpointing, ``first_token_only``.
 
-    Attributes:
-      peft: the method and its settings.
-      merged: whether the adapter is merged into the weights, so that the forward pass omits it.
-    """
-
-    peft: PeftConfig | None = None
-    merged: bool = False
-
-    @property
-    def max_length(self) -> int:
-        assert self.peft is not None
-        return self.config.max_length - self.peft.virtual_tokens
-
-    def __call__(self, *inputs: Any, deterministic: bool = True, **options: Any) -> Any:
-        """Computes logits as `SequenceClassifier` does, with the adapter.
-
-        Raises:
-          ValueError: as from `SequenceClassifier`; or if ``continue_from`` is used with a prompt, or a text leaves no
-            room for a prefix.
-        """
-        if self.merged:
-            return super().__call__(*inputs, deterministic=deterministic, **options)
-        assert self.peft is not None
-        params = dict(self.variables["params"])
-        tree = self.peft.variables(params.pop("peft"), self.config, self.layers == STACKED)
-        rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else None
-        plain = SequenceClassifier(**_fields(self), parent=None)
-        with nn.intercept_methods(self.peft.interceptor(self.config, deterministic)):
-            return plain.apply(
-                {"params": params, COLLECTION: tree}, *inputs, deterministic=deterministic, rngs=rngs, **options
-            )
+@overload
+def add_peft(
+    model: T5 | Bart, params: Parameters, config: PeftConfig, key: int | jax.Array
+) -> tuple[PeftT5 | PeftBart, Parameters]: ...
 
 
 def add_peft(
-    model: SequenceClassifier, params: Parameters, config: PeftConfig, key: int | jax.Array
-) -> tuple[PeftClassifier, Parameters]:
-    """Adds an adapter to a classifier.
+    model: PlainModel, params: Parameters, config: PeftConfig, key: int | jax.Array
+) -> tuple[PeftModel, Parameters]:
+    """Adds an adapter to a model.
 
     Args:
-      model: a plain classifier.
+      model: a plain classifier, T5 or BART.
       params: its parameters; the result shares them.
       config: the method and its settings.
       key: an int or a typed key, for the adapter's initialization.
 
     Returns:
-      The classifier with the adapter, and its parameters, including ``"peft"``.
+      The model with the adapter, and its parameters, including ``"peft"``.
 
     Raises:
       InputError: if the settings do not fit the model.
@@ -96,13 +81,15 @@ def add_peft(
     """
     if "peft" in params:
         raise ValueError("the model already has an adapter; merge or disable it first")
-    if config.train_pooler and model.config.is_roberta:
+    if config.train_pooler and isinstance(model.config, Seq2SeqConfig):
+        raise InputError(f"train_pooler: a {model.config.model_type} model has no pooler; omit it")
+    if config.train_pooler and isinstance(model.config, EncoderConfig) and model.config.is_roberta:
         raise InputError("train_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit it")
     drawn = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
-    return _with_modules(model, config), {**params, "peft": in_layout(model, drawn)}
+    return with_adapter(model, config), {**params, "peft": in_layout(model, drawn)}
 
 
-def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
+def draw(model: PlainModel, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
     """The parameters of a new adapter, flat, with separate layers."""
     held = flatten_dict(params)
     shapes = own_shapes(model, params)  # of stacked layers they are all that is needed
@@ -110,7 +97,7 @@ def draw(model: SequenceClassifier, params: Parameters, config: PeftConfig, key:
     return config.draw(base, model.config, key)
 
 
-def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
+def in_layout(model: PlainModel, tree: FlatTree) -> Parameters:
     """Converts a flat tree with separate layers to the model's own layout.
 
     Raises:
@@ -118,16 +105,19 @@ def in_layout(model: SequenceClassifier, tree: FlatTree) -> Parameters:
     """
     if model.layers != STACKED:
         return unflatten_dict(tree)
-    changed = {path[path.index("layer") + 1] for path in tree if "layer" in path}
-    if len(changed) not in (0, model.config.num_hidden_layers):
-        raise InputError(f"the adapter changes {len(changed)} of {model.config.num_hidden_layers} layers: {_ADVICE}")
+    layers = [layer for path in tree if (layer := side_and_layer(path))]
+    for side, count in _depths(model).items():
+        changed = {number for own_side, number in layers if own_side == side}
+        if len(changed) not in (0, count):
+            kind = f"{side} layers" if isinstance(model.config, Seq2SeqConfig) else "layers"
+            raise InputError(f"the adapter changes {len(changed)} of {count} {kind}: {_ADVICE}")
     try:
         return stack_layers(unflatten_dict(tree))
     except ValueError:
         raise InputError(f"the adapter changes some layers differently from others: {_ADVICE}") from None
 
 
-def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
+def trainable_mask(model: PeftModel, params: Parameters) -> Parameters:
     """A tree of bools like params: True at the adapter, the head and, if the config says so, the pooler."""
     config = config_of(model)
 
@@ -138,14 +128,14 @@ def trainable_mask(model: PeftClassifier, params: Parameters) -> Parameters:
     return jax.tree_util.tree_map_with_path(is_trained, params)
 
 
-def count_parameters(model: PeftClassifier, params: Parameters) -> tuple[int, int]:
+def count_parameters(model: PeftModel, params: Parameters) -> tuple[int, int]:
     """The number of trained parameters, and the number of all parameters."""
     sizes = jax.tree.map(lambda p: p.size, params)
     trained = jax.tree.map(lambda size, keep: size * keep, sizes, trainable_mask(model, params))
     return sum(jax.tree.leaves(trained)), sum(jax.tree.leaves(sizes))
 
 
-def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Parameters]:
+def merge(model: PeftModel, params: Parameters) -> tuple[PeftModel, Parameters]:
     """Merges the adapter into the weights; logits stay the same up to rounding.
 
     The adapter's own parameters are kept for `unmerge`; `merge_and_unload` drops them.
@@ -161,7 +151,7 @@ def merge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Pa
     return model.clone(merged=True), _merged(model, params, config.merge)
 
 
-def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, Parameters]:
+def unmerge(model: PeftModel, params: Parameters) -> tuple[PeftModel, Parameters]:
     """The inverse of `merge`; restores the weights up to rounding.
 
     Raises:
@@ -173,7 +163,15 @@ def unmerge(model: PeftClassifier, params: Parameters) -> tuple[PeftClassifier, 
     return model.clone(merged=False), _merged(model, params, config.unmerge)
 
 
-def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
+@overload
+def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]: ...
+
+
+@overload
+def disable(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]: ...
+
+
+def disable(model: PeftModel, params: Parameters) -> tuple[PlainModel, Parameters]:
     """The plain model without the adapter, but with the trained head (and pooler); its other weights are unchanged.
 
     Raises:
@@ -185,8 +183,16 @@ def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifi
     return _plain(model, params)
 
 
-def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
-    """A plain classifier with the adapter merged into its weights, for `pats_jax.models.save_pretrained`.
+@overload
+def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]: ...
+
+
+@overload
+def merge_and_unload(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]: ...
+
+
+def merge_and_unload(model: PeftModel, params: Parameters) -> tuple[PlainModel, Parameters]:
+    """A plain model with the adapter merged into its weights, for `pats_jax.models.save_pretrained`.
 
     Raises:
       ValueError: if the method cannot be merged.
@@ -195,46 +201,42 @@ def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[Sequenc
     return _plain(*((model, params) if model.merged else merge(model, params)))
 
 
-def _with_modules(model: SequenceClassifier, config: PeftConfig) -> PeftClassifier:
-    return PeftClassifier(**_fields(model), peft=config, merged=False)
-
-
-def _fields(model: SequenceClassifier) -> dict[str, Any]:
-    """The attributes of a plain classifier, as arguments."""
-    names = (field.name for field in dataclasses.fields(SequenceClassifier))
-    return {name: getattr(model, name) for name in names if name not in ("parent", "name")}
-
-
 def _plain(model, params):
-    plain = SequenceClassifier(**_fields(model))
-    return plain, {name: tree for name, tree in params.items() if name != "peft"}
+    return without_adapter(model), {name: tree for name, tree in params.items() if name != "peft"}
 
 
-def config_of(model: SequenceClassifier) -> PeftConfig:
+def config_of(model: PlainModel) -> PeftConfig:
     """The config of a model's adapter.
 
     Raises:
       ValueError: if the model has no adapter.
     """
-    if not isinstance(model, PeftClassifier) or model.peft is None:
+    if not isinstance(model, PeftModel) or model.peft is None:
         raise ValueError("the model has no adapter; add one with add_peft or load_peft")
     return model.peft
 
 
-def own_parameters(model: SequenceClassifier, params: Parameters) -> FlatTree:
+def own_parameters(model: PlainModel, params: Parameters) -> FlatTree:
     """The parameters of the model itself, flat, with separate layers."""
     own = {name: tree for name, tree in params.items() if name != "peft"}
-    return flatten_dict(unstack_layers(own, model.config.num_hidden_layers))
+    return flatten_dict(unstack_layers(own, _depths(model)))
 
 
-def own_shapes(model: SequenceClassifier, params: Parameters) -> FlatTree:
+def own_shapes(model: PlainModel, params: Parameters) -> FlatTree:
     """The shapes of `own_parameters`; computes nothing."""
     return jax.eval_shape(lambda params: own_parameters(model, params), params)
 
 
-def small_tree(model: SequenceClassifier, params: Parameters) -> FlatTree:
+def small_tree(model: PlainModel, params: Parameters) -> FlatTree:
     """The adapter's parameters, flat, with separate layers."""
-    return flatten_dict(unstack_layers(params["peft"], model.config.num_hidden_layers))
+    return flatten_dict(unstack_layers(params["peft"], _depths(model)))
+
+
+def _depths(model: PlainModel) -> dict[str, int]:
+    """How many layers each side of a model has."""
+    if isinstance(model.config, Seq2SeqConfig):
+        return model.config.num_layers_of
+    return {"encoder": model.config.num_hidden_layers}
 
 
 def _merged(model, params, operation):

@@ -6,7 +6,7 @@ then any value but null, false, an empty one or PEFT's plain value is an error.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from typing_extensions import TypedDict
 
@@ -14,9 +14,17 @@ from pats_jax.core.files import JsonObject, parse_json, parse_record, read_bytes
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.patterns import compile_pattern
+from pats_jax.models.seq2seq_config import Seq2SeqConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-TASK = "SEQ_CLS"
+SEQ2SEQ_TASK = "SEQ_2_SEQ_LM"
+
+ModelConfig: TypeAlias = EncoderConfig | Seq2SeqConfig
+
+
+def task_of(config: ModelConfig) -> str:
+    """PEFT's name for what a model does."""
+    return SEQ2SEQ_TASK if isinstance(config, Seq2SeqConfig) else "SEQ_CLS"
 
 
 class CommonFields(TypedDict, total=False):
@@ -39,6 +47,7 @@ class TargetFields(CommonFields, total=False):
 
 # Fields of every kind that change nothing: whether training continues, and the classes that built the base model.
 _WITHOUT_EFFECT = ("inference_mode", "auto_mapping")
+_LM_HEAD = "lm_head"  # T5's, which PEFT does not count among all linear layers
 # Parts that modules_to_save may name: the head under PEFT's two names for it, and BERT's pooler.
 _HEAD_NAMES, _POOLER_NAME = ("classifier", "score"), "pooler"
 
@@ -71,13 +80,18 @@ class SavedModules(NamedTuple):
     fields: JsonObject
     shapes: dict[str, tuple[int, ...]]
     layers: list[str]
-    model: EncoderConfig
+    model: ModelConfig
     folder: Path
 
     @property
     def source(self) -> str:
         """The config file, for error messages."""
         return str(self.folder / CONFIG_FILE)
+
+    @property
+    def task(self) -> str:
+        """PEFT's name for what the model does."""
+        return task_of(self.model)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a field, or the default if it is missing or null."""
@@ -140,7 +154,7 @@ def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: 
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     targets = list(default_targets) if targets is None else targets
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        named = set(layers)
+        named = {layer for layer in layers if layer != _LM_HEAD}
     else:
         named = _matching(targets, layers, f"{source}: target_modules")
     indices, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
@@ -209,17 +223,27 @@ def check_fields(folder: Path, values: Mapping[str, Any], rules: FieldRules) -> 
             raise InputError(f"{path}: {name} is {shown(value)}, which is not supported, only {only}{end}")
 
 
-def saves_pooler(values: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the pooler is saved with the adapter; the head must be.
+def saves_pooler(values: Mapping[str, Any], model: ModelConfig, folder: Path) -> bool:
+    """Whether the pooler is saved with the adapter; a classifier's head must be, and an encoder-decoder has neither.
 
     Raises:
-      InputError: if the adapter is not for a classifier, or other parts of the model are saved with it.
+      InputError: if the adapter is for another task than the model's, or other parts of the model are saved with it.
     """
     source, task, parts = folder / CONFIG_FILE, values.get("task_type"), values.get("modules_to_save") or []
-    if task not in (TASK, None):
-        raise InputError(f"{source}: task_type is {shown(task)}, which is not supported, only {TASK!r}")
+    own = task_of(model)
+    if task not in (own, None):
+        raise InputError(
+            f"{source}: task_type is {shown(task)}, which is not supported, only {own!r} "
+            f"with a {model.model_type} model"
+        )
+    if isinstance(model, Seq2SeqConfig):
+        if parts:
+            raise InputError(
+                f"{source}: modules_to_save names {shown(parts[0])}; only a classifier's head is supported"
+            )
+        return False
     if task is None and _HEAD_NAMES[0] not in parts:
-        raise InputError(f"{source}: task_type is null and modules_to_save names no head; save a {TASK} adapter")
+        raise InputError(f"{source}: task_type is null and modules_to_save names no head; save a {own} adapter")
     others = [name for name in parts if name not in (*_HEAD_NAMES, _POOLER_NAME)]
     if others:
         raise InputError(f"{source}: modules_to_save names {shown(others[0])}; only head and pooler are supported")
