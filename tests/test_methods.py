@@ -328,7 +328,7 @@ def test_sift_goes_with_what_works_entry_by_entry(other):
 def test_objectives_go_with_everything_and_have_their_settings():
     for name in methods.METHODS:
         if name != "finetune":
-            others = {"r3f", "r-drop", "smart", "lnsr"} - {name}
+            others = {"r3f", "r-drop", "smart", "lnsr", "neftune", "hype"} - {name}
             methods.get_methods("+".join([name, *others]))
     chosen = methods.chosen_objectives(
         Settings(method="lnsr+dps-dense+r-drop", lnsr_lambda=0.3, r_drop_alpha=4.0).methods
@@ -375,6 +375,6 @@ def test_freezing_where_nothing_is_left_out(name):
 
 def test_who_turns_dropout_off():
     without = {name for name in methods.METHODS if methods.turns_dropout_off(Settings(method=name).methods, 100)}
-    assert without == {"dps-dense", "dps-mix", "mixout"}
+    assert without == {"dps-dense", "dps-mix", "mixout", "hype"}
     assert not methods.turns_dropout_off(Settings(method="dps-dense").methods, 2000)
     assert methods.turns_dropout_off(Settings(method="pats+mixout").methods, 2000)
