@@ -580,7 +580,9 @@ def test_adapters_train_and_the_code_of_the_card_writes_what_the_run_wrote(kind,
     with open(folder / "predictions" / "test.tsv", encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file, delimiter="\t")
     capsys.readouterr()
-    code = code_of((folder / "README.md").read_text())
+    card = (folder / "README.md").read_text()
+    assert ("So does PEFT (torch)" in card) is (changes.get("peft") in ("lora", "prompt"))
+    code = code_of(card)
     exec(code.replace("batch_decode(tokens,", f"batch_decode(tokens * (tokens < {len(tiny_seq2seq.tokenizer(kind))}),"))
     said = ast.literal_eval(capsys.readouterr().out.strip())
     assert [text.strip() for text in said] == [row["prediction"]]
