@@ -9,10 +9,13 @@ import pytest
 import rich.console
 import tiny
 import tiny_t5
+from safetensors.numpy import load_file
 
 from pats_jax import models
 from pats_jax.data import load_gym
-from pats_jax.priming import downstream, upstream
+from pats_jax.data.few_shot import Row, Sample, build_task
+from pats_jax.data.partitions import Partition
+from pats_jax.priming import answerers, downstream, upstream
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run import flags, run_folder
@@ -114,6 +117,39 @@ def test_options_are_chosen_by_likelihood(home, tmp_path):
     assert record["batch_sizes"] == [6, 99] and record["metric"] == "accuracy"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "train"), [("mtl", "pe"), ("maml", "pe"), ("reptile", "plm+pe"), ("fomaml", "plm")]
+)
+def test_every_part_is_primed_by_every_algorithm_and_tuned_by_lora(home, tmp_path, algorithm, train):
+    """What is trained is saved and has moved; LoRA is then tuned from the stage and from the unprimed model."""
+    kind = "lora" if "pe" in train else None
+    quick = {"max_steps": 2, "learning_rate": 1e-2, "inner_learning_rate": 1e-2, "tasks_per_step": 2, "seed": 1}
+    upstream.run(
+        PrimingSettings(
+            **names_of(home) | {"partition": str(home / "short.json")},
+            **QUICK,
+            **quick | ({"lora_rank": 2} if kind else {}),
+            algorithm=algorithm,
+            train=train,
+            peft=kind,
+            eval_steps=2,
+            save_steps=0,
+            num_devices=1,
+            output_dir=str(tmp_path / "primed"),
+        )
+    )
+    assert (tmp_path / "primed" / "model").exists() == ("plm" in train)
+    assert (tmp_path / "primed" / "adapter").exists() == ("pe" in train)
+    if kind:
+        adapter = load_file(tmp_path / "primed" / "adapter" / "adapter_model.safetensors")
+        assert all(np.any(x) for name, x in adapter.items() if "lora_B" in name) and adapter
+    changes = {"kinds": ("lora",), "grid": ("lora=1e-2",), "lora_rank": 2, "tasks": ("names",), "max_steps": 1}
+    tune(home, tmp_path / "gym", **changes, primed=(str(tmp_path / "primed"),))
+    starts = {path.parent.name for path in tmp_path.glob("gym/tunings/*/names-13.json")}
+    assert starts == {"direct-lora", f"{algorithm}-{train}-seed1-lora"}
+
+
 # what is refused
 
 
@@ -185,3 +221,15 @@ def test_what_a_preset_does_not_have(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     found = tiny.refused(capsys, "gym", "--preset", "crossfit", "--config", str(tmp_path / "config.json"))
     assert found.startswith("--preset: cannot be used with --config")
+
+
+def test_what_is_odd_about_the_data_is_said():
+    """A leak that a partition names, and samples of CrossFit's tasks that are not drawn as CrossFit draws them."""
+    rows = tuple(Row(f"text {number}", ("no", "yes"), number % 2) for number in range(16))
+    gym = {name: build_task(name, [Sample(13, rows, rows, rows)]) for name in ("sick", "anli", "mine")}
+    out = io.StringIO()
+    partition = Partition(("anli",), (), ("sick", "mine"), leaks=("sick",))
+    answerers.tell_about_data(rich.console.Console(file=out, width=300), gym, partition, "of_nli")
+    leak, sampling = out.getvalue().splitlines()
+    assert leak == "of_nli: sick is upstream and a target in CrossFit's file, a leak; here it is a target only"
+    assert sampling.startswith("not CrossFit's sampling: 2 of 2 tasks have 16 rows in all in train")

@@ -93,10 +93,13 @@ def test_biases_and_layer_norm_do_not_decay():
             assert name.endswith((".bias", "LayerNorm.scale")) and not np.any(update), name
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_noise_follows_the_learning_rate(distribution):
+@pytest.mark.parametrize(
+    "schedule, distribution", [("learning_rate", "uniform"), ("learning_rate", "normal"), ("constant", "uniform")]
+)
+def test_noise_follows_its_schedule(schedule, distribution):
     params = tree(0, shape=(200, 200))
-    settings = dataclasses.replace(SETTINGS, method="pats", noise_scale=0.02, distribution=distribution)
+    own = {"method": "pats", "noise_scale": 0.02, "noise_schedule": schedule, "distribution": distribution}
+    settings = dataclasses.replace(SETTINGS, **own)
     nothing = [jax.tree.map(np.zeros_like, params)] * 10  # zero gradients: no sensitivity, so the noise is all of it
     plain = updates_of(dataclasses.replace(settings, method="finetune"), params, nothing, 10)
     seen = []
@@ -104,6 +107,7 @@ def test_noise_follows_the_learning_rate(distribution):
         noise = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), noisy, quiet)
         dense = noise["encoder"]["layer"]["0"]["dense"]
         share = step / 2 if step < 2 else (10 - step) / 8
+        share = 1 if schedule == "constant" else share
         expected = 0.02 * share * params["encoder"]["layer"]["0"]["dense"]["kernel"].std()
         assert dense["kernel"].std() == pytest.approx(expected, rel=0.02, abs=1e-12)
         assert abs(dense["kernel"].mean()) < 4 * expected / 200 + 1e-12

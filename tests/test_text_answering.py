@@ -217,6 +217,20 @@ def test_mamls_outer_gradient_is_that_of_finite_differences(tasks, monkeypatch):
             assert slope == pytest.approx(float(ahead[0] - behind[0]) / 2, rel=1e-5, abs=1e-13)
 
 
+@pytest.mark.slow
+def test_mamls_second_order_costs_less_than_three_and_a_half_first_order_steps(tasks):
+    """By XLA's count of operations; measured times are in docs/priming.md."""
+    made = answering()
+    batch, loss_fn = meta_batch(made, tasks), make_text_loss(made.model)
+
+    def operations(first_order):
+        meta_loss = meta_losses.maml(loss_fn, inner_learning_rate=1e-2, first_order=first_order)
+        step = jax.jit(jax.value_and_grad(lambda p: meta_loss(p, batch, jax.random.key(0))[0]))
+        return step.lower(params()).compile().cost_analysis()["flops"]
+
+    assert 1.3 < operations(False) / operations(True) <= 3.5
+
+
 # what is refused
 
 

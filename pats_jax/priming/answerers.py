@@ -1,10 +1,13 @@
 """Loads a model with the way it answers that ``--head`` names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.console
+
 from pats_jax import methods, models
-from pats_jax.data.few_shot import FewShotTask
+from pats_jax.data.few_shot import FewShotTask, other_sampling
+from pats_jax.data.partitions import Partition
 from pats_jax.errors import InputError
 from pats_jax.methods import Method
 from pats_jax.models import peft
@@ -14,6 +17,26 @@ from pats_jax.priming.answering import Answering
 from pats_jax.priming.option_answering import OptionAnswering
 from pats_jax.priming.text_answering import TEXT_HEADS, TextAnswering
 from pats_jax.priming.text_settings import TextSettings
+from pats_jax.reporting.console import say
+
+
+def tell_about_data(
+    console: rich.console.Console, gym: Mapping[str, FewShotTask], partition: Partition, name: str
+) -> None:
+    """Says what is odd about data: a leak of the partition, and samples that are not drawn as CrossFit draws them.
+
+    Args:
+      console: where to say it.
+      gym: the tasks that are used.
+      partition: the partition.
+      name: its name.
+    """
+    if partition.leaks:
+        leaks = ", ".join(partition.leaks)
+        say(console, f"{name}: {leaks} is upstream and a target in CrossFit's file, a leak; here it is a target only")
+    others = other_sampling([gym[task] for task in partition.names if task in gym])
+    if others:
+        say(console, others)
 
 
 def check_model(head: str, model: ModelSettings) -> None:

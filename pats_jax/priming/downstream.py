@@ -22,7 +22,7 @@ import rich.console
 from pats_jax import models
 from pats_jax.comparison import compare
 from pats_jax.core import files
-from pats_jax.data import few_shot, load_partitioned_gym
+from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
@@ -90,9 +90,7 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
             return
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
-            others = few_shot.other_sampling(tasks)
-            if others:
-                say(console, others)
+            answerers.tell_about_data(console, {task.name: task for task in tasks}, partition, settings.data.partition)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
                 say(console, say_before(settings, wanted, tokenizer))
@@ -104,14 +102,14 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
 
 
 def say_before(settings: GymSettings, wanted: Sequence["Tuning"], tokenizer: Any) -> str:
-    """How long those of the tunings that are missing will take."""
+    """How long those of the tunings that are missing will take; with T5 and BART only once some are finished."""
     records = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
     finished = [spent for record in records if (spent := record.get("seconds"))]
     missing = [(one.start, one.task, one.sample) for one in wanted if not one.path.exists()]
     guess = None
-    if not finished and settings.workers.executor == "local":
-        of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
-        guess = guess_seconds(settings, missing, of_model, tokenizer, machine.find_devices())
+    if not finished and settings.workers.executor == "local" and settings.tuning.head not in TEXT_HEADS:
+        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
+        guess = guess_seconds(settings, missing, folder_of_model, tokenizer, machine.find_devices())
     return forecast.describe(len(missing), "tunings", finished, guess, settings.workers)
 
 

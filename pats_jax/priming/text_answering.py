@@ -55,8 +55,6 @@ def load_text_model(
     Raises:
       InputError: if the checkpoint cannot be loaded, or does not match the saved adapter.
     """
-    if (config or adapter) and not hasattr(peft, "PeftT5"):
-        raise InputError("--peft, --kinds: T5 and BART take no adapters in this version; train the model (plm, full)")
     model: Any
     model, params, _ = models.from_pretrained_seq2seq(name_or_dir, **options)
     if config is not None:

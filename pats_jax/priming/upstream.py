@@ -56,7 +56,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
         shots=settings.data.shots,
         share_sources=settings.data.share_sources,
     )
-    _tell_about_data(start.console, gym, partition, settings.data.partition)
+    answerers.tell_about_data(start.console, gym, partition, settings.data.partition)
     head = settings.upstream.head
     answerers.check_model(head, settings.model)
     learnt, watched = ([gym[name] for name in names] for names in (partition.train, partition.dev))
@@ -104,16 +104,6 @@ def load_model(settings: PrimingSettings) -> tuple[Answering, Any]:
         attention="einsum",  # tasks are mapped over, and meta-learning takes second derivatives
         max_options=settings.upstream.max_options,
     )
-
-
-def _tell_about_data(console, gym, partition, name):
-    """Says what is odd about the data: a leak of the partition, and samples that are not drawn as CrossFit draws."""
-    if partition.leaks:
-        leaks = ", ".join(partition.leaks)
-        say(console, f"{name}: {leaks} is upstream and a target in CrossFit's file, a leak; here it is a target only")
-    others = few_shot.other_sampling([gym[task] for task in partition.names])
-    if others:
-        say(console, others)
 
 
 def describe_run(settings: PrimingSettings, upstream_tasks: Sequence[str], params: Any) -> JsonObject:

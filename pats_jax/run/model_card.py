@@ -105,7 +105,8 @@ def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaul
         ),
     ]
     if (folder / "model").exists():
-        lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
+        loader = "from_pretrained_seq2seq" if results["head"] in ("generate", "likelihood") else "from_pretrained"
+        lines += ["", f"The folder `model/` also loads with `pats_jax.models.{loader}` and Transformers (torch)."]
     if (folder / "adapter").exists():
         lines += ["", "The folder `adapter/` contains the adapter; `pats_jax.models.peft.load_peft` loads it."]
     data = ModelCardData(
