@@ -184,5 +184,5 @@ class GymSettings(TunedModel):
         if not self.output_dir:
             raise InputError("--output_dir is missing")
         for method in self.methods:
-            if method.has("objective") or method.trainable or method.has("start"):
+            if method.has("objective") or method.has("gradient") or method.trainable or method.has("start"):
                 raise InputError(f"--method {method.name}: works only with pats-jax glue; gym takes optimizer methods")

@@ -100,7 +100,7 @@ class PrimingSettings(TrainingSettings):
             missing = "needs an adapter; set --peft" if self.peft is None else "trains no adapter; omit --peft"
             raise InputError(f"--train {train}: {missing}")
         for method in self.methods:
-            if method.has("objective") or method.trainable or method.has("around"):
+            if method.has("objective") or method.has("gradient") or method.trainable or method.has("around"):
                 raise InputError(f"--method {method.name}: not available for priming; it works only with pats-jax glue")
         if self.model.attention == "cudnn":
             raise InputError("--attention cudnn: not available for priming; omit the flag")
