@@ -232,6 +232,7 @@ class Training:
         )
         loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(settings.methods))
         self._loss_fn = loss_fn
+        self._gradient = methods.chosen_gradient(settings.methods)
         self.step = self._make_step(None)
 
     def create(self, params: Any) -> train_state.TrainState:
@@ -257,7 +258,9 @@ class Training:
 
     def _make_step(self, axis_name, platform=None):
         norms = (platform or jax.default_backend()) == "cpu"  # as in the programs
-        return train_state.make_train_step(self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms)
+        return train_state.make_train_step(
+            self._loss_fn, axis_name=axis_name, skip_nonfinite=True, norms=norms, gradient=self._gradient
+        )
 
     def _fisher_mask(self, keep_fraction, mask):
         without_dropout = train_state.make_loss_fn(self._model.apply, deterministic=True)

@@ -13,12 +13,20 @@ from .companions.l2_sp import l2_sp as l2_sp
 from .companions.mixout import mixout as mixout
 from .companions.noisy_tune import noisy_tune as noisy_tune
 from .companions.perturbed import perturbed as perturbed
+from .companions.rose import rose as rose
 from .companions.sage import scale_by_sage as scale_by_sage
+from .companions.sam import (
+    asam as asam,
+    sam as sam,
+)
 from .companions.sift import sift as sift
 from .errors import InputError as InputError
 from .objectives import (
     Objective as Objective,
+    View as View,
+    hype as hype,
     lnsr as lnsr,
+    neftune as neftune,
     r3f as r3f,
     r_drop as r_drop,
     smart as smart,

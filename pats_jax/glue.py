@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,15 +21,23 @@ from pats_jax import methods, models, objectives, train_state
 from pats_jax.core.files import JsonObject
 from pats_jax.data import batches, low_resource, out_of_domain, readers, tasks
 from pats_jax.errors import InputError
-from pats_jax.methods.pats import Noise, Pats
 from pats_jax.models import labels, peft
-from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import hub, model_card, own_data, pe_modules, run_folder, run_start, training_run
+from pats_jax.run import (
+    hub,
+    model_card,
+    own_data,
+    pe_modules,
+    run_folder,
+    run_start,
+    settings as run_settings,
+    table_training,
+    training_run,
+)
 from pats_jax.run.settings import Settings
 from pats_jax.run.training_run import Trained
-from pats_jax.training import diagnosis, fine_tuning, preemption, runners, shape_costs, task_loss
+from pats_jax.training import diagnosis, preemption, runners, shape_costs, task_loss
 from pats_jax.training.evaluation import Predictor, sequence_length, true_labels, write_files
 from pats_jax.training.fine_tuning import Training
 from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
@@ -51,16 +60,42 @@ def run(settings: Settings, console: rich.console.Console | None = None) -> Json
         the disk is full.
       Preempted: if the run was asked to stop; it has been saved.
     """
+    keep_batch = settings.batches.train_batch_size is not None
+    return start_and_carry_out(
+        settings,
+        default_folder(settings),
+        console,
+        lambda start, loading: carry_out(start, loading, keep_batch=keep_batch),
+    )
+
+
+def start_and_carry_out(
+    settings: run_settings.Kind,
+    folder: str,
+    console: rich.console.Console | None,
+    carry: Callable[[run_start.Start[run_settings.Kind], concurrent.futures.Future], JsonObject],
+) -> JsonObject:
+    """Starts a run and carries it out, unless it is already finished.
+
+    Args:
+      settings: the settings of the run.
+      folder: its folder if the settings name none.
+      console: where to print progress and scores; None: nowhere.
+      carry: ``carry(start, loading)`` with the future of the tokenizer; returns the content of results.json.
+
+    Returns:
+      The content of results.json.
+    """
     settings.check()
     with concurrent.futures.ThreadPoolExecutor(1) as background:
         # Transformers, which the tokenizer needs, is imported while the devices start and the model is loaded
         loading = background.submit(models.load_tokenizer, settings.model.model_name_or_path)
-        with run_start.begin(settings, default_folder(settings), console) as start:
+        with run_start.begin(settings, folder, console) as start:
             if start.finished:
                 say(start.console, f"already finished: {summary(start.finished, start.folder)}")
                 hub.publish(start.settings, start.folder, start.console)
                 return start.finished
-            return carry_out(start, loading, keep_batch=settings.batches.train_batch_size is not None)
+            return carry(start, loading)
 
 
 def carry_out(
@@ -176,38 +211,19 @@ def make_training(
     source = TableSource(
         settings.batches, runner, tokens, split.labels, boundaries, plain, settings.seed, loss.row_weights
     )
-    num_layers = model.config.num_hidden_layers
-    separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
-    noisy = methods.layer_mask(separate, described_layers(settings))
-    params = runner.place(methods.starting_params(settings.methods, params, settings.seed))
-    if isinstance(model, peft.PeftClassifier):
-        trainable = peft.trainable_mask(model, params)
-    else:
-        trainable = methods.trainable_mask(settings.methods, params)
     terms = methods.chosen_objectives(settings.methods)
-    num_batches = methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods)
-    training = fine_tuning.make_training(
+    training = table_training.train_on_table(
         settings,
         source,
         runner,
         model,
         params,
         objectives.with_objectives(model.apply, *terms, regression=task.is_regression, row_loss=loss.row_loss),
-        trainable,
+        num_layers=model.config.num_hidden_layers,
         metric=task.main_metric,
-        evaluates="eval" in settings.phases,
         total_steps=steps,
-        eval_steps=len(source.plan),
-        accumulation_steps=settings.batches.gradient_accumulation_steps,
-        measure=source.sensitivity_measure(num_batches, num_layers, noisy),
     )
     return training, source
-
-
-def described_layers(settings: Settings) -> str:
-    """The regex of the parameters whose sensitivity results.json describes: those that get, or would get, noise."""
-    noisy = [method for method in settings.methods if isinstance(method, Noise)]
-    return (noisy or [Pats()])[0].noise_layers
 
 
 @dataclasses.dataclass
@@ -257,7 +273,7 @@ class Finish:
             write_files(folder / "diagnosis", self.examined.tables())
             self.examined.draw(folder / "plots")
         trained.draw()
-        draw(folder, self.task, results, trained.records)
+        draw(folder, results, trained.records)
         model_card.write_fine_tuned(folder, settings.to_dict(), results, settings.defaults(), settings.program)
 
 
@@ -343,15 +359,12 @@ def load_model(settings: Settings, task: tasks.Task, splits: dict[str, readers.S
 def add_adapter(settings: Settings, model: Any, params: Any) -> tuple[Any, Any]:
     """A plain model and its parameters, with the adapter of ``--peft`` if there is one."""
     modules = settings.adapter
-    if modules:
-        if not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
-            raise InputError(
-                f"--peft {settings.peft}: the checkpoint has no pooler, so a new one must be trained and saved; "
-                "set --peft_pooler"
-            )
-        model, params = peft.add_peft(model, params, modules, key=settings.seed)
-        pe_modules.check_methods(settings.peft, settings.methods, params)
-    return model, params
+    if modules and not modules.train_pooler and models.lacks_pooler(settings.model.model_name_or_path):
+        raise InputError(
+            f"--peft {settings.peft}: the checkpoint has no pooler, so a new one must be trained and saved; "
+            "set --peft_pooler"
+        )
+    return pe_modules.add_adapter(settings, model, params)
 
 
 def tokenize_split(
@@ -393,10 +406,15 @@ def dropout_rates(settings: Settings, splits: dict[str, readers.Split]) -> metho
 
 
 def save_model(
-    folder: pathlib.Path, settings: Settings, model: models.SequenceClassifier, params: Any, tokenizer: Any
+    folder: pathlib.Path,
+    settings: run_settings.FineTuningSettings,
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    generation: models.GenerationConfig | None = None,
 ) -> None:
     """Writes ``model/``; with an adapter ``adapter/``, and ``model/`` too if it can be merged into the weights."""
-    if isinstance(model, peft.PeftClassifier):
+    if settings.adapter:
         name = settings.model.model_name_or_path
         peft.save_peft(
             folder / "adapter", model=model, params=params, base_model_name_or_path=name, tokenizer=tokenizer
@@ -404,7 +422,9 @@ def save_model(
         if not peft.config_of(model).merges:
             return
         model, params = peft.merge_and_unload(model, params)
-    models.save_pretrained(folder / "model", params=params, config=model.config, tokenizer=tokenizer)
+    models.save_pretrained(
+        folder / "model", params=params, config=model.config, tokenizer=tokenizer, generation=generation
+    )
 
 
 def describe_run(settings: Settings, task: tasks.Task, params: Any) -> JsonObject:
@@ -458,14 +478,15 @@ def describe_data(settings: Settings) -> str:
     return f"{settings.data.task_name} from {settings.data.data_dir or 'nyu-mll/glue'}"
 
 
-def draw(folder: pathlib.Path, task: tasks.Task, results: JsonObject, records: list[JsonObject]) -> None:
-    """Plots loss and score from the lines of metrics.jsonl."""
+def draw(folder: pathlib.Path, results: JsonObject, records: list[JsonObject]) -> None:
+    """Plots loss and main score from the lines of metrics.jsonl."""
     if "steps" not in results:
         return
     plots.plot_loss(folder / "plots" / "loss.png", records)
     if "final" in results:
-        majority = results["majority_class"]["metrics"][task.main_metric]
-        plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, task.main_metric, majority)
+        metric = results["main_metric"]
+        majority = results["majority_class"]["metrics"][metric] if "majority_class" in results else None
+        plots.plot_scores(folder / "plots" / "score.png", {results["method"]: records}, metric, majority)
 
 
 def summary(results: JsonObject, folder: pathlib.Path) -> str:

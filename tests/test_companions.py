@@ -53,6 +53,7 @@ METHODS = {
     "child_tuning_f": lambda seed: optax.chain(pats_jax.child_tuning_f(0.4, key=seed, mask=MASK), OPTIMIZER),
     "child_tuning_d": lambda seed: optax.chain(pats_jax.child_tuning_d(random_mask()), OPTIMIZER),
     "sift": lambda seed: pats_jax.sift(OPTIMIZER, 0.2, mask=MASK),
+    "rose": lambda seed: pats_jax.rose(CLIPPED_ADAMW, 0.5),
     "mixout": lambda seed: optax.chain(pats_jax.mixout(0.6, key=seed, mask=MASK), OPTIMIZER),
     "perturbed": lambda seed: pats_jax.with_raw_gradient(
         optax.chain(OPTIMIZER, pats_jax.perturbed(0.1, key=seed, mask=MASK))
@@ -109,11 +110,22 @@ def signature(tree):
             pats_jax.child_tuning_d(pats_jax.fisher_mask(loss_fn, make_params(), [make_batch(0)], 1.0)), CLIPPED_ADAMW
         ),
         pats_jax.sift(CLIPPED_ADAMW, 1.0, mask=None),
+        pats_jax.rose(CLIPPED_ADAMW, 1.0),
         optax.chain(pats_jax.mixout(0.0, key=0), CLIPPED_ADAMW),
         optax.chain(pats_jax.l2_sp(0.0, 0, head_mask=HEAD), CLIPPED_ADAMW),
         pats_jax.freeze_unselected(optax.chain(pats_jax.dps_dense(1.0, 2), CLIPPED_ADAMW)),
     ],
-    ids=["dps_dense", "dps_mix", "child_tuning_f", "child_tuning_d", "sift", "mixout", "l2_sp", "freeze_unselected"],
+    ids=[
+        "dps_dense",
+        "dps_mix",
+        "child_tuning_f",
+        "child_tuning_d",
+        "sift",
+        "rose",
+        "mixout",
+        "l2_sp",
+        "freeze_unselected",
+    ],
 )
 def test_keeping_everything_is_bitwise_plain_fine_tuning(tx):
     assert_same(train(tx).params, train(CLIPPED_ADAMW).params)

@@ -98,8 +98,13 @@ def test_tsv_takes_the_options_that_end_the_inputs(tmp_path):
     task = load_gym(tmp_path)["quiz"]
     assert task.kind == "multiple_choice"
     assert task.samples[0].dev == (
-        Row("Who?", ("you", "me"), 1),
-        Row("What (to do)?", ("go home", "stay", "run (fast)"), 2),
+        Row("Who?", ("you", "me"), 1, whole="Who? (1) you (2) me"),
+        Row(
+            "What (to do)?",
+            ("go home", "stay", "run (fast)"),
+            2,
+            whole="What (to do)? (A) go home (B) stay (C) run (fast)",
+        ),
     )
 
 
@@ -161,7 +166,10 @@ def test_the_order_of_the_classes_does_not_depend_on_the_samples_that_are_read(t
             r"dev.jsonl:2: a row needs at least two different options; it has 'a'$",
         ),
         ([line("a", "a", "a")], r"dev.jsonl:1: a row needs at least two different options; it has 'a', 'a'$"),
-        ([line("a")], r"dev.jsonl:1: a row needs at least two different options; it has none$"),
+        (
+            [line("a", "a", "b"), line("a")],
+            r"dev.jsonl:2: the row has no options, but .*_train.jsonl:1 has 2; give options to all rows of a task",
+        ),
         ([line("a", "a", "b", task="mod")], r"dev.jsonl:1: a row of task 'mod' in a file of mood"),
         ([line("a", "a", "b", options="ab")], r"dev.jsonl:1: 'options' must be a list of strings"),
         (
@@ -186,10 +194,10 @@ def test_a_wrong_json_line_is_one_line_with_file_and_line(tmp_path, lines, messa
     ("lines", "message"),
     [
         ([], r"mood_16_13_train.tsv: the file is empty"),
-        (["a\tx", "b\ty\tz"], r"mood_16_13_train.tsv:2: expected 2 columns separated by tabs, got 3"),
+        (["a\tx", "b\ty\tz", "c\t "], r"mood_16_13_train.tsv:3: an answer is empty; every right answer needs text"),
+        (["a\tx", "b\ty\t"], r"mood_16_13_train.tsv:2: an answer is empty"),
         (["a\tx", "b"], r"mood_16_13_train.tsv:2: expected 2 columns separated by tabs, got 1"),
         (["a\tx"], r"mood_16_13_train.tsv:1: mood has only one output, 'x'"),
-        (["a\tx", "b\ty", "c\tz"], r"mood_16_13_train.tsv:1: mood has 4 outputs in 4 rows, so it is text generation"),
     ],
 )
 def test_a_wrong_tsv_line_is_one_line_with_file_and_line(tmp_path, lines, message):
@@ -206,11 +214,14 @@ def test_an_output_that_is_not_among_the_options_of_a_tsv_line(tmp_path):
         load_gym(tmp_path)
 
 
-def test_more_outputs_than_any_classification_task_has_are_refused(tmp_path):
-    lines = [f"x\t{number // 2}" for number in range(402)]
-    write_task(tmp_path, "long", "tsv", *lines, splits=("train", "dev"))
-    with pytest.raises(InputError, match=r"long has 201 outputs in 804 rows, so it is text generation"):
-        load_gym(tmp_path)
+def test_more_outputs_than_any_classification_task_has_are_texts(tmp_path):
+    for name, outputs in (("long", 201), ("short", 200)):
+        lines = [f"x\t{number // 2}" for number in range(2 * outputs)]
+        write_task(tmp_path, name, "tsv", *lines, splits=("train", "dev"))
+    write_task(tmp_path, "few", "tsv", "x\ta", "x\tb", splits=("train",))
+    write_task(tmp_path, "few", "tsv", "x\tc", splits=("dev",))
+    kinds = {name: task.kind for name, task in load_gym(tmp_path).items()}
+    assert kinds == {"long": "text_to_text", "short": "classification", "few": "text_to_text"}
 
 
 def test_missing_and_superfluous_files_are_named(tmp_path):
@@ -246,8 +257,8 @@ def test_missing_and_superfluous_files_are_named(tmp_path):
 
 def test_tasks_that_are_not_asked_for_may_be_anything(tmp_path):
     write_task(tmp_path, "mood", "tsv", "a\tx", "b\ty")
-    write_task(tmp_path, "long", "tsv", *(f"{n}\t{n}" for n in range(201)))  # text generation
-    write_task(tmp_path, "flat", "jsonl", line("a", task="flat"))  # no options
+    write_task(tmp_path, "long", "tsv", "a")  # no output
+    write_task(tmp_path, "flat", "jsonl", line("a", "a", task="flat"))  # one option
     write_task(tmp_path, "torn", "jsonl", "{")
     write(tmp_path / "half/half_16_13_train.tsv", "a\tx")
     write(tmp_path / "odd/notes.tsv", "no few-shot file")
@@ -258,7 +269,7 @@ def test_tasks_that_are_not_asked_for_may_be_anything(tmp_path):
     assert list(load_gym(tmp_path, tasks=["mood"])) == ["mood"]
     assert task_names(tmp_path) == ["flat", "half", "long", "mood", "torn", "twin", "wait"]
     for name, message in {
-        "long": "text generation",
+        "long": "expected 2 columns",
         "flat": "two different options",
         "torn": "not valid JSON",
         "half": "no dev file",
@@ -339,10 +350,10 @@ OWN_OPTIONS = (
 
 @needs_shared
 def test_the_real_gym_is_read_as_it_is():
-    gym, partition = load_partitioned_gym(SHARED, "metaicl")  # the folder holds other tasks too, without options
+    gym, partition = load_partitioned_gym(SHARED, "metaicl")  # the folder holds other tasks too
     assert len(gym) == 46 and list(gym) == sorted(partition.names)
     assert [name for name, task in gym.items() if task.kind == "multiple_choice"] == OWN_OPTIONS
-    assert {task.kind for task in gym.values()} == set(KINDS)
+    assert {task.kind for task in gym.values()} == set(KINDS) - {"text_to_text"}
     for name, task in gym.items():
         assert [sample.seed for sample in task.samples] == [13, 21, 42, 87, 100]
         assert all(len(sample.train) == len(sample.dev) == 16 for sample in task.samples)

@@ -79,7 +79,8 @@ def alone(home, data, run, steps, boundaries=BOUNDARIES, make_optimizer=methods.
     tx = make_optimizer(run.optimizer, run.methods, steps, params, seed=run.seed)
     state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx, key=run.seed)
     loss_fn = objectives.with_objectives(model.apply, *methods.chosen_objectives(run.methods))
-    step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True))
+    gradient = methods.chosen_gradient(run.methods)
+    step = jax.jit(train_state.make_train_step(loss_fn, skip_nonfinite=True, gradient=gradient))
     found, epoch = [], 0
     while len(found) < steps:
         for batch in batches.train_batches(*data["train"], BATCH, boundaries, seed=run.seed, epoch=epoch):
@@ -129,6 +130,22 @@ def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropo
         np.testing.assert_allclose(trained.logits[15][lane], logits, rtol=0, atol=5e-3)
     kernels = ended["bert"]["encoder"]["layer"]["0"]["output"]["dense"]["kernel"]
     assert all(np.abs(kernels[a] - kernels[b]).max() > 1e-2 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pats+neftune+hype", "pats+rose+asam"])
+@pytest.mark.parametrize("layers", ["separate", "stacked"])
+def test_noise_in_the_forward_pass_rose_and_sam_in_lanes(home, dataset, method, layers):
+    own = dict(neftune_alpha=1.0, hype_noise=0.01) if "hype" in method else dict(rose_quantile=0.5, asam_rho=0.1)
+    runs = [settings(home, seed=seed, method=method, noise_scale=scale, **own) for seed, scale in ((3, 0.1), (4, 0.03))]
+    trained = in_lanes(home, dataset, runs, 4, layers=layers, boundaries=BOUNDARIES[-1:])
+    ended = trained.state.params
+    if layers == "stacked":
+        ended = jax.vmap(lambda params: unstack_layers(params, 1))(ended)
+    for lane, run in enumerate(runs):
+        params, losses, _ = alone(home, dataset, run, 4, BOUNDARIES[-1:])
+        np.testing.assert_allclose(trained.metrics["loss"][:, lane], losses, rtol=1e-4)
+        assert_close(ended, params, lane)
 
 
 def sgd(settings, chosen, steps, params, *, seed, schedule=None, response=None):

@@ -93,10 +93,13 @@ def test_biases_and_layer_norm_do_not_decay():
             assert name.endswith((".bias", "LayerNorm.scale")) and not np.any(update), name
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_noise_follows_the_learning_rate(distribution):
+@pytest.mark.parametrize(
+    "schedule, distribution", [("learning_rate", "uniform"), ("learning_rate", "normal"), ("constant", "uniform")]
+)
+def test_noise_follows_its_schedule(schedule, distribution):
     params = tree(0, shape=(200, 200))
-    settings = dataclasses.replace(SETTINGS, method="pats", noise_scale=0.02, distribution=distribution)
+    own = {"method": "pats", "noise_scale": 0.02, "noise_schedule": schedule, "distribution": distribution}
+    settings = dataclasses.replace(SETTINGS, **own)
     nothing = [jax.tree.map(np.zeros_like, params)] * 10  # zero gradients: no sensitivity, so the noise is all of it
     plain = updates_of(dataclasses.replace(settings, method="finetune"), params, nothing, 10)
     seen = []
@@ -104,6 +107,7 @@ def test_noise_follows_the_learning_rate(distribution):
         noise = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), noisy, quiet)
         dense = noise["encoder"]["layer"]["0"]["dense"]
         share = step / 2 if step < 2 else (10 - step) / 8
+        share = 1 if schedule == "constant" else share
         expected = 0.02 * share * params["encoder"]["layer"]["0"]["dense"]["kernel"].std()
         assert dense["kernel"].std() == pytest.approx(expected, rel=0.02, abs=1e-12)
         assert abs(dense["kernel"].mean()) < 4 * expected / 200 + 1e-12
@@ -324,7 +328,7 @@ def test_sift_goes_with_what_works_entry_by_entry(other):
 def test_objectives_go_with_everything_and_have_their_settings():
     for name in methods.METHODS:
         if name != "finetune":
-            others = {"r3f", "r-drop", "smart", "lnsr"} - {name}
+            others = {"r3f", "r-drop", "smart", "lnsr", "neftune", "hype"} - {name}
             methods.get_methods("+".join([name, *others]))
     chosen = methods.chosen_objectives(
         Settings(method="lnsr+dps-dense+r-drop", lnsr_lambda=0.3, r_drop_alpha=4.0).methods
@@ -371,6 +375,6 @@ def test_freezing_where_nothing_is_left_out(name):
 
 def test_who_turns_dropout_off():
     without = {name for name in methods.METHODS if methods.turns_dropout_off(Settings(method=name).methods, 100)}
-    assert without == {"dps-dense", "dps-mix", "mixout"}
+    assert without == {"dps-dense", "dps-mix", "mixout", "hype"}
     assert not methods.turns_dropout_off(Settings(method="dps-dense").methods, 2000)
     assert methods.turns_dropout_off(Settings(method="pats+mixout").methods, 2000)

@@ -21,6 +21,7 @@ from pats_jax.methods import METHODS
 from pats_jax.models import peft
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
+from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.run.settings import Settings
 
 ROOT = pathlib.Path(pats_jax.__file__).parent
@@ -124,7 +125,7 @@ def test_functions_fit_on_a_screen():
 
 def test_settings_come_in_small_groups():
     """At most 20 in a group; a program's own fields count, those of its groups do not."""
-    kinds = [Settings, PrimingSettings, GymSettings, Grid, *METHODS.values(), *peft.KINDS.values()]
+    kinds = [Settings, Text2TextSettings, PrimingSettings, GymSettings, Grid, *METHODS.values(), *peft.KINDS.values()]
     kinds += [type(field.default) for kind in kinds for field in dataclasses.fields(kind) if is_group(field.default)]
     assert max(len(entries(kind)) for kind in kinds) <= 20 and len(kinds) > 30
 

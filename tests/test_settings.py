@@ -20,6 +20,7 @@ from pats_jax.models.patterns import compile_pattern
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
+from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.run import flags
 from pats_jax.run.flags import FOREIGN_FLAGS
 from pats_jax.run.settings import Settings, resuming
@@ -304,7 +305,7 @@ def test_a_flag_that_no_chosen_method_reads_is_refused_by_name():
         Settings(method="pats", drop_fraction=0.1)
 
 
-@pytest.mark.parametrize("kind", [PrimingSettings, GymSettings])
+@pytest.mark.parametrize("kind", [PrimingSettings, GymSettings, Text2TextSettings])
 def test_a_flag_that_a_program_does_not_read_is_refused_by_name(kind):
     for flag in sorted((kind.former | kind.elsewhere.keys()) - kind.all_entries().keys()):
         with refused(f"--{flag}: "):

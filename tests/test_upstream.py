@@ -304,10 +304,8 @@ def make_training(settings, tasks=None):
     gym = load_gym(settings.data.data_dir)
     tasks = [gym[name] for name in tiny.PARTITION["train"]] if tasks is None else tasks
     runner = runners.make_runner(num_devices=1)
-    model, params = option_scoring.load_scorer(
-        settings.model.model_name_or_path, settings.upstream.head, settings.adapter, key=settings.seed
-    )
-    source = upstream.UpstreamSource(settings.over(1), runner, tasks, tiny.tokenizer(), model)
+    answering, params = upstream.load_model(settings.with_layers("separate", 1, settings.adapter))
+    source = upstream.UpstreamSource(settings.over(1), runner, tasks, answering)
     return source, upstream.make_training(settings, source, runner, params, evaluates=False)
 
 

@@ -1,7 +1,6 @@
-"""The data of the study: rows as tokens of a vocabulary that has only what they use, and scores by confusion matrix."""
+"""The data of the study: rows as tokens of a vocabulary that has only what they use, and scores."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,16 +8,24 @@ from typing import Any
 import numpy as np
 
 from pats_jax import models
-from pats_jax.data import batches, readers, tasks
+from pats_jax.data import batches, readers, tables, tasks
+from pats_jax.data.tasks import Task
+from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
+from pats_jax.training import metrics
 
-# Tasks that share programs: the lengths that their batches are padded to.
+# Tasks that share programs, with the lengths that their batches are padded to: their heads have one size.
 GROUPS: dict[str, dict[str, Any]] = {
     "short": {"tasks": ("cola", "sst2"), "lengths": (16, 64)},
     "long": {"tasks": ("mrpc", "rte"), "lengths": (64, 128)},
+    "similarity": {"tasks": ("stsb",), "lengths": (32, 96)},
+    "questions": {"tasks": ("trec",), "lengths": (16, 48)},
+    "subjectivity": {"tasks": ("subj",), "lengths": (32, 64)},
 }
-TASKS = ("mrpc", "rte", "sst2", "cola")  # in the order in which they are trained
 TRAIN_ROWS = {"sst2": 4000}
+TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+OWN_TASKS = {"trec": tasks.own_task(TREC_CLASSES), "subj": tasks.own_task(("subjective", "objective"))}
+_SCORED = 5  # SUBJ has no split of its own: each fifth row is scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +34,9 @@ class TaskData:
 
     Attributes:
       train: tokens of the training rows.
-      train_labels: int32 (rows,).
+      train_labels: int32 classes or float32 scores, (rows,).
       dev: tokens of the rows that are scored.
-      dev_labels: int32 (rows,).
+      dev_labels: as those.
     """
 
     train: batches.Tokens
@@ -52,6 +59,32 @@ class Group:
     tasks: dict[str, TaskData]
     words: np.ndarray
 
+    @property
+    def task(self) -> Task:
+        """One of them: all have as many labels."""
+        return task_of(next(iter(self.tasks)))
+
+    def alone(self, name: str) -> "Group":
+        """The group with one of its tasks only."""
+        return dataclasses.replace(self, tasks={name: self.tasks[name]})
+
+    def with_all_words(self, vocab_size: int) -> "Group":
+        """The group with all words of the checkpoint's vocabulary."""
+        return self._numbered(lambda ids: self.words[ids], np.arange(vocab_size))
+
+    def _numbered(self, number, words):
+        """The group with another number for each word."""
+
+        def of_tokens(tokens):
+            ids = number(tokens.input_ids).astype(np.int32)
+            return dataclasses.replace(tokens, input_ids=ids, pad_id=int(number(tokens.pad_id)))
+
+        numbered = {
+            name: dataclasses.replace(one, train=of_tokens(one.train), dev=of_tokens(one.dev))
+            for name, one in self.tasks.items()
+        }
+        return Group(self.lengths, numbered, words)
+
     def shrink(self, params: Any, config: EncoderConfig) -> tuple[Any, EncoderConfig]:
         """A model whose table of words has only those of the tasks.
 
@@ -66,7 +99,11 @@ class Group:
 
 
 def load_groups(
-    data_dir: str, model: str, names: Sequence[str], lengths: dict[str, Sequence[int]] | None = None
+    data_dir: str,
+    model: str,
+    names: Sequence[str],
+    lengths: dict[str, Sequence[int]] | None = None,
+    texts_dir: str | None = None,
 ) -> dict[str, Group]:
     """The groups of the named tasks.
 
@@ -75,59 +112,113 @@ def load_groups(
       model: folder, package or hub id of the checkpoint, whose tokenizer is used.
       names: of tasks.
       lengths: group -> lengths, in place of those of `GROUPS`.
+      texts_dir: folder of the other tasks, ``TREC/`` and ``SUBJ/``.
     """
     tokenizer = models.load_tokenizer(model)
     groups = {}
     for name, group in GROUPS.items():
         of_group = tuple((lengths or {}).get(name, group["lengths"]))
         chosen = [task for task in group["tasks"] if task in names]
-        if chosen:
-            groups[name] = _group([(task, _load(data_dir, task, tokenizer, of_group[-1])) for task in chosen], of_group)
+        loaded = {task: _tokenized(_load(data_dir, texts_dir, task), tokenizer, of_group[-1]) for task in chosen}
+        if loaded:
+            groups[name] = _group(loaded, of_group)
     return groups
 
 
-def _load(data_dir, task, tokenizer, max_length):
+def why_missing(task: str, data_dir: str, texts_dir: str | None) -> str | None:
+    """Why a task's data are not there; None if they are."""
+    if task in OWN_TASKS:
+        return None if texts_dir else "--texts_dir is not set"
+    folder = pathlib.Path(data_dir) / task_of(task).folder
+    return None if data_dir in ("builtin", "hub") or folder.is_dir() else f"{folder} does not exist"
+
+
+def _load(data_dir, texts_dir, task):
+    if task in OWN_TASKS:
+        return {"trec": read_trec, "subj": read_subj}[task](pathlib.Path(texts_dir))
     splits = readers.load_task(task, None if data_dir == "hub" else data_dir)
-    train, dev = splits["train"].first(TRAIN_ROWS.get(task)), splits["validation"]
-    tokens = [batches.tokenize(split, tokenizer, max_length) for split in (train, dev)]
+    return splits["train"].first(TRAIN_ROWS.get(task)), splits["validation"]
+
+
+def read_trec(folder: pathlib.Path) -> tuple[readers.Split, readers.Split]:
+    """Training and test rows of TREC's questions, by their six coarse classes: lines ``CLASS:detail question``."""
+    files = (folder / "TREC" / name for name in ("TREC.train", "TREC.test"))
+    train, test = (_read_lines(path, TREC_CLASSES, lambda label: label.partition(":")[0]) for path in files)
+    return train, test
+
+
+def read_subj(folder: pathlib.Path) -> tuple[readers.Split, readers.Split]:
+    """SUBJ's sentences, lines ``0 sentence`` or ``1 sentence``: rows to train on, and each fifth one to score."""
+    every = _read_lines(folder / "SUBJ" / "subj.all", ("0", "1"), str)
+    scored = np.arange(len(every)) % _SCORED == _SCORED - 1
+    return every.take(np.flatnonzero(~scored)), every.take(np.flatnonzero(scored))
+
+
+def _read_lines(path, classes, class_of):
+    texts, labels = [], []
+    for number, line in enumerate(tables.split_lines(tables.read_text(path)), 1):
+        label, _, text = line.partition(" ")
+        if class_of(label) not in classes or not text.strip():
+            raise InputError(f"{path}:{number}: must be a label ({', '.join(classes)}), a space and a text")
+        texts.append(text)
+        labels.append(classes.index(class_of(label)))
+    return readers.Split(texts, None, np.array(labels, np.int32), [str(row) for row in range(len(texts))])
+
+
+def _tokenized(splits, tokenizer, max_length):
+    train, dev = splits
+    tokens = [batches.tokenize(split, tokenizer, max_length) for split in splits]
     return TaskData(tokens[0], train.labels, tokens[1], dev.labels)
 
 
 def _group(loaded, lengths):
-    every = [tokens for _, data in loaded for tokens in (data.train, data.dev)]
+    every = [tokens for one in loaded.values() for tokens in (one.train, one.dev)]
     words = np.unique(np.concatenate([[every[0].pad_id], *(tokens.input_ids for tokens in every)]))
-
-    def renumber(tokens):
-        ids = np.searchsorted(words, tokens.input_ids).astype(np.int32)
-        return dataclasses.replace(tokens, input_ids=ids, pad_id=int(np.searchsorted(words, tokens.pad_id)))
-
-    tasks_ = {
-        name: dataclasses.replace(data, train=renumber(data.train), dev=renumber(data.dev)) for name, data in loaded
-    }
-    return Group(lengths, tasks_, words)
+    return Group(lengths, loaded, words)._numbered(lambda ids: np.searchsorted(words, ids), words)
 
 
-@functools.cache
+def task_of(name: str) -> Task:
+    """A task by its name."""
+    return OWN_TASKS.get(name) or tasks.get_task(name)
+
+
 def main_metric(task: str) -> str:
     """The score that the study compares."""
-    return tasks.get_task(task).main_metric
+    return task_of(task).main_metric
 
 
-def confusion(predictions: np.ndarray, labels: np.ndarray) -> list[list[int]]:
-    """How often each true class (first index) was given each answer (second index), of two classes."""
-    return np.bincount(2 * labels + predictions, minlength=4).reshape(2, 2).tolist()
+def evaluated(name: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What is written of a task's predictions: ``score``, the main metric, and what it is computed from.
+
+    Args:
+      name: of the task.
+      logits: (rows, num_labels).
+      labels: classes or scores, (rows,).
+
+    Returns:
+      ``score`` with ``confusion`` or, of scores, with their correlations, which are 0 if a prediction is not finite.
+    """
+    task = task_of(name)
+    if task.is_regression:
+        answers = logits[:, 0] if np.all(np.isfinite(logits)) else np.zeros(len(logits))
+        found = metrics.compute_metrics(task, answers, labels)
+        return {"score": found.pop(task.main_metric), **found}
+    counts = confusion(np.argmax(logits, axis=1), labels, task.num_labels)
+    return {"confusion": counts, "score": score(name, counts)}
 
 
-def score(task: str, counts: Sequence[Sequence[int]]) -> float:
-    """The task's main metric from a confusion matrix; 0 where it is not defined, as in `pats_jax.metrics`."""
-    (a, b), (c, d) = counts  # true 0: answered 0, 1; true 1: answered 0, 1
-    accuracy = (a + d) / (a + b + c + d)
-    if main_metric(task) == "accuracy":
-        return accuracy
-    if main_metric(task) == "combined_score":
-        return (accuracy + (2 * d / (2 * d + b + c) if d else 0.0)) / 2
-    product = float(a + b) * (c + d) * (a + c) * (b + d)
-    return (a * d - b * c) / product**0.5 if product else 0.0
+def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> list[list[int]]:
+    """How often each true class (first index) was given each answer (second index)."""
+    counts = np.bincount(classes * labels + predictions, minlength=classes**2)
+    return counts.reshape(classes, classes).tolist()
+
+
+def score(name: str, counts: Sequence[Sequence[int]]) -> float:
+    """A task's main metric from a confusion matrix; 0 where it is not defined."""
+    cells = np.array(counts)
+    true, given = np.indices(cells.shape).reshape(2, -1)
+    scores = [metrics.scores_of_counts(metric, true, given, cells.reshape(1, -1)) for metric in task_of(name).metrics]
+    return float(np.mean(scores))
 
 
 def records_file(folder: str) -> pathlib.Path:

@@ -59,6 +59,17 @@ def pooled(by_task: dict[str, dict[int, float]]) -> dict[str, Any]:
     return {name: found[name] for name in ("mean", "interval", "p_value", "counts")}
 
 
+def of_part(table: Scores, name: str) -> Scores:
+    """Plain fine-tuning and the arms of a part of the study, on its tasks."""
+    part = grid.PARTS[name]
+    chosen = {
+        setting: {task: by_task[task] for task in part.tasks if task in by_task}
+        for setting, by_task in table.items()
+        if setting[0] == grid.PLAIN or setting[0] in part.arms
+    }
+    return {setting: by_task for setting, by_task in chosen.items() if by_task}
+
+
 def halves(table: Scores) -> tuple[list[int], list[int]]:
     """The seeds that settings are chosen on, and those that they are reported on."""
     seeds = sorted({seed for by_task in table.values() for scores in by_task.values() for seed in scores})
@@ -72,39 +83,60 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
       ``tasks``; ``seeds`` for the choice and the report; ``rates``: task -> learning rate; ``plain``: task -> mean and
       sd; ``settings``: every setting over all seeds; ``methods``: method -> its chosen setting on the seeds of the
       report, with ``p_holm``; ``against_constant``: PATS less the constant control at each scale; ``default``: see
-      `default_scale`; ``concentration``: see `correlations`; ``diverged``: how many trainings did.
+      `default_scale`; ``concentration``: see `correlations`; ``diverged``: how many trainings did. These are of the
+      first part; ``parts``, if there are trainings of others, has name -> ``tasks``, ``plain``, ``settings`` and
+      ``methods`` of each. Holm's correction is over the methods of all parts.
     """
     table = table_of(records)
-    plain = ("plain", 0.0)
-    if plain not in table:
-        raise InputError("no training of plain fine-tuning is finished; there is nothing to compare with")
     choice, rest = halves(table)
-    tasks = [task for task in data.TASKS if task in table[plain]]
-    settings = [
-        {"method": method, "noise_scale": scale, **_compared(table, (method, scale), plain, [*choice, *rest])}
-        for method, scale in sorted(table)
-        if method != "plain"
-    ]
-    methods = _chosen(table, plain, choice, rest)
-    adjusted = holm({name: one["pooled"]["p_value"] for name, one in methods.items()})
-    for name, one in methods.items():
-        one["p_holm"] = adjusted[name]
-    both = sorted({scale for method, scale in table if method == "pats" and ("constant", scale) in table})
-    return {
-        "tasks": tasks,
+    first, *others = grid.PARTS
+    parts = {name: _of_part(of_part(table, name), name, choice, rest) for name in grid.PARTS}
+    own = parts[first]
+    if not own["tasks"]:
+        tasks = ", ".join(grid.PARTS[first].tasks)
+        raise InputError(f"no training of plain fine-tuning on {tasks} is finished; there is nothing to compare with")
+    _add_holm([one for part in parts.values() for one in part["methods"].values()])
+    of_first = of_part(table, first)
+    both = sorted({scale for method, scale in of_first if method == "pats" and ("constant", scale) in of_first})
+    found = {
+        "tasks": own["tasks"],
         "seeds": {"choice": choice, "report": rest},
         "rates": {record["task"]: record["learning_rate"] for record in records if record["seed"] in choice},
-        "plain": {task: _spread(table[plain][task].values()) for task in tasks},
-        "settings": settings,
-        "methods": methods,
+        **{name: own[name] for name in ("plain", "settings", "methods")},
         "against_constant": [
-            {"noise_scale": scale, **_compared(table, ("pats", scale), ("constant", scale), [*choice, *rest])}
+            {"noise_scale": scale, **_compared(of_first, ("pats", scale), ("constant", scale), [*choice, *rest])}
             for scale in both
         ],
-        "default": default_scale(settings, methods.get("pats")),
+        "default": default_scale(own["settings"], own["methods"].get("pats")),
         "concentration": correlations(records),
         "diverged": sum(record["diverged"] for record in records),
     }
+    begun = {name: parts[name] for name in others if parts[name]["settings"]}
+    return found | ({"parts": begun} if begun else {})
+
+
+def _of_part(table, name, choice, rest):
+    """The numbers of a part; ``p_holm`` is still to be added."""
+    plain = (grid.PLAIN, 0.0)
+    found = table.get(plain, {})
+    tasks = [task for task in grid.PARTS[name].tasks if task in found]
+    return {
+        "tasks": tasks,
+        "plain": {task: _spread(found[task].values()) for task in tasks},
+        "settings": [
+            {"method": method, "noise_scale": scale, **_compared(table, (method, scale), plain, [*choice, *rest])}
+            for method, scale in sorted(table)
+            if method != grid.PLAIN
+        ],
+        "methods": _chosen(table, grid.PARTS[name].arms, choice, rest),
+    }
+
+
+def _add_holm(methods):
+    """Adds ``p_holm`` to the numbers of methods."""
+    adjusted = holm({number: one["pooled"]["p_value"] for number, one in enumerate(methods)})
+    for number, one in enumerate(methods):
+        one["p_holm"] = adjusted[number]
 
 
 def _spread(scores):
@@ -126,17 +158,21 @@ def _compared(table, setting, base, seeds):
     }
 
 
-def _chosen(table, plain, choice, rest):
-    """Method -> the scale with the best mean on the seeds of the choice, and its differences on the others."""
-    methods = {}
-    for method in grid.RESPONSES:
-        scales = [scale for name, scale in table if name == method and method != "plain"]
+def _chosen(table, names, choice, rest):
+    """Method -> the scale with the best mean on the seeds of the choice, and its differences on the others.
+
+    A method without a noise scale has nothing to choose: its differences are over all seeds.
+    """
+    methods, plain = {}, (grid.PLAIN, 0.0)
+    for method in names:
+        scales = [scale for name, scale in table if name == method]
         means = {scale: pooled(differences(table, (method, scale), plain, choice)) for scale in scales}
         means = {scale: one["mean"] for scale, one in means.items() if one["mean"] is not None}
         if means:
             best = max(means, key=lambda scale: means[scale])
             methods[method] = {"noise_scale": best, "on_choice": means[best]}
-            methods[method] |= _compared(table, (method, best), plain, rest)
+            seeds = rest if grid.ARMS[method].is_noisy else [*choice, *rest]
+            methods[method] |= _compared(table, (method, best), plain, seeds)
     return {name: one for name, one in methods.items() if one["pooled"]["mean"] is not None}
 
 
@@ -159,11 +195,14 @@ def default_scale(settings: Sequence[dict[str, Any]], chosen: dict[str, Any] | N
 def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Spearman's correlation over runs of the concentration of sensitivity with the score, within each task.
 
-    Over all trainings with the chosen learning rate, and over those of plain fine-tuning alone.
+    Over all trainings of PATS and its controls with the chosen learning rate, and over those of plain fine-tuning
+    alone.
     """
     found: dict[str, Any] = {}
-    for task in data.TASKS:
+    names = {grid.PLAIN, *grid.PARTS["a"].arms}
+    for task in grid.TASKS:
         runs = [one for one in records if one["task"] == task and one["seed"] < grid.RATE_SEEDS[0]]
+        runs = [one for one in runs if one["method"] in names]
         groups = {"all": runs, "plain": [one for one in runs if one["method"] == "plain"]}
         for name, group in groups.items():
             scores = [one["final"] for one in group]
@@ -176,6 +215,9 @@ def correlations(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_PLAIN_HEAD = ("task", "learning rate", "seeds", "plain, mean", "sd")
+
+
 def as_markdown(summary: dict[str, Any]) -> str:
     """The report as a page of tables."""
     tasks = summary["tasks"]
@@ -184,7 +226,7 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Differences to plain fine-tuning in points, with 95 % intervals. The noise scale of each method is chosen on "
         f"{choice} seeds and reported on {rest} others.",
         "",
-        *_rows(("task", "learning rate", "seeds", "plain, mean", "sd"), _plain_rows(summary)),
+        *_rows(_PLAIN_HEAD, _plain_rows(summary, summary)),
         "",
         *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(summary)),
         "",
@@ -203,7 +245,25 @@ def as_markdown(summary: dict[str, Any]) -> str:
         f"Default noise scale: {summary['default']['noise_scale']} ({summary['default']['why']}).",
         f"Trainings that diverged: {summary['diverged']}.",
     ]
+    for name, part in summary.get("parts", {}).items():
+        lines += ["", *_lines_of_part(grid.PARTS[name].title, part, summary)]
     return "\n".join(lines) + "\n"
+
+
+def _lines_of_part(title, part, summary):
+    """The tables of a further part, whose plain trainings may be those of the first."""
+    tasks = part["tasks"]
+    if tasks != summary["tasks"]:
+        yield from (f"{title}: plain fine-tuning.", "", *_rows(_PLAIN_HEAD, _plain_rows(summary, part)), "")
+    if not any(one["noise_scale"] for one in part["settings"]):
+        yield f"{title}, over all seeds, as no setting is chosen. Holm's correction is over the methods of all tables."
+        rows = ((method, *cells) for method, _, *cells in _method_rows(part))
+        yield from ("", *_rows(("method", *tasks, "all tasks", "p", "p, Holm"), rows))
+        return
+    yield f"{title}, chosen and reported as above. Holm's correction is over the methods of all tables."
+    yield from ("", *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(part)), "")
+    rows = map(_setting_row(tasks), part["settings"])
+    yield from ("Every setting, over all seeds:", "", *_rows(("method", "noise scale", *tasks, "all tasks", "p"), rows))
 
 
 def _rows(head, rows):
@@ -211,15 +271,15 @@ def _rows(head, rows):
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
-def _plain_rows(summary):
-    for task, spread in summary["plain"].items():
+def _plain_rows(summary, part):
+    for task, spread in part["plain"].items():
         yield task, f"{summary['rates'].get(task, 0):g}", spread["n"], f"{spread['mean']:.2f}", f"{spread['sd']:.2f}"
 
 
-def _method_rows(summary):
-    for method, one in summary["methods"].items():
+def _method_rows(part):
+    for method, one in part["methods"].items():
         pair = f"{one['pooled']['p_value']:.4f}", f"{one['p_holm']:.4f}"
-        yield method, f"{one['noise_scale']:g}", *_cells(one, summary["tasks"]), *pair
+        yield method, f"{one['noise_scale']:g}", *_cells(one, part["tasks"]), *pair
 
 
 def _setting_row(tasks):
@@ -253,13 +313,13 @@ def _correlation_rows(found):
 
 
 def draw(path: pathlib.Path, summary: dict[str, Any], table: Scores) -> None:
-    """Score against noise scale, a panel for each task, and the pooled difference to plain."""
+    """Score of the first part against noise scale, a panel for each task, and the pooled difference to plain."""
     from matplotlib.figure import Figure
 
     tasks = summary["tasks"]
     figure = Figure(figsize=(3.4 * (len(tasks) + 1), 3.4), layout="constrained")
     axes = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
-    methods = [name for name in grid.RESPONSES if name != "plain" and any(method == name for method, _ in table)]
+    methods = [name for name in grid.PARTS["a"].arms if any(method == name for method, _ in table)]
     for panel, task in zip(axes, tasks, strict=False):
         spread = summary["plain"][task]
         error = scipy.stats.t.ppf(0.975, max(spread["n"] - 1, 1)) * spread["sd"] / spread["n"] ** 0.5
@@ -291,5 +351,5 @@ def report(flags: argparse.Namespace) -> None:
     page = as_markdown(summary)
     write_json(folder / "study.json", summary)
     write_text(folder / "study.md", page)
-    draw(folder / "study.png", summary, table_of(records))
+    draw(folder / "study.png", summary, of_part(table_of(records), "a"))
     print(page)

@@ -33,7 +33,7 @@ from pats_jax.run import flags, forecast, machine, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import GridFile
-from pats_jax.run.settings import Settings, resuming
+from pats_jax.run.settings import OF_TEXT_TO_TEXT, Settings, resuming
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.run.workers import Ended, Job, Workers
 
@@ -59,6 +59,7 @@ class Grid(Composed):
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
+        **dict.fromkeys(OF_TEXT_TO_TEXT, "is for `pats-jax text2text`, whose runs cannot be compared in a grid yet"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 

@@ -268,6 +268,9 @@ class Choice:
         return found
 
 
+Preset = Callable[[Callable[[str], str | None]], Flat]  # of a function: flag -> the text given for it, or None
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class Composed(Group):
     """A program's settings: a group of groups, which may have fields of its own, and choices of groups.
@@ -278,6 +281,7 @@ class Composed(Group):
     choices: ClassVar[Mapping[str, Choice]] = {}  # field -> how its groups are chosen
     elsewhere: ClassVar[Mapping[str, str]] = {}  # flag of another program -> what to use here instead
     former: ClassVar[frozenset[str]] = frozenset()  # keys that config.json of earlier versions holds, without meaning
+    presets: ClassVar[Mapping[str, "Preset"]] = {}  # value of --preset -> the defaults that it sets
 
     def __init__(self, **values: Any):
         """Takes fields, or settings by their flat names, which override those of a given group.

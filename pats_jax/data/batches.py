@@ -54,19 +54,20 @@ class Tokens:
         return np.diff(self.offsets)
 
 
-def tokenize(split: Split, tokenizer: Any, max_length: int) -> Tokens:
+def tokenize(split: Split, tokenizer: Any, max_length: int, setting: str = "max_seq_length") -> Tokens:
     """Tokenises every row once; in pairs, the longer text is truncated first.
 
     Args:
       split: the rows.
       tokenizer: a fast tokenizer of Transformers, the checkpoint's own.
       max_length: longest row in tokens, special tokens included.
+      setting: what sets it, for messages.
 
     Raises:
       InputError: if ``max_length`` leaves no room for a token of each text, the tokenizer has no padding token, or it
         cannot encode a text.
     """
-    check_room(split, tokenizer, max_length)
+    check_room(split, tokenizer, max_length, setting)
     cut = 0
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
@@ -119,7 +120,7 @@ def takes_any_text(tokenizer) -> bool:
         return False
 
 
-def check_room(split: Split, tokenizer, max_length: int) -> None:
+def check_room(split: Split, tokenizer, max_length: int, setting: str = "max_seq_length") -> None:
     """Raises InputError if the texts cannot be tokenised to padded rows.
 
     It does so if ``max_length`` leaves no room for a token of each text, a text has a lone surrogate, or there is no
@@ -134,7 +135,7 @@ def check_room(split: Split, tokenizer, max_length: int) -> None:
     pair = split.sentence2 is not None
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length < special + 1 + pair:
-        raise InputError(f"max_seq_length {max_length}: too short: special tokens take {special} of them")
+        raise InputError(f"{setting} {max_length}: too short: special tokens take {special} of them")
 
 
 def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
@@ -177,19 +178,24 @@ def largest_type(split: Split, tokenizer) -> int:
     return max(tokenizer("", second, return_token_type_ids=True)["token_type_ids"])
 
 
-def describe_cut(tokens: Tokens, max_length: int, longest: int) -> str | None:
+def describe_cut(
+    tokens: Tokens, max_length: int, longest: int | None, setting: str = "max_seq_length", texts: str = "texts"
+) -> str | None:
     """Says in one line how many texts were truncated; None if none were.
 
     Args:
       tokens: the tokenised rows.
       max_length: length to which they were truncated.
-      longest: number of positions of the model.
+      longest: number of positions of the model; None: any.
+      setting: what sets the length.
+      texts: what to call them.
     """
     if not tokens.cut:
         return None
-    hint = "to keep more, set max_seq_length" if max_length < longest else "the model has no more positions"
+    has_more = longest is None or max_length < longest
+    hint = f"to keep more, set {setting}" if has_more else "the model has no more positions"
     verbs = ("is", "was") if tokens.cut == 1 else ("are", "were")
-    rows = f"{tokens.cut} of {len(tokens)} texts"
+    rows = f"{tokens.cut} of {len(tokens)} {texts}"
     return f"{rows} {verbs[0]} longer than {max_length} tokens and {verbs[1]} truncated; {hint}"
 
 

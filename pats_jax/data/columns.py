@@ -33,3 +33,29 @@ class Columns:
 
 
 BY_NAME = Columns()
+
+
+PAIR_COLUMNS = (
+    ("source", "target"),
+    ("text", "summary"),
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("dialogue", "summary"),
+    ("input", "output"),
+    ("question", "answer"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairColumns:
+    """The columns of texts to read and of texts to write.
+
+    Attributes:
+      source: the column of the sources; None: both are found by name, the first pair of PAIR_COLUMNS that is there.
+      target: the column of the targets.
+      delimiter: as in `Columns`.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    delimiter: str | None = None

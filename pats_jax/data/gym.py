@@ -4,10 +4,13 @@ A task's files are ``<task>_<shots>_<seed>_<split>`` with the splits train, dev 
 or beside those of other tasks. Two kinds of files are read:
 
 * ``.jsonl``: one object per line with the strings ``task``, ``input`` and ``output`` and the list ``options``, as in
-  MetaICL;
-* ``.tsv``: input, tab, output, without a header, as CrossFit writes them. If all inputs of a task end in
-  `` (A) one (B) other``, these are the options; else the options are the outputs in the task's files, in
-  alphabetical order. A task with too many outputs for that is text generation, which is rejected.
+  MetaICL. If all lists are empty, the task is text to text.
+* ``.tsv``: input, tab, output, without a header, as CrossFit writes them; further outputs are other right answers. If
+  all inputs of a task end in `` (A) one (B) other``, perhaps with a context behind, these are the options; else the
+  options are the outputs in the task's files, in alphabetical order. A task that CrossFit scores by its texts, or with
+  several right answers in a row, or with too many outputs for classes, is text to text.
+
+CrossFit's own files of text-to-text tasks have 32 shots; they are read together with those of 16.
 
 Every seed has a train and a dev file. A seed's test rows come from its own test file or, if a task has only one test
 file, from that one. Hidden files are ignored.
@@ -21,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pats_jax.core.files import checked_name
+from pats_jax.data.crossfit import crossfit_tasks
 from pats_jax.data.few_shot import SPLITS, FewShotTask, Row, Sample, build_task, chosen_names
-from pats_jax.data.tables import check_characters, json_lines, listed, read_text, read_tsv
+from pats_jax.data.tables import check_characters, json_lines, listed, read_text, tsv_rows
 from pats_jax.errors import InputError, shown
 
 SHOTS = 16
@@ -32,7 +36,9 @@ MAX_CLASSES = 200
 _FILE_NAME = re.compile(r"(.+)_(\d+)_(\d+)_(train|dev|test)")
 _SUFFIXES = (".jsonl", ".tsv")
 _KEYS = ("task", "input", "output", "options")
-_OPTION_MARK = re.compile(r" ?\(([A-Z]|[1-9])\) ")
+# CrossFit's quail has no blanks around the marks.
+_OPTION_MARKS = tuple(re.compile(rf" ?\(([A-Z]|[1-9])\){end}") for end in (" ", ""))
+_SEPARATOR = " [SEP] "
 
 
 class _Line(NamedTuple):
@@ -40,8 +46,9 @@ class _Line(NamedTuple):
 
     place: str
     input: str
-    output: str
-    options: tuple[str, ...]
+    outputs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    whole: str | None = None
 
 
 # The lines of the files of one task.
@@ -114,7 +121,7 @@ def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[s
                 raise InputError(f"{place}: not named like a few-shot file, <task>_<shots>_<seed>_<{'|'.join(SPLITS)}>")
             continue
         name, own_shots, seed, split = match.groups()
-        if int(own_shots) != shots:
+        if int(own_shots) != shots and not (shots == SHOTS and int(own_shots) == _crossfit_shots(name)):
             other_shots.add(int(own_shots))
             continue
         if tasks is None or name in tasks:
@@ -127,6 +134,11 @@ def _find_files(folder: Path, shots: int, tasks: Sequence[str] | None) -> dict[s
         others = f" (there are files of {', '.join(map(str, sorted(other_shots)))} shots)" if other_shots else ""
         raise InputError(f"{folder}: no few-shot task: no file <task>_{shots}_<seed>_train.jsonl or .tsv{others}")
     return found
+
+
+def _crossfit_shots(name: str) -> int | None:
+    known = crossfit_tasks().get(name)
+    return known.shots if known else None
 
 
 def _read_task(name: str, files: Mapping[tuple[int, str], Path]) -> FewShotTask:
@@ -142,6 +154,7 @@ def _read_task(name: str, files: Mapping[tuple[int, str], Path]) -> FewShotTask:
         raise InputError(f"{other}: {name} also has {paths[0].suffix} files; all files of a task must be of one kind")
     if paths[0].suffix == ".jsonl":
         lines = {path: list(_json_lines(name, path)) for path in paths}
+        _check_alike(lines)
     else:
         lines = _with_options(name, {path: list(_tsv_lines(path)) for path in paths})
     rows = {path: tuple(map(_row, own)) for path, own in lines.items()}
@@ -179,45 +192,77 @@ def _json_lines(task: str, path: Path) -> Iterator[_Line]:
             check_characters(text, place)
         if name != task:
             raise InputError(f"{place}: a row of task {shown(name)} in a file of {task}")
-        if len(set(options)) < 2:
-            raise InputError(f"{place}: a row needs at least two different options; it has {listed(options) or 'none'}")
-        yield _Line(place, given, output, tuple(options))
+        if len(set(options)) == 1:
+            raise InputError(f"{place}: a row needs at least two different options; it has {listed(options)}")
+        yield _Line(place, given, (output,), tuple(options))
+
+
+def _check_alike(files: _Files) -> None:
+    """Raises InputError if some rows of a task have options and others have none."""
+    lines = [line for own in files.values() for line in own]
+    other = next((line for line in lines if bool(line.options) != bool(lines[0].options)), None)
+    if other is not None:
+        without, with_some = sorted((lines[0], other), key=lambda line: bool(line.options))
+        raise InputError(
+            f"{without.place}: the row has no options, but {with_some.place} has {len(with_some.options)}; give "
+            "options to all rows of a task or to none"
+        )
 
 
 def _tsv_lines(path: Path) -> Iterator[_Line]:
-    table, _ = read_tsv(path, ("input", "output"), header=("input", "output"))
-    for row, (given, output) in enumerate(zip(table.columns["input"], table.columns["output"], strict=True)):
-        yield _Line(table.place(row), given, output, ())
+    for number, cells in tsv_rows(path):
+        if len(cells) < 2:
+            raise InputError(f"{path}:{number}: expected 2 columns separated by tabs, got 1")
+        yield _Line(f"{path}:{number}", cells[0], tuple(cells[1:]))
 
 
 def _with_options(name: str, files: _Files) -> _Files:
-    """Gives the lines of TSV files their options: those that end all inputs, else the outputs of the whole task."""
-    parted = {path: [_parted(line) for line in lines] for path, lines in files.items()}
-    if all(line.options for lines in parted.values() for line in lines):
-        return parted
+    """Gives the lines of TSV files their options: those that end all inputs, else the outputs of the whole task.
+
+    A task that is text to text gets none.
+    """
+    known = crossfit_tasks().get(name)
     lines = [line for own in files.values() for line in own]
-    classes = tuple(sorted({line.output for line in lines}))
+    several = next((line for line in lines if len(line.outputs) > 1), None)
+    if several and known and not known.has_several_references:
+        count = len(several.outputs)
+        raise InputError(f"{several.place}: {count} answers, but {name} has one in a row; remove the tabs within it")
+    if several or (known and known.is_text_to_text):
+        return files
+    parted = {path: [_parted(line) for line in own] for path, own in files.items()}
+    if all(line.options for own in parted.values() for line in own):
+        return parted
+    classes = tuple(sorted({line.outputs[0] for line in lines}))
     if len(classes) < 2:
         raise InputError(f"{lines[0].place}: {name} has only one output, {shown(classes[0])}; nothing to choose")
     if len(classes) > min(MAX_CLASSES, len(lines) / 2):
-        raise InputError(
-            f"{lines[0].place}: {name} has {len(classes)} outputs in {len(lines)} rows, so it is text generation; only "
-            "tasks with options are supported"
-        )
+        return files
     return {path: [line._replace(options=classes) for line in own] for path, own in files.items()}
 
 
 def _parted(line: _Line) -> _Line:
-    """Separates the input from the options that CrossFit appends: " (A) one (B) other" or " (1) one (2) other"."""
-    question, *rest = _OPTION_MARK.split(line.input)
-    marks, options = "".join(rest[::2]), tuple(option.strip() for option in rest[1::2])
-    counts_up = any(order.startswith(marks) for order in (string.ascii_uppercase, string.digits[1:]))
-    return line._replace(input=question, options=options) if counts_up and len(set(options)) > 1 else line
+    """Separates the input from the options that CrossFit appends: " (A) one (B) other" or " (1) one (2) other".
+
+    A context behind the options, " [SEP] context", stays with the input.
+    """
+    for mark in _OPTION_MARKS:
+        question, *rest = mark.split(line.input)
+        marks, texts = "".join(rest[::2]), rest[1::2]
+        if not texts or not any(order.startswith(marks) for order in (string.ascii_uppercase, string.digits[1:])):
+            continue
+        texts[-1], separator, context = texts[-1].partition(_SEPARATOR)
+        options = tuple(text.strip() for text in texts)
+        if len(set(options)) > 1:
+            return line._replace(input=question + separator + context, options=options, whole=line.input)
+    return line
 
 
 def _row(line: _Line) -> Row:
-    if line.output not in line.options:
-        raise InputError(
-            f"{line.place}: the output {shown(line.output)} is not among its options {listed(line.options)}"
-        )
-    return Row(line.input, line.options, line.options.index(line.output))
+    if not line.options:
+        if not all(output.strip() for output in line.outputs):
+            raise InputError(f"{line.place}: an answer is empty; every right answer needs text")
+        return Row(line.input, (), 0, line.outputs)
+    (output,) = line.outputs
+    if output not in line.options:
+        raise InputError(f"{line.place}: the output {shown(output)} is not among its options {listed(line.options)}")
+    return Row(line.input, line.options, line.options.index(output), whole=line.whole)

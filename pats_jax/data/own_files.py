@@ -16,7 +16,7 @@ is told in ``labels``. CSV files quote as usual; in TSV files quotes mean nothin
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +99,24 @@ def load_set(
     Raises:
       InputError: as from `load_files`; or if the set cannot be loaded, or has no such split.
     """
-    rows = _set_rows(name, config)
-    held_out = "validation" in splits and "train" in splits and _set_split(rows, "validation") is None
-    wanted = [split for split in splits if not (held_out and split == "validation")]
+    rows = set_rows(name, config)
+    wanted = splits_of_set(rows, splits)
 
     def read(split: str) -> Table:
-        return _set_table(name, rows, split, columns)
+        return set_table(name, rows, split, _wanted(columns), _label_columns(columns))
 
     return _load(wanted, read, label_names, regression, columns)
 
 
-def _set_rows(name: str, config: str | None) -> Mapping[str, Any]:
+def set_rows(name: str, config: str | None) -> Mapping[str, Any]:
+    """The splits of a data set of the hub or of a folder; see ``readers.load_from_hub``."""
     return load_from_hub("train_file to a file of your own", path=name, name=config)
+
+
+def splits_of_set(rows: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
+    """The splits to read: those asked for, but no "validation" that has to be held out of "train"."""
+    held_out = "train" in asked and _set_split(rows, "validation") is None
+    return [split for split in asked if not (held_out and split == "validation")]
 
 
 def _set_split(rows: Mapping[str, Any], split: str) -> str | None:
@@ -121,8 +127,17 @@ def _set_split(rows: Mapping[str, Any], split: str) -> str | None:
 _SET_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def _set_table(name: str, splits: Mapping[str, Any], split: str, columns: Columns) -> Table:
+def set_table(
+    name: str, splits: Mapping[str, Any], split: str, wanted: Collection[str], lists: Collection[str] = ()
+) -> Table:
     """The wanted columns of a split of a set; -1 where classes have names stands for a hidden label: an empty cell.
+
+    Args:
+      name: of the set, for messages.
+      splits: of `set_rows`.
+      split: "train", "validation" or "test".
+      wanted: columns to keep, as far as the set has them.
+      lists: columns whose values may be lists.
 
     Raises:
       InputError: if the set has no such split.
@@ -130,7 +145,9 @@ def _set_table(name: str, splits: Mapping[str, Any], split: str, columns: Column
     own = _set_split(splits, split)
     if own is None:
         raise InputError(f"{name}: has no split {split!r}; its splits are {', '.join(map(str, splits))}")
-    rows, wanted, lists = splits[own], _wanted(columns), _label_columns(columns)
+    rows = splits[own]
+    if any("." in column and column not in rows.column_names for column in wanted):
+        rows = rows.flatten()  # the field "en" of a column "translation" is then the column "translation.en"
     values, classes = {}, {}
     for column in rows.column_names:
         if column in wanted:
@@ -260,7 +277,8 @@ def labels_in(path: str | Path, columns: Columns = BY_NAME) -> set[str]:
 
 def labels_in_set(name: str, config: str | None = None, columns: Columns = BY_NAME) -> set[str]:
     """The same of the validation data of a data set."""
-    return _labels_of(_set_table(name, _set_rows(name, config), "validation", columns), columns)
+    wanted, lists = _wanted(columns), _label_columns(columns)
+    return _labels_of(set_table(name, set_rows(name, config), "validation", wanted, lists), columns)
 
 
 def _labels_of(table: Table, columns: Columns) -> set[str]:
@@ -286,7 +304,7 @@ def read_texts(path: str | Path, columns: Columns = BY_NAME, usual: Columns = BY
 
 def lines_as_texts(path: Path, text: str) -> Split:
     """Texts to predict on, one a line; ``path`` is what messages call them."""
-    return _unlabelled(_lines(path, text, BY_NAME), BY_NAME, BY_NAME)[0]
+    return _unlabelled(_lines(path, text, "sentence"), BY_NAME, BY_NAME)[0]
 
 
 def _unlabelled(table: Table, asked: Columns, usual: Columns) -> tuple[Split, Columns]:
@@ -294,30 +312,52 @@ def _unlabelled(table: Table, asked: Columns, usual: Columns) -> tuple[Split, Co
     return split_of(table, texts, None, None), Columns(texts)
 
 
-def _lines(path: Path, text: str, columns: Columns) -> Table:
+def _lines(path: Path, text: str, name: str) -> Table:
     """A table of one text a line, under the name of the text column."""
     lines = split_lines(text)
-    name = columns.texts[0] if len(columns.texts) == 1 else "sentence"
     return Table(path, (name,), {name: lines}, range(1, len(lines) + 1))
 
 
 def _read_table(path: Path, columns: Columns, *, labelled: bool) -> Table:
     """The wanted columns of a file; with labels, or any file of texts."""
-    suffix, wanted = path.suffix.lower(), _wanted(columns, labelled)
     lists = _label_columns(columns) if labelled else ()
-    if columns.delimiter is not None and suffix not in (".csv", ".tsv"):
-        raise InputError(f"delimiter {shown(columns.delimiter)}: {path} has none; it is for .csv and .tsv files")
-    if suffix == ".txt" and not labelled:
-        return _lines(path, read_text(path), columns)
-    if suffix == ".csv" or columns.delimiter is not None:
-        return read_csv(path, wanted, columns.delimiter or ",")
+    name = None if labelled else columns.texts[0] if len(columns.texts) == 1 else "sentence"
+    return read_table(path, _wanted(columns, labelled), lists, columns.delimiter, lines_as=name)
+
+
+def read_table(
+    path: Path,
+    wanted: Collection[str],
+    lists: Collection[str] = (),
+    delimiter: str | None = None,
+    lines_as: str | None = None,
+) -> Table:
+    """The wanted columns of a file, of whatever form its name says.
+
+    Args:
+      path: the file.
+      wanted: columns to keep, as far as the file has them.
+      lists: columns whose values may be lists.
+      delimiter: see ``Columns``.
+      lines_as: what to call the one column of a ``.txt`` file, one text a line; None: there must be none.
+
+    Raises:
+      InputError: if the file is invalid, or of another form.
+    """
+    suffix = path.suffix.lower()
+    if delimiter is not None and suffix not in (".csv", ".tsv"):
+        raise InputError(f"delimiter {shown(delimiter)}: {path} has none; it is for .csv and .tsv files")
+    if suffix == ".txt" and lines_as is not None:
+        return _lines(path, read_text(path), lines_as)
+    if suffix == ".csv" or delimiter is not None:
+        return read_csv(path, wanted, delimiter or ",")
     if suffix == ".tsv":
         return read_tsv(path, wanted)[0]
     if suffix in (".jsonl", ".json"):
         return read_json_rows(path, wanted, lists)
     if suffix == ".parquet":
         return read_parquet(path, wanted, lists)
-    further = "" if labelled else ", .txt"
+    further = "" if lines_as is None else ", .txt"
     raise InputError(f"{path}: unknown file type {suffix!r}; use .csv, .tsv{further}, .parquet or .jsonl")
 
 
@@ -332,27 +372,32 @@ def _label_columns(columns: Columns) -> tuple[str, ...]:
 
 def _text_columns(table: Table, asked: Columns, usual: Columns) -> tuple[str, ...]:
     if asked.texts:
-        return _present(table, asked.texts, "text_column_names")
+        return present(table, asked.texts, "text_column_names")
     for names in (usual.texts, *TEXT_COLUMNS):
         if names and all(name in table.columns for name in names):
             return names
     hint = "name it sentence, or name two of them sentence1 and sentence2, or set text_column_names"
+    raise no_column(table, "no text column", hint)
+
+
+def no_column(table: Table, what: str, hint: str) -> InputError:
+    """The error that a table has no such column; a header with another delimiter gets another hint."""
     only = table.header[0] if len(table.header) == 1 else ""
     parted = next((mark for mark in ";\t|" if mark in only), None)
     if parted:
         hint = f"if {shown(parted)} separates its columns, set delimiter"
-    raise InputError(f"{table.path}{_first_line(table)}: no text column among {listed(table.header)}; {hint}")
+    return InputError(f"{table.path}{_first_line(table)}: {what} among {listed(table.header)}; {hint}")
 
 
 def _found_labels(table: Table, asked: Columns, usual: Columns) -> tuple[str, ...]:
     """The columns of the labels; none if there are no labels."""
     if asked.labels:
-        return _present(table, asked.labels, "label_column_name")
+        return present(table, asked.labels, "label_column_name")
     return next(((name,) for name in (*usual.labels, *LABEL_COLUMNS) if name in table.columns), ())
 
 
-def _present(table: Table, names: tuple[str, ...], setting: str) -> tuple[str, ...]:
-    """The names, if they are all columns of the table."""
+def present(table: Table, names: tuple[str, ...], setting: str) -> tuple[str, ...]:
+    """The names, if they are all columns of the table; else an InputError that says which setting names them."""
     missing = next((name for name in names if name not in table.columns), None)
     if missing is not None:
         parts = missing.split(",")

@@ -200,6 +200,15 @@ def read_tsv(
     return _collect(path, names, rows(), wanted), broken
 
 
+def tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every line of a tab-separated file without header, with the line's number; quotes have no meaning.
+
+    Raises:
+      InputError: as from `read_text`.
+    """
+    yield from ((number, line.split("\t")) for number, line in enumerate(split_lines(read_text(path)), 1))
+
+
 def read_csv(path: Path, wanted: Collection[str], delimiter: str = ",") -> Table:
     """Reads a comma-separated file with a header and optional quotes; ignores blank lines.
 
@@ -292,8 +301,8 @@ def json_lines(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:
 def read_json_rows(path: Path, wanted: Collection[str], lists: Collection[str] = ()) -> Table:
     """Reads JSON lines, one object per line, or a ``.json`` file that is one array of objects.
 
-    All objects must have the same wanted keys. Numbers and booleans become their JSON text, null becomes the empty
-    string.
+    All objects must have the same wanted keys; ``a.b`` is the key "b" of the object "a". Numbers and booleans become
+    their JSON text, null becomes the empty string.
 
     Args:
       path: the file.
@@ -307,7 +316,7 @@ def read_json_rows(path: Path, wanted: Collection[str], lists: Collection[str] =
     text = read_text(path)
     is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
     before_line = ", row " if is_array else ":"
-    records = _array_rows(path, text) if is_array else json_lines(path, text)
+    records = _with_inner(_array_rows(path, text) if is_array else json_lines(path, text), wanted)
     first = next(records, None)
     header = list(first[1]) if first else []
     begin = f"{'row' if is_array else 'line'} {first[0] if first else 1}"
@@ -327,6 +336,16 @@ def read_json_rows(path: Path, wanted: Collection[str], lists: Collection[str] =
 
     lacking = set(wanted).difference(header)
     return _collect(path, header, rows(), wanted, before_line=before_line)
+
+
+def _with_inner(records: Iterable[tuple[int, JsonObject]], wanted: Collection[str]) -> Iterator[tuple[int, JsonObject]]:
+    """The records, with ``translation.en`` for the key "en" of the object "translation", if that is wanted."""
+    for number, record in records:
+        for name in wanted:
+            outer, _, inner = name.partition(".")
+            if inner and name not in record and isinstance(found := record.get(outer), dict) and inner in found:
+                record[name] = found[inner]
+        yield number, record
 
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[int, JsonObject]]:

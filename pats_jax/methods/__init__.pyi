@@ -6,6 +6,7 @@ from .method import (
 from .optimizer import (
     SENSITIVITY_BATCHES as SENSITIVITY_BATCHES,
     DropoutRates as DropoutRates,
+    chosen_gradient as chosen_gradient,
     chosen_objectives as chosen_objectives,
     dropout_rates as dropout_rates,
     learning_rate_schedule as learning_rate_schedule,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from pats_jax.errors import InputError
+from pats_jax.methods.paths import LAYERS
 from pats_jax.methods.subnetwork import Freezing
 
 
@@ -15,7 +16,7 @@ class ChildTuningD(Freezing):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "keeps a fixed fraction of the encoder's gradient, selected by Fisher information"
     source: ClassVar = "https://arxiv.org/abs/2109.05687"
-    layers: ClassVar = r"encoder\.layer\."
+    layers: ClassVar = LAYERS
     state_bytes: ClassVar = "1"
     passes: ClassVar = "one epoch before training"
     works_in_lanes: ClassVar = False  # each seed has a mask of its own, which is measured before the step is built

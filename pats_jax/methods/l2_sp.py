@@ -26,5 +26,6 @@ class L2Sp(Method):
         from pats_jax.companions import l2_sp
         from pats_jax.methods.masks import HEAD, layer_mask
 
-        head = layer_mask(context.params, HEAD, "head of l2-sp")
+        has_head = "classifier" in context.params  # that of an encoder-decoder is pretrained
+        head = has_head and layer_mask(context.params, HEAD, "head of l2-sp")
         return l2_sp.l2_sp(self.pretrained_strength, self.head_strength, head_mask=head)

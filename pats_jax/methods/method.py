@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # settings are read, and `--help` answers, without JAX
     import jax
     import optax
 
-    from pats_jax import objectives, transforms
+    from pats_jax import objectives, train_state, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Context:
       seed: an int or a typed key, for the method's random numbers.
       fisher: ``fisher(keep_fraction, mask)``, which returns the mask of Child-Tuning D, measured on the training data.
       response: replaces a method's ``response``.
+      warmup_steps: number of steps over which the learning rate rises.
     """
 
     total_steps: int
@@ -34,6 +35,7 @@ class Context:
     seed: Any
     fisher: Callable[[float, Any], Any] | None = None
     response: "transforms.Response | None" = None
+    warmup_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Method(Group):
         """A transform that runs between Adam and weight decay."""
         raise NotImplementedError
 
+    def adamw(self, context: Context, optimizer: "optax.GradientTransformation") -> "optax.GradientTransformation":
+        """Wraps AdamW, which runs after clipping."""
+        return optimizer
+
     def last(self, context: Context) -> "optax.GradientTransformation":
         """A transform that runs after AdamW."""
         raise NotImplementedError
@@ -98,9 +104,15 @@ class Method(Group):
         """The parameters that training starts from."""
         return params
 
-    def objective(self) -> "objectives.Objective":
-        """A term of the loss."""
+    def objective(self) -> "objectives.Objective | objectives.View":
+        """A term of the loss, or noise on what the model reads in training."""
         raise NotImplementedError
+
+    def gradient(
+        self, value_and_grad: "train_state.ValueAndGrad", params: Any, batch: "train_state.Batch", key: "jax.Array"
+    ) -> "tuple[tuple[jax.Array, train_state.Metrics], Any]":
+        """The loss, the metrics and the gradient of a step; see `pats_jax.make_train_step`."""
+        return value_and_grad(params, batch, key)
 
     def without_dropout(self, total_steps: int) -> bool:
         """Whether the authors turn dropout off in a training of ``total_steps`` steps."""

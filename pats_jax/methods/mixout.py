@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pats_jax.core.settings import PROBABILITY, setting
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Mixout(Method):
     kind: ClassVar = "anchor"
     summary: ClassVar = "mixes pretrained weights into the forward pass"
     source: ClassVar = "https://arxiv.org/abs/1909.11299"
-    layers: ClassVar = r"(encoder\.layer|pooler).*\.kernel$"
+    layers: ClassVar = rf"({LAYERS}|pooler).*\.kernel$"
     state_bytes: ClassVar = "4"
     conflicts: ClassVar = {"dps-mix": "both replace the weights of the forward pass"}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pats_jax import objectives, transforms
+from pats_jax import objectives, train_state, transforms
 from pats_jax.errors import InputError
 from pats_jax.methods.masks import layer_mask
 from pats_jax.methods.method import Context, Method
@@ -32,7 +32,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
     kind, peak = settings.lr_scheduler_type, settings.learning_rate
     if kind == "constant":
         return optax.constant_schedule(peak)
-    warmup_steps = math.ceil(total_steps * settings.warmup_ratio)  # as Transformers' TrainingArguments count them
+    warmup_steps = count_warmup_steps(settings, total_steps)
     warmup, rest = optax.linear_schedule(0.0, peak, warmup_steps), total_steps - warmup_steps
     if kind == "constant_with_warmup":
         after = optax.constant_schedule(peak)
@@ -41,6 +41,11 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
     else:
         after = optax.linear_schedule(peak, 0.0, rest)
     return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+
+def count_warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:
+    """The number of steps of warmup, as Transformers' TrainingArguments count them: rounded up."""
+    return 0 if settings.lr_scheduler_type == "constant" else math.ceil(total_steps * settings.warmup_ratio)
 
 
 def make_optimizer(
@@ -72,18 +77,19 @@ def make_optimizer(
       InputError: if a regex matches no parameter, or a stage has less than one step.
     """
     schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
-    context = Context(total_steps, schedule, settings.learning_rate, params, seed, fisher, response)
+    warmup_steps = count_warmup_steps(settings, total_steps)
+    context = Context(total_steps, schedule, settings.learning_rate, params, seed, fisher, response, warmup_steps)
+    adamw = optax.chain(
+        optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+        *(method.scaling(context) for method in chosen if method.has("scaling")),
+        optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
+        optax.scale_by_learning_rate(schedule),
+    )
+    for method in chosen:
+        adamw = method.adamw(context, adamw)
     optimizer = optax.chain(
         *(method.first(context) for method in chosen if method.has("first")),
-        optax.chain(
-            _clip_by_global_norm(settings.max_grad_norm),
-            optax.chain(
-                optax.scale_by_adam(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
-                *(method.scaling(context) for method in chosen if method.has("scaling")),
-                optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
-                optax.scale_by_learning_rate(schedule),
-            ),
-        ),
+        optax.chain(_clip_by_global_norm(settings.max_grad_norm), adamw),
         *(method.last(context) for method in chosen if method.has("last")),
     )
     for method in chosen:
@@ -131,9 +137,14 @@ def starting_params(chosen: Sequence[Method], params: Any, seed: Any) -> Any:
     return params
 
 
-def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective]:
-    """The terms that the methods add to the loss."""
+def chosen_objectives(chosen: Sequence[Method]) -> list[objectives.Objective | objectives.View]:
+    """The terms that the methods add to the loss, and the noise on what the model reads."""
     return [method.objective() for method in chosen if method.has("objective")]
+
+
+def chosen_gradient(chosen: Sequence[Method]) -> train_state.Gradient | None:
+    """The argument ``gradient`` of `make_train_step` for the methods; None if it is one plain gradient."""
+    return next((method.gradient for method in chosen if method.has("gradient")), None)
 
 
 SENSITIVITY_BATCHES = 8

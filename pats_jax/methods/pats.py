@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from pats_jax.core.settings import PROBABILITY, at_least, setting
 from pats_jax.methods.method import Context, Method
+from pats_jax.methods.paths import MATRICES
 
 NoiseResponse = Literal["linear", "reciprocal", "exponential", "constant", "reversed"]
-_MATRICES = r"encoder\.layer\..*\.kernel$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,24 +15,27 @@ class Noise(Method):
     """Settings of the noise, of PATS and its control."""
 
     kind: ClassVar = "noise"
-    layers: ClassVar = _MATRICES
+    layers: ClassVar = MATRICES
 
     noise_scale: float = setting(
         1e-2,
-        "PATS: noise at zero sensitivity, in tensor standard deviations; scales with the lr",
+        "PATS: noise at zero sensitivity, in tensor standard deviations",
         at_least(0),
         is_basic=True,
+    )
+    noise_schedule: Literal["learning_rate", "constant"] = setting(
+        "learning_rate", "PATS: noise in proportion to the learning rate, or the same noise at every step"
     )
     decay: float = setting(0.9, "PATS: decay rate of the moving average of sensitivity", PROBABILITY)
     response: NoiseResponse = setting(
         "linear", "PATS: how noise depends on sensitivity; constant and reversed are controls"
     )
     distribution: Literal["uniform", "normal"] = setting("uniform", "PATS: distribution of the noise")
-    noise_layers: str = setting(_MATRICES, "PATS: regex of the parameter paths that get noise")
+    noise_layers: str = setting(MATRICES, "PATS: regex of the parameter paths that get noise")
     sensitivity_dtype: Literal["float32", "bfloat16"] = setting("float32", "PATS: type in which sensitivity is stored")
 
     def arguments(self, context: Context) -> dict[str, Any]:
-        """The arguments of `pats_jax.pats_noise`; the noise follows the learning rate, so it vanishes at the end."""
+        """The arguments of `pats_jax.pats_noise`; by default, the noise decays with the learning rate."""
         from pats_jax import trees
         from pats_jax.methods.masks import layer_mask
         from pats_jax.models.layout import layer_axis
@@ -58,6 +61,8 @@ class Noise(Method):
         return self.noise_layers
 
     def _scale(self, context):
+        if self.noise_schedule == "constant":
+            return lambda count: self.noise_scale
         return lambda count: self.noise_scale * context.schedule(count) / context.learning_rate
 
 

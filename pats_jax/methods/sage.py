@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pats_jax.core.settings import Range, setting
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Sage(Method):
     kind: ClassVar = "scaling"
     summary: ClassVar = "scales steps by the uncertainty of sensitivity; use 2 to 5 times the usual learning rate"
     source: ClassVar = "https://arxiv.org/abs/2202.02664"
-    layers: ClassVar = r"encoder\.layer\.(?!.*LayerNorm).*\.(kernel|bias)$"
+    layers: ClassVar = rf"{LAYERS}(?!.*(LayerNorm|layer_norm)).*\.(kernel|bias)$"
     state_bytes: ClassVar = "4"
 
     sage_decay: float = setting(

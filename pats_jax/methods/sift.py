@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from pats_jax.core.settings import FRACTION, setting
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import ATTENTION
 
-_ATTENTION = r"attention\.(self\.(query|key|value)|output\.dense)\.kernel$"
 _WHY_NOT = "SIFT updates single entries; the other method needs whole tensors"
 
 
@@ -18,9 +18,9 @@ class Sift(Method):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "trains the head and the entries of each attention matrix with the largest first gradients"
     source: ClassVar = "https://arxiv.org/abs/2312.11875"
-    layers: ClassVar = _ATTENTION
+    layers: ClassVar = ATTENTION
     state_bytes: ClassVar = "12 per selected entry, instead of 8 per entry"
-    trainable: ClassVar = rf"{_ATTENTION}|pooler|^classifier\."
+    trainable: ClassVar = rf"{ATTENTION}|pooler|^classifier\."
     conflicts: ClassVar = {"pats": _WHY_NOT, "perturbed": _WHY_NOT, "mixout": _WHY_NOT}
 
     sift_rate: float = setting(0.008, "SIFT: fraction of each tensor's entries that are trained", FRACTION)

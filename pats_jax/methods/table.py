@@ -30,7 +30,12 @@ BUILTIN = (
     "r_drop:RDrop",
     "smart:Smart",
     "lnsr:Lnsr",
+    "neftune:NefTune",
+    "hype:HyPe",
     "sift:Sift",
+    "rose:Rose",
+    "sam:Sam",
+    "asam:Asam",
     "bitfit:BitFit",
 )
 GROUP = "pats_jax.methods"  # of entry points, by which other packages add methods
@@ -121,6 +126,7 @@ _WHY_ONE = {
     "subnetwork": "both select the parameters to update",
     "anchor": "both pull weights back to their pretrained values",
     "scaling": "both rescale Adam's step",
+    "ascent": "both choose where the gradient is taken",
 }
 
 

@@ -249,6 +249,17 @@ class Layer(nn.Module):
         return ResidualOutput(self.config, self.dtype, name="output")(wide, attended, deterministic=deterministic)
 
 
+# ``perturb(number, hidden)``: what layer ``number``, () int32, reads in place of its input (batch, length, hidden)
+Perturb = Callable[[Array, Array], Array]
+
+
+class _LayerInputs(NamedTuple):
+    """What layers get besides hidden states and parameters, each (layers, ...), or None if they need none."""
+
+    dropout_keys: Array | None
+    numbers: Array | None
+
+
 class LayerStack(nn.Module):
     """All layers: a subtree of parameters for each, "0", "1", ..., or one subtree with a leading axis of layers.
 
@@ -269,10 +280,12 @@ class LayerStack(nn.Module):
         deterministic: bool,
         first_token_only: bool,
         output_hidden_states: bool,
+        perturb: Perturb | None,
     ) -> tuple[Array, ...]:
         """Returns the input of layer ``first_layer``, its output and the output of each later layer.
 
-        Without ``output_hidden_states``, stacked layers return only the first and the last of these.
+        Without ``output_hidden_states``, stacked layers return only the first and the last of these. ``perturb``
+        changes what a layer reads, not what is returned.
         """
         if self.is_initializing():
             self._initialize(hidden, bias)
@@ -280,11 +293,15 @@ class LayerStack(nn.Module):
         keys = None
         if not deterministic and self.has_rng("dropout"):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), numbers)
-        run = functools.partial(self._stacked if self.form.layers == STACKED else self._separate, hidden, bias, keys)
-        return run(first_layer, deterministic, first_token_only, output_hidden_states)
+        own = _LayerInputs(keys, None if perturb is None else numbers)
+        run = functools.partial(self._stacked if self.form.layers == STACKED else self._separate, hidden, bias, own)
+        return run(perturb, first_layer, deterministic, first_token_only, output_hidden_states)
 
-    def _layer(self, hidden, bias, variables, key, deterministic, first_token_only, in_loop=False):
-        def apply(variables, key, hidden, bias):
+    def _layer(self, hidden, bias, variables, own, perturb, deterministic, first_token_only, in_loop=False):
+        def apply(variables, own, hidden, bias):
+            key, number = own
+            if perturb is not None:
+                hidden = perturb(number, hidden)
             rngs = None if key is None else {"dropout": key}
             layer = Layer(self.config, self.dtype, self.form.attention, parent=None)
             return layer.apply(variables, hidden, bias, deterministic, first_token_only, rngs=rngs)
@@ -295,37 +312,38 @@ class LayerStack(nn.Module):
             # In a loop XLA cannot choose what to keep for the backward pass. Products alone are enough: on a TPU the
             # step's temporaries are then 1.4 GB in place of 3.3 (BERT-base, 32 x 128 a chip).
             apply = jax.checkpoint(apply, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
-        return apply(variables, key, hidden, bias)
+        return apply(variables, own, hidden, bias)
 
-    def _separate(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
+    def _separate(self, hidden, bias, own, perturb, first_layer, deterministic, first_token_only, output_hidden_states):
         last = self.config.num_hidden_layers - 1
         states = [hidden]
         for index in range(first_layer, last + 1):
             variables = {name: tree.get(str(index), {}) for name, tree in self.variables.items()}
-            key, only = None if keys is None else keys[index - first_layer], first_token_only and index == last
-            states.append(self._layer(states[-1], bias, variables, key, deterministic, only))
+            of_layer = jax.tree.map(lambda x, place=index - first_layer: x[place], own)
+            only = first_token_only and index == last
+            states.append(self._layer(states[-1], bias, variables, of_layer, perturb, deterministic, only))
         return tuple(states)
 
-    def _stacked(self, hidden, bias, keys, first_layer, deterministic, first_token_only, output_hidden_states):
+    def _stacked(self, hidden, bias, own, perturb, first_layer, deterministic, first_token_only, output_hidden_states):
         # Matrices are cast for all layers at once, so what the backward pass reads again is not kept a second time.
         stack = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 2 else x, dict(self.variables))
         if first_layer:
             stack = jax.tree.map(lambda x: x[first_layer:], stack)
-        xs = (stack, keys)
+        xs = (stack, own)
         scanned = jax.tree.map(lambda x: x[:-1], xs) if first_token_only else xs
         unroll = self.form.unroll or self.config.num_hidden_layers
         in_loop = unroll < self.config.num_hidden_layers - first_layer - first_token_only
 
         def body(hidden, layer):
-            variables, key = layer
-            hidden = self._layer(hidden, bias, variables, key, deterministic, False, in_loop)
+            variables, own = layer
+            hidden = self._layer(hidden, bias, variables, own, perturb, deterministic, False, in_loop)
             return hidden, hidden if output_hidden_states else None
 
         final, inner = jax.lax.scan(body, hidden, scanned, unroll=unroll)
         states = [hidden, *inner] if output_hidden_states else [hidden]
         if first_token_only:
-            variables, key = jax.tree.map(lambda x: x[-1], xs)
-            states.append(self._layer(final, bias, variables, key, deterministic, True))
+            variables, own = jax.tree.map(lambda x: x[-1], xs)
+            states.append(self._layer(final, bias, variables, own, perturb, deterministic, True))
         elif not output_hidden_states:
             states.append(final)
         return tuple(states)
@@ -380,7 +398,7 @@ class EncoderModel(nn.Module):
         *,
         hidden_state: int | None,
         deterministic: bool,
-        **options: bool,
+        **options: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden), and the hidden states.
 
@@ -467,6 +485,7 @@ class SequenceClassifier(nn.Module):
         inputs_embeds: ArrayLike | None = None,
         continue_from: tuple[int, ArrayLike] | None = None,
         output_hidden_states: bool = False,
+        perturb: Perturb | None = None,
         deterministic: bool = True,
     ) -> Array | tuple[Array, tuple[Array, ...]]:
         """Computes float32 logits, (batch, num_labels), from one of input_ids, inputs_embeds and continue_from.
@@ -484,6 +503,8 @@ class SequenceClassifier(nn.Module):
             hidden state k, (batch, length, hidden). With the same key, their dropout is that of a whole pass.
           output_hidden_states: whether to return the hidden states too, from 0 (or k) to the last; with
             ``first_token_only`` the last one has the first token alone.
+          perturb: ``perturb(number, hidden)`` returns what a layer reads in place of its input ``hidden``, (batch,
+            length, hidden), by the layer's number from 0, () int32; hidden states are returned as they were.
           deterministic: whether dropout is off. If it is on, ``apply`` needs ``rngs={"dropout": key}``.
 
         Returns:
@@ -512,6 +533,7 @@ class SequenceClassifier(nn.Module):
             deterministic=deterministic,
             first_token_only=self.first_token_only,
             output_hidden_states=output_hidden_states,
+            perturb=perturb,
         )
         if config.is_roberta:
             logits = RobertaHead(config, self.dtype, name="classifier")(features, deterministic=deterministic)

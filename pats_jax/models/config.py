@@ -108,9 +108,10 @@ class EncoderConfig:
         rest = dict(values)
         model_type = rest.pop("model_type", None)
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
+            why = " (an encoder-decoder: see `pats-jax text2text`)" if model_type in ("t5", "bart") else ""
             raise InputError(
-                f"{source}: model_type {shown(model_type)} is not supported; use a checkpoint of type bert or roberta "
-                "(or xlm-roberta or camembert, which are read as RoBERTa)"
+                f"{source}: model_type {shown(model_type)} is not supported{why}; use a checkpoint of type bert or "
+                "roberta (or xlm-roberta or camembert, which are read as RoBERTa)"
             )
         _check_structure(rest, source)
         id2label = _read_labels(rest, source)

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from pats_jax.core.files import JsonObject, read_json, read_record
 from pats_jax.errors import InputError
 from pats_jax.models import quick_tokenizer
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models.config import EncoderConfig, read_config
 from pats_jax.models.sources import checkpoint_folder
 
 # The classes that AutoTokenizer would choose; to import one of them is 3 s quicker than to import AutoTokenizer.
@@ -22,6 +22,8 @@ _BY_MODEL_TYPE = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "t5": "T5Tokenizer",
+    "bart": "BartTokenizer",
 }
 _SENTENCEPIECE = "sentencepiece.bpe.model"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _SENTENCEPIECE)
@@ -115,6 +117,8 @@ def _class_and_settings(folder: Path) -> tuple[str, JsonObject]:
     if path.exists():
         named = read_record(path, _Settings).get("tokenizer_class")
         settings = read_json(path)
+    if named is None:
+        named = _BY_MODEL_TYPE.get(str(read_config(folder)[0].get("model_type")))
     if named is None:
         named = _BY_MODEL_TYPE[EncoderConfig.from_folder(folder).model_type]
     return named.removesuffix("Fast"), settings

@@ -1,4 +1,4 @@
-"""Regularisers of the loss: R3F, R-Drop, SMART and LNSR.
+"""Regularisers of the loss: R3F, R-Drop, SMART and LNSR; and noise in the forward pass: NEFTune and HyPe.
 
 An `Objective` computes one number per row from the forward passes of a step; `with_objectives` adds any number of
 objectives, weighted, to the task loss::
@@ -7,7 +7,9 @@ objectives, weighted, to the task loss::
     loss_fn = with_objectives(model.apply, r3f(lam=0.5), lnsr(2))   # both terms share one plain pass
     step = make_train_step(loss_fn)
 
-An objective changes only the loss, so it works with any optimizer: PATS, DPS, Mixout and the others.
+A `View`, NEFTune or HyPe, changes what every forward pass reads; it adds no term and is given in the same place.
+
+An objective or a view changes only the loss, so it works with any optimizer: PATS, DPS, Mixout and the others.
 
 Notation: f(x) are the logits of a row with word embeddings x, p = softmax(f(x)), q is the same for a second pass, and
 J(p, q) = KL(p||q) + KL(q||p) = sum over classes of (p - q) (log p - log q). Each pass draws its own dropout, except in

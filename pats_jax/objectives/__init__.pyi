@@ -2,11 +2,14 @@ from .divergences import (
     squared_difference as squared_difference,
     symmetric_kl as symmetric_kl,
 )
+from .hype import hype as hype
 from .lnsr import lnsr as lnsr
+from .neftune import neftune as neftune
 from .objective import (
     Objective as Objective,
     Step as Step,
     Term as Term,
+    View as View,
     with_objectives as with_objectives,
 )
 from .r3f import r3f as r3f

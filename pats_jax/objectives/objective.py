@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ from pats_jax.trees import check_number
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """A change of what the forward passes of a training step read, such as noise on the word embeddings.
+
+    Attributes:
+      name: its name, which its draws depend on.
+      change: ``change(embed, inputs, key) -> inputs``: the arguments of a pass in place of ``inputs``, which contain
+        one of ``input_ids``, ``inputs_embeds`` and ``continue_from``. ``embed(ids)`` gives word embeddings, and the
+        typed key is the pass's own.
+    """
+
+    name: str
+    change: Callable[[Callable[[jax.Array], jax.Array], Batch, jax.Array], Batch]
+    compares_classes: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """A training step's inputs and its plain forward pass, with functions for further passes.
 
@@ -37,6 +53,7 @@ class Step:
       logits: the logits of the plain pass, (batch, num_labels) float32.
       hidden_states: the hidden states of the plain pass, (batch, length, hidden) each, if an objective needs them; else
         ().
+      views: what changes the inputs of every pass.
     """
 
     apply_fn: Callable
@@ -47,6 +64,7 @@ class Step:
     key: jax.Array
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] = ()
+    views: tuple[View, ...] = ()
 
     @property
     def rest(self) -> Batch:
@@ -58,7 +76,7 @@ class Step:
 
     def apply(self, params: Any, key: jax.Array, **inputs: Any) -> Any:
         """Makes another pass, with its own inputs and its own key for dropout."""
-        return _apply(self.apply_fn, params, key, self.deterministic, inputs)
+        return _apply(self.apply_fn, self.views, params, key, self.deterministic, inputs)
 
 
 class Term(NamedTuple):
@@ -94,12 +112,12 @@ class Objective:
 
 def with_objectives(
     apply_fn: Callable,
-    *objectives: Objective,
+    *objectives: Objective | View,
     regression: bool = False,
     deterministic: bool = False,
     row_loss: RowLoss | None = None,
 ) -> LossFn:
-    r"""Makes a loss function: the task loss plus regularisers.
+    r"""Makes a loss function: the task loss plus regularisers, computed on noisy inputs where a view adds noise.
 
     ::
 
@@ -113,15 +131,16 @@ def with_objectives(
     Args:
       apply_fn: a model's apply function, which returns logits (batch, num_labels), such as `SequenceClassifier.apply`.
         For R3F and SMART it must support ``apply_fn({"params": params}, ids, method="embed")`` and ``inputs_embeds``,
-        for LNSR ``output_hidden_states`` and ``continue_from``.
-      *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`; without any, the result is `make_loss_fn`'s.
+        for NEFTune too; for LNSR ``output_hidden_states`` and ``continue_from``, for HyPe ``perturb``.
+      *objectives: any of `r3f`, `r_drop`, `smart`, `lnsr`, and of the views `neftune` and `hype`; without any, the
+        result is `make_loss_fn`'s.
       regression: whether labels are float scores (batch,), with logits (batch, 1), instead of int32 classes (batch,).
       deterministic: whether dropout is off; objectives still draw noise.
       row_loss: see `pats_jax.make_loss_fn`.
 
     Returns:
       ``loss_fn(params, batch, key) -> (loss, metrics)`` for `pats_jax.make_train_step`. The metrics are ``task_loss``
-      and, under the name of each objective, its mean without its weight.
+      and, under the name of each objective, its mean without its weight; views have none.
 
     Raises:
       InputError: from ``loss_fn``, if a batch has no labels.
@@ -144,27 +163,30 @@ def with_objectives(
     if not objectives:
         return make_loss_fn(apply_fn, regression=regression, deterministic=deterministic, row_loss=row_loss)
     costs = row_loss or functools.partial(losses, regression=regression)
-    wants_states = any(objective.needs_hidden_states for objective in objectives)
+    views = tuple(part for part in objectives if isinstance(part, View))
+    regularisers = [part for part in objectives if isinstance(part, Objective)]
+    wants_states = any(objective.needs_hidden_states for objective in regularisers)
 
     def loss_fn(params: Any, batch: Batch, key: jax.Array):
         check_labels(batch)
         inputs = model_inputs(batch)
         states: tuple = ()
         if wants_states:
-            output = _apply(apply_fn, params, key, deterministic, inputs | {"output_hidden_states": True})
+            output = _apply(apply_fn, views, params, key, deterministic, inputs | {"output_hidden_states": True})
             logits, states = output
         else:
-            logits = _apply(apply_fn, params, key, deterministic, inputs)
-        step = Step(apply_fn, params, inputs, regression, deterministic, key, logits.astype(jnp.float32), states)
+            logits = _apply(apply_fn, views, params, key, deterministic, inputs)
+        plain = logits.astype(jnp.float32)
+        step = Step(apply_fn, params, inputs, regression, deterministic, key, plain, states, views)
 
         def mean(values):
             return weighted_mean(values, batch.get("weights"))
 
-        terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in objectives]
+        terms = [objective.term(step, trees.own_key(key, objective.name)) for objective in regularisers]
         learners = [logits, *(extra for term in terms for extra in term.logits)]
         task_loss = mean(sum(costs(x, batch["labels"]) for x in learners) / len(learners))
-        loss, metrics = task_loss, {"task_loss": task_loss}
-        for objective, term in zip(objectives, terms, strict=True):
+        loss, metrics = task_loss, {"task_loss": task_loss} if regularisers else {}
+        for objective, term in zip(regularisers, terms, strict=True):
             value = mean(term.values)
             loss += objective.weight * value
             metrics[objective.name] = metrics.get(objective.name, 0.0) + value
@@ -183,6 +205,11 @@ def check_positive(argument: str, value: float | jax.Array) -> None:
     check_number(argument, value, lambda x: 0 < x < float("inf"), "above 0")
 
 
-def _apply(apply_fn, params, key, deterministic, inputs):
+def _apply(apply_fn, views, params, key, deterministic, inputs):
+    def embed(ids):
+        return apply_fn({"params": params}, ids, method="embed")
+
+    for view in views:
+        inputs = view.change(embed, inputs, trees.own_key(key, view.name))
     rngs = None if deterministic else {"dropout": key}
     return apply_fn({"params": params}, **inputs, deterministic=deterministic, rngs=rngs)

@@ -26,10 +26,11 @@ from pats_jax.data import load_partitioned_gym
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.data.partitions import source_set
 from pats_jax.errors import InputError, Preempted, shown
-from pats_jax.priming import gym_report, option_scoring, relative_gain
+from pats_jax.priming import answerers, gym_report, relative_gain
 from pats_jax.priming.few_shot_tuning import Tuner, TuningStart
 from pats_jax.priming.first_guess import guess_seconds
 from pats_jax.priming.gym_settings import GymSettings
+from pats_jax.priming.text_answering import TEXT_HEADS
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
@@ -43,7 +44,7 @@ from pats_jax.training import preemption
 # What may differ between starts of one folder: it does not change any tuning (`check_records` sees to the grid and the
 # primed runs).
 _FREE = frozenset(
-    "output_dir primed kinds direct tasks samples jobs executor scheduler report_only grid learning_rate "
+    "output_dir primed kinds direct tasks samples jobs executor scheduler report_only grid batch_grid learning_rate "
     "per_device_eval_batch_size compilation_cache_dir num_devices parallel layers unroll".split()
 )
 
@@ -74,14 +75,14 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         if unknown:
             raise InputError(f"--tasks {unknown[0]}: not among the target tasks {', '.join(partition.test)}")
         tasks = [gym[name] for name in names]
-        option_scoring.check_tasks(settings.tuning.head, tasks)
+        head = settings.tuning.head
+        answerers.check_model(head, settings.model)
+        answerers.check_tasks(head, tasks, settings.data.partition)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
         check_folder(folder, settings, starts)
         tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
-        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
-        config = models.EncoderConfig.from_folder(folder_of_model)
-        option_scoring.check_tokens(settings.tuning.head, tokenizer, config, tasks)
+        answerers.check_tokens(head, tokenizer, answerers.checkpoint_config(head, settings.model), tasks)
         wanted = [tuning for start in starts for tuning in tunings_of(settings, start, tasks, folder)]
         if folder_lock.is_handed_on(folder):  # a process of another that does the rest
             named = set(sys.stdin.read().splitlines())
@@ -89,9 +90,10 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
             return
         with workers.hold(folder) as lock:
             open_folder(folder, settings, starts)
+            answerers.tell_about_data(console, {task.name: task for task in tasks}, partition, settings.data.partition)
             missing = [tuning for tuning in wanted if not tuning.path.exists()]
             if missing:
-                say(console, say_before(settings, wanted, folder_of_model, tokenizer))
+                say(console, say_before(settings, wanted, tokenizer))
             if settings.workers.jobs > 1 or settings.workers.executor == "dask":
                 tune_in_processes(settings, args, missing, console, lock)
             else:
@@ -99,13 +101,14 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
     report(folder, console, f"pats-jax gym {shlex.join(args)}")
 
 
-def say_before(settings: GymSettings, wanted: Sequence["Tuning"], folder_of_model: pathlib.Path, tokenizer: Any) -> str:
-    """How long those of the tunings that are missing will take."""
+def say_before(settings: GymSettings, wanted: Sequence["Tuning"], tokenizer: Any) -> str:
+    """How long those of the tunings that are missing will take; with T5 and BART only once some are finished."""
     records = [read_record(tuning.path) for tuning in wanted if tuning.path.exists()]
     finished = [spent for record in records if (spent := record.get("seconds"))]
     missing = [(one.start, one.task, one.sample) for one in wanted if not one.path.exists()]
     guess = None
-    if not finished and settings.workers.executor == "local":
+    if not finished and settings.workers.executor == "local" and settings.tuning.head not in TEXT_HEADS:
+        folder_of_model = models.checkpoint_folder(settings.model.model_name_or_path, check_weights=False)
         guess = guess_seconds(settings, missing, folder_of_model, tokenizer, machine.find_devices())
     return forecast.describe(len(missing), "tunings", finished, guess, settings.workers)
 
@@ -152,7 +155,7 @@ def _read_primed(name: str, settings: GymSettings, tasks: Sequence[str]) -> Prim
     if "algorithm" not in found:
         raise InputError(f"{where}: not a run of pats-jax prime")
     results = files.read_record(folder / "results.json", PrimedResults)
-    if results["head"] != settings.tuning.head:
+    if results["head"] != settings.tuning.head and not {results["head"], settings.tuning.head} <= {*TEXT_HEADS}:
         raise InputError(f"{where}: was primed with --head {results['head']}, not {settings.tuning.head}")
     base, model = results["model_name_or_path"], settings.model.model_name_or_path
     if base != model and pathlib.Path(base).absolute() != pathlib.Path(model).absolute():
@@ -225,6 +228,9 @@ def check_records(
                 continue
             record = read_record(path)
             tried, digest = record.get("learning_rates") or rates, record.get("upstream_digest") or start.digest
+            sizes = list(settings.tuning.batch_sizes)
+            if record.get("batch_sizes", sizes) != sizes:
+                raise InputError(f"--batch_grid: {path} used other batch sizes; use the same, or another --output_dir")
             if tried != rates:
                 before, now = (shown(", ".join(map(str, values)), quoted=False) for values in (tried, rates))
                 raise InputError(f"--grid: {path} used {before}, not {now}; use the same grid, or another --output_dir")

@@ -64,7 +64,7 @@ def work_of(
     operations, compiling, compiled = 0.0, 0.0, set[Any]()
     for start, task, sample in tunings:
         model, tokens = costs(start.kind == "full"), tokens_of[task.name]
-        rates = len(settings.tuning.learning_rates(start.kind))
+        rates = len(settings.tuning.learning_rates(start.kind)) * len(settings.tuning.batch_sizes)
         operations += rates * model.training(tokens.steps, settings.tuning.max_steps)
         operations += model.predicting(rates * tokens.dev + tokens.test(sample))
         for program in ((start.kind, tokens.shapes), (start.name, tokens.shapes)):
@@ -80,8 +80,8 @@ class _Tokens:
     """The padded tokens that a tuning on a task computes.
 
     Attributes:
-      steps: of all steps, with one learning rate.
-      dev: of all dev scores, with one learning rate.
+      steps: of all steps, with one learning rate and the largest batch.
+      dev: of all dev scores, with one learning rate and batch size.
       shapes: of the texts in a step.
     """
 
@@ -91,7 +91,7 @@ class _Tokens:
         tuning, sample = settings.tuning, task.samples[0]
         rows = [row for one in task.samples for row in (*one.train, *one.dev)]
         shapes = option_scoring.row_shapes(self._head, rows, tokenizer, length)
-        train = option_scoring.pad_to(self._encode(sample.train[: tuning.per_device_train_batch_size]), shapes)
+        train = option_scoring.pad_to(self._encode(sample.train[: max(tuning.batch_sizes)]), shapes)
         self.shapes = tuple(sorted((name, x.shape) for name, x in train.items()))
         evaluations = 1 + math.ceil(tuning.max_steps / (tuning.eval_steps or tuning.max_steps))
         self.steps = float(tuning.max_steps * _size(train))

@@ -203,14 +203,23 @@ def _write_arms(page: Page, summary: GymSummary) -> None:
     )
     _table(page, header, rows, "Gains by arm, in percent")
     left_out = [
-        f"{code(name)} against {baseline}: " + ", ".join(code(task) for task in gain.left_out)
+        f"{code(name)} against {baseline}: " + ", ".join(_left_out(summary, key, arm, task) for task in gain.left_out)
         for key, baseline in _BASELINES.items()
-        for name, (_, gain) in _compared(summary, key).items()
+        for name, (arm, gain) in _compared(summary, key).items()
         if gain.left_out
     ]
     if left_out:
-        page.paragraph("Tasks without a relative gain, because the baseline's score is at most 0:")
+        page.paragraph(
+            "Tasks without a relative gain, because the baseline's score is at most 0; in brackets the scores times "
+            "100 of the baseline and of the arm:"
+        )
         page.bullets(left_out)
+
+
+def _left_out(summary: GymSummary, key: Baseline, arm: ArmNumbers, task: str) -> str:
+    """A task without relative gain, with both scores."""
+    baseline = summary.arms[f"direct/{'full' if key == 'against_full' else arm.peft}"]
+    return f"{code(task)} ({_points(baseline.tasks[task].mean)}, {_points(arm.tasks[task].mean)})"
 
 
 def _write_steps(page: Page, folder: pathlib.Path, summary: GymSummary) -> None:
@@ -278,6 +287,17 @@ def _write_limits(page: Page, summary: GymSummary) -> None:
     ]
     if 1 in seeds:
         texts.append("At least one arm has only one upstream seed; its variation over seeds is unknown.")
+    others = [name for name, facts in summary.tasks.items() if facts.crossfits_sampling is False]
+    if others:
+        texts.append(
+            f"The samples of {len(others)} of {len(summary.tasks)} tasks are not drawn as CrossFit draws them (16 rows "
+            "per class, or 32), so an ARG on them is not CrossFit's."
+        )
+    texts += [
+        f"{facts.unparsable} answers to {code(name)} were no numbers; each counts as the mean of the right answers."
+        for name, facts in summary.tasks.items()
+        if facts.unparsable
+    ]
     short = [name for name, arm in summary.arms.items() if _lacks_something(arm, summary.tasks)]
     if short:
         names = ", ".join(map(code, short))

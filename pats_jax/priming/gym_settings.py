@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pats_jax.core.settings import FLOAT32_MAX, About, Choice, Entry, Group, at_least, entries, setting
+from pats_jax.core.settings import FLOAT32_MAX, About, Choice, Entry, Group, Preset, at_least, entries, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError, shown
 from pats_jax.methods.settings import AdamWSettings, OptimizerSettings
 from pats_jax.methods.table import METHOD_CHOICE
 from pats_jax.models import peft
 from pats_jax.models.settings import ModelSettings
+from pats_jax.priming import crossfit_recipe
+from pats_jax.priming.text_settings import TextSettings
 from pats_jax.run.records import Tuned
 from pats_jax.run.settings import OF_CLASSIFIERS, TunedModel
 from pats_jax.run.worker_settings import WorkerSettings
@@ -44,8 +46,14 @@ class TuningSettings(Group):
     eval_steps: int | None = setting(25, "score the dev rows every N steps, and keep the best", at_least(1))
     per_device_train_batch_size: int = setting(8, "rows per step", at_least(1))
     per_device_eval_batch_size: int = setting(32, "rows per evaluation batch", at_least(1, 65_536))
-    head: Literal["embedding", "pair", "mlm", "classes"] = setting(
-        "embedding", "how to score the options", is_basic=True
+    head: Literal["embedding", "pair", "mlm", "classes", "generate", "likelihood"] = setting(
+        "embedding", "how to score the options; T5, BART: generate answers, or likelihood of options", is_basic=True
+    )
+    batch_grid: tuple[int, ...] = setting(
+        (), "rows per step to try with every learning rate; if unset, per_device_train_batch_size"
+    )
+    ties: Literal["loss", "first"] = setting(
+        "loss", "of equal dev scores keep that of the lowest dev loss, or the first, as CrossFit does"
     )
     grid: tuple[str, ...] = setting(
         (), "learning rates to try, such as lora=3e-4,1e-3; the best on dev is kept", is_basic=True
@@ -55,6 +63,8 @@ class TuningSettings(Group):
     def check(self) -> None:
         super().check()
         self.learning_rates("full")
+        if not all(size >= 1 for size in self.batch_grid):
+            raise InputError(f"--batch_grid {' '.join(map(str, self.batch_grid))}: each must be at least 1")
 
     def learning_rates(self, kind: str) -> tuple[float, ...]:
         """The learning rates to try for a kind.
@@ -74,6 +84,11 @@ class TuningSettings(Group):
                 raise InputError(f"{what}: write KIND=RATE,RATE, where KIND is one of {', '.join(rates)}")
             rates[name] = own
         return rates[kind]
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The rows per step to try."""
+        return tuple(dict.fromkeys(self.batch_grid)) or (self.per_device_train_batch_size,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +128,7 @@ class GymSettings(TunedModel):
         "peft": "use --kinds",
         "share": "use --jobs on one machine, and --executor dask --scheduler ADDRESS on several",
         "learning_rate": "use --grid, which sets the learning rates of each kind",
-        **OF_CLASSIFIERS,
+        **{flag: hint for flag, hint in OF_CLASSIFIERS.items() if flag not in entries(TextSettings)},
         **dict.fromkeys(("overwrite", "resume"), _NOT_NEEDED),
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "a gym keeps no model to upload"),
         **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps"), _ONE_BATCH),
@@ -126,6 +141,11 @@ class GymSettings(TunedModel):
         for flag in entries(kind)
     ) | {"peft", "share"}
 
+    presets: ClassVar[Mapping[str, Preset]] = {"crossfit": crossfit_recipe.tuning}
+
+    preset: Literal["crossfit"] | None = setting(
+        None, "crossfit: the defaults of CrossFit's recipe, for T5 and BART", is_basic=True, of_one_start=True
+    )
     output_dir: str | None = setting(
         None, "folder of the tunings; repeat the same command to resume them", is_path=True, is_basic=True
     )
@@ -141,6 +161,7 @@ class GymSettings(TunedModel):
     optimizer: AdamWSettings = AdamWSettings()
     data: GymDataSettings = GymDataSettings()
     tuning: TuningSettings = TuningSettings()
+    text: TextSettings = TextSettings()
     workers: WorkerSettings = WorkerSettings()
 
     @property
@@ -154,6 +175,8 @@ class GymSettings(TunedModel):
 
     def check(self) -> None:
         super().check()
+        head = self.tuning.head
+        self.text.check_read(head, is_read=head in ("generate", "likelihood"))
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise InputError(f"--kinds {' '.join(self.kinds)}: list at least one kind, each only once")
         if not (self.direct or self.primed or self.report_only):
@@ -161,5 +184,5 @@ class GymSettings(TunedModel):
         if not self.output_dir:
             raise InputError("--output_dir is missing")
         for method in self.methods:
-            if method.has("objective") or method.trainable or method.has("start"):
+            if method.has("objective") or method.has("gradient") or method.trainable or method.has("start"):
                 raise InputError(f"--method {method.name}: works only with pats-jax glue; gym takes optimizer methods")

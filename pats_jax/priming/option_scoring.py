@@ -26,7 +26,7 @@ from pats_jax.train_state import Batch, LossFn, model_inputs, weighted_mean
 # are compiled.
 SHORTEST_TEXT, SHORTEST_OPTION, FEWEST_OPTIONS = 16, 8, 3
 # Scores of options that a row does not have; finite, so that no gradient is nan.
-_NO_OPTION = -1e9
+NO_OPTION = -1e9
 
 
 class Head(abc.ABC):
@@ -279,7 +279,7 @@ def encode_rows(
 def option_scores(head: Head, model: Any, params: Any, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """Scores, (rows, options) float32; options that a row lacks have scores far below all others."""
     scores = head.scores(model, params, batch, key).astype(jnp.float32)
-    return jnp.where(batch["option_mask"] > 0, scores, _NO_OPTION)
+    return jnp.where(batch["option_mask"] > 0, scores, NO_OPTION)
 
 
 def make_option_loss(head: Head, model: Any, *, deterministic: bool = False) -> LossFn:
@@ -353,13 +353,13 @@ def with_fewer_options(row: Row, most: int, rng: np.random.Generator) -> Row:
     Examples:
       >>> row = Row("2 + 2", ("3", "4", "5", "6"), 1)
       >>> with_fewer_options(row, 2, np.random.default_rng(0))
-      Row(input='2 + 2', options=('4', '6'), answer=0)
+      Row(input='2 + 2', options=('4', '6'), answer=0, references=(), whole=None)
     """
     if len(row.options) <= most:
         return row
     others = [index for index in range(len(row.options)) if index != row.answer]
     kept = sorted([row.answer, *rng.choice(others, most - 1, replace=False).tolist()])
-    return Row(row.input, tuple(row.options[index] for index in kept), kept.index(row.answer))
+    return row._replace(options=tuple(row.options[index] for index in kept), answer=kept.index(row.answer))
 
 
 def check_tokens(head: str, tokenizer: Any, config: models.EncoderConfig, tasks: Sequence[FewShotTask]) -> None:
@@ -395,6 +395,18 @@ def padded(size: int, smallest: int) -> int:
     while smallest < size:
         smallest *= 2
     return smallest
+
+
+def padded_ids(tokenizer: Any, texts: Sequence[str], shortest: int, longest: int) -> dict[str, np.ndarray]:
+    """``input_ids`` and ``attention_mask`` of texts, padded with 0 to one of few lengths.
+
+    Args:
+      tokenizer: the tokenizer, which adds its special tokens.
+      texts: at least one.
+      shortest: the shortest length to pad to.
+      longest: longer texts are truncated.
+    """
+    return _pad(_ids(tokenizer, texts, longest), shortest, longest)
 
 
 def _ids(tokenizer, texts, max_length):

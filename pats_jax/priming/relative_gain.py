@@ -158,11 +158,21 @@ def steps_to_score(curve: Curve, target: float) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class TaskFacts:
-    """Metric and chance of a task, and the numbers of its samples."""
+    """Metric and chance of a task, and the numbers of its samples.
+
+    Attributes:
+      metric: the name of the score.
+      chance: the expected score of a guess.
+      samples: the numbers of the samples.
+      crossfits_sampling: whether CrossFit draws samples of these sizes; None if unknown.
+      unparsable: answers that were no numbers though the score needs some, over all tunings.
+    """
 
     metric: str
     chance: float
     samples: list[int]
+    crossfits_sampling: bool | None = None
+    unparsable: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +301,9 @@ def summarise(records: Sequence[Record], sources: Sequence[str] | None = None) -
     for task in sorted({record["task"] for record in records}):
         of_task = [record for record in records if record["task"] == task]
         samples = sorted({record["sample"] for record in of_task})
-        tasks[task] = TaskFacts(of_task[0]["metric"], of_task[0]["chance"], samples)
+        unparsable = sum(record.get("unparsable", 0) for record in of_task)
+        sampling = of_task[0].get("crossfits_sampling")
+        tasks[task] = TaskFacts(of_task[0]["metric"], of_task[0]["chance"], samples, sampling, unparsable)
     arms = {
         arm.name: summarise_arm(arm, by_arm[arm], by_arm.get(Arm("direct", None, arm.peft)), full)
         for arm in sorted(by_arm, key=_place)

@@ -5,7 +5,6 @@ file adds the batches of tasks, the dev score, and what the stage saves.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,18 +16,19 @@ import rich.console
 
 from pats_jax import methods, models
 from pats_jax.core.files import JsonObject
-from pats_jax.data import load_partitioned_gym
-from pats_jax.data.few_shot import FewShotTask, Row
+from pats_jax.data import few_shot, load_partitioned_gym
+from pats_jax.data.few_shot import FewShotTask
 from pats_jax.errors import InputError
 from pats_jax.models import peft
-from pats_jax.priming import meta_losses, option_scoring
+from pats_jax.priming import answerers, meta_losses, option_scoring, text_answering
+from pats_jax.priming.answering import Answering, count_rows
+from pats_jax.priming.text_answering import TEXT_HEADS
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
 from pats_jax.run import hub, model_card, pe_modules, run_folder, run_start, training_run
 from pats_jax.training import fine_tuning, preemption, runners
 from pats_jax.training.fine_tuning import Training
-from pats_jax.training.metrics import accuracy
 
 _DEV_ROWS = 64  # of every dev task
 
@@ -56,23 +56,27 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
         shots=settings.data.shots,
         share_sources=settings.data.share_sources,
     )
-    tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
-    model, params = load_scorer(settings)
-    used = [gym[name] for name in (*partition.train, *partition.dev)]
-    option_scoring.check_tokens(settings.upstream.head, tokenizer, model.config, used)
-    # saved with the model
-    tokenizer.model_max_length = option_scoring.text_length(settings.model.max_seq_length, model)
+    answerers.tell_about_data(start.console, gym, partition, settings.data.partition)
+    head = settings.upstream.head
+    answerers.check_model(head, settings.model)
+    learnt, watched = ([gym[name] for name in names] for names in (partition.train, partition.dev))
+    answerers.check_tasks(head, watched if head in TEXT_HEADS else [*learnt, *watched], settings.data.partition)
+    answering, params = load_model(settings)
+    model, tokenizer = answering.model, answering.tokenizer
+    learnt, watched = (list(map(answering.prepare, tasks)) for tasks in (learnt, watched))
+    answerers.check_tokens(head, tokenizer, model.config, [*learnt, *watched])
+    tokenizer.model_max_length = answering.max_length  # saved with the model
     if settings.upstream.train == "pe":
         pe_modules.check_methods(settings.peft, settings.methods, params)
-    results = describe_run(settings, partition.train, params)
+    results = describe_run(settings, partition.train, params) | {"sampling": few_shot.other_sampling(learnt)}
     with preemption.watch() as asked:
-        source = UpstreamSource(settings, runner, [gym[name] for name in partition.train], tokenizer, model)
+        source = UpstreamSource(settings, runner, learnt, answering)
         training = make_training(settings, source, runner, params, evaluates=bool(partition.dev))
-        score = UpstreamScore(source, [gym[name] for name in partition.dev], asked, training)
+        score = UpstreamScore(source, watched, asked, training)
 
         def use(trained):
             scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
-            best = max(scores, key=lambda line: line["metrics"]["accuracy"], default=None)
+            best = max(scores, key=lambda line: line["metrics"][answering.score_name], default=None)
             return {"final": scores[-1], "best": best} if scores else {}
 
         def write(trained, primed, results):
@@ -86,21 +90,19 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
     return results
 
 
-def load_scorer(settings: PrimingSettings) -> tuple[Any, Any]:
-    """The model that scores options, and its parameters."""
-    model = settings.model
-    return option_scoring.load_scorer(
-        model.model_name_or_path,
+def load_model(settings: PrimingSettings) -> tuple[Answering, Any]:
+    """The model and how it answers, and its parameters."""
+    return answerers.load(
         settings.upstream.head,
-        settings.adapter,
+        settings.model,
+        settings.text,
+        settings.methods,
+        settings.upstream.max_steps,
+        models.load_tokenizer(settings.model.model_name_or_path),
         key=settings.seed,
-        dtype=model.dtype,
-        gradient_checkpointing=model.gradient_checkpointing,
-        layers=model.layers,
-        unroll=model.unroll or 0,
+        config=settings.adapter,
         attention="einsum",  # tasks are mapped over, and meta-learning takes second derivatives
-        ignore_mismatched_sizes=model.ignore_mismatched_sizes,
-        **methods.dropout_rates(model, settings.methods, settings.upstream.max_steps),
+        max_options=settings.upstream.max_options,
     )
 
 
@@ -130,7 +132,7 @@ def make_training(
     added = {name: params[name] for name in ("peft", "mlm") if name in params}
     own = {name: tree for name, tree in params.items() if name not in added}  # NoisyTune is for pretrained weights
     params = runner.place({**methods.starting_params(settings.methods, own, settings.seed), **added})
-    trainable = option_scoring.trainable_mask(params, upstream.train, upstream.head)
+    trainable = source.answering.trainable_mask(params, upstream.train)
     loss_fn = meta_losses.make_meta_loss(
         upstream.algorithm,
         source.loss_fn,
@@ -146,7 +148,7 @@ def make_training(
         params,
         loss_fn,
         trainable,
-        metric="accuracy",
+        metric=source.answering.score_name,
         evaluates=evaluates,
         total_steps=upstream.max_steps,
         eval_steps=max(1, upstream.max_steps // 5),
@@ -158,31 +160,32 @@ class UpstreamSource:
     """Batches of upstream tasks; see `pats_jax.training.fine_tuning.Source`."""
 
     def __init__(
-        self, settings: PrimingSettings, runner: runners.MeshRunner, tasks: Sequence[FewShotTask], tokenizer, model
+        self,
+        settings: PrimingSettings,
+        runner: runners.MeshRunner,
+        tasks: Sequence[FewShotTask],
+        answering: Answering,
     ):
         """Groups the tasks by the shape of their rows.
 
         Args:
           settings: the settings of the stage.
           runner: puts the batches on the devices.
-          tasks: the upstream tasks.
-          tokenizer: the model's tokenizer.
-          model: the scorer.
+          tasks: the upstream tasks, prepared for the model.
+          answering: the model and how it answers.
         """
         self.seed, self.settings = settings.seed, settings.upstream
-        self.runner, self.tokenizer, self.model = runner, tokenizer, model
-        self.head = option_scoring.get_head(settings.upstream.head)
-        self.max_length = option_scoring.text_length(settings.model.max_seq_length, model)
+        self.runner, self.answering, self.model = runner, answering, answering.model
         self.groups = self._by_shape(tasks)
         self.examples = sum(len(s.train) + len(s.dev) for task in tasks for s in task.samples)
-        self.loss_fn = option_scoring.make_option_loss(self.head, model)
+        self.loss_fn = answering.make_loss()
 
     def batches(self, first_step):
         for step in itertools.count(first_step):
             batch = self._draw(step)
             masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
             counts = {
-                "examples": float(sum(x.size for name, x in batch.items() if name.endswith("answers"))),
+                "examples": float(count_rows(batch)),
                 "tokens": float(sum(x.sum() for x in masks)),
                 "computed_tokens": float(sum(x.size for x in masks)),
             }
@@ -204,14 +207,6 @@ class UpstreamSource:
             "processes" + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
         )
 
-    def encode(self, rows: Sequence[Row], share_options: bool = False) -> dict[str, np.ndarray]:
-        """A batch of rows, padded as `option_scoring.encode_rows` does."""
-        return option_scoring.encode_rows(self.head, rows, self.tokenizer, self.max_length, share_options=share_options)
-
-    def share_options(self, task: FewShotTask) -> bool:
-        """Whether all rows in a batch of the task have the same options."""
-        return task.options is not None and len(task.options) <= self.settings.max_options
-
     def _by_shape(self, tasks):
         """Groups of tasks with the same padding: (tasks, shapes of their arrays without the rows' axis).
 
@@ -221,13 +216,13 @@ class UpstreamSource:
         groups: dict[tuple, tuple[list[FewShotTask], dict[str, tuple[int, ...]]]] = {}
         for task in tasks:
             rows = [  # with every option once, for any of them may be drawn
-                Row(row.input, row.options[first : first + most], 0)
+                variant
                 for sample in task.samples
                 for row in (*sample.train, *sample.dev)
-                for first in range(0, len(row.options), most)
+                for variant in self.answering.variants(row, most)
             ]
-            shapes = option_scoring.row_shapes(self.head, rows, self.tokenizer, self.max_length)
-            shared = self.share_options(task)
+            shapes = self.answering.row_shapes(rows)
+            shared = self.answering.shares_options(task)
             deciding = sorted(item for item in shapes.items() if not (shared and item[0].startswith("option_")))
             members, widest = groups.setdefault((shared, *deciding), ([], shapes))
             members.append(task)
@@ -264,7 +259,7 @@ class UpstreamSource:
         """
         settings = self.settings
         sample = task.samples[rng.integers(len(task.samples))]
-        share = self.share_options(task)
+        share = self.answering.shares_options(task)
         if settings.algorithm == "mtl":
             rows = _take(rng, (*sample.train, *sample.dev), settings.task_batch_size)
             return _named(meta_losses.QUERY, self._padded(rows, rng, shapes, share))
@@ -280,12 +275,12 @@ class UpstreamSource:
         return part | _named(meta_losses.QUERY, self._padded(rows, rng, shapes, share))
 
     def _padded(self, rows, rng, shapes, share_options):
-        rows = [option_scoring.with_fewer_options(row, self.settings.max_options, rng) for row in rows]
-        return option_scoring.pad_to(self.encode(rows, share_options), shapes)
+        rows = [self.answering.simplify(row, self.settings.max_options, rng) for row in rows]
+        return option_scoring.pad_to(self.answering.encode(rows, share_options=share_options), shapes)
 
 
 class UpstreamScore:
-    """The dev score of the stage: accuracy on dev tasks.
+    """The dev score of the stage: the mean over dev tasks of accuracy, or of the tasks' own scores for texts.
 
     Multi-task learning scores the primed parameters as they are, meta-learners after the inner steps on each task's
     training rows.
@@ -297,8 +292,8 @@ class UpstreamScore:
         """Compiles nothing yet.
 
         Args:
-          source: has head, model and tokenizer.
-          tasks: the dev tasks; if empty, nothing is scored.
+          source: has the model and how it answers.
+          tasks: the dev tasks, prepared for the model; if empty, nothing is scored.
           asked: signals that the run should stop.
           training: the training to score.
 
@@ -310,13 +305,13 @@ class UpstreamScore:
             raise InputError("--early_stopping_patience, --load_best_model_at_end: the partition has no dev tasks")
         self._source, self._tasks, self._asked = source, tasks, asked
         for task in tasks:
-            source.encode((*task.samples[0].train, *task.samples[0].test[:_DEV_ROWS]))
-        head, model, settings = source.head, source.model, source.settings
-        trainable = option_scoring.trainable_mask(training.shapes.all_params, settings.train, settings.head)
-        self._scores = source.runner.compile_predict(functools.partial(option_scoring.option_scores, head, model))
+            source.answering.encode((*task.samples[0].train, *task.samples[0].test[:_DEV_ROWS]))
+        answering, settings = source.answering, source.settings
+        trainable = answering.trainable_mask(training.shapes.all_params, settings.train)
+        self._step = source.runner.compile_predict(answering.step)
         self._adapt = jax.jit(
             lambda params, rows: meta_losses.adapt(
-                option_scoring.make_option_loss(head, model, deterministic=True),
+                answering.make_loss(deterministic=True),
                 params,
                 jax.tree.map(lambda x: x[None].repeat(settings.inner_steps, axis=0), rows),
                 jax.random.key(0),
@@ -326,8 +321,9 @@ class UpstreamScore:
         )
 
     def evaluate(self, params: Any) -> dict[str, float]:
-        """``accuracy``, the mean over the dev tasks."""
-        return {"accuracy": float(np.mean([self._score(params, task) for task in self._tasks]))}
+        """The mean over the dev tasks."""
+        mean = float(np.mean([self._score(params, task) for task in self._tasks]))
+        return {self._source.answering.score_name: mean}
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
         """An empty list: programs are compiled when first used."""
@@ -338,20 +334,16 @@ class UpstreamScore:
         source, sample = self._source, task.samples[0]
         rows = sample.test[:_DEV_ROWS]
         if source.settings.algorithm != "mtl":
-            params = self._adapt(params, source.encode(sample.train, source.share_options(task)))
+            answering = source.answering
+            batch = answering.encode(sample.train, share_options=answering.shares_options(task))
+            params = self._adapt(params, batch)
         devices = source.runner.num_devices
         size = -(-source.settings.per_device_eval_batch_size // devices) * devices
         own = source.runner.own_rows(size)
-        chosen = option_scoring.choose(
-            lambda params, batch: self._scores(params, {name: x[own] for name, x in batch.items()}),
-            source.head,
-            params,
-            rows,
-            source.tokenizer,
-            source.max_length,
-            size,
+        answers = source.answering.answer(
+            lambda params, batch: self._step(params, {name: x[own] for name, x in batch.items()}), params, rows, size
         )
-        return accuracy(chosen, np.array([row.answer for row in rows]))
+        return source.answering.score(task, answers, rows).value
 
 
 def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: Any, tokenizer: Any) -> None:
@@ -369,8 +361,12 @@ def save(folder: pathlib.Path, settings: PrimingSettings, model: Any, params: An
     if settings.upstream.train != "pe":
         base = str(folder / "model")
         plain = {name: tree for name, tree in params.items() if name != "peft"}
-        config = _with_dropout_of(settings.model.model_name_or_path, model.config)
-        models.save_pretrained(folder / "model", params=plain, config=config, tokenizer=tokenizer)
+        config = _with_dropout_of(settings, model.config)
+        is_text = settings.upstream.head in TEXT_HEADS
+        generation = models.GenerationConfig.from_pretrained(settings.model.model_name_or_path) if is_text else None
+        models.save_pretrained(
+            folder / "model", params=plain, config=config, tokenizer=tokenizer, generation=generation
+        )
     if settings.peft:
         peft.save_peft(
             folder / "adapter", model=model, params=params, base_model_name_or_path=base, tokenizer=tokenizer
@@ -387,12 +383,17 @@ def summary(results: JsonObject, folder: pathlib.Path) -> str:
     """A summary of the stage in two lines."""
     kind = f" ({results['peft']})" if results["peft"] else ""
     title = f"{results['algorithm']} of {results['train']}{kind} on {len(results['upstream_tasks'])} tasks"
-    score = f": dev accuracy {results['final']['metrics']['accuracy']:.4f}" if "final" in results else ""
+    scores = results["final"]["metrics"] if "final" in results else {}
+    score = "".join(f": dev {name} {value:.4f}" for name, value in scores.items())
     return f"{title}{score}\nresults in {folder}"
 
 
-def _with_dropout_of(name_or_dir, config):
+def _with_dropout_of(settings, config):
     """The config with the checkpoint's own dropout, so that tuning does not inherit that of the upstream stage."""
+    name_or_dir = settings.model.model_name_or_path
+    if settings.upstream.head in TEXT_HEADS:
+        own = text_answering.checkpoint_config(name_or_dir)
+        return dataclasses.replace(config, **{name: getattr(own, name) for name in own.rates})
     own = models.EncoderConfig.from_folder(models.checkpoint_folder(name_or_dir))
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     return dataclasses.replace(config, **{name: getattr(own, name) for name in names})

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-from pats_jax.core.settings import POSITIVE, Flat, Group, at_least, setting
+from pats_jax.core.settings import POSITIVE, Flat, Group, Preset, at_least, entries, setting
 from pats_jax.data.settings import GymDataSettings
 from pats_jax.errors import InputError
 from pats_jax.methods.settings import OptimizerSettings
+from pats_jax.models.settings import ModelSettings
+from pats_jax.priming import crossfit_recipe
+from pats_jax.priming.text_settings import TextSettings
 from pats_jax.run.settings import OF_CLASSIFIERS, TrainingSettings
 from pats_jax.training.settings import counted
 
@@ -26,7 +29,9 @@ class UpstreamSettings(Group):
     train: Literal["plm", "pe", "plm+pe"] = setting(
         "plm", "what to train: model, adapter (--peft), or both", is_basic=True
     )
-    head: Literal["embedding", "pair", "mlm"] = setting("embedding", "how to score the options", is_basic=True)
+    head: Literal["embedding", "pair", "mlm", "generate", "likelihood"] = setting(
+        "embedding", "how to score the options; T5, BART: generate answers, or likelihood of options", is_basic=True
+    )
     max_steps: int = setting(1000, "outer steps", at_least(1), is_basic=True)
     max_options: int = setting(
         6, "if a training row has more, keep the right one and draw the others at random", at_least(2, 1000)
@@ -69,26 +74,33 @@ _BATCH_FLAGS = ("per_device_train_batch_size", "train_batch_size")
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PrimingSettings(TrainingSettings):
-    """Prime a pretrained encoder, its adapters or both on the upstream tasks of a few-shot gym."""
+    """Prime a pretrained model, its adapters or both on the upstream tasks of a few-shot gym."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(_BATCH_FLAGS, "use --tasks_per_step, --task_batch_size"),
-        **OF_CLASSIFIERS,
+        **{flag: hint for flag, hint in OF_CLASSIFIERS.items() if flag not in entries(TextSettings)},
     }
     former: ClassVar[frozenset[str]] = frozenset(_BATCH_FLAGS)
+    presets: ClassVar[Mapping[str, Preset]] = {"crossfit": crossfit_recipe.upstream}
 
+    preset: Literal["crossfit"] | None = setting(
+        None, "crossfit: the defaults of CrossFit's recipe, for T5 and BART", is_basic=True, of_one_start=True
+    )
+    model: ModelSettings = ModelSettings()
     data: GymDataSettings = GymDataSettings()
     upstream: UpstreamSettings = UpstreamSettings()
+    text: TextSettings = TextSettings()
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=3e-5, max_grad_norm=0.1)
 
     def check(self) -> None:
         super().check()
-        train = self.upstream.train
+        train, head = self.upstream.train, self.upstream.head
+        self.text.check_read(head, is_read=head in ("generate", "likelihood"))
         if ("pe" in train.split("+")) != (self.peft is not None):
             missing = "needs an adapter; set --peft" if self.peft is None else "trains no adapter; omit --peft"
             raise InputError(f"--train {train}: {missing}")
         for method in self.methods:
-            if method.has("objective") or method.trainable or method.has("around"):
+            if method.has("objective") or method.has("gradient") or method.trainable or method.has("around"):
                 raise InputError(f"--method {method.name}: not available for priming; it works only with pats-jax glue")
         if self.model.attention == "cudnn":
             raise InputError("--attention cudnn: not available for priming; omit the flag")
@@ -100,6 +112,7 @@ class PrimingSettings(TrainingSettings):
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
         """The current names: the first version wrote task_batch_size as query_batch_size."""
+        saved = super().renamed(saved)
         if "query_batch_size" not in saved:
             return saved
         return {"task_batch_size" if key == "query_batch_size" else key: value for key, value in saved.items()}

@@ -128,6 +128,13 @@ def train(args: list[str]) -> None:
     _module("glue").run(parsed, _stdout())
 
 
+def text2text(args: list[str]) -> None:
+    """Fine-tune T5 or BART to write texts, such as summaries, and score what it writes."""
+    kind = _module("programs.text2text_settings").Text2TextSettings
+    parsed = _module("run.flags").parse(args, "pats-jax text2text", kind)
+    _module("programs.text2text").run(parsed, _stdout())
+
+
 def compare(args: list[str]) -> None:
     """Compare methods over tasks and seeds, and write a report with statistics and plots."""
     _module("comparison.compare").run(args, _stdout())
@@ -243,6 +250,7 @@ def _call(function, args, prog, paths, description, **options):
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "predict": predict,
+    "text2text": text2text,
     "glue": glue,
     "compare": compare,
     "prime": prime,

@@ -30,7 +30,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import flags, own_data, run_folder, run_start, workers
+from pats_jax.run import flags, own_data, run_folder, run_start, table_training, workers
 from pats_jax.run.lane_training import LaneTraining, TrainedSet, train
 from pats_jax.run.records import GridRun, LaneSetFile
 from pats_jax.run.run_start import Start
@@ -368,7 +368,7 @@ class Group:
     def _measures(self, settings, params, sources):
         num_layers = self._shared.config.num_hidden_layers
         separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
-        noisy = methods.layer_mask(separate, glue.described_layers(settings))
+        noisy = methods.layer_mask(separate, table_training.described_layers(settings))
         number = methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods)
         return [source.sensitivity_measure(number, num_layers, noisy) for source in sources]
 

@@ -38,7 +38,7 @@ def plot_scores(
     path: pathlib.Path,
     runs: dict[str, list[JsonObject]],
     metric: str,
-    majority: float,
+    majority: float | None,
     title: str = "Validation score",
 ) -> None:
     """The main metric by step, one line per run, with the score of the majority class.
@@ -47,7 +47,7 @@ def plot_scores(
       path: the PNG file to write.
       runs: name of a run -> its lines of metrics.jsonl, of which those with an ``eval`` are drawn.
       metric: name of the metric.
-      majority: its value when every row is given the most frequent class.
+      majority: its value when every row is given the most frequent class; None where there are no classes.
       title: of the picture.
     """
     figure, axes = _figure(title, "step", metric)
@@ -55,7 +55,8 @@ def plot_scores(
         lines = [record for record in records if "eval" in record]
         scores, style = [r["eval"][metric] for r in lines], _line_style(number, len(runs))
         axes.plot([r["step"] for r in lines], scores, marker="o", label=_name(name), **style)
-    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    if majority is not None:
+        axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
     axes.legend()
     _save(figure, path)
 

@@ -119,9 +119,11 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
     _refuse_foreign(given, prog, kind)
     path = value_of("--config", args)
     saved = {} if path is None else _given(path, kind)
+    saved |= _preset(args, kind, has_config=path is not None)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
         saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
     values = vars_of(parse_flags(parser(kind, defaults=saved), args=args, prog=prog))
+    values.pop("preset", None)  # its values are settings of their own now
     known, values = kind.all_entries(), _with_paths(values, kind)
     read = {flag: value for flag, value in values.items() if flag in read_by(kind, values)}
     for flag, value in read.items():
@@ -274,6 +276,16 @@ def _refuse_unread(given, settings, others_read):
         for name in given:
             if name in choice.entries() and name not in read and name not in others_read:
                 raise InputError(choice.refusal(name, read[choice.entry.flag]))
+
+
+def _preset(args: list[str], kind: type[Composed], *, has_config: bool) -> Flat:
+    """The defaults that ``--preset`` sets."""
+    name = value_of("--preset", args)
+    if name is None or name not in kind.presets:  # another name is refused by the parser
+        return {}
+    if has_config:
+        raise InputError("--preset: cannot be used with --config, which holds every setting; omit one")
+    return kind.presets[name](lambda flag: value_of(f"--{flag}", args))
 
 
 def _given(path, kind):

@@ -6,21 +6,21 @@ Its front matter is what the Hugging Face hub reads. Its commands are for the di
 import logging
 import pathlib
 import re
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pats_jax.core import files
 from pats_jax.reporting.console import visible
-from pats_jax.reporting.report_page import markdown_block, markdown_code, markdown_image, markdown_text
+from pats_jax.reporting.report_page import markdown_code, markdown_image, markdown_text
+from pats_jax.run import card_use
 
 if TYPE_CHECKING:  # takes a while to import, and only a run that ends writes a card
     from huggingface_hub import EvalResult, ModelCardData
 
 logger = logging.getLogger(__name__)
 
-_IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 _GLUE = "nyu-mll/glue"
+_CLASSIFICATION = "text-classification"  # the hub's name for what all programs train but text2text
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # Chosen by the run itself where they are unset, or no setting of the training.
@@ -32,7 +32,7 @@ Values = Mapping[str, Any]  # of settings, or of results.json
 def write_fine_tuned(
     folder: pathlib.Path, settings: Values, results: Values, defaults: Values | None = None, program: str = "glue"
 ) -> None:
-    """Writes the card of a `pats-jax glue` or `pats-jax train` run.
+    """Writes the card of a `pats-jax glue`, `pats-jax train` or `pats-jax text2text` run.
 
     Args:
       folder: the run's folder, with the saved model.
@@ -60,13 +60,13 @@ def write_fine_tuned(
         "",
         "## Use",
         "",
-        *_use(folder, results),
+        *card_use.of_folder(folder, results),
     ]
     data = ModelCardData(
         base_model=_hub_id(results["model_name_or_path"]),
         license=_license(results["model_name_or_path"]),
-        library_name=_library(results, _is_whole(folder, results)),
-        pipeline_tag="text-classification",
+        library_name=_library(results, card_use.is_whole(folder, results)),
+        pipeline_tag=results.get("pipeline_tag", _CLASSIFICATION),
         tags=_tags(results, "fine-tuned"),
         datasets=[_GLUE] if _is_glue(settings) else None,
         model_name=visible(folder.name),
@@ -95,17 +95,18 @@ def write_primed(folder: pathlib.Path, settings: Values, results: Values, defaul
         "",
         "## Use",
         "",
-        _HERE,
+        card_use.HERE,
         "",
-        _command(
-            f"pats-jax gym --primed {_word(str(folder))} --kinds {kind or 'lora'} --head {results['head']} \\",
-            f"  --model_name_or_path {_word(base)} --data_dir {_word(results['data_dir'])} "
-            f"--partition {_word(settings['partition'])} \\",
-            f"  --output_dir {_word(f'{folder}-gym')}",
+        card_use.command(
+            f"pats-jax gym --primed {card_use.word(str(folder))} --kinds {kind or 'lora'} --head {results['head']} \\",
+            f"  --model_name_or_path {card_use.word(base)} --data_dir {card_use.word(results['data_dir'])} "
+            f"--partition {card_use.word(settings['partition'])} \\",
+            f"  --output_dir {card_use.word(f'{folder}-gym')}",
         ),
     ]
     if (folder / "model").exists():
-        lines += ["", "The folder `model/` also loads with `pats_jax.models.from_pretrained` and Transformers (torch)."]
+        loader = "from_pretrained_seq2seq" if results["head"] in ("generate", "likelihood") else "from_pretrained"
+        lines += ["", f"The folder `model/` also loads with `pats_jax.models.{loader}` and Transformers (torch)."]
     if (folder / "adapter").exists():
         lines += ["", "The folder `adapter/` contains the adapter; `pats_jax.models.peft.load_peft` loads it."]
     data = ModelCardData(
@@ -146,7 +147,7 @@ def for_hub(
         "",
         "## Use",
         "",
-        *_use_from_hub(repo_id, results, whole, primed),
+        *card_use.from_hub(repo_id, results, whole, primed),
         "",
         *_settings_table({name: one for name, one in _changed(settings, defaults).items() if name not in paths}),
         "",
@@ -156,7 +157,7 @@ def for_hub(
         base_model=_hub_id(base),
         license=_license(base),
         library_name=_library(results, whole),
-        pipeline_tag=None if primed else "text-classification",
+        pipeline_tag=None if primed else results.get("pipeline_tag", _CLASSIFICATION),
         tags=_tags(results, "primed" if primed else "fine-tuned"),
         datasets=[_GLUE] if _is_glue(settings) else None,
         model_name=visible(repo_id.split("/")[-1]),
@@ -174,29 +175,6 @@ def _public_data(settings: Values) -> str:
     name = str(settings.get("dataset_name") or "")
     is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not pathlib.Path(name).exists()
     return name if is_of_hub else "own data"
-
-
-def _use_from_hub(repo_id: str, results: Values, whole: bool, primed: bool) -> list[str]:
-    """How to load a repository of the hub."""
-    load = (
-        ["from pats_jax import models", "", f"model, params, config = models.from_pretrained({repo_id!r})"]
-        if whole
-        else [
-            "from huggingface_hub import snapshot_download",
-            "from pats_jax import models",
-            "",
-            f"model, params, config = models.peft.load_peft_model(snapshot_download({repo_id!r}))",
-        ]
-    )
-    if primed and whole:
-        load[-1] = load[-1].replace(f"{repo_id!r}", f"{repo_id!r}, num_labels=2")
-    lines = ["In Python, with JAX:", "", _python(*load)]
-    if not whole or primed:
-        return lines
-    return [*lines, "", "With Transformers (torch):", "", _pipeline(repo_id), "", _SERVICE, "", _serve(repo_id)]
-
-
-_HERE = "Run the commands in the directory in which the run was started."
 
 
 def _changed(settings: Values, defaults: Values | None) -> dict[str, object]:
@@ -224,8 +202,9 @@ def _write(
         "",
         "## Repeat",
         "",
-        _command(
-            f"pats-jax {program} --config {_word(f'{folder}/config.json')} --output_dir {_word(f'{folder}-again')}"
+        card_use.command(
+            f"pats-jax {program} --config {card_use.word(f'{folder}/config.json')} "
+            f"--output_dir {card_use.word(f'{folder}-again')}"
         ),
         "",
         *_settings_table(changed),
@@ -259,7 +238,7 @@ def _versions(results: Values) -> str:
 
 def _library(results: Values, whole: bool) -> str | None:
     """The library that the hub's page tells people to load it with."""
-    return "transformers" if whole else "peft" if results["peft"] in _IN_PEFTS_FORMAT else None
+    return "transformers" if whole else "peft" if card_use.is_in_pefts_format(results) else None
 
 
 def _is_glue(settings: Values) -> bool:
@@ -302,7 +281,7 @@ def _eval_results(settings: Values, results: Values) -> "list[EvalResult] | None
     task = settings.get("task_name") or "own data"
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type=results.get("pipeline_tag", _CLASSIFICATION),
             dataset_type=_GLUE if _is_glue(settings) else "other",
             dataset_name=visible(results["data"]),
             dataset_config=visible(task) if settings.get("task_name") else None,
@@ -321,7 +300,8 @@ def _score_table(results: Values) -> list[str]:
     if "final" not in results:
         return ["Not evaluated."]
     names = list(results["final"]["metrics"])
-    rows = [("best", results["best"]), ("final", results["final"]), ("majority class", results["majority_class"])]
+    titles = {"best": "best", "final": "final", "majority_class": "majority class", "test": "model here, test rows"}
+    rows = [(title, results[name]) for name, title in titles.items() if name in results]
     return [
         f"Scores on {results['eval_examples']} validation rows (the best by {markdown_text(results['main_metric'])}):",
         "",
@@ -345,9 +325,10 @@ def _interval_line(diagnosis: Values | None) -> list[str]:
 def _dev_table(results: Values) -> list[str]:
     if "final" not in results:
         return ["Not evaluated on dev tasks."]
-    rows = [(title, results[title]["step"], results[title]["metrics"]["accuracy"]) for title in ("best", "final")]
-    table = [f"| {title} | {step} | {accuracy:.4f} |" for title, step, accuracy in rows]
-    return ["| dev tasks | step | accuracy |", "| --- | ---: | ---: |", *table]
+    (name,) = results["final"]["metrics"]
+    rows = [(title, results[title]["step"], results[title]["metrics"][name]) for title in ("best", "final")]
+    table = [f"| {title} | {step} | {score:.4f} |" for title, step, score in rows]
+    return [f"| dev tasks | step | {name} |", "| --- | ---: | ---: |", *table]
 
 
 def _out_of_domain_table(results: Values) -> list[str]:
@@ -364,86 +345,3 @@ def _out_of_domain_table(results: Values) -> list[str]:
             for name, scores in results["out_of_domain"].items()
         ),
     ]
-
-
-def _is_whole(folder: pathlib.Path, results: Values) -> bool:
-    """Whether the folder has a whole model, not only an adapter."""
-    return (folder / "model").exists() or not results.get("peft")
-
-
-def _use(folder: pathlib.Path, results: Values) -> list[str]:
-    """How to load and serve the model: whole, or as an adapter for the base model."""
-    whole = _is_whole(folder, results)
-    part = str(folder / ("model" if whole else "adapter"))
-    count, kind = results["num_labels"], results.get("peft")
-    lines = [
-        _HERE,
-        "",
-        _command(f"pats-jax predict {_word(part)} --file texts.tsv"),
-        "",
-        "In Python, with JAX:",
-        "",
-        _python(
-            "from pats_jax import models",
-            "",
-            f"model, params, config = models.from_pretrained({part!r}, num_labels={count})"
-            if whole
-            else f"model, params, config = models.peft.load_peft_model({part!r})",
-            f"tokenizer = models.load_tokenizer({(part if whole else results['model_name_or_path'])!r})",
-            'inputs = dict(tokenizer(["A text."], return_tensors="np"))',
-            'logits = model.apply({"params": params}, **inputs)',
-        ),
-    ]
-    if whole:
-        lines += [
-            "",
-            "With Transformers (torch):",
-            "",
-            _pipeline(part),
-            "",
-            _SERVICE,
-            "",
-            _serve(part),
-        ]
-    if kind:
-        lines += [
-            "",
-            f"The folder `adapter/` contains the adapter ({markdown_text(kind)}) and the head for the base model "
-            f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.load_peft_model` loads both."
-            + (" So does PEFT (torch)." if kind in _IN_PEFTS_FORMAT else ""),
-        ]
-    return lines
-
-
-_SERVICE = "As a service, by [Text Embeddings Inference](https://huggingface.co/docs/text-embeddings-inference):"
-
-
-def _pipeline(name: str) -> str:
-    return _python(
-        "from transformers import pipeline",
-        "",
-        f'classify = pipeline("text-classification", model={name!r})',
-        'print(classify("A text."))',
-    )
-
-
-def _serve(name: str) -> str:
-    return _command(
-        f"text-embeddings-router --model-id {_word(name)} --port 8080 &",
-        "curl 127.0.0.1:8080/predict -H 'Content-Type: application/json' -d '{\"inputs\": \"A text.\"}'",
-    )
-
-
-def _command(*lines: str) -> str:
-    return markdown_block("\n".join(map(visible, lines)))
-
-
-def _python(*lines: str) -> str:
-    block = markdown_block("\n".join(map(visible, lines)))
-    fence = block.partition("\n")[0]
-    return block.replace(fence, f"{fence}python", 1)
-
-
-def _word(text: str) -> str:
-    """A value quoted for the shell; a relative path that looks like a flag gets a leading ``./``."""
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -1,21 +1,26 @@
 """A run on your own data: which files or data set it reads, what its labels are, what is held out for validation."""
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pats_jax import models
 from pats_jax.data import held_out, own_files, readers, tasks
 from pats_jax.data.labels import class_names
+from pats_jax.data.settings import OwnData, PairDataSettings
 from pats_jax.data.tables import check_characters
+from pats_jax.data.text_pairs import TextPairs, load_pair_files, load_pair_set
 from pats_jax.errors import InputError
 from pats_jax.models import labels
-from pats_jax.run.settings import Settings
+from pats_jax.run.settings import FineTuningSettings, Settings
 from pats_jax.training import runners
 from pats_jax.training.evaluation import true_labels
 
 logger = logging.getLogger(__name__)
+
+Rows = TypeVar("Rows", readers.Split, TextPairs)
+Tuning = TypeVar("Tuning", bound=FineTuningSettings)
 
 
 def load(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, readers.Split]]:
@@ -33,7 +38,9 @@ def load(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, re
     if "train" in names:
         splits = read_own(settings, names, regression=settings.data.do_regression)
         if "validation" in names and "validation" not in splits:
-            splits |= hold_out(splits["train"], settings)
+            train = splits["train"]
+            stratified = train.label_names is not None and not train.is_multi_label
+            splits |= hold_out(train, settings.data, settings.seed, true_labels(train) if stratified else None)
         train = splits["train"]
         return tasks.own_task(train.label_names, is_multi_label=train.is_multi_label), splits
     config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model.model_name_or_path))
@@ -61,15 +68,35 @@ def read_own(settings: Settings, names: list[str], **labels_as: Any) -> dict[str
     """The splits of one's own data; without validation data that is left out, if it can be held out."""
     data = settings.data
     if not data.dataset_name:
-        return own_files.load_files(own_paths(settings, names), columns=data.columns, **labels_as)
+        return own_files.load_files(own_paths(data, names), columns=data.columns, **labels_as)
     return own_files.load_set(
         data.dataset_name, data.dataset_config_name, splits=names, columns=data.columns, **labels_as
     )
 
 
-def own_paths(settings: Settings, names: list[str]) -> dict[str, str]:
+def load_pairs(data: PairDataSettings, names: list[str], seed: int) -> dict[str, TextPairs]:
+    """The sources and targets of a run.
+
+    Args:
+      data: the settings that say where they are.
+      names: the splits that it needs.
+      seed: of the rows that are held out for validation, where there is no validation data.
+
+    Raises:
+      InputError: data is missing or invalid.
+    """
+    if data.dataset_name:
+        splits = load_pair_set(data.dataset_name, data.dataset_config_name, names, data.columns)
+    else:
+        splits = load_pair_files(own_paths(data, names), data.columns)
+    if "validation" in names and "validation" not in splits:
+        splits |= hold_out(splits["train"], data, seed)
+    return splits
+
+
+def own_paths(data: OwnData, names: list[str]) -> dict[str, str]:
     """The files of these splits; the validation file may be missing if rows can be held out."""
-    data, found = settings.data, {}
+    found = {}
     for name in names:
         path = getattr(data, f"{name}_file")
         can_hold_out = name == "validation" and "train" in names
@@ -86,22 +113,34 @@ def labels_written(settings: Settings, names: list[str]) -> set[str]:
     data = settings.data
     if data.dataset_name:
         return own_files.labels_in_set(data.dataset_name, data.dataset_config_name, data.columns)
-    return own_files.labels_in(own_paths(settings, names)["validation"], data.columns)
+    return own_files.labels_in(own_paths(data, names)["validation"], data.columns)
 
 
-def hold_out(split: readers.Split, settings: Settings) -> dict[str, readers.Split]:
-    """Training and validation rows, of the training rows, as ``--validation_split_percentage`` says."""
-    percentage = settings.data.validation_split_percentage
-    name = settings.data.own_name
+def hold_out(split: Rows, data: OwnData, seed: int, classes: np.ndarray | None = None) -> dict[str, Rows]:
+    """Training and validation rows, of the training rows, as ``--validation_split_percentage`` says.
+
+    Args:
+      split: the training rows.
+      data: the settings that say how many to hold out.
+      seed: of the draw.
+      classes: the class of each row, (rows,), to hold out so many of each; None: rows at random.
+
+    Raises:
+      InputError: nothing says how many rows to hold out, or there are too few.
+    """
+    percentage, name = data.validation_split_percentage, data.own_name
     if percentage is None:
         raise InputError(f"{name}: has no validation data; set --validation_split_percentage")
-    stratified = split.label_names is not None and not split.is_multi_label
     held = held_out.held_out_rows(
-        true_labels(split), percentage / 100, settings.seed, stratified=stratified, otherwise="give validation data"
+        np.arange(len(split)) if classes is None else classes,
+        percentage / 100,
+        seed,
+        stratified=classes is not None,
+        otherwise="give validation data",
     )
-    how = "each class in proportion" if stratified else "at random"
+    how = "at random" if classes is None else "each class in proportion"
     told = "%s: %d of %d rows (%g %%) are held out for validation, %s, drawn with seed %d"
-    logger.info(told, name, len(held), len(split), percentage, how, settings.seed)
+    logger.info(told, name, len(held), len(split), percentage, how, seed)
     rest = np.setdiff1d(np.arange(len(split)), held)
     return {"train": split.take(rest), "validation": split.take(held)}
 
@@ -129,7 +168,7 @@ def labels_of_head(names: tuple[str, ...], written: set[str]) -> tuple[str, ...]
     return labels.respelled(names, sorted(written))
 
 
-def with_batch_of(settings: Settings, rows: int, num_devices: int) -> Settings:
+def with_batch_of(settings: Tuning, rows: int, num_devices: int) -> Tuning:
     """The same settings with a batch of at most so many rows, if they can be split evenly; the log says so."""
     batch, before = settings.batches, settings.batches.train_batch_size or 0
     parts = num_devices * batch.gradient_accumulation_steps

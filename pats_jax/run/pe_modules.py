@@ -10,6 +10,7 @@ from pats_jax.errors import InputError, shown
 from pats_jax.methods import Method
 from pats_jax.models import peft
 from pats_jax.models.patterns import compile_pattern
+from pats_jax.run.settings import TrainingSettings
 from pats_jax.train_state import parameter_name
 
 
@@ -19,6 +20,14 @@ def differing_flags(ours: peft.PeftConfig | None, theirs: peft.PeftConfig | None
         return []
     pairs = {flag: (getattr(theirs, e.name), getattr(ours, e.name)) for flag, e in entries(type(ours)).items()}
     return [f"--{flag} was {shown(was)} and is {shown(now)}" for flag, (was, now) in pairs.items() if was != now]
+
+
+def add_adapter(settings: TrainingSettings, model: Any, params: Any) -> tuple[Any, Any]:
+    """A plain model and its parameters, with the adapter of ``--peft`` if there is one."""
+    if settings.adapter:
+        model, params = peft.add_peft(model, params, settings.adapter, key=settings.seed)
+        check_methods(settings.peft, settings.methods, params)
+    return model, params
 
 
 def check_methods(kind: str | None, chosen: Sequence[Method], params: Any) -> None:

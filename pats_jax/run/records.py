@@ -138,6 +138,13 @@ class GlueResults(TypedDict):
     diagnosis: NotRequired[ClassificationDiagnosis | RegressionDiagnosis | SeveralLabelsDiagnosis]
 
 
+class PrimedScores(TypedDict):
+    """The mean score over dev tasks: accuracy, or score for answers as texts."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
+    metrics: dict[Literal["accuracy", "score"], Score]
+
+
 class PrimedResults(TypedDict):
     """Results of a run of `pats-jax prime`; algorithm, train, seed and peft name the folders of its tunings."""
 
@@ -146,10 +153,10 @@ class PrimedResults(TypedDict):
     algorithm: Algorithm
     train: Part
     peft: PeftKind | None
-    head: Literal["embedding", "pair", "mlm"]
+    head: Literal["embedding", "pair", "mlm", "generate", "likelihood"]
     seed: Seed
     upstream_tasks: list[str]
-    final: NotRequired[AccuracyScores]
+    final: NotRequired[PrimedScores]
 
 
 class Figures(TypedDict):
@@ -280,11 +287,15 @@ class TuningRecord(TypedDict):
     learning_rates: NotRequired[list[float]]
     diverged: NotRequired[list[float]]
     learning_rate: NotRequired[float]
+    batch_sizes: NotRequired[list[Count]]
+    batch_size: NotRequired[Count]
     curve: Curve
     step: NotRequired[Count]
     dev: NotRequired[Score]
     test: Score
     test_rows: NotRequired[Count]
+    unparsable: NotRequired[Count]
+    crossfits_sampling: NotRequired[bool | None]
     seconds: NotRequired[Seconds | None]
 
 

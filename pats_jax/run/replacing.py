@@ -41,10 +41,10 @@ def _any_of(names: Iterable[str]) -> str:
 # so names there are held to its manner only.
 _FILES = [
     _any_of((_CONFIG, _RESULTS, _CARD, "metrics.jsonl", folder_lock.LOCK, _MARK)),
-    rf"(model|\.model-[^/]+)/{_any_of((_CONFIG, 'model.safetensors', *_TOKENIZER.split()))}",
+    rf"(model|\.model-[^/]+)/{_any_of((_CONFIG, 'model.safetensors', 'generation_config.json', *_TOKENIZER.split()))}",
     r"(adapter|\.adapter-[^/]+)/"
     + _any_of((_CONFIG, "adapter_config.json", "adapter_model.safetensors", *_TOKENIZER.split())),
-    rf"predictions/(probabilities/)?{_any_of((*_PREDICTIONS, 'test.tsv'))}",
+    rf"predictions/(probabilities/)?{_any_of((*_PREDICTIONS, 'validation.tsv', 'test.tsv'))}",
     r"diagnosis/(classes|confusion|reliability|largest_losses|largest_residuals|validation)\.tsv",
     r"plots/(loss|score|sensitivity|confusion|reliability|residuals)\.png",
     r"checkpoints/([\w.-]+/)+(_\w+|metadata|metrics|record\.json|descriptor\.pbtxt|commit_success\.txt|manifest\.ocdbt|process_\d+"

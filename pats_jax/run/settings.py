@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self, TypeVar
 
-from pats_jax.core.settings import SEED, About, Choice, Composed, Entry, Group, as_json, setting
-from pats_jax.data.settings import DataSettings
+from pats_jax.core.settings import SEED, About, Choice, Composed, Entry, Flat, Group, as_json, entries, setting
+from pats_jax.data.settings import DataSettings, OwnData
 from pats_jax.errors import InputError
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import ENCODERS_MATRICES, MATRICES
 from pats_jax.methods.settings import OptimizerSettings
 from pats_jax.methods.table import METHOD_CHOICE, joined_names
 from pats_jax.models import peft
-from pats_jax.models.settings import ModelSettings
+from pats_jax.models.settings import CheckpointSettings, ModelSettings
 from pats_jax.run.records import PeftKind
 from pats_jax.training.settings import (
     BatchSettings,
@@ -25,6 +26,7 @@ from pats_jax.training.settings import (
     LossSettings,
     ProcessSettings,
     SavingSettings,
+    SmoothingSettings,
 )
 
 PEFT_CHOICE = Choice(
@@ -108,7 +110,7 @@ class TunedModel(Composed):
     seed: int = setting(
         42, "random seed for the new head, the order of examples, dropout and noise", SEED, is_basic=True
     )
-    model: ModelSettings = ModelSettings()
+    model: CheckpointSettings = ModelSettings()
     methods: tuple[Method, ...] = ()  # those of --method
     compiler: CompilerSettings = CompilerSettings()
 
@@ -120,12 +122,17 @@ class TunedModel(Composed):
     @property
     def model_attention(self) -> str:
         """The model's ``attention``; with ``--deterministic`` not cuDNN's, whose order of summation may vary."""
-        return "einsum" if self.compiler.deterministic else self.model.attention
+        return "einsum" if self.compiler.deterministic else self.model.asked_attention
 
     def check(self) -> None:
         super().check()
-        if self.model.attention == "cudnn" and self.model_attention != "cudnn":
+        if self.model.asked_attention == "cudnn" and self.model_attention != "cudnn":
             raise InputError("--attention cudnn: not available with --fsdp or --deterministic")
+
+    @classmethod
+    def renamed(cls, saved: Flat) -> Flat:
+        """The current names: before there were decoders, the noise was on ``encoder.layer`` by default."""
+        return saved | {"noise_layers": MATRICES} if saved.get("noise_layers") == ENCODERS_MATRICES else saved
 
     def with_layers(
         self, layers: Literal["separate", "stacked"], unroll: int, adapter: "peft.PeftConfig | None"
@@ -184,52 +191,79 @@ class TrainingSettings(TunedModel):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Settings(TrainingSettings):
-    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task or on your own files."""
+class FineTuningSettings(TrainingSettings):
+    """The further settings of programs that train, evaluate and predict on tables of rows."""
 
-    program: ClassVar[str] = "glue"
+    program: ClassVar[str]
 
     do_train: bool = setting(False, "train; without --do_train, --do_eval and --do_predict: train and evaluate")
     do_eval: bool = setting(False, "evaluate on the validation set")
-    do_predict: bool = setting(False, "write test-set predictions in the GLUE server's format", is_basic=True)
-    data: DataSettings = DataSettings()
+    do_predict: bool = setting(False, "write predictions for the test set", is_basic=True)
+    data: OwnData = DataSettings()
     metric_for_best_model: str | None = setting(
         None, "the score that picks the best model, such as macro_f1; if unset, the main metric of the data"
     )
     batches: BatchSettings = BatchSettings()
     length: LengthSettings = LengthSettings()
-    loss: LossSettings = LossSettings()
+    loss: SmoothingSettings = SmoothingSettings()
 
     def check(self) -> None:
         super().check()
         keeps_best = self.loop.load_best_model_at_end or self.loop.early_stopping_patience
         if keeps_best and not {"train", "eval"} <= self.phases:
             raise InputError("--load_best_model_at_end, --early_stopping_patience: need --do_train and --do_eval")
-        if self.data.low_resource and "train" not in self.phases:
-            raise InputError("--low_resource: needs --do_train")
-        for name in ("class_weights", "label_smoothing_factor"):
+        for name in entries(type(self.loss)):
             if getattr(self.loss, name) and "train" not in self.phases:
                 raise InputError(f"--{name}: needs --do_train")
         if self.metric_for_best_model and "eval" not in self.phases:
             raise InputError("--metric_for_best_model: needs --do_eval")
-        if self.data.out_of_domain and "eval" not in self.phases:
-            raise InputError("--out_of_domain: needs --do_eval")
 
     @property
     def phases(self) -> set[str]:
         """What the run does: any of "train", "eval" and "predict"."""
-        chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
-        return chosen or {"train", "eval"}
+        return {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")} or self.usual_phases
+
+    @property
+    def usual_phases(self) -> set[str]:
+        """The phases of a run that is not told what to do."""
+        return {"train", "eval"}
 
     def over(self, num_devices: int) -> Self:
         return self.replace(batches=self.batches.over(num_devices))
 
 
-# Flags of these programs that other programs refuse.
+# Flags of some programs that others refuse.
+OF_TEXT_TO_TEXT = dict.fromkeys(
+    ("source_column", "target_column", "text_column", "summary_column", "source_prefix")
+    + ("max_source_length", "max_target_length", "num_beams"),
+    "is for `pats-jax text2text`; omit it",
+)
 OF_CLASSIFIERS = dict.fromkeys(
     ("dataset_name", "dataset_config_name", "class_weights", "label_smoothing_factor", "metric_for_best_model"),
     "is for `pats-jax train` and `pats-jax glue`; omit it",
 )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Settings(FineTuningSettings):
+    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task or on your own files."""
+
+    program: ClassVar[str] = "glue"
+    elsewhere: ClassVar[Mapping[str, str]] = OF_TEXT_TO_TEXT
+
+    do_predict: bool = setting(False, "write test-set predictions in the GLUE server's format", is_basic=True)
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    loss: LossSettings = LossSettings()
+
+    def check(self) -> None:
+        super().check()
+        if self.data.low_resource and "train" not in self.phases:
+            raise InputError("--low_resource: needs --do_train")
+        if self.data.out_of_domain and "eval" not in self.phases:
+            raise InputError("--out_of_domain: needs --do_eval")
+
+
 _A_TASK = "is for GLUE tasks; use `pats-jax glue`"
 
 
@@ -238,7 +272,7 @@ class OwnDataSettings(Settings):
     """Fine-tune a pretrained BERT or RoBERTa on your own texts."""
 
     program: ClassVar[str] = "train"
-    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    elsewhere: ClassVar[Mapping[str, str]] = OF_TEXT_TO_TEXT | dict.fromkeys(
         ("task_name", "data_dir", "out_of_domain", "out_of_domain_dir"), _A_TASK
     )
 
@@ -250,10 +284,9 @@ class OwnDataSettings(Settings):
         super().check()
 
     @property
-    def phases(self) -> set[str]:
-        """As of `Settings`; with ``--test_file`` it also predicts, unless it is told what to do."""
-        chosen = {phase for phase in ("train", "eval", "predict") if getattr(self, f"do_{phase}")}
-        return chosen or {"train", "eval"} | ({"predict"} if self.data.test_file else set())
+    def usual_phases(self) -> set[str]:
+        """With ``--test_file`` the run also predicts."""
+        return {"train", "eval"} | ({"predict"} if self.data.test_file else set())
 
 
 Program = TypeVar("Program", bound=TunedModel)

@@ -194,6 +194,7 @@ def make_training(
         accumulation_steps=accumulation_steps,
         skip_nonfinite=True,
         norms=runner.platform == "cpu",
+        gradient=methods.chosen_gradient(settings.methods),
     )
     return Training(
         settings=settings,

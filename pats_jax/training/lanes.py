@@ -275,7 +275,11 @@ class LaneProgram:
             frozen=frozen,
         )
         alone, metrics = train_state.make_train_step(
-            loss_fn, accumulation_steps=self.accumulation_steps, skip_nonfinite=True, norms=self.norms
+            loss_fn,
+            accumulation_steps=self.accumulation_steps,
+            skip_nonfinite=True,
+            norms=self.norms,
+            gradient=methods.chosen_gradient(settings.methods),
         )(alone, batch)
         skipped = state.skipped + metrics["skipped"].astype(jnp.int32)
         return LaneState(jnp.asarray(alone.step), skipped, alone.params, alone.opt_state), metrics

@@ -377,7 +377,7 @@ class MeshRunner:
         """The shapes and shardings of a global batch for the jitted step; puts nothing on a device."""
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows) for name, x in batch.items()}
 
-    def compile_predict(self, predict: Callable[[Any, Batch], jax.Array]) -> CompiledProgram:
+    def compile_predict(self, predict: Callable[[Any, Batch], Any]) -> CompiledProgram:
         """Compiles a prediction for this process's rows of a batch; every process gets the result for all rows."""
         compiled = jax.jit(predict, out_shardings=self.replicated)
         return CompiledProgram(compiled, lambda params, batch: (params, self.put(batch)), self.in_turn)

@@ -97,15 +97,21 @@ class LengthSettings(Group):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossSettings(Group):
-    """The loss of classes."""
+class SmoothingSettings(Group):
+    """The loss of classes, or of words."""
 
     title: ClassVar[str] = "loss"
+
+    label_smoothing_factor: float = setting(0.0, "share of the loss that all classes have alike", PROBABILITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings(SmoothingSettings):
+    """The loss of classes."""
 
     class_weights: Literal["balanced"] | None = setting(
         None, "balanced: rows of class c count n / (k n_c), for n rows of k classes, n_c of them of c"
     )
-    label_smoothing_factor: float = setting(0.0, "share of the loss that all classes have alike", PROBABILITY)
 
 
 @dataclasses.dataclass(frozen=True)

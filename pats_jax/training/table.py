@@ -3,7 +3,7 @@
 import collections
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -115,13 +115,13 @@ class TableSource:
         return first_of_each(makers, len(self.boundaries))
 
     def sensitivity_measure(
-        self, num_batches: int, num_layers: int, mask: Any
+        self, num_batches: int, num_layers: int | Mapping[str, int], mask: Any
     ) -> Callable[[Any], dict[str, np.ndarray]] | None:
         """``measure(params)``: sensitivity by tensor on some batches of the first epoch, all of one shape.
 
         Args:
           num_batches: number of batches; with 0, the result is None.
-          num_layers: the model's number of layers.
+          num_layers: the model's number of layers, see `unstack_layers`.
           mask: the tensors to describe, as separate layers.
         """
         if not num_batches:

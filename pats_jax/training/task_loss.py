@@ -7,7 +7,7 @@ import numpy as np
 
 from pats_jax.data.tasks import Task
 from pats_jax.errors import InputError, shown
-from pats_jax.objectives import Objective
+from pats_jax.objectives import Objective, View
 from pats_jax.objectives.row_losses import smoothed_cross_entropy
 from pats_jax.train_state import RowLoss
 from pats_jax.training.settings import LossSettings
@@ -28,7 +28,7 @@ class TaskLoss:
     row_weights: np.ndarray | None = None
 
 
-def check_loss(settings: LossSettings, task: Task, terms: list[Objective]) -> None:
+def check_loss(settings: LossSettings, task: Task, terms: list[Objective | View]) -> None:
     """Raises InputError if the loss of a task is not that which a setting or an objective is for."""
     kind = "a text has several labels" if task.is_multi_label else "the labels are scores"
     one_class = not (task.is_multi_label or task.is_regression)

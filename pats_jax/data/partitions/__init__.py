@@ -2,11 +2,15 @@
 
 A partition is a JSON file in CrossFit's layout (``train_classification_test_classification.json`` there): an object
 with the lists of task names ``train`` (upstream), ``dev`` (to choose settings of the upstream stage by) and ``test``
-(the targets); CrossFit's additional list ``all`` is ignored. Two partitions come with the project: ``builtin`` of the
-built-in gym and ``metaicl`` of the 46 tasks that MetaICL has among the few-shot tasks of CrossFit with options.
+(the targets); CrossFit's additional list ``all`` is ignored. These partitions come with the project: ``builtin`` of the
+built-in gym; ``metaicl`` of the 46 tasks that MetaICL has among the few-shot tasks of CrossFit with options; and
+CrossFit's own eight, ``CROSSFIT``, under their names there. Where CrossFit lists the targets as ``dev`` and leaves
+``test`` empty, they are targets here.
 
 A task must not be on two lists. Nor may two tasks that are built from the same dataset, such as glue-rte and
-superglue-rte: the upstream stage would already have seen the target's data.
+superglue-rte: the upstream stage would already have seen the target's data. CrossFit's partitions break the second
+rule, and one breaks the first: ``train_non_nli_test_nli`` has sick both upstream and among the targets. Its file names
+this leak in a list ``leaks``: these tasks are targets only, and whoever loads the partition is told.
 """
 
 import json
@@ -22,6 +26,16 @@ from pats_jax.data.tables import JsonObject, listed, read_text
 from pats_jax.errors import InputError, shown
 
 LISTS = ("train", "dev", "test")
+CROSSFIT = (
+    "random",
+    "train_classification_test_classification",
+    "train_halfhalf_test_classification",
+    "train_non_mrc_qa_test_mrc",
+    "train_non_multiple_choice_qa_test_multiple_choice",
+    "train_non_nli_test_nli",
+    "train_nonclassification_test_classification",
+    "train_nonparaphrase_classification_test_paraphrase",
+)
 FOLDER = Path(__file__).parent
 
 # Source set of the tasks for which it is not what precedes the first hyphen of the name.
@@ -73,11 +87,13 @@ class Partition:
       train: upstream tasks.
       dev: tasks to choose settings of the upstream stage by; may be empty.
       test: target tasks.
+      leaks: targets that the partition's authors also have upstream; they are not in ``train``.
     """
 
     train: tuple[str, ...]
     dev: tuple[str, ...]
     test: tuple[str, ...]
+    leaks: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +125,7 @@ def load_partition(
     """Reads a partition and checks it against a gym.
 
     Args:
-      name_or_path: ``"builtin"``, ``"metaicl"`` or a JSON file.
+      name_or_path: ``"builtin"``, ``"metaicl"``, one of ``CROSSFIT`` or a JSON file.
       tasks: the gym.
       share_sources: whether two lists may have tasks built from the same dataset, as in CrossFit's own partitions.
 
@@ -141,10 +157,17 @@ def read_partition(path: Path) -> Partition:
 
     Raises:
       InputError: if it is missing, is not JSON or not an object with the three lists of names; if the list of train or
-        test tasks is empty; or if a task is named twice, or its name cannot be part of a file's name.
+        test tasks is empty; or if a task is named twice, or its name cannot be part of a file's name; or if a leak is
+        not on the lists train and test.
     """
     lists = _read_lists(path)
-    partition = Partition(*(tuple(lists[key]) for key in LISTS))
+    leaks = lists.get("leaks", [])
+    for name in leaks:
+        if name not in lists["train"] or name not in lists["test"]:
+            raise InputError(f"{_place(path, name)}: the leak {shown(name)} must be listed in 'train' and in 'test'")
+    lists["train"] = [name for name in lists["train"] if name not in leaks]
+    train, dev, test = (tuple(lists[key]) for key in LISTS)
+    partition = Partition(train, dev, test, tuple(leaks))
     for key in ("train", "test"):
         if not lists[key]:
             raise InputError(f"{_place(path, key)}: the list {key!r} is empty")
@@ -164,13 +187,13 @@ def _read_lists(path: Path) -> dict[str, list[str]]:
     if not isinstance(lists, JsonObject):
         raise InputError(f"{path}:1: expected a JSON object with the lists {listed(LISTS)}")
     lists.check(f"{path}:1", LISTS)
-    unknown = [key for key in lists if key not in (*LISTS, "all")]
+    unknown = [key for key in lists if key not in (*LISTS, "all", "leaks")]
     if unknown:
         raise InputError(f"{_place(path, unknown[0])}: unknown list {shown(unknown[0])}; the lists are {listed(LISTS)}")
     missing = [key for key in LISTS if key not in lists]
     if missing:
         raise InputError(f"{path}:1: no list {listed(missing)}; add it, as [] if it has no tasks")
-    for key in LISTS:
+    for key in (*LISTS, *({"leaks"} & lists.keys())):
         if not (isinstance(lists[key], list) and all(isinstance(name, str) for name in lists[key])):
             raise InputError(f"{_place(path, key)}: {key!r} is not a list of task names")
     return lists
