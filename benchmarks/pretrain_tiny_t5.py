@@ -57,8 +57,8 @@ _RECIPE, _CURVE, _PICTURE = "recipe.json", "loss_curve.json", "loss_curve.png"
 class Recipe:
     """What decides the numbers; a resumed run must have the same."""
 
-    steps: int = 3000  # optimizer steps; the learning rate falls to 0 over them
-    batch_size: int = 32  # rows of a step, over all devices
+    steps: int = 2000  # optimizer steps; the learning rate falls to 0 over them
+    batch_size: int = 16  # rows of a step, over all devices
     source_length: int = 128  # tokens of a source; the target's length follows
     learning_rate: float = 0.02  # peak, relative to the size of a parameter
     warmup_steps: int = 100  # over which the learning rate rises
@@ -228,13 +228,23 @@ def load_data(flags: Flags) -> Data:
     return Data(tokenizer, pack(train), pack(held_out), facts)
 
 
-def make_measure(model: Any, held_out: PackedRows, runner: runners.MeshRunner) -> Callable[[Any], float]:
-    """Makes ``measure(params)``: the mean loss of the held-out texts, at most eight batches, always hidden alike."""
+def make_measure(model: Any, held_out: PackedRows, runner: runners.MeshRunner) -> Callable[..., float]:
+    """Makes ``measure(params)``: the mean loss of the held-out texts, at most eight batches, always hidden alike.
+
+    With ``other_sources=True``, each target has the source of the row before it: what is lost tells how much the model
+    reads out of a source.
+    """
     loss_fn = train_state.make_seq2seq_loss_fn(model.apply, deterministic=True)
     compiled = jax.jit(lambda params, batch: loss_fn(params, batch, None)[0])
     count = min(held_out.steps_per_epoch, 8)
     batches = [batch for batch, _ in itertools.islice(held_out.batches(0), count)]
-    return lambda params: float(np.mean([compiled(params, runner.put(batch)) for batch in batches]))
+
+    def measure(params: Any, other_sources: bool = False) -> float:
+        shift = 1 if other_sources else 0
+        rolled = [batch | {"input_ids": np.roll(batch["input_ids"], shift, axis=0)} for batch in batches]
+        return float(np.mean([compiled(params, runner.put(batch)) for batch in rolled]))
+
+    return measure
 
 
 def pretrain(flags: Flags, console: rich.console.Console) -> None:
@@ -263,7 +273,8 @@ def pretrain(flags: Flags, console: rich.console.Console) -> None:
         progress = Progress()
         if flags.resume and (restored := checkpoints.restore(state, Progress)):
             state, progress = restored
-        hooks = PretrainingHooks(make_measure(model, data.held_out, runner), checkpoints, write_curve, console)
+        measure = make_measure(model, data.held_out, runner)
+        hooks = PretrainingHooks(measure, checkpoints, write_curve, console)
         try:
             with prefetch(data.train.batches(progress.step)) as batches:
                 state, progress = fit(
@@ -274,19 +285,24 @@ def pretrain(flags: Flags, console: rich.console.Console) -> None:
             state, progress = checkpoints.restore(state, Progress) or (state, progress)
             console.print(f"stopped after step {progress.step} of {recipe.steps}; --resume goes on")
     models.save_pretrained(flags.output_dir, params=state.all_params, config=config, tokenizer=data.tokenizer)
-    write_results(flags, facts, progress.records)
+    end = {"held_out": measure(state.all_params), "other_sources": measure(state.all_params, True)}
+    console.print(f"held-out loss {end['held_out']:.4f}, with the sources of other rows {end['other_sources']:.4f}")
+    write_results(flags, facts, progress.records, {name: round(loss, 4) for name, loss in end.items()})
     draw(progress.records, config, [flags.output_dir / _PICTURE, *([flags.plot] if flags.plot else [])])
     console.print(f"written to {flags.output_dir}")
 
 
-def write_results(flags: Flags, facts: dict[str, int], records: list[Record]) -> None:
-    """Writes the recipe, the machine and the curve, to the output folder and where ``--results`` says."""
+def write_results(
+    flags: Flags, facts: dict[str, int], records: list[Record], end: dict[str, float] | None = None
+) -> None:
+    """Writes the recipe, the machine and the losses, to the output folder and where ``--results`` says."""
     losses = [line for line in records if "loss" in line]
     written = {
         "recipe": dataclasses.asdict(flags.recipe),
         "data": facts,
         "loss": [[line["step"], round(line["loss"], 4)] for line in losses],
         "held_out_loss": [[line["step"], round(line["eval"]["loss"], 4)] for line in records if "eval" in line],
+        "loss_at_the_end": end,
         "minutes": round(sum(line["timing"]["seconds"] for line in losses) / 60, 1),
         "machine": report.machine(),
         "versions": run_folder.versions(),

@@ -128,7 +128,13 @@ def loads(folder, kind):
 def test_what_peft_writes_for_the_plain_form_is_loaded(kind, tmp_path):
     config = loads(written(tmp_path, kind), kind)
     if kind == "lora":
-        assert (config.rank, config.alpha, config.dropout) == (2, 6.0, 0.0)
+        assert (config.rank, config.alpha, config.dropout, config.rank_stabilized) == (2, 6.0, 0.0, False)
+
+
+def test_rank_stabilized_lora_is_read_and_written(tmp_path):
+    config = loads(written(tmp_path, "lora", use_rslora=True), "lora")
+    assert config.rank_stabilized and config.scale == pytest.approx(6 / 2**0.5)
+    assert config.to_dict({}, None)["use_rslora"] is True and not peft.LoraConfig().to_dict({}, None)["use_rslora"]
 
 
 HARMLESS = [
@@ -172,7 +178,6 @@ REFUSED = [
     ),
     ("lora", {"init_lora_weights": "of_tomorrow"}, "init_lora_weights is 'of_tomorrow', which is not supported"),
     ("lora", {"init_lora_weights": 1}, "init_lora_weights"),
-    ("lora", {"use_rslora": True}, "use_rslora is True"),
     ("lora", {"use_dora": True}, "use_dora is True"),
     ("lora", {"lora_bias": True}, "lora_bias is True"),
     ("lora", {"use_qalora": True}, "use_qalora is True"),

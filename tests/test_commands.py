@@ -63,7 +63,7 @@ SHRUNK = {
     | {"max_source_length": "8", "max_target_length": "4"},
     "compare": GLUE | {"tasks": "mrpc", "seeds": "1", "data_dir": "builtin", "max_train_samples": "16", "jobs": "1"},
     "prime": GYM | {"tasks_per_step": "2", "task_batch_size": "2", "num_devices": "1"},
-    "gym": GYM | {"max_test_rows": "4", "samples": "13", "tasks": "manners", "jobs": "1"},
+    "gym": GYM | {"max_test_rows": "4", "samples": "13", "tasks": "manners", "jobs": "1", "batch_grid": "2"},
 }
 NAMES = {"TASK": "sst2", "METHOD": "pats"}  # what a reader fills in
 STUB = r"""#!/bin/bash

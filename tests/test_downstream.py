@@ -576,6 +576,7 @@ def refused(base, tmp_path, capsys, **changes):
         ({"max_test_rows": 0}, "--max_test_rows 0: must be at least 1"),
         ({"kinds": ("lora", "lora")}, "--kinds lora lora: list at least one kind, each only once"),
         ({"method": "r-drop"}, "--method r-drop: works only with pats-jax glue"),
+        ({"method": "sam"}, "--method sam: works only with pats-jax glue"),
         ({"method": "noisytune"}, "--method noisytune: works only with pats-jax glue"),
         ({"overwrite": True}, "--overwrite: not needed"),
         ({"resume": True}, "--resume: not needed"),

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from pats_jax.priming import gym_report
 from pats_jax.priming.relative_gain import summarise
-from pats_jax.reporting import plots
+from pats_jax.reporting import plots, report_page
 
 TASKS = ("alpha", "beta", "cola", "delta")
 SCORES = {  # arm -> mean test scores of TASKS; samples lie 0.1 below and above
@@ -234,6 +234,29 @@ def test_an_arm_with_every_task_left_out(tmp_path):
     assert gym_report.gain_table(summary, "against_direct")[1][0] == ["mtl, plm", "–", "–"]
     gym_report.write_report(tmp_path, summary, title="Tunings", about=[])
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"steps-lora.png", "steps-odd_kind.png"}
+    page = (tmp_path / "report.md").read_text()
+    assert gym_report.answer(summary).startswith("There is no relative gain: the baseline scores at most 0") and (
+        "`mtl/plm/lora` against direct tuning with the same PEFT method: `cola` (0.0, 10.0)" in page
+    )
+
+
+def test_odd_samples_and_answers_are_named():
+    """Samples that CrossFit does not draw so, and answers that were no numbers."""
+    odd = [
+        {**one, "crossfits_sampling": one["task"] != "beta", "unparsable": int(one["task"] == "delta")}
+        for one in records()
+    ]
+    facts = summarise(odd).tasks
+    assert {name: (one.crossfits_sampling, one.unparsable) for name, one in facts.items()} == {
+        "alpha": (True, 0),
+        "beta": (False, 0),
+        "cola": (True, 0),
+        "delta": (True, 2 * len(SCORES)),
+    }
+    page = report_page.Page("title")
+    gym_report._write_limits(page, summarise(odd))
+    assert "The samples of 1 of 4 tasks are not drawn as CrossFit draws them" in page.markdown()
+    assert f"{2 * len(SCORES)} answers to `delta` were no numbers" in page.markdown()
 
 
 # what is drawn

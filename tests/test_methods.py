@@ -219,9 +219,9 @@ def expected_to_move(name):
     return NAMES
 
 
-# Objectives change the loss, which here is the test's own: plain fine-tuning for each.
+# Objectives change the loss and SAM the step, which here are the test's own: plain fine-tuning for each.
 TRAINED = [
-    pytest.param(name, marks=pytest.mark.slow if kind.kind == "objective" else ())
+    pytest.param(name, marks=pytest.mark.slow if kind.kind in ("objective", "ascent") else ())
     for name, kind in methods.METHODS.items()
 ]
 

@@ -99,7 +99,8 @@ def test_everything_that_is_imported_is_declared():
         "jaxlib": "jax",
         "markdown_it": "markdown-it-py",
     }
-    everything = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tensorboard"]
+    extras = PROJECT["optional-dependencies"]
+    everything = PROJECT["dependencies"] + extras["tensorboard"] + extras["gym"] + extras["text2text"]
     declared = {re.split(r"[\[><=]", one)[0].lower().replace("-", "_") for one in everything}
     used = {distributions.get(name, name).lower().replace("-", "_") for name in names - sys.stdlib_module_names}
     assert used - declared == {"pats_jax"}

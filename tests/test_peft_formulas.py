@@ -95,6 +95,27 @@ def test_the_forward_pass_is_the_formula(name):
     np.testing.assert_allclose(logits_of(model, params, batch), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("rank_stabilized", "scale"), [(False, 6 / 4), (True, 6 / 2)])
+def test_the_scale_of_loras_branch_and_of_what_is_merged(rank_stabilized, scale):
+    rng = np.random.default_rng(0)
+    kernel, a, b, x = (np.float32(rng.normal(size=size)) for size in ((5, 3), (5, 4), (4, 3), (2, 5)))
+    config = peft.LoraConfig(rank=4, alpha=6.0, rank_stabilized=rank_stabilized)
+    tree = {"dense": {"lora_A": {"kernel": a}, "lora_B": {"kernel": b}}}
+
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, use_bias=False, name="dense")(x)
+
+    with nn.intercept_methods(config.interceptor(None, True)):
+        y = One().apply({"params": {"dense": {"kernel": kernel}}, "peft": tree}, x)
+    whole = np.float64(kernel) + scale * np.float64(a) @ b
+    np.testing.assert_allclose(y, x @ whole, rtol=1e-4, atol=1e-4)
+    merged = config.merge({("dense", "kernel"): kernel}, flatten_dict(tree))
+    np.testing.assert_allclose(merged["dense", "kernel"], whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(config.unmerge(merged, flatten_dict(tree))["dense", "kernel"], kernel, atol=1e-5)
+
+
 def test_dropout_is_on_the_input_of_loras_branch():
     """A and B are the identity: the branch is the dropped input, and what stands beside it stays whole."""
 

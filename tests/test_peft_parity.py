@@ -37,6 +37,7 @@ BASES = pytest.mark.parametrize("name", ("bert", "roberta", "minilm"))
 
 OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),
+    "rank-stabilized lora": peft.LoraConfig(rank=3, alpha=5.0, rank_stabilized=True),
     "lora everywhere": peft.LoraConfig(rank=2, layers="query|key|value|dense"),
     "ia3": peft.Ia3Config(),
     "prompt": peft.PromptConfig(length=4),
@@ -44,6 +45,7 @@ OURS = {
 }
 THEIRS = {
     "lora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, lora_dropout=0.1),
+    "rank-stabilized lora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, use_rslora=True),
     "lora everywhere": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"),
     "lora by a regex": lambda: theirs.LoraConfig(task_type="SEQ_CLS", target_modules=r".*attention.*\.(key|dense)"),
     "lora of one layer": lambda: theirs.LoraConfig(

@@ -144,6 +144,9 @@ def test_a_run_that_stops_goes_on_and_ends_where_another_does(data_dir, tmp_path
     (_, params, config), (_, again, _) = (from_pretrained_seq2seq(tmp_path / name) for name in ("whole", "stopped"))
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
     tokenizer = load_tokenizer(tmp_path / "whole")
+    assert whole["loss_at_the_end"]["held_out"] == whole["held_out_loss"][-1][1]
+    assert 0 < abs(whole["loss_at_the_end"]["other_sources"] - whole["loss_at_the_end"]["held_out"]) < 1
+
     size = config.vocab_size
     assert size == len(tokenizer) <= 600 and config.dropout_rate == 0.1
     assert tokenizer("<extra_id_0> w1a")["input_ids"][0] == size - 1

@@ -340,8 +340,9 @@ def test_ids_beyond_the_tokenizers_stand_for_nothing(home):
         ({"forced_bos_token_id": 9999}, "forced_bos_token_id 9999 is not a token of the model"),
         ({"metrics": ("token_f1", "token_f1")}, "--metrics token_f1 token_f1: list at least one, each only once"),
         ({"metric_for_best_model": "rouge1"}, "--metric_for_best_model rouge1: --metrics gives exact_match, token_f1"),
-        ({"method": "lnsr"}, "--method lnsr: its term of the loss compares or perturbs the outputs and hidden states"),
-        ({"method": "pats+r3f"}, "--method r3f: its term of the loss"),
+        ({"method": "lnsr"}, "--method lnsr: it compares or perturbs the outputs or hidden states of a classifier"),
+        ({"method": "pats+r3f"}, "--method r3f: it compares or perturbs"),
+        ({"method": "neftune"}, "--method neftune: it compares or perturbs"),
         ({"method": "bitfit"}, "--method bitfit: T5 has no biases to train; choose another method"),
         ({"label_smoothing_factor": 1.0}, "--label_smoothing_factor 1.0: must be in [0, 1)"),
     ],
@@ -580,7 +581,9 @@ def test_adapters_train_and_the_code_of_the_card_writes_what_the_run_wrote(kind,
     with open(folder / "predictions" / "test.tsv", encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file, delimiter="\t")
     capsys.readouterr()
-    code = code_of((folder / "README.md").read_text())
+    card = (folder / "README.md").read_text()
+    assert ("So does PEFT (torch)" in card) is (changes.get("peft") in ("lora", "prompt"))
+    code = code_of(card)
     exec(code.replace("batch_decode(tokens,", f"batch_decode(tokens * (tokens < {len(tiny_seq2seq.tokenizer(kind))}),"))
     said = ast.literal_eval(capsys.readouterr().out.strip())
     assert [text.strip() for text in said] == [row["prediction"]]

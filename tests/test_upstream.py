@@ -457,6 +457,7 @@ def refused(home, tmp_path, capsys, **changes):
         ({"max_steps": -1}, "--max_steps -1: must be at least 1"),
         ({"max_options": 1}, "--max_options 1: must be at least 2"),
         ({"method": "r-drop"}, "--method r-drop: not available for priming"),
+        ({"method": "asam"}, "--method asam: not available for priming"),
         ({"method": "pats+bitfit"}, "--method bitfit: not available for priming"),
         ({"method": "child-d"}, "method child-d: needs training data"),
         ({"train": "pe", "peft": "lora", "method": "noisytune"}, "it changes the base model's weights"),

@@ -75,12 +75,12 @@ def run(settings: GymSettings, args: Sequence[str], console: rich.console.Consol
         if unknown:
             raise InputError(f"--tasks {unknown[0]}: not among the target tasks {', '.join(partition.test)}")
         tasks = [gym[name] for name in names]
-        head = settings.tuning.head
-        answerers.check_model(head, settings.model)
-        answerers.check_tasks(head, tasks, settings.data.partition)
         starts = find_starts(settings, names)
         check_records(settings, starts, tasks, folder)
         check_folder(folder, settings, starts)
+        head = settings.tuning.head
+        answerers.check_model(head, settings.model)
+        answerers.check_tasks(head, tasks, settings.data.partition)
         tokenizer = models.load_tokenizer(settings.model.model_name_or_path)
         answerers.check_tokens(head, tokenizer, answerers.checkpoint_config(head, settings.model), tasks)
         wanted = [tuning for start in starts for tuning in tunings_of(settings, start, tasks, folder)]

@@ -151,6 +151,8 @@ def answer(summary: GymSummary) -> str:
         if gain.arg is not None
     }
     direct = {names: gain for names, gain in compared.items() if names[1] == "against_direct"}
+    if not compared and any(_compared(summary, key) for key in _BASELINES):
+        return "There is no relative gain: the baseline scores at most 0 on every task. The scores are below."
     if not compared:
         return "Nothing is compared yet: no arm shares a task and sample with direct tuning."
     (name, key), best = max((direct or compared).items(), key=lambda one: one[1].arg or 0.0)

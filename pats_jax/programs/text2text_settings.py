@@ -71,5 +71,5 @@ class Text2TextSettings(FineTuningSettings):
             raise InputError(f"--metric_for_best_model {self.main_metric}: --metrics gives {', '.join(known)}")
         for method in self.methods:
             if method.has("objective"):
-                reason = "its term of the loss compares or perturbs the outputs and hidden states of a classifier"
+                reason = "it compares or perturbs the outputs or hidden states of a classifier"
                 raise InputError(f"--method {method.name}: {reason}; choose another method")

@@ -8,7 +8,7 @@ from typing import Any
 from pats_jax.reporting.console import visible
 from pats_jax.reporting.report_page import markdown_block, markdown_text
 
-IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
+_IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
 
 Values = Mapping[str, Any]  # of settings, or of results.json
 
@@ -37,6 +37,12 @@ def from_hub(repo_id: str, results: Values, whole: bool, primed: bool) -> list[s
     return [*lines, "", "With Transformers (torch):", "", _pipeline(repo_id), "", _SERVICE, "", _serve(repo_id)]
 
 
+def is_in_pefts_format(results: Values) -> bool:
+    """Whether PEFT loads the adapter; an encoder-decoder's prefixes are in all attentions by default, unlike PEFT's."""
+    kind = results.get("peft")
+    return kind in _IN_PEFTS_FORMAT and not (kind == "prefix" and "pipeline_tag" in results)
+
+
 def is_whole(folder: pathlib.Path, results: Values) -> bool:
     """Whether the folder has a whole model, not only an adapter."""
     return (folder / "model").exists() or not results.get("peft")
@@ -56,7 +62,7 @@ def of_folder(folder: pathlib.Path, results: Values) -> list[str]:
             "",
             f"The folder `adapter/` contains {kind} for the base model "
             f"{markdown_text(results['model_name_or_path'])}; `pats_jax.models.peft.{loader}` loads both."
-            + (" So does PEFT (torch)." if results["peft"] in IN_PEFTS_FORMAT else ""),
+            + (" So does PEFT (torch)." if is_in_pefts_format(results) else ""),
         ]
     return [HERE, "", *lines]
 

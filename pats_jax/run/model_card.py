@@ -238,7 +238,7 @@ def _versions(results: Values) -> str:
 
 def _library(results: Values, whole: bool) -> str | None:
     """The library that the hub's page tells people to load it with."""
-    return "transformers" if whole else "peft" if results["peft"] in card_use.IN_PEFTS_FORMAT else None
+    return "transformers" if whole else "peft" if card_use.is_in_pefts_format(results) else None
 
 
 def _is_glue(settings: Values) -> bool:

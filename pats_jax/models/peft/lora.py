@@ -5,10 +5,12 @@ r"""LoRA: a low-rank branch parallel to linear layers.
     y = x W + b + (alpha / rank) * dropout(x) A B        A (inputs, rank), B (rank, outputs)
 
 A starts uniform on [-1/sqrt(inputs), 1/sqrt(inputs)], as in the authors' code, and B at zero, so the model starts
-unchanged. A trained branch can be merged into the weights: W + (alpha / rank) A B.
+unchanged. A trained branch can be merged into the weights: W + (alpha / rank) A B. Rank-stabilized LoRA (rsLoRA) scales
+by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly.
 
 References:
   Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
+  Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (arXiv:2312.03732).
 """
 
 import dataclasses
@@ -38,7 +40,6 @@ _PLAIN = {
     "bias": "none",
     "fan_in_fan_out": False,
     "use_dora": False,
-    "use_rslora": False,
     "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -57,6 +58,7 @@ class _Fields(TargetFields, total=False):
     r: int | None
     lora_alpha: float | None
     lora_dropout: float | None
+    use_rslora: bool | None
     init_lora_weights: bool | str | None
     layers_to_transform: int | list[int] | None
     layers_pattern: str | list[str] | None
@@ -82,6 +84,7 @@ class LoraConfig(PeftConfig):
       dropout: dropout probability on the input of the branch, in [0, 1).
       layers: regex of the linear layers to adapt, over names such as
         ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model.
+      rank_stabilized: whether the scale is alpha / sqrt(rank) (rsLoRA).
     """
 
     rank: int = setting(8, "LoRA: rank of the update", at_least(1, 65_536), flag="lora_rank")
@@ -92,6 +95,9 @@ class LoraConfig(PeftConfig):
     layers: str = setting(
         r"\.(query|value|q|v|q_proj|v_proj)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
     )
+    rank_stabilized: bool = setting(
+        False, "LoRA: scale the update by alpha / sqrt(rank) instead (rsLoRA)", flag="lora_rank_stabilized"
+    )
 
     kind: ClassVar[str] = "lora"
     summary: ClassVar[str] = "a low-rank branch parallel to linear layers"
@@ -99,6 +105,11 @@ class LoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "LORA"
     merges: ClassVar[bool] = True
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the branch."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     @property
     def differs_by_layer(self) -> bool:
@@ -126,15 +137,15 @@ class LoraConfig(PeftConfig):
                 kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0)
             a, b = (node["kernel"].astype(y.dtype) for node in (down, own_variable(layer, "lora_B")))
-            return y + (x.astype(y.dtype) @ a) @ b * (self.alpha / self.rank)
+            return y + (x.astype(y.dtype) @ a) @ b * self.scale
 
         return add_branch
 
     def merge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        return self._added(base, tree, self.alpha / self.rank)
+        return self._added(base, tree, self.scale)
 
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
-        return self._added(base, tree, -self.alpha / self.rank)
+        return self._added(base, tree, -self.scale)
 
     def _added(self, base, tree, scale):
         """The parameters with ``scale`` A B added to the kernels."""
@@ -150,6 +161,7 @@ class LoraConfig(PeftConfig):
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
+            "use_rslora": self.rank_stabilized,
             "target_modules": sorted(".".join(path) for path in nodes_with(tree, "lora_A")),
             "init_lora_weights": True,
         }
@@ -173,4 +185,5 @@ class LoraConfig(PeftConfig):
             alpha=saved.get("lora_alpha", 8),
             dropout=saved.get("lora_dropout", 0.0),
             layers=exactly(layers),
+            rank_stabilized=saved.get("use_rslora", False),
         )
