@@ -278,7 +278,7 @@ def _plain_rows(summary, part):
 
 def _method_rows(part):
     for method, one in part["methods"].items():
-        pair = f"{one['pooled']['p_value']:.4f}", f"{one['p_holm']:.4f}"
+        pair = _p_value(one["pooled"]["p_value"], 4), _p_value(one["p_holm"], 4)
         yield method, f"{one['noise_scale']:g}", *_cells(one, part["tasks"]), *pair
 
 
@@ -289,9 +289,14 @@ def _setting_row(tasks):
 def _contrast_row(tasks):
     def row(one):
         p_value = one["pooled"]["p_value"]
-        return f"{one['noise_scale']:g}", *_cells(one, tasks), "" if p_value is None else f"{p_value:.4f}"
+        return f"{one['noise_scale']:g}", *_cells(one, tasks), "" if p_value is None else _p_value(p_value, 4)
 
     return row
+
+
+def _p_value(value, digits):
+    """With so many digits after the point, or as smaller than the smallest such number."""
+    return f"{value:.{digits}f}" if value >= 0.5 * 10**-digits else f"< {10**-digits:.{digits}f}"
 
 
 def _cells(one, tasks):
@@ -308,7 +313,7 @@ def _difference(found):
 def _correlation_rows(found):
     for task, groups in found.items():
         for name, figures in groups.items():
-            cells = [f"{one['rho']:+.2f} ({one['p_value']:.3f})" for one in figures.values()]
+            cells = [f"{one['rho']:+.2f} ({_p_value(one['p_value'], 3)})" for one in figures.values()]
             yield task, name, next(iter(figures.values()))["n"], *cells
 
 

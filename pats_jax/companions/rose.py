@@ -33,7 +33,7 @@ def rose(
     mask: Any = None,
     layer_axis: trees.LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Second-order ROSE: AdamW that leaves out the tensors whose gradient differs most from its moving average.
+    r"""Second-order ROSE: AdamW that leaves out the tensors with the highest scores.
 
     For each tensor with gradient g and Adam's first moment m of the step before::
 

@@ -1,4 +1,4 @@
-"""ROSE: AdamW without the tensors whose gradient differs most from its average. See `pats_jax.rose`."""
+"""ROSE: AdamW without the tensors whose gradient's norm fits the first moment's least. See `pats_jax.rose`."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,7 +14,7 @@ class Rose(Method):
 
     name: ClassVar = "rose"
     kind: ClassVar = "subnetwork"
-    summary: ClassVar = "updates only the weight tensors whose gradient norm agrees best with its moving average"
+    summary: ClassVar = "updates only the weight tensors whose gradient's norm fits that of Adam's first moment best"
     source: ClassVar = "https://arxiv.org/abs/2210.09658"
     layers: ClassVar = rf"{LAYERS}.*\.(kernel|scale)$"
 
