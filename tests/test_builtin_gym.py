@@ -41,7 +41,10 @@ def test_there_are_enough_tasks_of_both_kinds(gym):
 
 
 def test_same_rows_on_every_python_and_platform(gym):
-    rows = [[task.name, *row] for task in gym.values() for own in splits(task) for row in own]
+    rows = [[task.name, *row[:3]] for task in gym.values() for own in splits(task) for row in own]
+    assert all(
+        row.references == () and row.whole is None for task in gym.values() for own in splits(task) for row in own
+    )
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == DIGEST
 
 

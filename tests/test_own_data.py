@@ -351,8 +351,8 @@ def test_a_task_refuses_what_is_for_own_data(capsys):
     for flag, value in {"text_column_names": "a", "label_column_name": "a", "delimiter": ";"}.items():
         line = tiny.refused(capsys, "glue", "--task_name", "mrpc", f"--{flag}", value)
         assert f"--{flag}: --task_name mrpc has its own; omit the flag" in line
-    line = tiny.refused(capsys, "prime", "--label_smoothing_factor", "0.1")
-    assert "--label_smoothing_factor: is for `pats-jax train` and `pats-jax glue`; omit it" in line
+    line = tiny.refused(capsys, "prime", "--class_weights", "balanced")
+    assert "--class_weights: is for `pats-jax train` and `pats-jax glue`; omit it" in line
 
 
 # real texts
