@@ -98,6 +98,9 @@ def test_own_files_stand_in_place_of_a_task():
     assert (run.task, settings.data.dataset_name, settings.data.task_name) == ("reviews", "org/reviews", None)
     with pytest.raises(InputError, match="--tasks is missing; for your own data, set --train_file"):
         checked("", tasks="")
+    checked("--validation_split_percentage 10", tasks="--train_file data/reviews.csv")
+    with pytest.raises(InputError, match="^--validation_file is missing, or --validation_split_percentage; this run"):
+        checked("", tasks="--train_file data/reviews.csv")
 
 
 def test_a_method_is_compared_under_the_same_settings():

@@ -29,7 +29,7 @@ from pats_jax.methods import SENSITIVITY_BATCHES
 from pats_jax.reporting.console import say
 from pats_jax.reporting.progress import CountProgress
 from pats_jax.reporting.report_page import aligned
-from pats_jax.run import flags, forecast, machine, run_folder, workers
+from pats_jax.run import flags, forecast, machine, own_data, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.run.records import GridFile
@@ -197,6 +197,8 @@ def check(grid: Grid, others: list[str]) -> Shared:
         settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", Settings, of_any)
         if not {"train", "eval"} <= settings.phases:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
+        if settings.data.train_file:
+            own_data.own_paths(settings.data, ["train", "validation"])
         if settings.length.sensitivity_batches is None:  # the report shows it for every method
             settings = settings.replace(sensitivity_batches=SENSITIVITY_BATCHES)
         check_lanes(settings, grid.lanes)
