@@ -20,12 +20,42 @@ _TINY = {
     "max_position_embeddings": 24,
     "num_labels": 3,
 }
+# DeBERTa's real settings in small: v3's, to which v2's large ones add the convolution.
+_DEBERTA = {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+}
 # RoBERTa's real sizes in small: one token type, positions counted from pad_token_id + 1, eps 1e-5.
 _TINY_KINDS = {
     "bert": ("Bert", {"type_vocab_size": 2, "pad_token_id": 0}),
     "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
     "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
+    "deberta-v3": ("DebertaV2", _DEBERTA),
+    "deberta-v2": ("DebertaV2", {**_DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}),
+    "deberta-unshared": (
+        "DebertaV2",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "max_relative_positions": 6,
+            "type_vocab_size": 2,
+            "embedding_size": 10,
+            "conv_kernel_size": 5,
+            "conv_groups": 2,
+            "pooler_hidden_act": "tanh",
+        },
+    ),
+    "deberta-c2p": ("DebertaV2", {**_DEBERTA, "pos_att_type": ["c2p"], "share_att_key": False}),
+    "deberta-p2c": (
+        "DebertaV2",
+        {**_DEBERTA, "pos_att_type": "p2c", "norm_rel_ebd": "none", "max_relative_positions": 17},
+    ),
+    "deberta-plain": ("DebertaV2", {"pos_att_type": "p2c"}),  # which divides scores without relative attention, too
 }
 KINDS = tuple(_TINY_KINDS)
 

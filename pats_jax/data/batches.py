@@ -149,8 +149,11 @@ def check_ids(tokens: Tokens, vocab_size: int, type_vocab_size: int) -> None:
 
 
 def check_types(largest: int, type_vocab_size: int) -> None:
-    """Raises InputError if the largest token type that a tokenizer gives is beyond the model's embedding table."""
-    if largest >= type_vocab_size:
+    """Raises InputError if the largest token type that a tokenizer gives is beyond the model's embedding table.
+
+    A model without such a table, with a ``type_vocab_size`` of 0, takes any.
+    """
+    if 0 < type_vocab_size <= largest:
         raise InputError(
             f"the tokenizer gives token types up to {largest}, but the model's table has {type_vocab_size} rows; use "
             "single texts, or the checkpoint's own tokenizer"

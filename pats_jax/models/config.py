@@ -19,7 +19,6 @@ _SIZES = (
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
-    "type_vocab_size",
 )
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 MULTI_LABEL = "multi_label_classification"  # problem_type of heads that answer yes or no to each label
@@ -47,6 +46,7 @@ class EncoderConfig:
       words_path: where the word embeddings are, below the encoder.
       attention_path: the module of attention, below a layer.
       adapter_blocks: for each place of bottleneck adapters, the modules with one, below a layer.
+      least_token_types: the least value of ``type_vocab_size``; 0 if the family has models without token types.
     """
 
     families: ClassVar[Mapping[str, tuple[str, JsonObject]]] = {
@@ -66,6 +66,7 @@ class EncoderConfig:
         "houlsby": (("attention", "output"), ("output",)),
         "pfeiffer": (("output",),),
     }
+    least_token_types: ClassVar[int] = 1
 
     model_type: str = "bert"
     vocab_size: int = 30522
@@ -215,6 +216,9 @@ class EncoderConfig:
         for name in _SIZES:
             value = getattr(self, name)
             self._require(name, is_whole(value) and value >= 1, "a positive whole number", source)
+        least, types = self.least_token_types, self.type_vocab_size
+        expected = "a whole number, 0 or more" if least == 0 else "a positive whole number"
+        self._require("type_vocab_size", is_whole(types) and types >= least, expected, source)
         for name in _RATES:
             value = getattr(self, name)
             self._require(name, value is None or (is_number(value) and 0 <= value < 1), "a rate in [0, 1)", source)

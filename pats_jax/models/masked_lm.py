@@ -48,6 +48,8 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     own_names = convert.by_canonical_name(files, config, source=source)
     masked_lm = _masked_lm(config, source)
     shapes = _parameter_shapes(masked_lm, config)
+    if masked_lm.other is not None and convert.tensor_name(masked_lm.checkpoint_path(("bias",))) not in own_names:
+        masked_lm = masked_lm.other
     in_checkpoint = {path: masked_lm.checkpoint_path(path) for path in shapes}
     names = {path: convert.tensor_name(there) for path, there in in_checkpoint.items()}
     missing = [name for name in names.values() if name not in own_names]

@@ -271,7 +271,7 @@ class MaskedLanguageModelHead(nn.Module):
         # RoBERTa's head takes the exact GELU whatever hidden_act is
         activation = ACTIVATION_FUNCTIONS["gelu" if config.is_roberta else config.hidden_act]
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        hidden = activation(nn.Dense(config.hidden_size, dtype=dtype, name="dense")(hidden))
+        hidden = activation(nn.Dense(config.embedding_size, dtype=dtype, name="dense")(hidden))
         hidden = LayerNorm(config, dtype, name="LayerNorm")(hidden)
         words = word_embeddings.astype(dtype)
         return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias

@@ -30,12 +30,14 @@ class MaskedLanguageModel(NamedTuple):
       own_names: beginning of a parameter's path in the head -> how it begins in the checkpoint, below the prefix.
       decoder: the decoder's module, whose weight and bias some checkpoints hold a second time; None: ``decoder`` below
         the prefix.
+      other: the same head under other names, which a checkpoint that lacks these may have.
     """
 
     head: Callable[[EncoderConfig], nn.Module]
     prefix: tuple[str, ...]
     own_names: Mapping[tuple[str, ...], tuple[str, ...]]
     decoder: tuple[str, ...] | None = None
+    other: "MaskedLanguageModel | None" = None
 
     @property
     def decoder_path(self) -> tuple[str, ...]:
