@@ -23,11 +23,12 @@ _BY_MODEL_TYPE = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
     "t5": "T5Tokenizer",
     "bart": "BartTokenizer",
 }
-_SENTENCEPIECE = "sentencepiece.bpe.model"
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _SENTENCEPIECE)
+_SENTENCEPIECE = ("sentencepiece.bpe.model", "spm.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *_SENTENCEPIECE)
 
 
 class _Settings(TypedDict, total=False):
@@ -55,8 +56,10 @@ def load_tokenizer(name_or_dir: str | Path, *, revision: str | None = None) -> A
             f"{folder}: has no tokenizer ({' or '.join(_VOCABULARIES)}); save the model with one, as in "
             "pats_jax.models.save_pretrained(..., tokenizer=tokenizer), or copy the checkpoint's tokenizer files there"
         )
-    if not (folder / "tokenizer.json").is_file() and (folder / _SENTENCEPIECE).is_file():
-        _check_sentencepiece(folder)
+    if not (folder / "tokenizer.json").is_file():
+        for vocabulary in _SENTENCEPIECE:
+            if (folder / vocabulary).is_file():
+                _check_sentencepiece(folder, vocabulary)
     name, settings = _class_and_settings(folder)
     load_full = functools.partial(_load_full, folder, name)
     if (folder / "tokenizer.json").is_file():
@@ -87,10 +90,10 @@ def _load_full(folder: Path, name: str) -> Any:
     return tokenizer
 
 
-def _check_sentencepiece(folder: Path) -> None:
+def _check_sentencepiece(folder: Path, vocabulary: str) -> None:
     if importlib.util.find_spec("sentencepiece") is None:
         raise InputError(
-            f"{folder}: has no tokenizer.json, and reading its {_SENTENCEPIECE} requires the package sentencepiece; "
+            f"{folder}: has no tokenizer.json, and reading its {vocabulary} requires the package sentencepiece; "
             "run: pip install 'pats-jax[sentencepiece]'"
         )
 

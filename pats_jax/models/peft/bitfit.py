@@ -2,7 +2,7 @@ r"""BitFit: trains only the biases.
 
 ::
 
-    y = x W + (b + d)        for every linear layer;    the same for the bias of every LayerNorm
+    y = x W + (b + d)        for every linear layer;    the same for the bias of every LayerNorm and convolution
 
 The small tree is d, the trained offset of the pretrained bias b; it starts at zero. *Ours*: the model's own biases stay
 unchanged, so BitFit can be removed like an adapter. Gradients, and AdamW's steps without weight decay, are those of
@@ -51,7 +51,7 @@ class BitFitConfig(PeftConfig):
             layer = context.module
             added = (
                 own_variable(layer, "bitfit")
-                if isinstance(layer, nn.Dense | layers.LayerNorm | bart.LayerNorm)
+                if isinstance(layer, nn.Dense | nn.Conv | layers.LayerNorm | bart.LayerNorm)
                 else None
             )
             return y if added is None else y + added["bias"].astype(y.dtype)

@@ -36,6 +36,10 @@ _LINEAR_LAYERS = {  # of a layer, by what precedes its number
             *("intermediate.dense", "output.dense"),
         ),
     ),
+    "deberta.encoder.layer": (
+        *(f"attention.self.{name}_proj" for name in ("query", "key", "value", "pos_key", "pos_query")),
+        *("attention.output.dense", "intermediate.dense", "output.dense"),
+    ),
     **dict.fromkeys(
         ("encoder.block", "decoder.block"),
         (
@@ -86,7 +90,12 @@ class PeftConfig(abc.ABC):
         check_fields(self, prefix="")
 
     @property
-    def differs_by_layer(self) -> bool:
+    def is_linear(kernel: Any) -> bool:
+    """Whether a kernel is that of a linear layer, not of a convolution, by its shape (inputs, outputs)."""
+    return len(kernel.shape) == 2
+
+
+def differs_by_layer(self) -> bool:
         """Whether it may change layers differently from each other, which needs separate layers."""
         return False
 
@@ -187,7 +196,7 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
       InputError: if the regex is not valid, takes too long to match, or matches no layer.
     """
     matches = compile_pattern(pattern, what)
-    layers = [path[:-1] for path in base if path[-1] == "kernel"]
+    layers = [path[:-1] for path, kernel in base.items() if path[-1] == "kernel" and is_linear(kernel)]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")

@@ -22,7 +22,7 @@ from pats_jax.models.bart import Bart
 from pats_jax.models.config import HEAD_PARTS, EncoderConfig, read_config
 from pats_jax.models.encoders.table import read_encoder_config
 from pats_jax.models.peft.adapted import PeftBart, PeftClassifier, PeftModel, PeftT5, PlainModel
-from pats_jax.models.peft.config import FlatTree, PeftConfig
+from pats_jax.models.peft.config import FlatTree, PeftConfig, is_linear
 from pats_jax.models.peft.model import (
     KINDS,
     Parameters,
@@ -299,7 +299,11 @@ def _read_settings(
     saved = SavedModules(
         fields=values,
         shapes={name.removeprefix(kind.prefix): x for name, x in shapes.items() if name not in whole.values()},
-        layers=[".".join(path[:-1]) for path in own if path[-1] == "kernel" and path not in whole],
+        layers=[
+            ".".join(path[:-1])
+            for path, kernel in own.items()
+            if path[-1] == "kernel" and is_linear(kernel) and path not in whole
+        ],
         model=model.config,
         folder=folder,
     )

@@ -41,7 +41,11 @@ from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules, Ta
 
 _INPUT, _OUTPUT = "ia3_input", "ia3_output"
 _ENDING = ".ia3_l"
-_DEFAULT_TARGETS = {"t5": ("k", "v", "wo"), "bart": ("q_proj", "v_proj", "fc2")}  # PEFT's
+_DEFAULT_TARGETS = {  # PEFT's
+    "t5": ("k", "v", "wo"),
+    "bart": ("q_proj", "v_proj", "fc2"),
+    "deberta-v2": ("key_proj", "value_proj", "output.dense"),
+}
 _DEFAULT_INPUTS = {"t5": ("wo",), "bart": ("fc2",)}
 _TARGETS_OF_ENCODERS, _INPUTS_OF_ENCODERS = ("key", "value", "output.dense"), ("output.dense",)
 
@@ -63,7 +67,7 @@ class Ia3Config(PeftConfig):
     """
 
     output_layers: str = setting(
-        r"\.(self\.key|self\.value|k|v|q_proj|v_proj)$",
+        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|key_proj|value_proj)$",
         "IA3: regex of linear layers whose outputs are rescaled",
         flag="ia3_output_layers",
     )
