@@ -30,14 +30,32 @@ def write_tiny(kind: str) -> None:
     np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **torch_reference.reference(model, batch))
 
 
+def summarised(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Logits, loss and a summary of every gradient."""
+    kept = {name: expected[name] for name in ("logits", "loss")}
+    return kept | {name: summary(value) for name, value in expected.items() if name.startswith("gradient/")}
+
+
+def write_small_tiny(kind: str) -> None:
+    model = torch_reference.tiny_model(kind)
+    model.save_pretrained(FIXTURES / kind)
+    batch = torch_reference.padded_batch(model.config)
+    np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **summarised(torch_reference.reference(model, batch)))
+
+
+def write_deberta_buckets(name: str) -> None:
+    """The buckets of distances from 0 on, by ``position_buckets`` and the longest distance."""
+    sizes = ((256, 512), (6, 17), (255, 512), (32, 128), (48, 2048))
+    found = {f"{few}-{longest}": torch_reference.deberta_buckets(few, longest, 2200) for few, longest in sizes}
+    np.savez_compressed(FIXTURES / f"{name}.npz", **found)
+
+
 def write_minilm() -> None:
     """Logits, loss and a summary of every gradient; the weights come from the installed package."""
     head = np.random.default_rng(0).normal(0, 0.1, (3, 384)).astype(np.float32)
     model = torch_reference.minilm(str(checkpoint_folder(MINILM)), head)
     batch = torch_reference.tokenised(load_tokenizer(MINILM))
-    expected = torch_reference.reference(model, batch)
-    kept = {name: expected[name] for name in ("logits", "loss")}
-    kept |= {name: summary(value) for name, value in expected.items() if name.startswith("gradient/")}
+    kept = summarised(torch_reference.reference(model, batch))
     np.savez_compressed(FIXTURES / "minilm.npz", head=head, **batch, **kept)
 
 
@@ -52,6 +70,7 @@ def write_seq2seq(kind: str) -> None:
 
 
 WRITERS = {"bert": write_tiny, "roberta": write_tiny, "minilm": lambda _: write_minilm()}
+WRITERS |= {"deberta-v2": write_tiny, "deberta-unshared": write_small_tiny, "deberta-buckets": write_deberta_buckets}
 WRITERS |= dict.fromkeys(("t5", "t5-1.1", "bart"), write_seq2seq)
 
 if __name__ == "__main__":

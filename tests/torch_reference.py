@@ -4,6 +4,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 import transformers
+from transformers.models.deberta_v2 import modeling_deberta_v2
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 PAIRS = [
@@ -35,11 +36,13 @@ _TINY_KINDS = {
     "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
     "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
-    "deberta-v3": ("DebertaV2", _DEBERTA),
+    "deberta-v3": ("DebertaV2", {**_DEBERTA, "legacy": False}),
     "deberta-v2": ("DebertaV2", {**_DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-unshared": (
         "DebertaV2",
         {
+            "num_hidden_layers": 1,
+            "intermediate_size": 24,
             "relative_attention": True,
             "pos_att_type": ["c2p", "p2c"],
             "max_relative_positions": 6,
@@ -63,7 +66,7 @@ KINDS = tuple(_TINY_KINDS)
 def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
     """A model, a classifier if not told, with all parameters random (LayerNorm's too) and large enough to be felt."""
     prefix, options = _TINY_KINDS[kind]
-    config = getattr(transformers, f"{prefix}Config")(**_TINY, **options)
+    config = getattr(transformers, f"{prefix}Config")(**_TINY | options)
     model = getattr(transformers, f"{prefix}For{task}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -71,6 +74,12 @@ def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
             centre = 1.0 if name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def deberta_buckets(position_buckets: int, longest: int, count: int) -> np.ndarray:
+    """The buckets of the first distances, int16 (count,)."""
+    distances = torch.arange(count)
+    return modeling_deberta_v2.make_log_bucket_position(distances, position_buckets, longest).numpy().astype(np.int16)
 
 
 # 3 heads of 6 units are not the 16 of the model.

@@ -123,6 +123,10 @@ class DebertaConfig(EncoderConfig):
             sizes["encoder.rel_embeddings"] = (2 * self.relative_span, self.hidden_size)
         return sizes | {"encoder.layer.0.intermediate.dense": (self.intermediate_size, self.hidden_size)}
 
+    def to_dict(self) -> JsonObject:
+        kinds = self.pos_att_type
+        return super().to_dict() | {"pos_att_type": list(kinds) if isinstance(kinds, tuple) else kinds}
+
     def _check(self, source: str) -> None:
         for name in _FLAGS:
             self._require(name, isinstance(getattr(self, name), bool), "true or false", source)

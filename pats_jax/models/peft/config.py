@@ -90,12 +90,7 @@ class PeftConfig(abc.ABC):
         check_fields(self, prefix="")
 
     @property
-    def is_linear(kernel: Any) -> bool:
-    """Whether a kernel is that of a linear layer, not of a convolution, by its shape (inputs, outputs)."""
-    return len(kernel.shape) == 2
-
-
-def differs_by_layer(self) -> bool:
+    def differs_by_layer(self) -> bool:
         """Whether it may change layers differently from each other, which needs separate layers."""
         return False
 
@@ -201,6 +196,11 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
     return found
+
+
+def is_linear(kernel: Any) -> bool:
+    """Whether a kernel is that of a linear layer, not of a convolution, by its shape (inputs, outputs)."""
+    return len(kernel.shape) == 2
 
 
 def differs_by_layer(pattern: str, what: str) -> bool:

@@ -44,7 +44,11 @@ _PLAIN = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-_DEFAULT_TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj"), "deberta-v2": ("query_proj", "value_proj")}  # PEFT's
+_DEFAULT_TARGETS = {
+    "t5": ("q", "v"),
+    "bart": ("q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+}  # PEFT's
 _TARGETS_OF_ENCODERS = ("query", "value")
 # Values of init_lora_weights that leave the base model's weights alone, and beginnings of those that take what A and B
 # start with out of them (and loftq, which quantises them), so that the adapter fits weights that no file holds.
@@ -93,7 +97,9 @@ class LoraConfig(PeftConfig):
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
     layers: str = setting(
-        r"\.(query|value|q|v|q_proj|v_proj|query_proj|value_proj)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
+        r"\.(query|value|q|v|q_proj|v_proj|query_proj|value_proj)$",
+        "LoRA: regex of the linear layers to adapt",
+        flag="lora_layers",
     )
     rank_stabilized: bool = setting(
         False, "LoRA: scale the update by alpha / sqrt(rank) instead (rsLoRA)", flag="lora_rank_stabilized"
