@@ -233,12 +233,30 @@ def test_a_damaged_tokenizer_config_is_named(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_sentencepiece_is_named_with_its_extra(tmp_path, monkeypatch):
-    shutil.copy(FIXTURES / "roberta" / "config.json", tmp_path)
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"a model")
+def test_a_unigram_tokenizer_of_deberta(tmp_path):
+    """By the model type alone: the class of Microsoft's folders is in none of their files."""
+    from transformers import DebertaV2Tokenizer
+
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "\u2581the", "\u2581end", "\u2581x", "x", "[MASK]"]
+    DebertaV2Tokenizer(vocab=[(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=3).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    ours = load_tokenizer(tmp_path)
+    assert_same(ours, auto(tmp_path), quick=False)
+    encoded = ours("the end", "xx")
+    assert ours.convert_ids_to_tokens(encoded["input_ids"]) == "[CLS] \u2581the \u2581end [SEP] \u2581x x [SEP]".split()
+    assert encoded["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("kind", "name"), (("roberta", "sentencepiece.bpe.model"), ("deberta-v2", "spm.model")))
+def test_a_missing_sentencepiece_is_named_with_its_extra(kind, name, tmp_path, monkeypatch):
+    shutil.copy(FIXTURES / kind / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(b"a model")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
-    with pytest.raises(InputError, match=r"sentencepiece; run: pip install 'pats-jax\[sentencepiece\]'"):
+    with pytest.raises(
+        InputError, match=rf"{name} requires .*sentencepiece; run: pip install 'pats-jax\[sentencepiece\]'"
+    ):
         load_tokenizer(tmp_path)
     extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert any(name.startswith("sentencepiece") for name in extras["optional-dependencies"]["sentencepiece"])

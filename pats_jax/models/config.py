@@ -216,9 +216,9 @@ class EncoderConfig:
         for name in _SIZES:
             value = getattr(self, name)
             self._require(name, is_whole(value) and value >= 1, "a positive whole number", source)
-        least, types = self.least_token_types, self.type_vocab_size
-        expected = "a whole number, 0 or more" if least == 0 else "a positive whole number"
-        self._require("type_vocab_size", is_whole(types) and types >= least, expected, source)
+        least, token_types = self.least_token_types, self.type_vocab_size
+        at_least = "a positive whole number" if least else "a whole number, 0 or more"
+        self._require("type_vocab_size", is_whole(token_types) and token_types >= least, at_least, source)
         for name in _RATES:
             value = getattr(self, name)
             self._require(name, value is None or (is_number(value) and 0 <= value < 1), "a rate in [0, 1)", source)

@@ -8,7 +8,6 @@ References:
   DeBERTaV3 (arXiv:2111.09543).
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -153,9 +152,11 @@ class Attention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, queries_from: Array, *attended: Array | None, deterministic: bool) -> Array:
+    def __call__(
+        self, queries_from: Array, hidden: Array, bias: Array, relative: Array | None, *, deterministic: bool
+    ) -> Array:
         values = DisentangledSelfAttention(self.config, self.dtype, name="self")(
-            queries_from, *attended, deterministic=deterministic
+            queries_from, hidden, bias, relative, deterministic=deterministic
         )
         output = bert.ResidualOutput(self.config, self.dtype, name="output")
         return output(values, queries_from, deterministic=deterministic)
@@ -230,28 +231,30 @@ class Layers(nn.Module):
         config = self.config
         stack = LayerStack(Layer, config, self.dtype, self.form, name="layer")
         constants = padding_bias(attention_mask), self._relative()
-        run = functools.partial(stack, deterministic=deterministic, **options)
+
+        def run(hidden: Array, **places: Any) -> tuple[Array, ...]:
+            return stack(hidden, *constants, deterministic=deterministic, **places, **options)
+
         if config.conv_kernel_size <= 0:
-            return run(hidden, *constants, first_layer=first_layer)
+            return run(hidden, first_layer=first_layer)
         if first_layer:
-            if not deterministic:
+            if not deterministic and stack.has_rng("dropout"):
                 stack.make_rng("dropout")  # that of the first layer, so that the others have theirs of a whole pass
-            return run(hidden, *constants, first_layer=first_layer)
-        embedded, output = run(hidden, *constants, end=1)
+            return run(hidden, first_layer=first_layer)
+        embedded, output = run(hidden, end=1)
         convolution = Convolution(config, self.dtype, name="conv")
         output = convolution(embedded, output, attention_mask, deterministic=deterministic)
         if config.num_hidden_layers == 1:
             return embedded, output
-        return embedded, *run(output, *constants, first_layer=1)
+        return embedded, *run(output, first_layer=1)
 
     def _relative(self) -> Array | None:
         """The relative embeddings, (rows, hidden), normalised if the model does so; None if it has none."""
         config = self.config
-        norm = LayerNorm(config, self.dtype, name="LayerNorm") if config.normalises_relative else None
         if not config.relative_attention:
             return None
         table = embedding_table(config, 2 * config.relative_span, config.hidden_size, "rel_embeddings")
-        return table.astype(self.dtype) if norm is None else norm(table)
+        return LayerNorm(config, self.dtype, name="LayerNorm")(table) if config.normalises_relative else table
 
 
 class DebertaModel(nn.Module):
@@ -313,7 +316,10 @@ DEBERTA = Encoder(
     model=DebertaModel,
     head=_head,
     # The same head under two names: of models trained with Transformers, and of Microsoft's checkpoints.
-    masked_lm=bert.BERT.masked_lm._replace(
-        other=MaskedLanguageModel(bert.MaskedLanguageModelHead, prefix=("lm_predictions", "lm_head"), own_names={})
+    masked_lm=MaskedLanguageModel(
+        bert.MaskedLanguageModelHead,
+        prefix=("cls", "predictions"),
+        own_names={("dense",): ("transform", "dense"), ("LayerNorm",): ("transform", "LayerNorm")},
+        other=MaskedLanguageModel(bert.MaskedLanguageModelHead, prefix=("lm_predictions", "lm_head"), own_names={}),
     ),
 )

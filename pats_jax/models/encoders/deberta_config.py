@@ -114,14 +114,15 @@ class DebertaConfig(EncoderConfig):
 
     @property
     def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
-        sizes = {"embeddings.word_embeddings": (self.vocab_size, self.embedding_size)}
+        sizes: dict[str, tuple[int, ...]] = {"embeddings.word_embeddings": (self.vocab_size, self.embedding_size)}
         if self.position_biased_input:
             sizes["embeddings.position_embeddings"] = (self.max_position_embeddings, self.embedding_size)
         if self.type_vocab_size:
             sizes["embeddings.token_type_embeddings"] = (self.type_vocab_size, self.embedding_size)
         if self.relative_attention:
             sizes["encoder.rel_embeddings"] = (2 * self.relative_span, self.hidden_size)
-        return sizes | {"encoder.layer.0.intermediate.dense": (self.intermediate_size, self.hidden_size)}
+        sizes["encoder.layer.0.intermediate.dense"] = (self.intermediate_size, self.hidden_size)
+        return sizes
 
     def to_dict(self) -> JsonObject:
         kinds = self.pos_att_type
