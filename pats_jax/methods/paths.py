@@ -6,7 +6,7 @@ HEAD = rf"^({'|'.join(HEAD_PARTS)})\."
 LAYERS = r"(encoder|decoder|transformer|model)\.(layers?|block)\."
 MATRICES = rf"{LAYERS}.*\.kernel$"
 ATTENTION = (
-    r"(attention\.(self\.(query|key|value)(_proj)?|output\.dense|(q|k|v|out)_lin|attn\.[qkvo])|attn\.(Wqkv|Wo)"
+    r"(attention\.(self\.((pos_)?(query|key)|value)(_proj)?|output\.dense|(q|k|v|out)_lin|attn\.[qkvo])|attn\.(Wqkv|Wo)"
     r"|(Self|EncDec)Attention\.[qkvo]|(self|encoder)_attn\.([qkv]|out)_proj)\.kernel$"
 )
 # what earlier versions wrote for MATRICES
