@@ -83,9 +83,11 @@ def shifted_products(x: Array, table: Array) -> Array:
     starts = range(count + surplus - block, -1, -block)
     columns = others + block - 1
     tables = jnp.stack([table[start : start + columns] for start in starts])
-    products = jnp.einsum("bcmhd,cthd->bhcmt", x.reshape(batch, -1, block, heads, width), tables)
+    # The order of axes in which a product comes; another would copy these, which are larger than the result.
+    products = jnp.einsum("bcmhd,cthd->chbmt", x.reshape(batch, -1, block, heads, width), tables)
     # Row m of a block begins block - 1 - m columns too early. With one column more, the rows read as one line are all
     # off by the same number.
     line = jnp.pad(products, (*((0, 0),) * 4, (0, 1))).reshape(*products.shape[:3], -1)
     line = line[..., block - 1 : block - 1 + block * columns].reshape(products.shape)
-    return line[..., :others].reshape(batch, heads, -1, others)[:, :, :count]
+    rows = line[..., :others].transpose(2, 1, 0, 3, 4)
+    return rows.reshape(batch, heads, -1, others)[:, :, :count]
