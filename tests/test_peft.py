@@ -114,7 +114,11 @@ def test_start_is_a_function_of_the_key(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "dora", "pfeiffer", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_KINDS)]
+    "name",
+    [
+        *("lora", "pfeiffer", "prefix"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", *MORE_KINDS)),
+    ],
 )
 def test_training_moves_the_modules_and_the_head_only(name):
     model, params, batch = started(name)
