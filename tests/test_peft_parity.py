@@ -178,6 +178,10 @@ def test_we_load_what_peft_saves(kind, name, made, tmp_path):
     model.save_pretrained(tmp_path)
 
     loaded, params, _ = peft.load_peft_model(tmp_path)
+    if kind == "lora everywhere":
+        plain = from_pretrained(folder, num_labels=3)[:2]
+        own = peft.add_peft(*plain, peft.LoraConfig(rank=2, layers="all-linear"), key=0)[1]
+        assert jax.tree.structure(own["peft"]) == jax.tree.structure(params["peft"])
     ours = logits_of(loaded, params, batch_for(name))
     np.testing.assert_allclose(ours, torch_logits(model, name), rtol=0, atol=1e-4)
     assert np.abs(ours - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2

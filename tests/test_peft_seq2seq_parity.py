@@ -121,5 +121,9 @@ def test_we_load_what_peft_saves(method, kind, made, tmp_path):
     tuned.save_pretrained(tmp_path)
     layers = "separate" if method == "lora of a layer" else "stacked"
     model, params, config = peft.load_peft_seq2seq(tmp_path, layers=layers)
+    if method == "lora everywhere":
+        plain = from_pretrained_seq2seq(folder, layers=layers)[:2]
+        own = peft.add_peft(*plain, peft.LoraConfig(rank=2, layers="all-linear"), key=0)[1]
+        assert jax.tree.structure(own["peft"]) == jax.tree.structure(params["peft"])
     batch = batch_for(config)
     np.testing.assert_allclose(our_logits(model, params, batch), torch_logits(tuned, batch), rtol=0, atol=1e-4)
