@@ -198,7 +198,7 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
       InputError: if the regex is not valid, takes too long to match, or matches no layer.
     """
     matches = layer_rule(pattern, what)
-    layers = [path[:-1] for path in base if path[-1] == "kernel"]
+    layers = [path[:-1] for path, leaf in base.items() if path[-1] == "kernel" and len(leaf.shape) == 2]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
