@@ -10,6 +10,7 @@ from .companions.dps import (
 )
 from .companions.freeze_unselected import freeze_unselected as freeze_unselected
 from .companions.l2_sp import l2_sp as l2_sp
+from .companions.lora_plus import lora_plus as lora_plus
 from .companions.mixout import mixout as mixout
 from .companions.noisy_tune import noisy_tune as noisy_tune
 from .companions.perturbed import perturbed as perturbed

@@ -137,6 +137,22 @@ def test_rank_stabilized_lora_is_read_and_written(tmp_path):
     assert config.to_dict({}, None)["use_rslora"] is True and not peft.LoraConfig().to_dict({}, None)["use_rslora"]
 
 
+def test_patterns_are_read_and_written_and_those_of_other_layers_left_out(tmp_path):
+    """PEFT ignores a pattern that no layer fits; here one is an error where it is asked for."""
+    patterns = {"dense": 7, "value": 2, r"0\.attention.*": 2}
+    config = loads(written(tmp_path, "lora", rank_pattern=patterns, alpha_pattern={"value": 3}), "lora")
+    assert config.rank_pattern == ("value=2", r"0\.attention.*=2") and config.alpha_pattern == ("value=3.0",)
+    assert config.to_dict({}, None)["rank_pattern"] == {"value": 2, r"0\.attention.*": 2}
+    assert config.to_dict({}, None)["alpha_pattern"] == {"value": 3.0}
+
+
+def test_magnitudes_that_the_config_does_not_ask_for_are_refused(tmp_path):
+    path = written(tmp_path, "lora") / "adapter_model.safetensors"
+    name = f"{QUERY}.lora_magnitude_vector"
+    save_file(load_file(path) | {f"base_model.model.{name}": np.ones(16, np.float32)}, path)
+    refused(tmp_path, f"use_dora is not true, but the file has {name}")
+
+
 HARMLESS = [
     *(("lora", {"init_lora_weights": start}) for start in (False, "gaussian", "eva", "orthogonal", "mica", None)),
     ("lora", {"eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}, "runtime_config": {"a": 1}}),
@@ -148,6 +164,8 @@ HARMLESS = [
     ("lora", {"layers_to_transform": [0, 1], "layers_pattern": "layer"}),
     ("lora", {"a_field_of_tomorrow": None, "another": False, "a_third": {}, "a_fourth": []}),
     ("lora", {"modules_to_save": None}),
+    ("lora", {"r": 9, "rank_pattern": {"self.(query|value)": 2}, "alpha_pattern": {".*key": 3}}),
+    ("lora", {"rank_pattern": None, "alpha_pattern": None, "use_dora": None}),
     (
         "lora",
         {
@@ -178,11 +196,22 @@ REFUSED = [
     ),
     ("lora", {"init_lora_weights": "of_tomorrow"}, "init_lora_weights is 'of_tomorrow', which is not supported"),
     ("lora", {"init_lora_weights": 1}, "init_lora_weights"),
-    ("lora", {"use_dora": True}, "use_dora is True"),
+    (
+        "lora",
+        {"use_dora": True},
+        f"lacks {QUERY}.lora_magnitude_vector, which use_dora of adapter_config.json asks for",
+    ),
+    ("lora", {"use_dora": "yes"}, "use_dora: Input should be a valid boolean"),
     ("lora", {"lora_bias": True}, "lora_bias is True"),
     ("lora", {"use_qalora": True}, "use_qalora is True"),
     ("lora", {"bias": "lora_only"}, "bias is 'lora_only', which is not supported, only 'none'; PEFT 0.21.2 wrote it"),
-    ("lora", {"alpha_pattern": {"query": 4}}, "alpha_pattern is {'query': 4}"),
+    ("lora", {"alpha_pattern": {"query": 0}}, "alpha_pattern 'query=0': must be REGEX=NUMBER, with a number greater"),
+    ("lora", {"alpha_pattern": {"(": 4}}, "alpha_pattern '(': not a regular expression"),
+    ("lora", {"alpha_pattern": ["query"]}, "alpha_pattern: Input should be"),
+    ("lora", {"rank_pattern": {"self.query": 4}}, f"rank_pattern 'self.query' is 4, but tensor {QUERY}.lora_A.weight"),
+    ("lora", {"rank_pattern": {"query": 10**9}}, "rank_pattern 'query=1000000000': must be REGEX=NUMBER, with a whole"),
+    ("lora", {"rank_pattern": {"query": 2.5}}, "rank_pattern.query: Input should be a valid integer"),
+    ("lora", {"r": 3, "rank_pattern": {"value": 2}}, f"r is 3, but tensor {QUERY}.lora_A.weight has shape (2, 16)"),
     ("lora", {"layer_replication": [[0, 1], [0, 2]]}, "layer_replication is [[0, 1], [0, 2]]"),
     ("lora", {"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
     ("lora", {"target_parameters": ["weight"]}, "target_parameters is ['weight']"),

@@ -5,16 +5,21 @@ import functools
 import random
 import types
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from model_parity import logits_of
 
+import pats_jax
 from pats_jax.errors import InputError
 from pats_jax.models import from_pretrained, load_tokenizer, peft, save_pretrained
+from pats_jax.models.peft.layer_numbers import LayerNumbers
 from pats_jax.models.peft.saved import named_layers
 from pats_jax.models.sources import checkpoint_folder
+from pats_jax.random import fast_key
 
 pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
 pytest.importorskip("peft", reason="parity needs peft: make parity installs it without another torch")
@@ -23,7 +28,9 @@ import torch
 import torch_reference
 import transformers
 from packaging.version import Version
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.parity
@@ -39,6 +46,16 @@ OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),
     "rank-stabilized lora": peft.LoraConfig(rank=3, alpha=5.0, rank_stabilized=True),
     "lora everywhere": peft.LoraConfig(rank=2, layers="query|key|value|dense"),
+    "lora of all linear layers": peft.LoraConfig(rank=2, layers="all-linear"),
+    "dora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1, dora=True),
+    "rank-stabilized dora by patterns": peft.LoraConfig(
+        rank=3,
+        layers="all-linear",
+        dora=True,
+        rank_stabilized=True,
+        rank_pattern=(r"0\.attention.*=2", "query|key=4", "output.dense=5"),
+        alpha_pattern=(r"^.*layer\.1\..*dense=3", "query=7.5"),
+    ),
     "ia3": peft.Ia3Config(),
     "prompt": peft.PromptConfig(length=4),
     "prefix": peft.PrefixConfig(length=4),
@@ -47,6 +64,16 @@ THEIRS = {
     "lora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, lora_dropout=0.1),
     "rank-stabilized lora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, use_rslora=True),
     "lora everywhere": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"),
+    "dora": lambda: theirs.LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, lora_dropout=0.1, use_dora=True),
+    "rank-stabilized dora by patterns": lambda: theirs.LoraConfig(
+        task_type="SEQ_CLS",
+        r=3,
+        target_modules="all-linear",
+        use_dora=True,
+        use_rslora=True,
+        rank_pattern={r"0\.attention.*": 2, "query|key": 4, "output.dense": 5, "nothing": 6},
+        alpha_pattern={r"^.*layer\.1\..*dense": 3, "query": 7.5},
+    ),
     "lora by a regex": lambda: theirs.LoraConfig(task_type="SEQ_CLS", target_modules=r".*attention.*\.(key|dense)"),
     "lora of one layer": lambda: theirs.LoraConfig(
         task_type="SEQ_CLS",
@@ -151,6 +178,10 @@ def test_we_load_what_peft_saves(kind, name, made, tmp_path):
     model.save_pretrained(tmp_path)
 
     loaded, params, _ = peft.load_peft_model(tmp_path)
+    if kind == "lora everywhere":
+        plain = from_pretrained(folder, num_labels=3)[:2]
+        own = peft.add_peft(*plain, peft.LoraConfig(rank=2, layers="all-linear"), key=0)[1]
+        assert jax.tree.structure(own["peft"]) == jax.tree.structure(params["peft"])
     ours = logits_of(loaded, params, batch_for(name))
     np.testing.assert_allclose(ours, torch_logits(model, name), rtol=0, atol=1e-4)
     assert np.abs(ours - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2
@@ -194,6 +225,91 @@ def test_merged_by_peft_it_loads_as_a_model(start, made, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path)
     ours = logits_of(*from_pretrained(tmp_path, num_labels=3)[:2], batch_for("bert"))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_a_gradient_of_dora_is_pefts(dropout, made, tmp_path):
+    """With dropout, of a layer alone, whose input PEFT's dropout zeroes where ours does."""
+    settings = theirs.LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, use_dora=True, target_modules=["0"])
+    torch.manual_seed(0)
+    model = theirs.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), settings)
+    move(model)
+    layer = model.base_model.model[0]
+    x, weights = torch.randn(5, 6), torch.randn(5, 4)
+    ours = peft.LoraConfig(rank=3, alpha=5.0, dropout=dropout, dora=True)
+    params = {"kernel": layer.base_layer.weight.detach().numpy().T, "bias": layer.base_layer.bias.detach().numpy()}
+    parts = {
+        "lora_A": layer.lora_A["default"].weight,
+        "lora_B": layer.lora_B["default"].weight,
+        "lora_magnitude_vector": layer.lora_magnitude_vector["default"].weight,
+    }
+    a, b, m = (x.detach().numpy() for x in parts.values())
+    dense = nn.Dense(4, name="dense")
+
+    def outputs(a, b, m):
+        tree = {"lora_A": {"kernel": a}, "lora_B": {"kernel": b}, "lora_magnitude_vector": m}
+        with nn.intercept_methods(ours.interceptor(None, not dropout)):
+            return dense.apply({"params": params, "peft": tree}, x.numpy(), rngs={"dropout": fast_key(0)})
+
+    kept = np.ones(x.shape)
+    if dropout:
+        eye = {"lora_A": {"kernel": np.eye(6)}, "lora_B": {"kernel": np.eye(6)}}
+        plain = peft.LoraConfig(rank=6, alpha=6.0, dropout=dropout)
+        with nn.intercept_methods(plain.interceptor(None, False)):
+            zero = {"kernel": np.zeros((6, 6)), "bias": np.zeros(6)}
+            same = nn.Dense(6, name="dense")
+            dropped = same.apply({"params": zero, "peft": eye}, x.numpy(), rngs={"dropout": fast_key(0)})
+        kept = np.float32(dropped) / x.numpy()
+        layer.lora_dropout["default"].forward = lambda x: x * torch.from_numpy(np.float32(kept))
+    y = model.train()(x)
+    np.testing.assert_allclose(outputs(a.T, b.T, m), y.detach().numpy(), rtol=0, atol=1e-5)
+    assert not dropout or set(kept.round(3).ravel()) == {0.0, 2.0}
+    torch.sum(weights * y).backward()
+    found = jax.grad(lambda *tree: (weights.numpy() * outputs(*tree)).sum(), (0, 1, 2))(a.T, b.T, m)
+    for gradient, part in zip(found, parts.values(), strict=True):
+        np.testing.assert_allclose(gradient, part.grad.numpy().T, rtol=1e-4, atol=1e-4)
+
+
+def test_patterns_match_as_in_peft():
+    parts = ("attention.self.query", "attention.self.key", "attention.output.dense", "output.dense")
+    layers = [f"bert.encoder.layer.{index}.{part}" for index in range(12) for part in parts] + ["bert.pooler.dense"]
+    keys = ["query", "uery", ".*query", "dense", "output.dense", r"layer\.1.*", "1", "^bert.*key", "query$", "(a|o).*"]
+    keys += [r"\d+\.output\.dense", "key|query", "layer.(0|1).*", "self", *layers[::9]]
+    rng, hits = random.Random(0), 0
+    for _ in range(200):
+        patterns = {key: rng.randint(1, 99) for key in rng.sample(keys, rng.randint(1, 5))}
+        numbers = LayerNumbers([f"{key}={number}" for key, number in patterns.items()], 100, "flag", int)
+        for layer in layers:
+            expected = patterns.get(get_pattern_key(patterns.keys(), layer), 100)
+            assert numbers(layer) == expected, (patterns, layer)
+            hits += expected < 100
+    assert hits > 1000
+
+
+@pytest.mark.parametrize("use_dora", (False, True))
+def test_the_groups_of_lora_plus_are_pefts(use_dora, made):
+    folder = base_folder("bert", made)
+    settings = theirs.LoraConfig(task_type="SEQ_CLS", r=2, use_dora=use_dora)
+    model = theirs.get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), settings)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): rates[id(p)]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    adapted, params = peft.add_peft(
+        *from_pretrained(folder, num_labels=3)[:2], peft.LoraConfig(rank=2, dora=use_dora), key=0
+    )
+    trained, _ = pats_jax.trees.partition(peft.trainable_mask(adapted, params), params)
+    steps, _ = pats_jax.lora_plus(16.0).update(jax.tree.map(np.ones_like, trained), optax.EmptyState())
+    found = {
+        ".".join(path).removeprefix("peft.").replace("kernel", "weight"): float(np.max(step))
+        for path, step in flatten_dict(steps).items()
+        if step is not None
+    }
+    found = {name + ".weight" * name.endswith("vector"): rate for name, rate in found.items()}
+    assert found == expected and set(found.values()) == {1.0, 16.0}
 
 
 def test_the_plain_fields_are_the_defaults_of_pefts_classes():

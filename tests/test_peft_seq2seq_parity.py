@@ -21,6 +21,15 @@ TASK = {"task_type": "SEQ_2_SEQ_LM"}
 
 OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),
+    "lora of all linear layers": peft.LoraConfig(rank=2, layers="all-linear"),
+    "dora": peft.LoraConfig(
+        rank=3,
+        layers=r"\.(q|v|q_proj|v_proj|wo|wi|wi_0|fc2)$",
+        dora=True,
+        dropout=0.1,
+        rank_pattern=("(decoder|encoder).*(wo|fc2)=2",),
+        alpha_pattern=(r".*(block|layers)\.1\..*=5",),
+    ),
     "ia3": peft.Ia3Config(),
     "prompt": peft.PromptConfig(length=4),
     "prefix": peft.PrefixConfig(length=4, place="decoder"),
@@ -30,6 +39,15 @@ THEIRS = {
     "lora everywhere": lambda: theirs.LoraConfig(**TASK, r=2, target_modules="all-linear"),
     "lora of a layer": lambda: theirs.LoraConfig(
         **TASK, target_modules=["o", "k_proj", "q", "q_proj"], layers_to_transform=1
+    ),
+    "dora": lambda: theirs.LoraConfig(
+        **TASK,
+        r=3,
+        target_modules=["q", "v", "q_proj", "v_proj", "wo", "wi", "wi_0", "fc2"],
+        use_dora=True,
+        lora_dropout=0.1,
+        rank_pattern={"(decoder|encoder).*(wo|fc2)": 2},
+        alpha_pattern={r".*(block|layers)\.1\..*": 5},
     ),
     "ia3": lambda: theirs.IA3Config(**TASK),
     "prompt": lambda: theirs.PromptTuningConfig(**TASK, num_virtual_tokens=4),
@@ -103,5 +121,9 @@ def test_we_load_what_peft_saves(method, kind, made, tmp_path):
     tuned.save_pretrained(tmp_path)
     layers = "separate" if method == "lora of a layer" else "stacked"
     model, params, config = peft.load_peft_seq2seq(tmp_path, layers=layers)
+    if method == "lora everywhere":
+        plain = from_pretrained_seq2seq(folder, layers=layers)[:2]
+        own = peft.add_peft(*plain, peft.LoraConfig(rank=2, layers="all-linear"), key=0)[1]
+        assert jax.tree.structure(own["peft"]) == jax.tree.structure(params["peft"])
     batch = batch_for(config)
     np.testing.assert_allclose(our_logits(model, params, batch), torch_logits(tuned, batch), rtol=0, atol=1e-4)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from pats_jax import objectives, train_state, transforms
+from pats_jax.companions.lora_plus import lora_plus
 from pats_jax.errors import InputError
 from pats_jax.methods.masks import layer_mask
 from pats_jax.methods.method import Context, Method
@@ -61,7 +62,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Makes AdamW with clipping and a linear schedule, with the parts that the chosen methods add.
 
-    Weight decay applies only to weight matrices, not to biases and LayerNorm.
+    Weight decay applies only to weight matrices, not to biases and LayerNorm. A ``lora_plus_ratio`` scales the steps of
+    AdamW, before the noise of PATS is added.
 
     Args:
       settings: the settings of AdamW; numbers may be traced.
@@ -84,6 +86,7 @@ def make_optimizer(
         *(method.scaling(context) for method in chosen if method.has("scaling")),
         optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
         optax.scale_by_learning_rate(schedule),
+        *([] if settings.lora_plus_ratio == 1 else [lora_plus(settings.lora_plus_ratio, layer_axis=layer_axis)]),
     )
     for method in chosen:
         adamw = method.adamw(context, adamw)

@@ -22,7 +22,7 @@ from pats_jax.models import convert
 from pats_jax.models.config import HEAD_PARTS
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules
+from pats_jax.models.peft.saved import ALL_LINEAR, LM_HEAD, FieldRules, ModelConfig, SavedModules
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
@@ -72,6 +72,7 @@ class PeftConfig(abc.ABC):
       source: the address of the paper.
       peft_type: the method's name in ``adapter_config.json``.
       merges: whether an adapter can be merged into the weights.
+      kept_leaf: the name of the leaves of `kept_while_merged`.
       prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
       saved_fields: how the method treats the fields of ``adapter_config.json``.
     """
@@ -83,6 +84,7 @@ class PeftConfig(abc.ABC):
     source: ClassVar[str]
     peft_type: ClassVar[str]
     merges: ClassVar[bool] = False
+    kept_leaf: ClassVar[str] = ""
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
 
@@ -92,6 +94,11 @@ class PeftConfig(abc.ABC):
     @property
     def differs_by_layer(self) -> bool:
         """Whether it may change layers differently from each other, which needs separate layers."""
+        return False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `draw` reads the values of the layers' weights, not only their shapes."""
         return False
 
     @property
@@ -147,6 +154,10 @@ class PeftConfig(abc.ABC):
         """The inverse of `merge`, up to rounding; only if ``merges``."""
         raise NotImplementedError
 
+    def kept_while_merged(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        """What `unmerge` needs besides the small tree; it is among that tree's leaves while the adapter is merged."""
+        return {}
+
     @abc.abstractmethod
     def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
         """The method's own fields of ``adapter_config.json``."""
@@ -184,14 +195,14 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
 
     Args:
       base: the model's parameters, flat.
-      pattern: the regex; it may match any part of the name.
+      pattern: the regex; it may match any part of the name. See `layer_rule`.
       what: what to call the regex in error messages.
 
     Raises:
       InputError: if the regex is not valid, takes too long to match, or matches no layer.
     """
-    matches = compile_pattern(pattern, what)
-    layers = [path[:-1] for path, kernel in base.items() if path[-1] == "kernel" and is_linear(kernel)]
+    matches = layer_rule(pattern, what)
+    layers = [path[:-1] for path, leaf in base.items() if path[-1] == "kernel" and is_linear(leaf)]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
@@ -213,13 +224,30 @@ def differs_by_layer(pattern: str, what: str) -> bool:
     Raises:
       InputError: if the regex is not valid, or takes too long to match.
     """
-    matches = compile_pattern(pattern, what)
+    return varies_by_layer(layer_rule(pattern, what))
+
+
+def varies_by_layer(value: Callable[[str], Any]) -> bool:
+    """Whether a function of a linear layer's name can differ between the same linear layers of a model's layers."""
     numbers = range(_MOST_LAYERS)
     return any(
-        len({matches(f"{prefix}.{number}.{layer}") for number in numbers}) > 1
+        len({value(f"{prefix}.{number}.{layer}") for number in numbers}) > 1
         for prefix, layers in _LINEAR_LAYERS.items()
         for layer in layers
     )
+
+
+def layer_rule(pattern: str, what: str) -> Callable[[str], bool]:
+    """A function that returns whether a regex matches a part of a linear layer's name.
+
+    ``all-linear`` in place of a regex means what it does in PEFT's ``target_modules``: all but the output layer.
+
+    Raises:
+      InputError: if the regex is not valid; from the function, if matching takes too long.
+    """
+    if pattern.lower() == ALL_LINEAR:
+        return lambda name: name != LM_HEAD
+    return compile_pattern(pattern, what)
 
 
 def exactly(names: Iterable[str]) -> str:
