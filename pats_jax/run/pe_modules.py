@@ -30,6 +30,12 @@ def add_adapter(settings: TrainingSettings, model: Any, params: Any) -> tuple[An
     return model, params
 
 
+def in_training(model: Any, total_steps: int) -> Any:
+    """The same model; the config of its adapter, if it has one, says how many steps it is trained for."""
+    adapter = getattr(model, "peft", None)
+    return model if adapter is None else model.clone(peft=adapter.in_training(total_steps))
+
+
 def check_methods(kind: str | None, chosen: Sequence[Method], params: Any) -> None:
     """Raises InputError if one of the methods does not work with the adapter of a kind in ``params``."""
     leaves = jax.tree_util.tree_leaves_with_path(params["peft"])

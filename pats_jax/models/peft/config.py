@@ -9,11 +9,12 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
@@ -22,6 +23,7 @@ from pats_jax.models import convert
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules
+from pats_jax.train_state import LossFn
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
@@ -106,6 +108,22 @@ class PeftConfig(abc.ABC):
     def trains_whole(self, path: ParameterPath) -> bool:
         """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
         return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
+
+    def in_training(self, total_steps: int) -> Self:
+        """The config of an adapter that is trained for ``total_steps`` steps.
+
+        Raises:
+          InputError: if these are too few for the settings.
+        """
+        return self
+
+    def last(self, total_steps: int) -> optax.GradientTransformation | None:
+        """A transform that runs after the optimizer of a training of ``total_steps`` steps; None: there is none."""
+        return None
+
+    def add_to_loss(self, loss_fn: LossFn) -> LossFn:
+        """The loss of a training, with what the method adds to it."""
+        return loss_fn
 
     @abc.abstractmethod
     def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
