@@ -53,6 +53,7 @@ CONFIGS = {
 }
 METHODS = {
     "lora": peft.LoraConfig(rank=2, alpha=6.0),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9),
     "ia3": peft.Ia3Config(),
     "bitfit": peft.BitFitConfig(),
     "adapters": peft.AdapterConfig(size=3),
@@ -125,6 +126,18 @@ def lora(reference, tree, config):
         if f"{name}.lora_A.kernel" not in tree:
             return plain(name, x)
         return plain(name, x) + 6.0 / 2 * x @ tree[f"{name}.lora_A.kernel"] @ tree[f"{name}.lora_B.kernel"]
+
+    reference.linear = linear
+
+
+def adalora(reference, tree, config):
+    plain = reference.linear
+
+    def linear(name, x):
+        if f"{name}.lora_E.scale" not in tree:
+            return plain(name, x)
+        a, e, b = (tree[f"{name}.{leaf}"] for leaf in ("lora_A.kernel", "lora_E.scale", "lora_B.kernel"))
+        return plain(name, x) + 16.0 / (3 + 1e-5) * x @ a * e @ b
 
     reference.linear = linear
 
@@ -276,7 +289,7 @@ def test_saved_and_loaded_is_the_same(name, kind, tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(params["peft"])
     assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params["peft"])))
     assert loaded.peft.kind == METHODS[name].kind
-    if name not in ("lora", "ia3"):  # whose regexes are then lists of names
+    if name not in ("lora", "adalora", "ia3"):  # whose regexes are then lists of names
         assert loaded.peft == METHODS[name]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 

@@ -55,7 +55,7 @@ def adalora_allocation(
     At every step t that ``delta_t`` divides, tinit < t < T - tfinal, and at t = T - tfinal, E becomes exactly 0 in all
     triplets but the ``budget`` ones that score highest in ALL matrices together; of equal scores at the boundary, all
     are dropped. Until the next allocation a dropped E may grow again. After T - tfinal the selection stays, and E is 0
-    outside it at every step. The rule is that of the authors' code and of the library PEFT (*code*), which also take
+    outside it at every step; S and U stay from T - tfinal on. The rule is that of the authors' code and of the library PEFT (*code*), which also take
     theta after the update and g before it. *Ours*: t counts updates from 1, so that ``tinit`` and ``tfinal`` count
     steps; and an I that is not finite leaves S and U unchanged.
 
@@ -103,6 +103,7 @@ def adalora_allocation(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         check_number(name, beta, lambda x: 0 < x < 1, "in (0, 1)")
     end = total_steps - tfinal
+    measured = max(end, 2)  # S and U stay from this step on
 
     def init(params):
         triplets, leaves, treedef = _flattened(params)
@@ -116,8 +117,15 @@ def adalora_allocation(
 
             return treedef.unflatten(hold(place, leaf) for place, leaf in enumerate(leaves))
 
-        zeros = [held(places, lambda leaf: jnp.zeros_like(leaf, jnp.float32)) for _ in range(2)]
-        return AdaLoraState(jnp.zeros([], jnp.int32), *zeros, held(values, lambda leaf: jnp.ones_like(leaf, bool)))
+        def zeros(leaf):
+            return jnp.zeros_like(leaf, jnp.float32)
+
+        return AdaLoraState(
+            count=jnp.zeros([], jnp.int32),
+            sensitivity=held(places, zeros),
+            uncertainty=held(places, zeros),
+            kept=held(values, lambda leaf: jnp.ones_like(leaf, bool)),
+        )
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
@@ -131,7 +139,7 @@ def adalora_allocation(
             new = _moved(sensitivity[place], uncertainty[place], trees.saliency(theta, grads[place]), beta1, beta2)
             old = sensitivity[place], uncertainty[place]
             sensitivity[place], uncertainty[place] = (
-                jnp.where(count < end, a, b) for a, b in zip(new, old, strict=True)
+                jnp.where(count < measured, a, b) for a, b in zip(new, old, strict=True)
             )
         scores = [_scores(triplet, sensitivity, uncertainty) for triplet in triplets]
         budget = _budget(count, sum(s.size for s in scores), target_r * _count_matrices(scores), tinit, end)
@@ -141,8 +149,8 @@ def adalora_allocation(
             kept[place] = jnp.where(allocates, chosen, kept[place])
             dropped = (allocates | (count > end)) & ~kept[place]
             leaves[place] = jnp.where(dropped, -thetas[place], leaves[place]).astype(leaves[place].dtype)
-        held = (treedef.unflatten(tree) for tree in (sensitivity, uncertainty, kept))
-        return treedef.unflatten(leaves), AdaLoraState(count, *held)
+        sensitivity, uncertainty, kept = (treedef.unflatten(tree) for tree in (sensitivity, uncertainty, kept))
+        return treedef.unflatten(leaves), AdaLoraState(count, sensitivity, uncertainty, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
