@@ -116,7 +116,9 @@ LEAVES = (("lora_A", "kernel"), ("lora_B", "kernel"), ("lora_E", "scale"))
 
 def ranks(params):
     return {
-        ".".join(path[:-2]): np.count_nonzero(x, axis=-1) for path, x in flatten_dict(params).items() if "lora_E" in path
+        ".".join(path[:-2]): np.count_nonzero(x, axis=-1)
+        for path, x in flatten_dict(params).items()
+        if "lora_E" in path
     }
 
 
@@ -180,7 +182,9 @@ def test_from_a_saved_state_it_goes_on_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, (params, state), trained()[-1])
 
 
-@pytest.mark.parametrize("total, tinit, tfinal, first, last", [(9, 0, 0, 12, 8), (250, 31, 40, 864, 576), (7, 2, 4, 9, 1)])
+@pytest.mark.parametrize(
+    "total, tinit, tfinal, first, last", [(9, 0, 0, 12, 8), (250, 31, 40, 864, 576), (7, 2, 4, 9, 1)]
+)
 def test_the_budget_is_that_of_python_s_floats(total, tinit, tfinal, first, last):
     from pats_jax.companions.adalora import _budget
 

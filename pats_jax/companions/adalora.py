@@ -55,9 +55,9 @@ def adalora_allocation(
     At every step t that ``delta_t`` divides, tinit < t < T - tfinal, and at t = T - tfinal, E becomes exactly 0 in all
     triplets but the ``budget`` ones that score highest in ALL matrices together; of equal scores at the boundary, all
     are dropped. Until the next allocation a dropped E may grow again. After T - tfinal the selection stays, and E is 0
-    outside it at every step; S and U stay from T - tfinal on. The rule is that of the authors' code and of the library PEFT (*code*), which also take
-    theta after the update and g before it. *Ours*: t counts updates from 1, so that ``tinit`` and ``tfinal`` count
-    steps; and an I that is not finite leaves S and U unchanged.
+    outside it at every step; S and U stay from T - tfinal on. The rule is that of the authors' code and of the library
+    PEFT (*code*), which also take theta after the update and g before it. *Ours*: t counts updates from 1, so that
+    ``tinit`` and ``tfinal`` count steps; and an I that is not finite leaves S and U unchanged.
 
     Adapters are found by the names ``lora_A`` (..., inputs, r), ``lora_B`` (..., r, outputs) and ``lora_E`` (..., r) in
     the paths of the parameters, as `pats_jax.models.peft.AdaLoraConfig` has them. Leading axes, such as that of stacked

@@ -234,9 +234,10 @@ class AdaLoraConfig(PeftConfig):
     def from_saved(cls, saved: SavedModules) -> "AdaLoraConfig":
         targets = _DEFAULT_TARGETS.get(saved.model.model_type, _DEFAULT_TARGETS["bert"])
         layers = saved.changed_layers(".lora_A", targets)
+        init_r = saved.get("init_r", 12)
         config = cls(
-            init_r=saved.get("init_r", 12),
-            target_r=saved.get("target_r", 8),
+            init_r=init_r,
+            target_r=min(saved.get("target_r", 8), init_r),  # PEFT allows more, which is for training only
             tinit=saved.get("tinit", 0),
             tfinal=saved.get("tfinal", 0),
             delta_t=saved.get("deltaT", 1),
@@ -248,7 +249,7 @@ class AdaLoraConfig(PeftConfig):
             layers=exactly(layers),
             total_step=saved.get("total_step"),
         )
-        _check_ranks(saved, layers, config.init_r)
+        _check_ranks(saved, layers, init_r)
         return config
 
     def to_tensors(self, tree: FlatTree, config: ModelConfig) -> dict[str, np.ndarray]:
