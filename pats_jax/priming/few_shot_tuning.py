@@ -15,7 +15,6 @@ from pats_jax import methods, models
 from pats_jax.data.few_shot import TEXT_TO_TEXT, FewShotTask, Row, Sample
 from pats_jax.errors import InputError
 from pats_jax.methods import OptimizerSettings
-from pats_jax.models import peft
 from pats_jax.priming import answerers, option_scoring
 from pats_jax.priming.answering import Answering
 from pats_jax.priming.gym_settings import GymSettings
@@ -77,7 +76,7 @@ class Tuner:
         part = "plm" if start.kind == "full" else "pe"
         self._trainable = self._answering.trainable_mask(self._params, part)
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, self._params)
-        adapter = None if start.kind == "full" else peft.config_of(self._answering.model)
+        adapter = None if start.kind == "full" else settings.adapter(start.kind)
         loss_fn = self._answering.make_loss()
         self._step = jax.jit(make_train_step(loss_fn if adapter is None else adapter.add_to_loss(loss_fn)))
         self._answer = jax.jit(self._answering.step)

@@ -15,10 +15,11 @@ from pats_jax.train_state import parameter_name
 
 
 def differing_flags(ours: peft.PeftConfig | None, theirs: peft.PeftConfig | None) -> list[str]:
-    """The flags in which two configs of one adapter kind differ, such as ``--lora_rank was 4 and is 8``."""
+    """The flags in which two adapters of one kind differ, such as ``--lora_rank was 4 and is 8``."""
     if ours is None or theirs is None or ours == theirs:
         return []
-    pairs = {flag: (getattr(theirs, e.name), getattr(ours, e.name)) for flag, e in entries(type(ours)).items()}
+    of_both = {flag: e.name for flag, e in entries(type(ours)).items() if e.name not in ours.of_training}
+    pairs = {flag: (getattr(theirs, name), getattr(ours, name)) for flag, name in of_both.items()}
     return [f"--{flag} was {shown(was)} and is {shown(now)}" for flag, (was, now) in pairs.items() if was != now]
 
 

@@ -130,6 +130,9 @@ class AdaLoraConfig(PeftConfig):
     peft_type: ClassVar[str] = "ADALORA"
     merges: ClassVar[bool] = True
     saved_fields: ClassVar[FieldRules] = FieldRules(_Fields, _WITHOUT_EFFECT, _PLAIN)
+    of_training: ClassVar[frozenset[str]] = frozenset(
+        ("target_r", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -71,6 +71,7 @@ class PeftConfig(abc.ABC):
       merges: whether an adapter can be merged into the weights.
       prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
       saved_fields: how the method treats the fields of ``adapter_config.json``.
+      of_training: fields that say how the adapter is trained, not what it computes.
     """
 
     train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
@@ -82,6 +83,7 @@ class PeftConfig(abc.ABC):
     merges: ClassVar[bool] = False
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
+    of_training: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         check_fields(self, prefix="")
