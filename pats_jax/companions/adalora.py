@@ -67,7 +67,7 @@ def adalora_allocation(
 
     Args:
       target_r: mean rank of a matrix in the end, at least 1.
-      total_steps: T, number of optimizer steps.
+      total_steps: number of optimizer steps, T.
       tinit: number of first steps without allocation.
       tfinal: number of last steps with a fixed selection.
       delta_t: number of steps between allocations, at least 1.
@@ -106,26 +106,7 @@ def adalora_allocation(
     measured = max(end, 2)  # S and U stay from this step on
 
     def init(params):
-        triplets, leaves, treedef = _flattened(params)
-        _check_ranks(triplets, leaves, target_r)
-        places = {place for triplet in triplets for place in triplet.values()}
-        values = {triplet["lora_E"] for triplet in triplets}
-
-        def held(chosen, make):
-            def hold(place, leaf):
-                return leaf if trees.is_masked(leaf) else make(leaf) if place in chosen else None
-
-            return treedef.unflatten(hold(place, leaf) for place, leaf in enumerate(leaves))
-
-        def zeros(leaf):
-            return jnp.zeros_like(leaf, jnp.float32)
-
-        return AdaLoraState(
-            count=jnp.zeros([], jnp.int32),
-            sensitivity=held(places, zeros),
-            uncertainty=held(places, zeros),
-            kept=held(values, lambda leaf: jnp.ones_like(leaf, bool)),
-        )
+        return _first_state(params, target_r)
 
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
@@ -180,6 +161,30 @@ def find_triplets(tree: Any) -> list[dict[str, int]]:
         if lacking:
             raise ValueError(f"{'.'.join(layer)} has lora_E, but no {lacking}")
     return list(triplets.values())
+
+
+def _first_state(params, target_r):
+    """The state before the first step, in which all triplets are kept."""
+    triplets, leaves, treedef = _flattened(params)
+    _check_ranks(triplets, leaves, target_r)
+    places = {place for triplet in triplets for place in triplet.values()}
+    values = {triplet["lora_E"] for triplet in triplets}
+
+    def held(chosen, make):
+        def hold(place, leaf):
+            return leaf if trees.is_masked(leaf) else make(leaf) if place in chosen else None
+
+        return treedef.unflatten(hold(place, leaf) for place, leaf in enumerate(leaves))
+
+    def zeros(leaf):
+        return jnp.zeros_like(leaf, jnp.float32)
+
+    return AdaLoraState(
+        count=jnp.zeros([], jnp.int32),
+        sensitivity=held(places, zeros),
+        uncertainty=held(places, zeros),
+        kept=held(values, lambda leaf: jnp.ones_like(leaf, bool)),
+    )
 
 
 def _flattened(tree):
