@@ -32,8 +32,8 @@ from benchmarks.cases import Case
 from benchmarks.memory import figures_of
 from pats_jax import models
 from pats_jax.errors import InputError
-from pats_jax.models.bert import Layout
 from pats_jax.models.config import EncoderConfig
+from pats_jax.models.layers import Layout
 from pats_jax.reporting.console import say
 from pats_jax.training import runners
 

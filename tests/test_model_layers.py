@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import pats_jax
 from pats_jax import models, random
 from pats_jax.models import SequenceClassifier, layer_axis, layout, stack_layers, unstack_layers
-from pats_jax.models.bert import choose_row, look_up
+from pats_jax.models.layers import choose_row, look_up
 
 LAYERS, ROWS, LENGTH = 3, 6, 10
 BERT = dataclasses.replace(

@@ -190,7 +190,7 @@ def test_the_primed_model_has_the_dropout_of_its_checkpoint(base, home, tmp_path
     model, params = option_scoring.load_scorer(base.model.model_name_or_path, "embedding", None, key=1, **off)
     assert model.config.hidden_dropout_prob == 0.3
     upstream.save(tmp_path, dataclasses.replace(base, **off), model, params, tiny.tokenizer())
-    start, primed = map(models.EncoderConfig.from_folder, (home / "model", tmp_path / "model"))
+    start, primed = map(models.read_encoder_config, (home / "model", tmp_path / "model"))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         assert getattr(primed, name) == getattr(start, name)
 

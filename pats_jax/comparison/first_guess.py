@@ -83,7 +83,7 @@ def _lengths(settings: Settings) -> Mapping[str, TextLengths]:
         rows["train"] = max(1, rows["train"] - rows["validation"])
     rows["train"] = min(rows["train"], data.max_train_samples or rows["train"], data.low_resource or rows["train"])
     rows["validation"] = min(rows["validation"], data.max_eval_samples or rows["validation"])
-    config = models.EncoderConfig.from_folder(models.checkpoint_folder(name, check_weights=False))
+    config = models.read_encoder_config(models.checkpoint_folder(name, check_weights=False))
     tokenizer, length = models.load_tokenizer(name), min(settings.model.max_seq_length, config.max_length)
     return {split: TextLengths.of(splits[split], rows[split], tokenizer, length) for split in names}
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pats_jax.core.settings import at_least, setting
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import HEAD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class L2Sp(Method):
 
     def first(self, context):
         from pats_jax.companions import l2_sp
-        from pats_jax.methods.masks import HEAD, layer_mask
+        from pats_jax.methods.masks import layer_mask
 
         has_head = "classifier" in context.params  # that of an encoder-decoder is pretrained
         head = has_head and layer_mask(context.params, HEAD, "head of l2-sp")

@@ -10,8 +10,6 @@ from pats_jax.errors import InputError, shown
 from pats_jax.models.layout import separate_names
 from pats_jax.models.patterns import compile_pattern
 
-HEAD = r"^classifier\."
-
 
 def layer_mask(params: Any, pattern: str, source: str = "noise_layers") -> Any:
     """A tree of bools like params: whether the parameter's dotted path matches the regex.

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pats_jax.core.settings import FRACTION, setting
 from pats_jax.methods.method import Method
-from pats_jax.methods.paths import ATTENTION
+from pats_jax.methods.paths import ATTENTION, HEAD
 
 _WHY_NOT = "SIFT updates single entries; the other method needs whole tensors"
 
@@ -20,7 +20,7 @@ class Sift(Method):
     source: ClassVar = "https://arxiv.org/abs/2312.11875"
     layers: ClassVar = ATTENTION
     state_bytes: ClassVar = "12 per selected entry, instead of 8 per entry"
-    trainable: ClassVar = rf"{ATTENTION}|pooler|^classifier\."
+    trainable: ClassVar = rf"{ATTENTION}|pooler|{HEAD}"
     conflicts: ClassVar = {"pats": _WHY_NOT, "perturbed": _WHY_NOT, "mixout": _WHY_NOT}
 
     sift_rate: float = setting(0.008, "SIFT: fraction of each tensor's entries that are trained", FRACTION)

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa classifiers in Flax Linen, and conversion of Hugging Face checkpoints to and from their parameters.
+"""Encoders and encoder-decoders in Flax Linen, and conversion of Hugging Face checkpoints to and from their parameters.
 
 The stub file beside this one lists the names. Each is imported on first use (PEP 562), so that importing this package
 costs next to nothing.

@@ -1,7 +1,10 @@
 from . import peft as peft
 from .bart import Bart as Bart
-from .bert import SequenceClassifier as SequenceClassifier
 from .config import EncoderConfig as EncoderConfig
+from .encoders.table import (
+    encoder_config as encoder_config,
+    read_encoder_config as read_encoder_config,
+)
 from .generation import (
     generate as generate,
     make_generate_step as make_generate_step,
@@ -28,6 +31,7 @@ from .seq2seq_config import (
     BartConfig as BartConfig,
     T5Config as T5Config,
 )
+from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sources import checkpoint_folder as checkpoint_folder
 from .t5 import T5 as T5
 from .tokenizer import load_tokenizer as load_tokenizer

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.models.bert import ACTIVATION_FUNCTIONS
 from pats_jax.models.encoder_decoder import (
     Attention,
     Chosen,
@@ -27,6 +26,7 @@ from pats_jax.models.encoder_decoder import (
     embed,
     padding_bias,
 )
+from pats_jax.models.layers import ACTIVATION_FUNCTIONS
 from pats_jax.models.seq2seq_config import BartConfig
 
 _EPS = 1e-5  # of all normalizations

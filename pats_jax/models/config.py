@@ -1,22 +1,16 @@
-"""The settings of a BERT or RoBERTa encoder and its head, as in a Hugging Face ``config.json``."""
+"""The settings of an encoder and its head, as in a Hugging Face ``config.json``: of BERT and RoBERTa; base of all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pats_jax.core.files import JsonObject, read_json
 from pats_jax.errors import InputError, shown
 
-# The model types that we read: the class prefix in "architectures", and what Transformers takes where config.json is
-# silent (it does not write a value that equals its class's default).
-_ROBERTA_DEFAULTS = {"pad_token_id": 1}
-_FAMILIES: dict[str, tuple[str, JsonObject]] = {
-    "bert": ("Bert", {}),
-    "roberta": ("Roberta", {"vocab_size": 50265, **_ROBERTA_DEFAULTS}),
-    "xlm-roberta": ("XLMRoberta", _ROBERTA_DEFAULTS),
-    "camembert": ("Camembert", _ROBERTA_DEFAULTS),
-}
+# The parts of a classifier that are not the encoder itself, in all families: together they are its head.
+HEAD_PARTS = ("classifier", "pre_classifier", "pooler", "head")
+_ROBERTA_DEFAULTS: JsonObject = {"pad_token_id": 1}
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
 _SIZES = (
     "vocab_size",
@@ -38,9 +32,40 @@ _LARGEST_FLOAT = 3.4e38  # of float32
 class EncoderConfig:
     """Sizes, rates and labels of an encoder with a sequence classification or regression head.
 
-    The fields have the names that ``config.json`` uses. Entries that this library does not use stay in ``extra``, and
-    `to_dict` writes them back.
+    This class is that of BERT, RoBERTa and the models that are computed alike; other families derive theirs from it.
+    The fields have the names that BERT's ``config.json`` uses, whatever the family's uses. Entries that this library
+    does not use stay in ``extra``, and `to_dict` writes them back.
+
+    Attributes:
+      families: model type -> prefix of its classes in ``architectures``, and what Transformers takes where config.json
+        is silent (it does not write a value that equals its class's default).
+      file_names: fields that config.json calls differently -> their name there.
+      activations: the values of ``hidden_act`` that are supported.
+      base_parts: what tensors' names start with in a checkpoint of the encoder alone.
+      surplus: the tensors, as a regex, that other kinds of checkpoint hold and a classifier has no place for.
+      stack_path: where the layers are, below the encoder.
+      words_path: where the word embeddings are, below the encoder.
+      attention_path: the module of attention, below a layer.
+      adapter_blocks: for each place of bottleneck adapters, the modules with one, below a layer.
     """
+
+    families: ClassVar[Mapping[str, tuple[str, JsonObject]]] = {
+        "bert": ("Bert", {}),
+        "roberta": ("Roberta", {"vocab_size": 50265, **_ROBERTA_DEFAULTS}),
+        "xlm-roberta": ("XLMRoberta", _ROBERTA_DEFAULTS),
+        "camembert": ("Camembert", _ROBERTA_DEFAULTS),
+    }
+    file_names: ClassVar[Mapping[str, str]] = {}
+    activations: ClassVar[tuple[str, ...]] = ACTIVATIONS
+    base_parts: ClassVar[tuple[str, ...]] = ("embeddings", "encoder", "pooler")
+    surplus: ClassVar[str] = r"cls\.(predictions|seq_relationship)\..*|lm_head\..*|roberta\.pooler\..*"
+    stack_path: ClassVar[tuple[str, ...]] = ("encoder", "layer")
+    words_path: ClassVar[tuple[str, ...]] = ("embeddings", "word_embeddings")
+    attention_path: ClassVar[tuple[str, ...]] = ("attention", "self")
+    adapter_blocks: ClassVar[Mapping[str, tuple[tuple[str, ...], ...]]] = {
+        "houlsby": (("attention", "output"), ("output",)),
+        "pfeiffer": (("output",),),
+    }
 
     model_type: str = "bert"
     vocab_size: int = 30522
@@ -77,12 +102,32 @@ class EncoderConfig:
     @property
     def is_roberta(self) -> bool:
         """Whether positions, head and tensor names are RoBERTa's."""
-        return self.model_type != "bert"
+        return self.model_type in ("roberta", "xlm-roberta", "camembert")
 
     @property
     def base_prefix(self) -> str:
-        """The first part of every encoder tensor's name: ``bert`` or ``roberta``."""
+        """The first part of every encoder tensor's name, such as ``bert`` or ``roberta``."""
         return "roberta" if self.is_roberta else "bert"
+
+    @property
+    def embedding_size(self) -> int:
+        """The width of the word embeddings."""
+        return self.hidden_size
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the encoder itself, below ``base_prefix``, has a pooler, as BERT has."""
+        return not self.is_roberta
+
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether the head reads the first token alone."""
+        return True
+
+    @property
+    def unsaved(self) -> frozenset[tuple[str, ...]]:
+        """The paths of parameters that no file holds, because nothing reads them: they make layers alike."""
+        return frozenset()
 
     @property
     def head_dropout(self) -> float:
@@ -93,54 +138,114 @@ class EncoderConfig:
         """The length of the longest sequence, in tokens. RoBERTa counts positions from ``pad_token_id + 1``."""
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.is_roberta else 0)
 
+    @property
+    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of some weights, by their names below ``base_prefix``: they show every size."""
+        return {
+            "embeddings.word_embeddings": (self.vocab_size, self.hidden_size),
+            "embeddings.position_embeddings": (self.max_position_embeddings, self.hidden_size),
+            "embeddings.token_type_embeddings": (self.type_vocab_size, self.hidden_size),
+            "encoder.layer.0.intermediate.dense": (self.intermediate_size, self.hidden_size),
+        }
+
+    def word_embeddings(self, params: Mapping[str, Any]) -> Any:
+        """The word embeddings among a model's parameters, (vocab_size, embedding_size)."""
+        node = params[self.base_prefix]
+        for name in self.words_path:
+            node = node[name]
+        return node["embedding"]
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "EncoderConfig":
-        """Reads the content of a ``config.json``.
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
+        """Reads the content of a ``config.json`` of this class's model types; `encoder_config` reads any.
 
         Args:
           values: the parsed JSON object.
           source: what to call it in error messages.
 
         Raises:
-          InputError: if the model type, position embedding or activation is not supported, or a value has the wrong
-            type or is out of range.
+          InputError: if the model type is another, a setting that changes the forward pass is not supported, or a value
+            has the wrong type or is out of range.
         """
         rest = dict(values)
         model_type = rest.pop("model_type", None)
-        if not isinstance(model_type, str) or model_type not in _FAMILIES:
-            why = " (an encoder-decoder: see `pats-jax text2text`)" if model_type in ("t5", "bart") else ""
-            raise InputError(
-                f"{source}: model_type {shown(model_type)} is not supported{why}; use a checkpoint of type bert or "
-                "roberta (or xlm-roberta or camembert, which are read as RoBERTa)"
-            )
-        _check_structure(rest, source)
+        if not isinstance(model_type, str) or model_type not in cls.families:
+            raise InputError(f"{source}: model_type {shown(model_type)} is not one of {', '.join(cls.families)}")
+        cls.check_structure(rest, source)
         id2label = _read_labels(rest, source)
-        own = {name: rest.pop(name) for name in [entry.name for entry in fields(cls)] if name in rest}
+        names = [entry.name for entry in fields(cls)]
+        for name, in_file in cls.file_names.items():
+            if in_file in rest:
+                rest[name] = rest.pop(in_file)
+        own = {name: rest.pop(name) for name in names if name in rest}
         known = {name: value for name, value in own.items() if value is not None}  # null: the default
-        config = cls(**{**_FAMILIES[model_type][1], **known}, model_type=model_type, id2label=id2label, extra=rest)
-        _check_values(config, source)
+        config = cls(**{**cls.families[model_type][1], **known}, model_type=model_type, id2label=id2label, extra=rest)
+        config._check(source)
         return config
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "EncoderConfig":
-        """Reads ``folder/config.json``.
-
-        Raises:
-          InputError: as from `from_dict`; or if the file is missing or damaged.
-        """
-        return cls.from_dict(*read_config(folder))
 
     def to_dict(self) -> JsonObject:
         """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
         own = {name: getattr(self, name) for name in [entry.name for entry in fields(self)] if name != "extra"}
         return {
             **self.extra,
-            **own,
-            "architectures": [f"{_FAMILIES[self.model_type][0]}ForSequenceClassification"],
+            **{self.file_names.get(name, name): value for name, value in own.items()},
+            "architectures": [f"{self.families[self.model_type][0]}ForSequenceClassification"],
             "id2label": {str(index): label for index, label in self.id2label.items()},
             "label2id": self.label2id,
             "dtype": "float32",
         }
+
+    @classmethod
+    def check_structure(cls, values: Mapping[str, Any], source: str) -> None:
+        """Raises InputError for variants with a different forward pass, and for other entries of a wrong type."""
+        position_embedding = values.get("position_embedding_type")
+        if position_embedding not in ("absolute", None):
+            raise InputError(
+                f"{source}: position_embedding_type {shown(position_embedding)} is not supported, only 'absolute'"
+            )
+        for flag in ("is_decoder", "add_cross_attention"):
+            if values.get(flag) not in (False, None):
+                raise InputError(f"{source}: {flag} is {shown(values[flag])}; only encoders are supported")
+        classes = values.get("architectures")
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise InputError(f"{source}: architectures must be a list of class names, got {shown(classes)}")
+
+    def _check(self, source: str) -> None:
+        """Raises InputError unless every field has its type and is in its range."""
+        for name in _SIZES:
+            value = getattr(self, name)
+            self._require(name, is_whole(value) and value >= 1, "a positive whole number", source)
+        for name in _RATES:
+            value = getattr(self, name)
+            self._require(name, value is None or (is_number(value) and 0 <= value < 1), "a rate in [0, 1)", source)
+        eps, deviation, pad = self.layer_norm_eps, self.initializer_range, self.pad_token_id
+        self._require("layer_norm_eps", is_number(eps) and eps > 0, "a positive number", source)
+        self._require("initializer_range", is_number(deviation) and deviation >= 0, "a number, 0 or more", source)
+        self._require("pad_token_id", is_whole(pad) and pad >= 0, "a whole number, 0 or more", source)
+        self._require("pad_token_id", pad < self.vocab_size, f"below vocab_size {shown(self.vocab_size)}", source)
+        no_token = f"above pad_token_id {pad} + 1, or no token has a position"
+        self._require("max_position_embeddings", self.max_length >= 1, no_token, source)
+        types = ", ".join(_PROBLEM_TYPES)
+        self._require("problem_type", self.problem_type in (*_PROBLEM_TYPES, None), f"one of {types}", source)
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"{source}: {self.file_name('hidden_size')} {shown(self.hidden_size)} is not a multiple of "
+                f"{self.file_name('num_attention_heads')} {shown(self.num_attention_heads)}"
+            )
+        if self.hidden_act not in self.activations:
+            raise InputError(
+                f"{source}: {self.file_name('hidden_act')} {shown(self.hidden_act)} is not supported; use "
+                f"{', '.join(self.activations)}"
+            )
+
+    def _require(self, name: str, holds: bool, expected: str, source: str) -> None:
+        """Raises InputError unless a field is as expected."""
+        if not holds:
+            raise InputError(f"{source}: {self.file_name(name)} must be {expected}, got {shown(getattr(self, name))}")
+
+    def file_name(self, field_name: str) -> str:
+        """What config.json calls a field."""
+        return self.file_names.get(field_name, field_name)
 
 
 def read_config(folder: Path) -> tuple[JsonObject, str]:
@@ -161,21 +266,6 @@ def read_config(folder: Path) -> tuple[JsonObject, str]:
 def default_labels(num_labels: int) -> dict[int, str]:
     """The names that Transformers gives to unnamed labels: ``LABEL_0``, ``LABEL_1``, ..."""
     return {index: f"LABEL_{index}" for index in range(num_labels)}
-
-
-def _check_structure(values: Mapping[str, Any], source: str) -> None:
-    """Raises InputError for variants of BERT with a different forward pass, and for other fields of a wrong type."""
-    position_embedding = values.get("position_embedding_type")
-    if position_embedding not in ("absolute", None):
-        raise InputError(
-            f"{source}: position_embedding_type {shown(position_embedding)} is not supported, only 'absolute'"
-        )
-    for flag in ("is_decoder", "add_cross_attention"):
-        if values.get(flag) not in (False, None):
-            raise InputError(f"{source}: {flag} is {shown(values[flag])}; only encoders are supported")
-    classes = values.get("architectures")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise InputError(f"{source}: architectures must be a list of class names, got {shown(classes)}")
 
 
 def _read_labels(rest: JsonObject, source: str) -> dict[int, str]:
@@ -213,36 +303,3 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether value is a finite number in the range of float32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST_FLOAT < value < _LARGEST_FLOAT
-
-
-def _check_values(config: EncoderConfig, source: str) -> None:
-    """Raises InputError unless every field has its type and is in its range."""
-
-    def check(name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InputError(f"{source}: {name} must be {expected}, got {shown(getattr(config, name))}")
-
-    for name in _SIZES:
-        value = getattr(config, name)
-        check(name, is_whole(value) and value >= 1, "a positive whole number")
-    for name in _RATES:
-        value = getattr(config, name)
-        check(name, value is None or (is_number(value) and 0 <= value < 1), "a rate in [0, 1)")
-    eps, deviation, pad = config.layer_norm_eps, config.initializer_range, config.pad_token_id
-    check("layer_norm_eps", is_number(eps) and eps > 0, "a positive number")
-    check("initializer_range", is_number(deviation) and deviation >= 0, "a number, 0 or more")
-    check("pad_token_id", is_whole(pad) and pad >= 0, "a whole number, 0 or more")
-    check("pad_token_id", pad < config.vocab_size, f"below vocab_size {shown(config.vocab_size)}")
-    check(
-        "max_position_embeddings", config.max_length >= 1, f"above pad_token_id {pad} + 1, or no token has a position"
-    )
-    check("problem_type", config.problem_type in (*_PROBLEM_TYPES, None), f"one of {', '.join(_PROBLEM_TYPES)}")
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"{source}: hidden_size {shown(config.hidden_size)} is not a multiple of num_attention_heads "
-            f"{shown(config.num_attention_heads)}"
-        )
-    if config.hidden_act not in ACTIVATIONS:
-        raise InputError(
-            f"{source}: hidden_act {shown(config.hidden_act)} is not supported; use {', '.join(ACTIVATIONS)}"
-        )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pats_jax.errors import InputError, shown
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models.config import HEAD_PARTS, EncoderConfig
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
 
 ParameterPath = tuple[str, ...]
@@ -21,11 +21,7 @@ Parameters = dict[str, Any]  # nested dicts of arrays, whose paths mirror the te
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-_ENCODER_PARTS = ("embeddings", "encoder", "pooler")
-# Tensors that other kinds of checkpoint hold and a classifier has no place for: index buffers and pretraining heads.
-_KNOWN_SURPLUS = re.compile(
-    r"(.*\.)?embeddings\.(position_ids|token_type_ids)|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
-)
+_INDEX_BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)"  # which old checkpoints hold
 
 
 class Matched(NamedTuple):
@@ -33,7 +29,7 @@ class Matched(NamedTuple):
 
     Attributes:
       sources: parameter path -> the tensor's name as the checkpoint has it.
-      new: paths to initialise anew: the head and BERT's pooler, where the checkpoint lacks them.
+      new: paths to initialise anew: the parts of the head and BERT's pooler that the checkpoint lacks.
       surplus: names of tensors that fill no parameter and are not known to be unused.
     """
 
@@ -77,7 +73,8 @@ def canonical_name(name: str, config: EncoderConfig) -> str:
     head, _, leaf = name.rpartition(".")
     if leaf in _OLD_LEAVES:
         name = f"{head}.{_OLD_LEAVES[leaf]}"
-    return f"{config.base_prefix}.{name}" if name.startswith(tuple(f"{part}." for part in _ENCODER_PARTS)) else name
+    is_bare = name.startswith(tuple(f"{part}." for part in config.base_parts))
+    return f"{config.base_prefix}.{name}" if is_bare else name
 
 
 def by_canonical_name(names: Iterable[str], config: EncoderConfig, *, source: str) -> dict[str, str]:
@@ -108,20 +105,14 @@ def check_sizes(shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig, *,
       InputError: if the checkpoint has fewer layers than the config says, or another vocabulary or width.
     """
     own = by_canonical_name(shapes, config, source=source)
-    encoder = f"{config.base_prefix}.encoder.layer."
+    encoder = ".".join((config.base_prefix, *config.stack_path, ""))
     layers = {name.removeprefix(encoder).split(".")[0] for name in own if name.startswith(encoder)}
     if len(layers) < config.num_hidden_layers:  # more is allowed: the rest is not used, and named in the log
         raise InputError(
-            f"{source}: the checkpoint has {len(layers)} encoder layers, but config.json (num_hidden_layers) "
-            f"says {shown(config.num_hidden_layers)}"
+            f"{source}: the checkpoint has {len(layers)} encoder layers, but config.json "
+            f"({config.file_name('num_hidden_layers')}) says {shown(config.num_hidden_layers)}"
         )
-    sizes = {
-        "embeddings.word_embeddings": (config.vocab_size, config.hidden_size),
-        "embeddings.position_embeddings": (config.max_position_embeddings, config.hidden_size),
-        "embeddings.token_type_embeddings": (config.type_vocab_size, config.hidden_size),
-        "encoder.layer.0.intermediate.dense": (config.intermediate_size, config.hidden_size),
-    }
-    for part, expected in sizes.items():
+    for part, expected in config.tensor_sizes.items():
         name = f"{config.base_prefix}.{part}.weight"
         if name not in own:
             raise incomplete(name, config, source)
@@ -143,7 +134,7 @@ def match(
       names: the tensor names in the checkpoint.
       paths: every parameter path of the model.
       config: the checkpoint's config.
-      new_head: whether to ignore the checkpoint's own head and start a new one.
+      new_head: whether to ignore the checkpoint's own classifier, the head's last part, and start a new one.
       source: what to call the checkpoint in error messages.
 
     Raises:
@@ -153,14 +144,17 @@ def match(
     by_path = {path: tensor_name(path) for path in paths}
     sources = {path: unused.pop(name) for path, name in by_path.items() if name in unused}
 
-    head = [path for path in by_path if path[0] == "classifier"]
-    pooler = [path for path in by_path if path[1] == "pooler"]
-    new = head if new_head or not any(path in sources for path in head) else []
-    if not any(path in sources for path in pooler):
-        new = [*pooler, *new]
+    parts = {name: [path for path in by_path if path[0] == name] for name in HEAD_PARTS}
+    parts = {"own pooler": [path for path in by_path if path[1] == "pooler"]} | parts
+    new = []
+    for name, part in parts.items():
+        is_replaced = new_head and name == "classifier"
+        if is_replaced or not any(path in sources for path in part):
+            new += part
     for path in new:
         sources.pop(path, None)
-    missing = [name for path, name in by_path.items() if path not in sources and path not in new]
+    filled = {*sources, *new, *config.unsaved}
+    missing = [name for path, name in by_path.items() if path not in filled]
     if missing:
         raise incomplete(listing(missing), config, source)
     surplus = [name for canonical, name in unused.items() if not _is_known_surplus(canonical, config)]
@@ -186,8 +180,7 @@ def incomplete(missing: str, config: EncoderConfig | Seq2SeqConfig, source: str)
 
 
 def _is_known_surplus(name: str, config: EncoderConfig) -> bool:
-    is_unused_pooler = config.is_roberta and name.startswith("roberta.pooler.")
-    return is_unused_pooler or _KNOWN_SURPLUS.fullmatch(name) is not None
+    return re.fullmatch(f"{_INDEX_BUFFERS}|{config.surplus}", name) is not None
 
 
 def listing(names: list[str]) -> str:

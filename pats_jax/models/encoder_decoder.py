@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from pats_jax.models.bert import LAYOUTS, SEPARATE, STACKED
+from pats_jax.models.layers import LAYOUTS, SEPARATE, STACKED
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
 from pats_jax.train_state import IGNORED
 
@@ -209,7 +209,7 @@ class LayerStack(nn.Module):
 
         if self.form.gradient_checkpointing:
             apply = jax.checkpoint(apply, prevent_cse=self.form.layers == SEPARATE)
-        elif in_loop:  # what XLA would choose outside of a loop; see `pats_jax.models.bert`
+        elif in_loop:  # what XLA would choose outside of a loop; see `pats_jax.models.layers`
             apply = jax.checkpoint(apply, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         return apply(variables, key, hidden, constants)
 

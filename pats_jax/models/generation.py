@@ -15,10 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from pats_jax.errors import InputError
-from pats_jax.models.bert import SEPARATE, STACKED
 from pats_jax.models.convert import Parameters
 from pats_jax.models.encoder_decoder import Cache, EncoderDecoder
 from pats_jax.models.generation_config import GenerationConfig
+from pats_jax.models.layers import SEPARATE, STACKED
 from pats_jax.models.layout import unstack_layers
 
 _NEVER = -1e9  # the score of what is not to be chosen, as in Transformers

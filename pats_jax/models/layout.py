@@ -1,8 +1,9 @@
 """Separate and stacked layers: the two layouts of a model's parameters, and conversion between them.
 
 Separate layers have a subtree each, ``encoder.layer.0.output.dense.kernel``; stacked ones have one subtree whose leaves
-have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers. An
-encoder-decoder has two stacks, ``encoder.layers`` and ``decoder.layers`` in BART, ``block`` in T5.
+have a leading axis of layers, ``encoder.layer.output.dense.kernel``. Files always hold separate layers. Other encoders
+call them ``transformer.layer`` or ``model.layers``. An encoder-decoder has two stacks, ``encoder.layers`` and
+``decoder.layers`` in BART, ``block`` in T5.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ import numpy as np
 
 from pats_jax import trees
 
-# where the layers are: the side of the model, and its name for them in BERT, BART and T5
-_STACKS = {(side, name) for side in ("encoder", "decoder") for name in ("layers", "block")} | {("encoder", "layer")}
+# Where the layers are, by the last two names, in BERT, BART and T5, DistilBERT and ModernBERT -> the side of the model.
+_STACKS = {(side, name): side for side in ("encoder", "decoder") for name in ("layers", "block")} | dict.fromkeys(
+    (("encoder", "layer"), ("transformer", "layer"), ("model", "layers")), "encoder"
+)
 _NAMES = ("layer", "layers", "block")
 
 
@@ -100,7 +103,7 @@ def side_and_layer(path: tuple[str, ...]) -> tuple[str, int] | None:
     """The side ("encoder" or "decoder") and the number of the separate layer that a leaf belongs to, by its path."""
     for side, stack, number in zip(path, path[1:], path[2:], strict=False):
         if (side, stack) in _STACKS and number.isdecimal():
-            return side, int(number)
+            return _STACKS[side, stack], int(number)
     return None
 
 
@@ -125,7 +128,7 @@ def _map_stacks(function: Callable[[Mapping[str, Any], str], Any], tree: Any) ->
 
     def replaced(path, node):
         name = _name_of_layers(path, node)
-        return node if name is None else {**node, name: function(node[name], _side(path))}
+        return node if name is None else {**node, name: function(node[name], _STACKS[_parent(path), name])}
 
     return jax.tree_util.tree_map_with_path(
         replaced, tree, is_leaf=lambda path, node: _name_of_layers(path, node) is not None, is_leaf_takes_path=True
@@ -136,12 +139,12 @@ def _name_of_layers(path, node):
     """Under which name a node holds layers; None if it is no encoder or decoder."""
     if not isinstance(node, Mapping):
         return None
-    names = [name for name in _NAMES if (_side(path), name) in _STACKS and isinstance(node.get(name), Mapping)]
+    names = [name for name in _NAMES if (_parent(path), name) in _STACKS and isinstance(node.get(name), Mapping)]
     return names[0] if names else None
 
 
-def _side(path):
-    """``"encoder"`` or ``"decoder"``, which an encoder alone, without a path, is too."""
+def _parent(path):
+    """The last name of a path; ``"encoder"`` without one, as of an encoder alone."""
     return _name(path[-1]) if path else "encoder"
 
 

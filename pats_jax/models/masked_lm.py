@@ -1,4 +1,4 @@
-"""The masked-language-model head of BERT and RoBERTa checkpoints: its parameters and its logits.
+"""The masked-language-model head of checkpoints: its parameters and its logits.
 
 References:
   Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,30 +17,11 @@ from jax.typing import ArrayLike
 
 from pats_jax.errors import InputError
 from pats_jax.models import convert, weights
-from pats_jax.models.bert import ACTIVATION_FUNCTIONS, LayerNorm
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import Parameters
+from pats_jax.models.encoders.encoder import MaskedLanguageModel
+from pats_jax.models.encoders.table import encoder_of
 from pats_jax.models.sources import checkpoint_folder
-
-
-class MaskedLanguageModelHead(nn.Module):
-    """A dense layer with activation and LayerNorm, and a decoder tied to the word embeddings, with its own bias.
-
-    The formula is that of `mlm_logits`.
-    """
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, hidden: Array, word_embeddings: Array) -> Array:
-        config, dtype = self.config, hidden.dtype
-        # RoBERTa's head takes the exact GELU whatever hidden_act is
-        activation = ACTIVATION_FUNCTIONS["gelu" if config.is_roberta else config.hidden_act]
-        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        hidden = activation(nn.Dense(config.hidden_size, dtype=dtype, name="dense")(hidden))
-        hidden = LayerNorm(config, dtype, name="LayerNorm")(hidden)
-        words = word_embeddings.astype(dtype)
-        return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias
 
 
 def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: str | None = None) -> Parameters:
@@ -66,17 +46,19 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
     source = str(folder)
     files = weights.tensor_files(folder)
     own_names = convert.by_canonical_name(files, config, source=source)
-    shapes = _parameter_shapes(config)
-    in_checkpoint = {path: _checkpoint_path(path, config) for path in shapes}
+    masked_lm = _masked_lm(config, source)
+    shapes = _parameter_shapes(masked_lm, config)
+    in_checkpoint = {path: masked_lm.checkpoint_path(path) for path in shapes}
     names = {path: convert.tensor_name(there) for path, there in in_checkpoint.items()}
     missing = [name for name in names.values() if name not in own_names]
     if len(missing) == len(names):
         raise InputError(
-            f"{source}: the checkpoint has no masked-language-model head ({_prefix(config)}); use the head pair instead"
+            f"{source}: the checkpoint has no masked-language-model head ({min(names.values())}); use the head pair "
+            "instead"
         )
     if missing:
         raise InputError(f"{source}: the masked-language-model head is incomplete: it lacks {', '.join(missing)}")
-    _check_tied(files, own_names, config, source)
+    _check_tied(files, own_names, config, masked_lm, source)
     tensors = weights.read_tensors({own_names[name]: files[own_names[name]] for name in names.values()})
     loaded = {
         path: convert.to_parameter(there, shapes[path], tensors[own_names[names[path]]], source=source)
@@ -99,8 +81,7 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
       config: the config of the encoder.
       hidden: the last of the hidden states of a model with ``first_token_only=False``, (..., hidden): at all tokens or,
         which is cheaper, only at the masked ones.
-      word_embeddings: the encoder's, (vocab_size, hidden):
-        ``params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]``.
+      word_embeddings: the encoder's, (vocab_size, embedding_size): ``config.word_embeddings(params)``.
 
     Returns:
       Logits, float32 (..., vocab_size).
@@ -109,47 +90,58 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
       ValueError: if the shape of the word embeddings does not match the config.
     """
     words = jnp.asarray(word_embeddings)
-    if words.shape != (config.vocab_size, config.hidden_size):
+    if words.shape != (config.vocab_size, config.embedding_size):
         raise ValueError(
-            f"word_embeddings have shape {words.shape}; the config says {(config.vocab_size, config.hidden_size)}"
+            f"word_embeddings have shape {words.shape}; the config says {(config.vocab_size, config.embedding_size)}"
         )
-    logits = MaskedLanguageModelHead(config).apply({"params": head}, jnp.asarray(hidden), words)
+    logits = _masked_lm(config, "config").head(config).apply({"params": head}, jnp.asarray(hidden), words)
     assert isinstance(logits, Array)
     return logits
 
 
-def _parameter_shapes(config: EncoderConfig) -> dict[convert.ParameterPath, tuple[int, ...]]:
+def _masked_lm(config: EncoderConfig, source: str) -> MaskedLanguageModel:
+    """The masked-language-model head of a config's family.
+
+    Raises:
+      InputError: if it has none.
+    """
+    found = encoder_of(config).masked_lm
+    if found is None:
+        raise InputError(f"{source}: a {config.model_type} model has no masked-language-model head")
+    return found
+
+
+def _parameter_shapes(
+    masked_lm: MaskedLanguageModel, config: EncoderConfig
+) -> dict[convert.ParameterPath, tuple[int, ...]]:
     """The shape of each of the head's parameters by its path; computes nothing."""
-    hidden, words = jnp.zeros((1, config.hidden_size)), jnp.zeros((1, config.hidden_size))
-    tree = jax.eval_shape(lambda: MaskedLanguageModelHead(config).init(jax.random.key(0), hidden, words))["params"]
+    hidden, words = jnp.zeros((1, config.hidden_size)), jnp.zeros((1, config.embedding_size))
+    head = masked_lm.head(config)
+    tree = jax.eval_shape(lambda: head.init(jax.random.key(0), hidden, words))["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
 
 
-def _prefix(config: EncoderConfig) -> str:
-    """The first part of the names of the head's tensors."""
-    return "lm_head" if config.is_roberta else "cls.predictions"
-
-
-def _checkpoint_path(path: convert.ParameterPath, config: EncoderConfig) -> convert.ParameterPath:
-    """The path of one of the head's parameters in a checkpoint."""
-    if config.is_roberta:
-        return ("lm_head", *("layer_norm" if part == "LayerNorm" else part for part in path))
-    return ("cls", "predictions", *(path if path == ("bias",) else ("transform", *path)))
-
-
-def _check_tied(files: Mapping[str, Path], own_names: Mapping[str, str], config: EncoderConfig, source: str) -> None:
+def _check_tied(
+    files: Mapping[str, Path],
+    own_names: Mapping[str, str],
+    config: EncoderConfig,
+    masked_lm: MaskedLanguageModel,
+    source: str,
+) -> None:
     """Raises InputError if the decoder's own matrix or bias, which some checkpoints hold, differs from the tied one."""
-    prefix = _prefix(config)
+    decoder = masked_lm.decoder_path
+    words = (config.base_prefix, *config.words_path, "embedding")
     twins = {
-        f"{prefix}.decoder.weight": f"{config.base_prefix}.embeddings.word_embeddings.weight",
-        f"{prefix}.decoder.bias": f"{prefix}.bias",
+        (*decoder, "kernel"): words,
+        (*decoder, "bias"): masked_lm.checkpoint_path(("bias",)),
     }
-    for decoder, twin in twins.items():
-        if decoder not in own_names or twin not in own_names:
+    for path, twin_path in twins.items():
+        own, twin = convert.tensor_name(path), convert.tensor_name(twin_path)
+        if own == twin or own not in own_names or twin not in own_names:
             continue
-        pair = (own_names[decoder], own_names[twin])
+        pair = (own_names[own], own_names[twin])
         tensors = weights.read_tensors({name: files[name] for name in pair})
         if not np.array_equal(tensors[pair[0]], tensors[pair[1]]):
             raise InputError(
-                f"{source}: tensor {decoder} differs from {twin}; only heads tied to the word embeddings are supported"
+                f"{source}: tensor {own} differs from {twin}; only heads tied to the word embeddings are supported"
             )

@@ -18,18 +18,22 @@ from jax.typing import DTypeLike
 from pats_jax.core.files import write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, seq2seq, weights
-from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.config import MULTI_LABEL, EncoderConfig, default_labels
 from pats_jax.models.convert import Parameters
+from pats_jax.models.encoders.table import read_encoder_config
 from pats_jax.models.generation_config import GENERATION_FILE, GenerationConfig
 from pats_jax.models.labels import is_nameless, match_labels
+from pats_jax.models.layers import STACKED
 from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
+from pats_jax.models.sequence_classifier import SequenceClassifier
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.models.whole_folder import new_folder
 from pats_jax.random import as_key
 
 logger = logging.getLogger(__name__)
+
+_CONSTANTS = {"bias": 0, "scale": 1}  # what these leaves start with
 
 
 def from_pretrained(
@@ -53,11 +57,12 @@ def from_pretrained(
     attention: str = "einsum",
     revision: str | None = None,
 ) -> tuple[SequenceClassifier, Parameters, EncoderConfig]:
-    """Loads a BERT or RoBERTa checkpoint as a sequence classifier or regressor.
+    """Loads an encoder's checkpoint as a sequence classifier or regressor.
 
     The checkpoint's own classification head is kept if it has one; otherwise a new head is drawn (kernels normal with
-    the config's ``initializer_range``, biases zero) and reported in the log, as is BERT's pooler if the checkpoint has
-    none. Any other missing tensor is an error. The log lists unused tensors.
+    the config's ``initializer_range``, biases zero, norms one) and reported in the log, as is BERT's pooler if the
+    checkpoint has none. Parts of the head are kept or drawn one by one: ModernBERT's pretrained ``head``, for example,
+    stays where ``classifier`` is new. Any other missing tensor is an error. The log lists unused tensors.
 
     A head that is kept also keeps its labels. If ``id2label`` has the same names in another order or spelling, the
     returned config still has the head's, and a different order is a warning: number the data's labels by
@@ -70,9 +75,6 @@ def from_pretrained(
       dtype: the dtype of computation. Parameters are always float32.
       key: an int or a typed key, for the initialization of a new head.
       regression: whether the head predicts a score; None means yes if it has one label, as in Transformers.
-      multi_label: whether a text may have several labels: the config's ``problem_type`` is
-        ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
-        as the checkpoint's own head if num_labels is None, else no.
       multi_label: whether a text may have several labels: the config's ``problem_type`` is
         ``multi_label_classification``, and the logistic function of a logit is the probability of its label. None means
         as the checkpoint's own head if num_labels is None, else no.
@@ -103,7 +105,7 @@ def from_pretrained(
       ValueError: if arguments are out of range or contradict each other.
     """
     folder = checkpoint_folder(name_or_dir, revision=revision)
-    config = EncoderConfig.from_folder(folder)
+    config = read_encoder_config(folder)
     files = weights.tensor_files(folder)
     convert.check_sizes(weights.shapes(files), config, source=str(folder))
     own_labels = None if new_head else _head_labels(files, config)
@@ -133,7 +135,8 @@ def from_pretrained(
     _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
     drawn = _draw(matched.new, shapes, key, config.initializer_range) if matched.new else {}
-    params = unflatten_dict(loaded | drawn)
+    fixed = {path: np.ones(shapes[path], np.float32) for path in config.unsaved}
+    params = unflatten_dict(loaded | drawn | fixed)
     if layers == STACKED:
         params = stack_layers(params)
     params = jax.device_put(params, may_alias=False)  # copies, and compiles nothing for it
@@ -189,7 +192,8 @@ def save_pretrained(
     else:
         flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_hidden_layers))
         convert.check_shapes(flat, _parameter_shapes(SequenceClassifier(config)))
-        tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in flat.items()}
+        saved = {path: value for path, value in flat.items() if path not in config.unsaved}
+        tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in saved.items()}
     with new_folder(directory) as made:
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
@@ -224,9 +228,9 @@ def new_layers(
 def lacks_pooler(name_or_dir: str | Path, *, revision: str | None = None) -> bool:
     """Whether a classifier made from a checkpoint starts with a new pooler; reads only file headers."""
     folder = checkpoint_folder(name_or_dir, revision=revision, check_weights=False)
-    config = EncoderConfig.from_folder(folder)
+    config = read_encoder_config(folder)
     names = (convert.canonical_name(name, config) for name in weights.tensor_files(folder))
-    return not config.is_roberta and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
+    return config.has_pooler and not any(name.startswith(f"{config.base_prefix}.pooler.") for name in names)
 
 
 def check_problem_type(config: EncoderConfig, count: int, source: str, multi_label: bool = False) -> None:
@@ -256,8 +260,8 @@ def check_problem_type(config: EncoderConfig, count: int, source: str, multi_lab
 
 def _head_labels(files: Mapping[str, Path], config: EncoderConfig) -> int | None:
     """The number of labels of the checkpoint's own head; None if it has no head."""
-    name = "classifier.out_proj.weight" if config.is_roberta else "classifier.weight"
-    return len(np.atleast_1d(weights.read_tensors({name: files[name]})[name])) if name in files else None
+    name = next((name for name in ("classifier.out_proj.weight", "classifier.weight") if name in files), None)
+    return None if name is None else len(np.atleast_1d(weights.read_tensors({name: files[name]})[name]))
 
 
 def _label_count(own: int | None, asked: int | None, folder: Path) -> int:
@@ -378,11 +382,11 @@ def _draw(
     key: int | jax.Array,
     standard_deviation: float,
 ) -> dict[convert.ParameterPath, np.ndarray]:
-    """New layers: kernels normal with the given standard deviation, biases zero."""
-    kernels = [path for path in paths if path[-1] != "bias"]
+    """New layers: kernels normal with the given standard deviation, biases zero, norms one."""
+    kernels = [path for path in paths if path[-1] not in _CONSTANTS]
     with jax.default_device(_host()):
         values = jax.device_get(_draw_normal(as_key(key), tuple(shapes[path] for path in kernels)))
-    drawn = {path: np.zeros(shapes[path], np.float32) for path in paths}
+    drawn = {path: np.full(shapes[path], _CONSTANTS.get(path[-1], 0), np.float32) for path in paths}
     for path, value in zip(kernels, values, strict=True):
         drawn[path] = np.float32(standard_deviation) * value  # outside of the program, where XLA could round otherwise
     return drawn

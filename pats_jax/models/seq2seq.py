@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bart import Bart
-from pats_jax.models.bert import STACKED
 from pats_jax.models.config import read_config
 from pats_jax.models.convert import ParameterPath, Parameters
+from pats_jax.models.layers import STACKED
 from pats_jax.models.layout import stack_layers, unstack_layers
 from pats_jax.models.seq2seq_config import BartConfig, Seq2SeqConfig, T5Config, config_from_dict
 from pats_jax.models.sources import checkpoint_folder

@@ -19,7 +19,6 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.models.bert import ACTIVATION_FUNCTIONS
 from pats_jax.models.encoder_decoder import (
     Attention,
     Chosen,
@@ -31,6 +30,7 @@ from pats_jax.models.encoder_decoder import (
     embed,
     padding_bias,
 )
+from pats_jax.models.layers import ACTIVATION_FUNCTIONS
 from pats_jax.models.seq2seq_config import T5Config
 
 

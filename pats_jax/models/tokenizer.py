@@ -13,7 +13,8 @@ from typing_extensions import TypedDict
 from pats_jax.core.files import JsonObject, read_json, read_record
 from pats_jax.errors import InputError
 from pats_jax.models import quick_tokenizer
-from pats_jax.models.config import EncoderConfig, read_config
+from pats_jax.models.config import read_config
+from pats_jax.models.encoders.table import read_encoder_config
 from pats_jax.models.sources import checkpoint_folder
 
 # The classes that AutoTokenizer would choose; to import one of them is 3 s quicker than to import AutoTokenizer.
@@ -120,5 +121,5 @@ def _class_and_settings(folder: Path) -> tuple[str, JsonObject]:
     if named is None:
         named = _BY_MODEL_TYPE.get(str(read_config(folder)[0].get("model_type")))
     if named is None:
-        named = _BY_MODEL_TYPE[EncoderConfig.from_folder(folder).model_type]
+        named = _BY_MODEL_TYPE[read_encoder_config(folder).model_type]
     return named.removesuffix("Fast"), settings

@@ -118,7 +118,7 @@ def checkpoint_config(head: str, model: ModelSettings) -> Any:
     name = model.model_name_or_path
     if head in TEXT_HEADS:
         return text_answering.checkpoint_config(name)
-    return models.EncoderConfig.from_folder(models.checkpoint_folder(name, check_weights=False))
+    return models.read_encoder_config(models.checkpoint_folder(name, check_weights=False))
 
 
 def check_tasks(head: str, answered: Sequence[FewShotTask], partition: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pats_jax.data.few_shot import FewShotTask, Sample
 from pats_jax.errors import InputError
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models import read_encoder_config
 from pats_jax.priming import option_scoring
 from pats_jax.priming.few_shot_tuning import TuningStart
 from pats_jax.priming.gym_settings import GymSettings
@@ -54,7 +54,7 @@ def work_of(
     platform: str,
 ) -> Work:
     """The work of tunings: each process compiles the programs of all tasks."""
-    length = min(settings.model.max_seq_length, EncoderConfig.from_folder(folder).max_length)
+    length = min(settings.model.max_seq_length, read_encoder_config(folder).max_length)
 
     @functools.cache
     def costs(is_full: bool) -> ModelCosts:

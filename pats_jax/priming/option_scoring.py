@@ -20,6 +20,7 @@ from pats_jax.data import batches
 from pats_jax.data.few_shot import FewShotTask, Row
 from pats_jax.errors import InputError
 from pats_jax.models import peft
+from pats_jax.models.config import HEAD_PARTS
 from pats_jax.train_state import Batch, LossFn, model_inputs, weighted_mean
 
 # Sizes of a batch are rounded up to one of these doubled some times (lengths also to 3/2 of one), so that few shapes
@@ -129,7 +130,7 @@ class MaskedLanguageModelHead(Head):
         flat = {name: x.reshape(-1, x.shape[2]) for name, x in batch.items() if x.ndim == 3}
         hidden = _last_states(model, params, model_inputs(flat), key)
         hidden = jnp.take_along_axis(hidden, flat["target_places"][:, :, None], axis=1)
-        table = params[model.config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]
+        table = model.config.word_embeddings(params)
         logits = models.mlm_logits(params["mlm"], model.config, hidden, table)
         found = -optax.softmax_cross_entropy_with_integer_labels(logits, flat["target_ids"])
         mask = flat["target_mask"].astype(jnp.float32)
@@ -206,7 +207,7 @@ def load_scorer(
         name_or_dir, **{"num_labels": labels, "key": key, "new_head": unused} | options
     )
     if config is not None:
-        if "pooler" in get_head(head).trains and not model.config.is_roberta:
+        if "pooler" in get_head(head).trains and model.config.has_pooler:
             config = dataclasses.replace(config, train_pooler=True)
         model, params = peft.add_peft(model, params, config, key=key)
     if adapter is not None:
@@ -245,8 +246,10 @@ def trainable_mask(params: Any, trained: str, head: str) -> Any:
         names = [entry.key for entry in path]
         if names[0] in ("peft", "mlm"):
             return names[0] == "peft" and "pe" in parts
-        if names[0] == "classifier" or names[1] == "pooler":
-            return (names[1] if names[0] != "classifier" else names[0]) in own
+        if names[0] in HEAD_PARTS:
+            return "classifier" in own
+        if names[1] == "pooler":
+            return "pooler" in own
         return "plm" in parts
 
     return jax.tree_util.tree_map_with_path(is_trained, params)

@@ -395,7 +395,7 @@ def _with_dropout_of(settings, config):
     if settings.upstream.head in TEXT_HEADS:
         own = text_answering.checkpoint_config(name_or_dir)
         return dataclasses.replace(config, **{name: getattr(own, name) for name in own.rates})
-    own = models.EncoderConfig.from_folder(models.checkpoint_folder(name_or_dir))
+    own = models.read_encoder_config(models.checkpoint_folder(name_or_dir))
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
     return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
 

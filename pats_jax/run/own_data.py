@@ -43,7 +43,7 @@ def load(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, re
             splits |= hold_out(train, settings.data, settings.seed, true_labels(train) if stratified else None)
         train = splits["train"]
         return tasks.own_task(train.label_names, is_multi_label=train.is_multi_label), splits
-    config = models.EncoderConfig.from_folder(models.checkpoint_folder(settings.model.model_name_or_path))
+    config = models.read_encoder_config(models.checkpoint_folder(settings.model.model_name_or_path))
     of_head = tuple(config.id2label.values())
     for name in of_head:
         check_characters(name, f"{settings.model.model_name_or_path}: a name in id2label")

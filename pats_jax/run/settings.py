@@ -11,7 +11,7 @@ from pats_jax.core.settings import SEED, About, Choice, Composed, Entry, Flat, G
 from pats_jax.data.settings import DataSettings, OwnData
 from pats_jax.errors import InputError
 from pats_jax.methods.method import Method
-from pats_jax.methods.paths import ENCODERS_MATRICES, MATRICES
+from pats_jax.methods.paths import EARLIER_MATRICES, MATRICES
 from pats_jax.methods.settings import OptimizerSettings
 from pats_jax.methods.table import METHOD_CHOICE, joined_names
 from pats_jax.models import peft
@@ -131,8 +131,8 @@ class TunedModel(Composed):
 
     @classmethod
     def renamed(cls, saved: Flat) -> Flat:
-        """The current names: before there were decoders, the noise was on ``encoder.layer`` by default."""
-        return saved | {"noise_layers": MATRICES} if saved.get("noise_layers") == ENCODERS_MATRICES else saved
+        """The current names: the noise's default parameters were written otherwise before there were more models."""
+        return saved | {"noise_layers": MATRICES} if saved.get("noise_layers") in EARLIER_MATRICES else saved
 
     def with_layers(
         self, layers: Literal["separate", "stacked"], unroll: int, adapter: "peft.PeftConfig | None"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pats_jax.models.bert import Layout
+from pats_jax.models.layers import Layout
 from pats_jax.models.layout import has_stacked_layers, layer_number, names_in_other_layout
 from pats_jax.train_state import parameter_name
 

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pats_jax.errors import InputError
-from pats_jax.models.bert import Layout
+from pats_jax.models.layers import Layout
 from pats_jax.models.layout import is_stacked
 from pats_jax.train_state import Batch, Metrics, TrainState
 

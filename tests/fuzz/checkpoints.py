@@ -14,8 +14,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from pats_jax.data import batches, readers
-from pats_jax.models import from_pretrained, load_tokenizer, peft
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models import from_pretrained, load_tokenizer, peft, read_encoder_config
 
 from .inputs import REFUSED, UNKNOWN, Expected, Input, Reader, must
 from .mutate import damage_one
@@ -184,7 +183,7 @@ def draw_config(rng: random.Random) -> Input:
 
 def read_config(folder: Path, given: Input) -> Any:
     """What is accepted must be fit to build a model of."""
-    config = EncoderConfig.from_folder(folder)
+    config = read_encoder_config(folder)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         value = getattr(config, name)
         must(type(value) is int and value > 0, f"{name} is {value!r}")

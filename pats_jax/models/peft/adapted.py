@@ -7,9 +7,10 @@ from typing import Any, ClassVar, TypeAlias
 import flax.linen as nn
 
 from pats_jax.models.bart import Bart
-from pats_jax.models.bert import STACKED, SequenceClassifier
 from pats_jax.models.encoder_decoder import EncoderDecoder
+from pats_jax.models.layers import STACKED
 from pats_jax.models.peft.config import COLLECTION, PeftConfig
+from pats_jax.models.sequence_classifier import SequenceClassifier
 from pats_jax.models.t5 import T5
 
 

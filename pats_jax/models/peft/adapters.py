@@ -31,15 +31,13 @@ import jax.numpy as jnp
 
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import at_least, setting
-from pats_jax.models import bart, t5
-from pats_jax.models.bert import ResidualOutput
+from pats_jax.models import bart
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import ParameterPath
 from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, own_variable
 from pats_jax.models.peft.saved import CommonFields, FieldRules, ModelConfig, SavedModules
 from pats_jax.models.seq2seq_config import BartConfig, T5Config
 
-_BLOCKS = {"houlsby": (("attention", "output"), ("output",)), "pfeiffer": (("output",),)}
 _BART_PLACES = {"adapt_attention": "attention_adapter", "adapt_output": "output_adapter"}
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "houlsby": functools.partial(jax.nn.gelu, approximate=True),
@@ -110,9 +108,9 @@ class AdapterConfig(PeftConfig):
             return paths, config.d_model
         assert isinstance(config, EncoderConfig)
         paths = [
-            (config.base_prefix, "encoder", "layer", str(number), *block, "adapter")
+            (config.base_prefix, *config.stack_path, str(number), *block, "adapter")
             for number in range(config.num_hidden_layers)
-            for block in _BLOCKS[self.place]
+            for block in config.adapter_blocks[self.place]
         ]
         return paths, config.hidden_size
 
@@ -147,12 +145,11 @@ def _adapter_of(module: nn.Module, method: str) -> Any:
     """The adapter that acts in a method of a module, or None."""
     if isinstance(module, bart.Layer):
         return own_variable(module, _BART_PLACES[method]) if method in _BART_PLACES else None
-    is_place = isinstance(module, ResidualOutput | t5.SelfAttention | t5.FeedForward) and method == "adapt"
-    return own_variable(module, "adapter") if is_place else None
+    return own_variable(module, "adapter") if method == "adapt" else None
 
 
 def _norm_of(module: nn.Module, arguments: tuple[Any, ...]) -> Callable[[jax.Array], jax.Array]:
-    """What normalizes the sum of a block's output and its residual; nothing does in T5."""
+    """What normalizes the sum of a block's output and its residual; nothing does in T5 and ModernBERT."""
     if isinstance(module, bart.Layer):
         return module.final_layer_norm
-    return arguments[2] if isinstance(module, ResidualOutput) else lambda x: x
+    return arguments[2] if len(arguments) > 2 else lambda x: x

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pats_jax.core.files import JsonObject
 from pats_jax.errors import InputError
-from pats_jax.models import bart, bert
+from pats_jax.models import bart, layers
 from pats_jax.models.peft.config import FlatTree, Interceptor, PeftConfig, nodes_with, own_variable
 from pats_jax.models.peft.saved import ModelConfig, SavedModules
 
@@ -50,7 +50,9 @@ class BitFitConfig(PeftConfig):
             y = next_fun(*args, **kwargs)
             layer = context.module
             added = (
-                own_variable(layer, "bitfit") if isinstance(layer, nn.Dense | bert.LayerNorm | bart.LayerNorm) else None
+                own_variable(layer, "bitfit")
+                if isinstance(layer, nn.Dense | layers.LayerNorm | bart.LayerNorm)
+                else None
             )
             return y if added is None else y + added["bias"].astype(y.dtype)
 

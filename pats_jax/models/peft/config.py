@@ -20,6 +20,7 @@ from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert
+from pats_jax.models.config import HEAD_PARTS
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules
@@ -109,7 +110,7 @@ class PeftConfig(abc.ABC):
 
     def trains_whole(self, path: ParameterPath) -> bool:
         """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
-        return path[0] == "classifier" or (self.train_pooler and path[1] == "pooler")
+        return path[0] in HEAD_PARTS or (self.train_pooler and path[1] == "pooler")
 
     def in_training(self, total_steps: int) -> Self:
         """The config of an adapter that is trained for ``total_steps`` steps.

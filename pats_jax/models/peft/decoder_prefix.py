@@ -52,9 +52,9 @@ def variables(matrix: jax.Array, config: Seq2SeqConfig, stacked: bool, leaf: str
     ]
     if stacked:
         leaves = jax.tree.map(lambda *layers: jnp.stack(layers), *by_layer)
-        return _nested((*_stack(config, "decoder"), *_names(config, "decoder")[0], leaf), leaves)
-    layers = {str(number): _nested((*_names(config, "decoder")[0], leaf), own) for number, own in enumerate(by_layer)}
-    return _nested(_stack(config, "decoder"), layers)
+        return nested((*_stack(config, "decoder"), *_names(config, "decoder")[0], leaf), leaves)
+    layers = {str(number): nested((*_names(config, "decoder")[0], leaf), own) for number, own in enumerate(by_layer)}
+    return nested(_stack(config, "decoder"), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,8 @@ def _at(tree: Any, path: ParameterPath) -> Any:
     return tree
 
 
-def _nested(path: ParameterPath, leaf: Any) -> Any:
+def nested(path: ParameterPath, leaf: Any) -> Any:
+    """A tree of dicts with one leaf, or subtree, at a path."""
     for name in reversed(path):
         leaf = {name: leaf}
     return leaf

@@ -19,8 +19,8 @@ from pats_jax.core.files import JsonObject, write_json
 from pats_jax.errors import InputError, shown
 from pats_jax.models import convert, weights
 from pats_jax.models.bart import Bart
-from pats_jax.models.bert import SequenceClassifier
-from pats_jax.models.config import EncoderConfig, read_config
+from pats_jax.models.config import HEAD_PARTS, EncoderConfig, read_config
+from pats_jax.models.encoders.table import read_encoder_config
 from pats_jax.models.peft.adapted import PeftBart, PeftClassifier, PeftModel, PeftT5, PlainModel
 from pats_jax.models.peft.config import FlatTree, PeftConfig
 from pats_jax.models.peft.model import (
@@ -46,6 +46,7 @@ from pats_jax.models.peft.saved import (
 from pats_jax.models.pretrained import check_problem_type, from_pretrained
 from pats_jax.models.seq2seq import from_pretrained_seq2seq
 from pats_jax.models.seq2seq_config import BartConfig, Seq2SeqConfig, T5Config
+from pats_jax.models.sequence_classifier import SequenceClassifier
 from pats_jax.models.sources import checkpoint_folder
 from pats_jax.models.t5 import T5
 from pats_jax.models.whole_folder import new_folder
@@ -85,7 +86,7 @@ def save_peft(
     tensors = config.to_tensors(tree, model.config)
     tensors |= {config.prefix + convert.tensor_name(path): convert.to_tensor(path, x) for path, x in head.items()}
     is_seq2seq = isinstance(model.config, Seq2SeqConfig)
-    parts = ["classifier", "pooler"] if config.train_pooler else ["classifier"]
+    parts = sorted({path[0] if path[0] in HEAD_PARTS else path[1] for path in head})
     values = {
         "peft_type": config.file_type(model.config),
         "task_type": task_of(model.config),
@@ -183,12 +184,12 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     count = _count_labels(folder)
     labels: Mapping[int, str] | None
     if (folder / "config.json").exists():
-        of_head = EncoderConfig.from_folder(folder)
+        of_head = read_encoder_config(folder)
         labels = of_head.id2label
         if len(labels) != count:
             raise InputError(f"{folder / 'config.json'}: has {len(labels)} labels, but the saved head has {count}")
     else:  # PEFT's own: the head is of the kind, and has the labels, that the base model's config says
-        of_head = EncoderConfig.from_folder(base_folder)
+        of_head = read_encoder_config(base_folder)
         labels = of_head.id2label if of_head.num_labels == count else None
     several = of_head.is_multi_label
     check_problem_type(of_head, count, str(folder), several)
@@ -261,10 +262,6 @@ def _is_seq2seq(values: Mapping[str, Any], base_folder: Path) -> bool:
     return read_config(base_folder)[0].get("model_type") in (T5Config.model_type, BartConfig.model_type)
 
 
-def _is_roberta(config: Any) -> bool:
-    return isinstance(config, EncoderConfig) and config.is_roberta
-
-
 def _kind(values: Mapping[str, Any], folder: Path) -> type[PeftConfig]:
     for kind in KINDS.values():
         if values.get("peft_type") in kind.file_types():
@@ -289,8 +286,11 @@ def _read_settings(
     if twice is not None:
         raise InputError(f"{source}: tensor {shown(twice, quoted=False)} appears with and without {kind.prefix}")
     saved_task = task_of(model.config)
-    own, plain = own_shapes(model, params), kind(train_pooler=with_pooler and not _is_roberta(model.config))
+    own, plain = own_shapes(model, params), kind(train_pooler=with_pooler)
     whole = {path: kind.prefix + convert.tensor_name(path) for path in own if plain.trains_whole(path)}
+    # PEFT saves the head's last part alone; the others are then those of the base model.
+    found = {path[:1] for path, name in whole.items() if name in shapes}
+    whole = {path: name for path, name in whole.items() if path[0] not in HEAD_PARTS[1:] or path[:1] in found}
     lacking = next((name for name in whole.values() if name not in shapes), None)
     if lacking:
         raise InputError(

@@ -8,9 +8,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pats_jax import trees
 from pats_jax.errors import InputError
 from pats_jax.models.bart import Bart
-from pats_jax.models.bert import STACKED, SequenceClassifier
-from pats_jax.models.config import EncoderConfig
 from pats_jax.models.convert import Parameters
+from pats_jax.models.layers import STACKED
 from pats_jax.models.layout import side_and_layer, stack_layers, unstack_layers
 from pats_jax.models.peft.adalora import AdaLoraConfig
 from pats_jax.models.peft.adapted import (
@@ -29,7 +28,9 @@ from pats_jax.models.peft.ia3 import Ia3Config
 from pats_jax.models.peft.lora import LoraConfig
 from pats_jax.models.peft.prefix import PrefixConfig
 from pats_jax.models.peft.prompt import PromptConfig
+from pats_jax.models.peft.saved import has_pooler
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
+from pats_jax.models.sequence_classifier import SequenceClassifier
 from pats_jax.models.t5 import T5
 
 _ADVICE = 'load the model with separate layers (layers="separate")'
@@ -83,10 +84,8 @@ def add_peft(
     """
     if "peft" in params:
         raise ValueError("the model already has an adapter; merge or disable it first")
-    if config.train_pooler and isinstance(model.config, Seq2SeqConfig):
-        raise InputError(f"train_pooler: a {model.config.model_type} model has no pooler; omit it")
-    if config.train_pooler and isinstance(model.config, EncoderConfig) and model.config.is_roberta:
-        raise InputError("train_pooler: RoBERTa has no pooler; the corresponding layer is part of the head; omit it")
+    if config.train_pooler and not has_pooler(model.config):
+        raise InputError(f"train_pooler: a {model.config.model_type} model has no pooler outside of its head; omit it")
     drawn = draw(model, params, config, trees.own_key(key, f"peft.{config.kind}"))
     return with_adapter(model, config), {**params, "peft": in_layout(model, drawn)}
 

@@ -10,7 +10,8 @@ are trained directly: the network through which Li and Liang train them (PEFT's 
 PEFT saves the resulting keys and values, so its files load in either case.
 
 **Encoders.** The small tree is one matrix, (length, 2 * layers * hidden): for each virtual token, its key and value in
-layer 0, then in layer 1, and so on. As in PEFT, positions of the text start after the prefix.
+layer 0, then in layer 1, and so on. As in PEFT, position embeddings of the text start after the prefix. Relative and
+rotary positions, which PEFT cannot extend, are those of the text alone, and a prefix has none.
 
 **Encoder-decoders** with ``place="everywhere"``, as in the authors' code for BART: encoder and decoder have prefixes in
 self-attention, and the decoder in cross-attention, too. Positions of the text stay, and T5 adds no relative bias to the
@@ -30,7 +31,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,6 @@ import numpy as np
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import at_least, setting
 from pats_jax.errors import InputError
-from pats_jax.models.bert import Embeddings, Encoder
 from pats_jax.models.convert import Parameters
 from pats_jax.models.peft import decoder_prefix
 from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
@@ -119,21 +118,20 @@ class PrefixConfig(VirtualTokensConfig):
         matrix = tree[EMBEDDINGS[0]].reshape(self.length, config.num_hidden_layers, len(_PARTS), config.hidden_size)
 
         def of_layer(vectors):  # (..., length, parts, hidden)
-            parts = {part: {_PREFIX: vectors[..., number, :]} for number, part in enumerate(_PARTS)}
-            return {"attention": {"self": parts}}
+            parts = {part: vectors[..., number, :] for number, part in enumerate(_PARTS)}
+            return decoder_prefix.nested(config.attention_path, {_PREFIX: parts})
 
         by_layer = matrix.swapaxes(0, 1)
         numbers = range(config.num_hidden_layers)
         layers = of_layer(by_layer) if stacked else {str(number): of_layer(by_layer[number]) for number in numbers}
-        return {config.base_prefix: {"encoder": {"layer": layers}}}
+        return decoder_prefix.nested((config.base_prefix, *config.stack_path), layers)
 
     def interceptor(self, config: ModelConfig, deterministic: bool) -> Interceptor:
         if isinstance(config, Seq2SeqConfig):
             return decoder_prefix.Prefixes(self.length, config, self.place == "decoder", _PREFIX)
 
         def prepend(next_fun, args, kwargs, context):
-            module, method = context.module, context.method_name
-            if isinstance(module, Embeddings) and method == "first_position":
+            if context.method_name == "first_position":
                 (length,) = args
                 if length + self.length > config.max_length:
                     raise ValueError(
@@ -141,15 +139,11 @@ class PrefixConfig(VirtualTokensConfig):
                         f"but the model has {config.max_length} positions"
                     )
                 return next_fun(length) + self.length
-            if isinstance(module, Encoder):
-                hidden, bias = args
-                return next_fun(hidden, jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0))), **kwargs)
-            y = next_fun(*args, **kwargs)
-            vectors = own_variable(module, _PREFIX) if isinstance(module, nn.Dense) else None
-            if vectors is None:
-                return y
-            vectors = jnp.broadcast_to(vectors, (len(y), *vectors.shape)).astype(y.dtype)
-            return jnp.concatenate([vectors, y], axis=1)
+            if context.method_name != "attended_to":
+                return next_fun(*args, **kwargs)
+            prefix = own_variable(context.module, _PREFIX)
+            key, value = (_before(prefix[part], own) for part, own in zip(_PARTS, args, strict=True))
+            return next_fun(key, value)
 
         return prepend
 
@@ -187,3 +181,9 @@ class PrefixConfig(VirtualTokensConfig):
             return super().from_tensors(tensors, config)
         start = f"{self.prefix}model."
         return {tuple(name.removeprefix(start).split(".")): x for name, x in tensors.items()}
+
+
+def _before(vectors: jax.Array, tokens: jax.Array) -> jax.Array:
+    """A prefix (length, heads * width) before keys or values (batch, tokens, heads, width)."""
+    own = vectors.reshape(len(vectors), *tokens.shape[2:]).astype(tokens.dtype)
+    return jnp.concatenate([jnp.broadcast_to(own, (len(tokens), *own.shape)), tokens], axis=1)

@@ -26,12 +26,12 @@ import numpy as np
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import at_least, setting
 from pats_jax.models import bart, t5
-from pats_jax.models.bert import SequenceClassifier
 from pats_jax.models.encoder_decoder import EncoderDecoder
 from pats_jax.models.peft.config import FlatTree, Interceptor, own_variable
 from pats_jax.models.peft.saved import ModelConfig
 from pats_jax.models.peft.virtual_tokens import EMBEDDINGS, VirtualTokensConfig
 from pats_jax.models.seq2seq_config import BartConfig, Seq2SeqConfig, T5Config
+from pats_jax.models.sequence_classifier import SequenceClassifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def _words(config: ModelConfig) -> tuple[str, ...]:
     """The path of the table of words."""
     if isinstance(config, Seq2SeqConfig):
         return ("shared", "embedding") if isinstance(config, T5Config) else ("model", "shared", "embedding")
-    return (config.base_prefix, "embeddings", "word_embeddings", "embedding")
+    return (config.base_prefix, *config.words_path, "embedding")
 
 
 def _prepended(vectors: jax.Array, words: jax.Array) -> jax.Array:

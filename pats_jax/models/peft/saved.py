@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from pats_jax.core.files import JsonObject, parse_json, parse_record, read_bytes
 from pats_jax.errors import InputError, shown
-from pats_jax.models.config import EncoderConfig
+from pats_jax.models.config import HEAD_PARTS, EncoderConfig
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
 
@@ -48,8 +48,8 @@ class TargetFields(CommonFields, total=False):
 # Fields of every kind that change nothing: whether training continues, and the classes that built the base model.
 _WITHOUT_EFFECT = ("inference_mode", "auto_mapping")
 _LM_HEAD = "lm_head"  # T5's, which PEFT does not count among all linear layers
-# Parts that modules_to_save may name: the head under PEFT's two names for it, and BERT's pooler.
-_HEAD_NAMES, _POOLER_NAME = ("classifier", "score"), "pooler"
+# Parts that modules_to_save may name: the parts of heads, PEFT's other name for the last of them, and BERT's pooler.
+_HEAD_NAMES, _POOLER_NAME = (*HEAD_PARTS, "score"), "pooler"
 
 
 class FieldRules(NamedTuple):
@@ -244,7 +244,12 @@ def saves_pooler(values: Mapping[str, Any], model: ModelConfig, folder: Path) ->
         return False
     if task is None and _HEAD_NAMES[0] not in parts:
         raise InputError(f"{source}: task_type is null and modules_to_save names no head; save a {own} adapter")
-    others = [name for name in parts if name not in (*_HEAD_NAMES, _POOLER_NAME)]
+    others = [name for name in parts if name not in _HEAD_NAMES]
     if others:
         raise InputError(f"{source}: modules_to_save names {shown(others[0])}; only head and pooler are supported")
-    return _POOLER_NAME in parts
+    return _POOLER_NAME in parts and has_pooler(model)
+
+
+def has_pooler(model: ModelConfig) -> bool:
+    """Whether a model has a pooler that is not of its head, as BERT has."""
+    return isinstance(model, EncoderConfig) and model.has_pooler

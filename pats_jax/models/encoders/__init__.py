@@ -1,0 +1,1 @@
+"""The encoders, one file per family; `table` lists them."""
