@@ -365,7 +365,7 @@ def test_default_layers_are_pefts():
         ({"init_r": 4}, "adalora_target_r 8: must be at most adalora_init_r 4"),
         ({"total_step": 9, "tinit": 4, "tfinal": 5}, "adalora_tinit 4, adalora_tfinal 5: leave none of 9 steps"),
         ({"beta1": 1.0}, r"adalora_beta1 1.0: must be in \(0, 1\)"),
-        ({"delta_t": 0}, "adalora_deltaT 0: must be at least 1"),
+        ({"delta_t": 0}, "adalora_delta_t 0: must be at least 1"),
         ({"orth_reg_weight": -0.5}, "adalora_orth_reg_weight -0.5: must be at least 0"),
     ],
 )

@@ -49,6 +49,7 @@ _RANK_AXES = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # in PEFT's tensors: A (r,
 _DEFAULT_TARGETS = {  # PEFT's
     "bert": ("query", "value"),
     "roberta": ("query", "key", "value", "dense"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
     "t5": ("q", "k", "v", "o", "wi", "wo"),
     "bart": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 }
@@ -109,7 +110,7 @@ class AdaLoraConfig(PeftConfig):
     target_r: int = setting(8, "AdaLoRA: mean rank in the end", at_least(1, 65_536), flag="adalora_target_r")
     tinit: int = setting(0, "AdaLoRA: number of first steps without allocation", at_least(0), flag="adalora_tinit")
     tfinal: int = setting(0, "AdaLoRA: number of last steps with the ranks fixed", at_least(0), flag="adalora_tfinal")
-    delta_t: int = setting(1, "AdaLoRA: steps between allocations", at_least(1), flag="adalora_deltaT")
+    delta_t: int = setting(1, "AdaLoRA: steps between allocations", at_least(1), flag="adalora_delta_t")
     beta1: float = setting(0.85, "AdaLoRA: decay rate of the average of sensitivity", _DECAY, flag="adalora_beta1")
     beta2: float = setting(0.85, "AdaLoRA: decay rate of the average of uncertainty", _DECAY, flag="adalora_beta2")
     orth_reg_weight: float = setting(
