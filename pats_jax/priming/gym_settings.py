@@ -28,7 +28,7 @@ from pats_jax.training.settings import (
 LEARNING_RATES = {
     "full": 5e-5,
     "lora": 1e-3,
-    "adalora": 1e-3,
+    "adalora": 1e-2,
     "adapters": 1e-3,
     "bitfit": 1e-3,
     "ia3": 1e-2,
