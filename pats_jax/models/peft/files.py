@@ -1,8 +1,8 @@
 """Saved adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, in the layout of the library PEFT.
 
-LoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and a classifier's whole head, with the
-tensor names of the base model in Transformers. What PEFT lacks is saved in the same way, with ``peft_type`` values of
-our own: BitFit, bottleneck adapters, and prefixes in every attention of an encoder-decoder.
+LoRA, AdaLoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and a classifier's whole head,
+with the tensor names of the base model in Transformers. What PEFT lacks is saved in the same way, with ``peft_type``
+values of our own: BitFit, bottleneck adapters, and prefixes in every attention of an encoder-decoder.
 """
 
 import dataclasses
