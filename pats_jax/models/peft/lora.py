@@ -93,7 +93,9 @@ class LoraConfig(PeftConfig):
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
     layers: str = setting(
-        r"\.(query|value|q|v|q_proj|v_proj)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
+        r"\.(query|value|q|v|q_proj|v_proj|q_lin|v_lin)$",
+        "LoRA: regex of the linear layers to adapt",
+        flag="lora_layers",
     )
     rank_stabilized: bool = setting(
         False, "LoRA: scale the update by alpha / sqrt(rank) instead (rsLoRA)", flag="lora_rank_stabilized"
