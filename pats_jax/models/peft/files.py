@@ -358,7 +358,8 @@ def _count_labels(folder: Path) -> int:
       InputError: if the file has no head, or a damaged one.
     """
     path = folder / WEIGHTS_FILE
-    heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
+    endings = (".classifier.weight", ".classifier.out_proj.weight")  # "pre_classifier" is not the head's last part
+    heads = [name for name in weights.names(path) if f".{name}".endswith(endings)]
     if not heads:
         raise InputError(f"{path}: has no head; save a SEQ_CLS adapter")
     shape = weights.shapes({heads[0]: path})[heads[0]]
