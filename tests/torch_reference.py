@@ -36,10 +36,10 @@ _TINY_KINDS = {
 KINDS = tuple(_TINY_KINDS)
 
 
-def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
+def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification", **changes):
     """A model, a classifier if not told, with all parameters random (LayerNorm's too) and large enough to be felt."""
     prefix, options = _TINY_KINDS[kind]
-    config = getattr(transformers, f"{prefix}Config")(**_TINY, **options)
+    config = getattr(transformers, f"{prefix}Config")(**_TINY | options | changes)
     model = getattr(transformers, f"{prefix}For{task}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

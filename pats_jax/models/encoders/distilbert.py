@@ -1,8 +1,8 @@
 """DistilBERT: BERT without token types and pooler, with half its layers.
 
 Modules are named after the Hugging Face tensors: ``params["distilbert"]["transformer"]["layer"]["0"]["attention"]
-["q_lin"]["kernel"]``. The model takes no token types and ignores those that a tokenizer gives, as Transformers'
-tokenizer of DistilBERT gives none.
+["q_lin"]["kernel"]``. The model has no token types; it accepts and ignores those that a tokenizer gives, as
+Transformers' model does.
 
 References:
   Sanh et al. 2019, DistilBERT, a distilled version of BERT (arXiv:1910.01108).

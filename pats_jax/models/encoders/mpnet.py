@@ -2,8 +2,8 @@
 
 Modules are named after the Hugging Face tensors: ``params["mpnet"]["encoder"]["layer"]["0"]["attention"]["attn"]
 ["q"]["kernel"]``. One table of relative positions, ``params["mpnet"]["encoder"]["relative_attention_bias"]``, serves
-all layers. The model takes no token types and ignores those that a tokenizer gives, as Transformers' tokenizer of MPNet
-gives none.
+all layers. The model has no token types; it accepts and ignores those that a tokenizer gives, as Transformers' model
+does.
 
 References:
   Song et al. 2020, MPNet: Masked and Permuted Pre-training for Language Understanding (arXiv:2004.09297).
