@@ -1,9 +1,9 @@
 """A tokenizer that needs only the ``tokenizers`` package, not Transformers, which takes seconds to import.
 
-Transformers builds its tokenizers of BERT and RoBERTa from the vocabulary and settings in a folder, and uses only a
-part of ``tokenizer.json``. `load` therefore accepts a folder only if every part of its ``tokenizer.json`` is what
-Transformers would build, so both give the same ids. Transformers loads all other folders, see
-`pats_jax.models.load_tokenizer`.
+Transformers builds its tokenizers of BERT, DistilBERT, MPNet and RoBERTa from the vocabulary and settings in a folder,
+and uses only a part of ``tokenizer.json``. `load` therefore accepts a folder only if every part of its
+``tokenizer.json`` is what Transformers would build, so both give the same ids. Transformers loads all other folders,
+see `pats_jax.models.load_tokenizer`.
 """
 
 import copy
