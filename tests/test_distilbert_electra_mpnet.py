@@ -291,3 +291,27 @@ def test_the_forward_pass_with_an_adapter_is_the_formula_and_files_hold_it(name,
     stacked, stacked_params, *_ = load(kind, layers="stacked")
     model, params = peft.load_peft(tmp_path, stacked, stacked_params)
     np.testing.assert_allclose(logits_of(model, params, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("is_in_base", (True, False))
+def test_the_first_part_of_distilberts_head_is_the_base_models_if_the_adapter_lacks_it(is_in_base, tmp_path):
+    """PEFT saves the second part alone, unless it is told to save both. One that was drawn anew is then lost."""
+    stored = load_file(FIXTURES / "distilbert" / "model.safetensors")
+    kept = {name: x for name, x in stored.items() if is_in_base or not name.startswith("pre_classifier.")}
+    (tmp_path / "base").mkdir()
+    base, base_params, _ = from_pretrained(write_as(tmp_path / "base", "distilbert", kept), num_labels=3)
+    model, params = peft.add_peft(base, base_params, peft.LoraConfig(), key=0)
+    folder, name = tmp_path / "adapter", str(tmp_path / "base")
+    peft.save_peft(folder, model=model, params=params, base_model_name_or_path=name)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    fewer = {name: x for name, x in tensors.items() if "pre_classifier" not in name}
+    assert len(fewer) == len(tensors) - 2
+    save_file(fewer, folder / "adapter_model.safetensors")
+    if not is_in_base:
+        with pytest.raises(
+            InputError, match=r"lacks pre_classifier, .*; train again with modules_to_save=\['pre_class"
+        ):
+            peft.load_peft_model(folder)
+        return
+    _, loaded, _ = peft.load_peft_model(folder)
+    np.testing.assert_array_equal(loaded["pre_classifier"]["kernel"].T, stored["pre_classifier.weight"])
