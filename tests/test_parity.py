@@ -2,6 +2,8 @@
 
 import json
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from model_parity import assert_agrees, logits_of
@@ -44,6 +46,42 @@ def test_tiny_models(kind, tmp_path):
 
     expected = torch_reference.reference(reference, batch)
     assert_agrees(expected, model, params, batch, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+
+RATES = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.3}
+RATES_OF = {
+    "distilbert": {"dropout": 0.1, "attention_dropout": 0.2, "seq_classif_dropout": 0.3},
+    "mpnet": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2},
+}
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta", "distilbert", "electra", "mpnet"))
+def test_dropout_is_where_torchs_is(kind, tmp_path, monkeypatch):
+    """In the same order, with the same rates, on arrays of the same shapes."""
+    reference = torch_reference.tiny_model(kind, **RATES_OF.get(kind, RATES))
+    reference.save_pretrained(tmp_path)
+    reference.set_attn_implementation("eager")
+    batch = torch_reference.padded_batch(reference.config)
+    theirs, ours = [], []
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        theirs.append((p, tuple(x.shape)))
+        return x
+
+    def record(next_fun, args, kwargs, context):
+        if not isinstance(context.module, nn.Dropout):
+            return next_fun(*args, **kwargs)
+        ours.append((context.module.rate, args[0].shape))
+        return args[0]
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    torch_reference.forward(reference.train(), batch)
+    model, params, _ = from_pretrained(tmp_path, num_labels=3)
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    with nn.intercept_methods(record):
+        whole = model.clone(first_token_only=False)
+        whole.apply({"params": params}, **inputs, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert ours == theirs and len(ours) >= 6
 
 
 @pytest.mark.parametrize("kind", ("distilbert", "mpnet"))
