@@ -142,7 +142,7 @@ def batch_for(name):
         batch = torch_reference.tokenised(load_tokenizer(checkpoint_folder(MINILM)))
     else:
         batch = torch_reference.padded_batch(torch_reference.tiny_model(name).config)
-        if name == "roberta":  # given embeddings, Transformers counts RoBERTa's positions over padding: none inside
+        if name in ("roberta", "mpnet"):  # given embeddings, Transformers counts positions over padding: none inside
             batch["input_ids"][0, 4], batch["attention_mask"][0, 4] = 9, 1
     return {key: values for key, values in batch.items() if key != "labels"}
 
@@ -310,6 +310,48 @@ def test_the_regulariser_of_adalora_is_pefts(made):
     names = [path_of(n) for n, _ in model.named_parameters() if "lora_A" in n]
     for path, expected in zip(names, gradient, strict=True):
         np.testing.assert_allclose(flatten_dict(grads)[path], expected.numpy().T, rtol=0, atol=1e-5)
+
+
+# What PEFT has no default for: the layers of LoRA and IA3, and of the latter those rescaled at their inputs.
+LAYERS = {
+    "distilbert": (["q_lin", "v_lin"], ["k_lin", "v_lin", "ffn.lin2"], ["ffn.lin2"]),
+    "electra": (None, ["key", "value", "output.dense"], ["output.dense"]),
+    "mpnet": (["q", "v"], ["k", "v", "output.dense"], ["output.dense"]),
+}
+OTHERS = {
+    "lora": lambda name: theirs.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=LAYERS[name][0]),
+    "lora and more": lambda name: theirs.LoraConfig(
+        task_type="SEQ_CLS",
+        r=2,
+        target_modules=LAYERS[name][1],
+        modules_to_save=["pre_classifier"] if name == "distilbert" else None,
+    ),
+    "ia3": lambda name: theirs.IA3Config(
+        task_type="SEQ_CLS", target_modules=LAYERS[name][1], feedforward_modules=LAYERS[name][2]
+    ),
+    "prompt": lambda name: theirs.PromptTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=4, num_attention_heads=2, token_dim=12 if name == "electra" else 16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_the_other_encoders_go_both_ways(kind, name, made, tmp_path):
+    """PEFT saves, we load; we save, PEFT loads: three times the same logits, with the head that PEFT saves or not."""
+    folder = base_folder(name, made)
+    torch.manual_seed(0)
+    model = theirs.get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), OTHERS[kind](name))
+    move(model)
+    model.save_pretrained(tmp_path / "theirs")
+    expected = torch_logits(model, name)
+    loaded, params, _ = peft.load_peft_model(tmp_path / "theirs")
+    np.testing.assert_allclose(logits_of(loaded, params, batch_for(name)), expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2
+    peft.save_peft(tmp_path / "ours", model=loaded, params=params, base_model_name_or_path=str(folder))
+    base = AutoModelForSequenceClassification.from_pretrained(folder)
+    again = theirs.PeftModel.from_pretrained(base, tmp_path / "ours")
+    np.testing.assert_allclose(torch_logits(again, name), expected, rtol=0, atol=1e-5)
 
 
 def changed_base(name, made, start):

@@ -32,12 +32,17 @@ FlatTree = dict[ParameterPath, Any]  # path -> array
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
 _LINEAR_LAYERS = {  # of a layer, by what precedes its number
     **dict.fromkeys(
-        ("bert.encoder.layer", "roberta.encoder.layer"),
+        ("bert.encoder.layer", "roberta.encoder.layer", "electra.encoder.layer"),
         (
             *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
             *("intermediate.dense", "output.dense"),
         ),
     ),
+    "distilbert.transformer.layer": (
+        *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+        *("ffn.lin1", "ffn.lin2"),
+    ),
+    "mpnet.encoder.layer": (*(f"attention.attn.{name}" for name in "qkvo"), "intermediate.dense", "output.dense"),
     **dict.fromkeys(
         ("encoder.block", "decoder.block"),
         (
