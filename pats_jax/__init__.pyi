@@ -1,4 +1,5 @@
 from . import data as data, models as models, random as random
+from .companions.adalora import adalora_allocation as adalora_allocation
 from .companions.child_tuning import (
     child_tuning_d as child_tuning_d,
     child_tuning_f as child_tuning_f,
@@ -32,6 +33,7 @@ from .objectives import (
     r_drop as r_drop,
     smart as smart,
     with_objectives as with_objectives,
+    with_orthogonality as with_orthogonality,
 )
 from .programs.classifier import TextClassifier as TextClassifier, TextRegressor as TextRegressor
 from .train_state import (

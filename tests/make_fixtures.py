@@ -69,8 +69,9 @@ def write_seq2seq(kind: str) -> None:
     np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **texts, **torch_reference.reference(model, batch))
 
 
-WRITERS = {"bert": write_tiny, "roberta": write_tiny, "minilm": lambda _: write_minilm()}
-WRITERS |= {"deberta-v2": write_tiny, "deberta-unshared": write_small_tiny, "deberta-buckets": write_deberta_buckets}
+TINY = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2")
+WRITERS = {**dict.fromkeys(TINY, write_tiny), "minilm": lambda _: write_minilm()}
+WRITERS |= {"deberta-unshared": write_small_tiny, "deberta-buckets": write_deberta_buckets}
 WRITERS |= dict.fromkeys(("t5", "t5-1.1", "bart"), write_seq2seq)
 
 if __name__ == "__main__":

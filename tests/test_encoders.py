@@ -158,7 +158,8 @@ def test_damaged_checkpoints_are_refused(family, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     words = ".".join((config.base_prefix, *config.words_path, "weight"))
     save_file(tensors | {words: tensors[words][:-1]}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=rf"{words} has shape \(39, 16\), but config.json implies \(40, 16\)"):
+    width = config.embedding_size
+    with pytest.raises(InputError, match=rf"{words} has shape \(39, {width}\), but config.json .* \(40, {width}\)"):
         models.from_pretrained(tmp_path)
     last = ".".join((config.base_prefix, *config.stack_path, f"{LAYERS[family] - 1}", ""))
     fewer = {name: x for name, x in tensors.items() if not name.startswith(last)}

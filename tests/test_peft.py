@@ -31,6 +31,7 @@ CONFIGS = {
         rank_pattern=("attention.output.dense=3", r"1\.output\.dense=1"),
         alpha_pattern=("query=2.5",),
     ),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, alpha=40.0, total_step=9),
     "bitfit": peft.BitFitConfig(),
     "ia3": peft.Ia3Config(),
     "adapters": peft.AdapterConfig(size=3),
@@ -38,9 +39,9 @@ CONFIGS = {
     "prompt": peft.PromptConfig(length=3),
     "prefix": peft.PrefixConfig(length=3),
 }
-MERGING = ("lora", "dora", "bitfit", "ia3")
+MERGING = ("lora", "dora", "adalora", "bitfit", "ia3")
 KINDS = pytest.mark.parametrize("name", CONFIGS)
-MORE_KINDS = ("bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
+MORE_KINDS = ("adalora", "bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
 FAMILIES = pytest.mark.parametrize("family", ("bert", pytest.param("roberta", marks=pytest.mark.slow)))
 
 
@@ -334,6 +335,14 @@ PROMPT_HEAD = {name.replace("model.model", "model"): shape for name, shape in HE
             },
         ),
         (
+            peft.AdaLoraConfig(init_r=4, target_r=2, layers=r"0\.attention\.self\.query"),
+            {
+                f"{LAYER}.attention.self.query.lora_A": (4, 16),
+                f"{LAYER}.attention.self.query.lora_B": (16, 4),
+                f"{LAYER}.attention.self.query.lora_E": (4, 1),
+            },
+        ),
+        (
             peft.Ia3Config(output_layers=r"0.*key$", input_layers=r"layer\.0\.output\.dense$"),
             {f"{LAYER}.attention.self.key.ia3_l": (16, 1), f"{LAYER}.output.dense.ia3_l": (1, 32)},
         ),
@@ -369,7 +378,7 @@ def test_modules_of_another_base_model_are_refused(name, tmp_path):
     for changes in ({"hidden_size": 8}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
         other = SequenceClassifier(dataclasses.replace(model.config, **changes))
         shapes = jax.eval_shape(other.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
-        if name in ("lora", "dora", "ia3") and changes == {"num_hidden_layers": 3}:
+        if name in ("lora", "dora", "adalora", "ia3") and changes == {"num_hidden_layers": 3}:
             continue  # any layers may be chosen
         if name == "prompt" and "hidden_size" not in changes:
             continue  # a prompt is before all layers
@@ -482,6 +491,7 @@ def test_settings_that_make_no_sense(make, message):
     "config, expected",
     [
         (peft.LoraConfig(), 2 * 8 * 6 * (384 + 384)),
+        (peft.AdaLoraConfig(), 2 * 6 * 12 * (384 + 384 + 1)),
         (peft.BitFitConfig(), 384 + 6 * (7 * 384 + 1536) + 384),
         (peft.Ia3Config(), 6 * (384 + 384 + 1536)),
         (peft.AdapterConfig(), 2 * 6 * (2 * 384 * 64 + 64 + 384)),

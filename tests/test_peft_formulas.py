@@ -53,6 +53,17 @@ def dora(reference, tree):
     reference.linear = linear
 
 
+def adalora(reference, tree):
+    def linear(name, x):
+        y = reference.plain_linear(name, x)
+        if f"{name}.lora_E.scale" in tree:
+            a, e, b = (tree[f"{name}.{leaf}"] for leaf in ("lora_A.kernel", "lora_E.scale", "lora_B.kernel"))
+            y = y + 40.0 / (3 + 1e-5) * x @ (a @ np.diag(e) @ b)
+        return y
+
+    reference.linear = linear
+
+
 def bitfit(reference, tree):
     for name, added in tree.items():
         reference.tensors[name.replace("bitfit.", "")] += added

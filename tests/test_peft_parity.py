@@ -1,17 +1,20 @@
-"""LoRA, IA3, prompts and prefixes go to the library PEFT with torch and come back: the same logits."""
+"""LoRA, AdaLoRA, IA3, prompts and prefixes go to the library PEFT with torch and come back: the same logits."""
 
 import dataclasses
 import functools
+import json
 import random
 import types
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from model_parity import logits_of
+from safetensors.numpy import load_file
 
 import pats_jax
 from pats_jax.errors import InputError
@@ -56,6 +59,7 @@ OURS = {
         rank_pattern=(r"0\.attention.*=2", "query|key=4", "output.dense=5"),
         alpha_pattern=(r"^.*layer\.1\..*dense=3", "query=7.5"),
     ),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, alpha=40.0, dropout=0.1),
     "ia3": peft.Ia3Config(),
     "prompt": peft.PromptConfig(length=4),
     "prefix": peft.PrefixConfig(length=4),
@@ -84,6 +88,12 @@ THEIRS = {
     "lora that starts gaussian": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="gaussian"),
     "lora that starts orthogonal": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="orthogonal"),
     "lora that starts mica": lambda: theirs.LoraConfig(task_type="SEQ_CLS", init_lora_weights="mica"),
+    "adalora": lambda: theirs.AdaLoraConfig(
+        task_type="SEQ_CLS", init_r=4, lora_alpha=40, total_step=9, use_rslora=True
+    ),
+    "adalora of a layer": lambda: theirs.AdaLoraConfig(
+        task_type="SEQ_CLS", init_r=4, lora_alpha=40, total_step=9, target_modules=["key"], layers_to_transform=[1]
+    ),
     "ia3": lambda: theirs.IA3Config(task_type="SEQ_CLS"),
     "ia3 by a regex": lambda: theirs.IA3Config(
         task_type="SEQ_CLS",
@@ -132,7 +142,7 @@ def batch_for(name):
         batch = torch_reference.tokenised(load_tokenizer(checkpoint_folder(MINILM)))
     else:
         batch = torch_reference.padded_batch(torch_reference.tiny_model(name).config)
-        if name == "roberta":  # given embeddings, Transformers counts RoBERTa's positions over padding: none inside
+        if name in ("roberta", "mpnet"):  # given embeddings, Transformers counts positions over padding: none inside
             batch["input_ids"][0, 4], batch["attention_mask"][0, 4] = 9, 1
     return {key: values for key, values in batch.items() if key != "labels"}
 
@@ -185,6 +195,163 @@ def test_we_load_what_peft_saves(kind, name, made, tmp_path):
     ours = logits_of(loaded, params, batch_for(name))
     np.testing.assert_allclose(ours, torch_logits(model, name), rtol=0, atol=1e-4)
     assert np.abs(ours - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2
+
+
+# AdaLoRA's ranks
+
+
+def adalora(name, made):
+    """PEFT's model, and ours with the same adapter."""
+    torch.manual_seed(0)
+    settings = {"init_r": 6, "target_r": 3, "total_step": 40, "tinit": 5, "tfinal": 7, "deltaT": 3}
+    folder = base_folder(name, made)
+    base = AutoModelForSequenceClassification.from_pretrained(folder)
+    model = theirs.get_peft_model(base, theirs.AdaLoraConfig(task_type="SEQ_CLS", **settings))
+    config = peft.AdaLoraConfig(init_r=6, target_r=3, tinit=5, tfinal=7, delta_t=3, alpha=8.0)
+    ours, params = peft.add_peft(*from_pretrained(folder, num_labels=3)[:2], config, key=0)
+    params = flatten_dict(params)
+    for path, values in adapter_of(model).items():
+        assert params[path].shape == values.shape, "both adapt the same layers"
+        params[path] = values
+    assert len(adapter_of(model)) == sum(path[0] == "peft" for path in params)
+    return model, ours, unflatten_dict(params)
+
+
+def path_of(name):
+    """The path of a tensor of PEFT's adapter among our parameters."""
+    *layer, part, _ = name.removeprefix("base_model.model.").split(".")
+    return ("peft", *layer, part, "scale" if part == "lora_E" else "kernel")
+
+
+def as_ours(name, values):
+    values = values.detach().numpy().copy()
+    return values.reshape(-1) if "lora_E" in name else values.T
+
+
+def adapter_of(model, part=lambda p: p):
+    found = {name: part(p) for name, p in model.named_parameters() if ".lora_" in name}
+    return {path_of(name): as_ours(name, values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("name", ("bert", "roberta"))
+def test_adaloras_ranks_are_those_of_pefts_allocator(name, made, tmp_path):
+    """Over 40 steps of plain gradient descent; the file then holds the ranks."""
+    model, ours, params = adalora(name, made)
+    tx = pats_jax.with_raw_gradient(optax.chain(optax.sgd(0.05), ours.peft.last(40)))
+    small = params["peft"]
+    state, update, counts = tx.init(small), jax.jit(tx.update), []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 41):
+        with torch.no_grad():
+            for tensor, p in model.named_parameters():
+                if ".lora_" in tensor:
+                    p.grad = torch.randn(p.shape, generator=generator)
+        grads = unflatten_dict(adapter_of(model, lambda p: p.grad))["peft"]
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.05 * p.grad
+        model.base_model.update_and_allocate(step)
+        updates, state = update(grads, state, small)
+        small = optax.apply_updates(small, updates)
+        found = flatten_dict({"peft": small})
+        for path, expected in adapter_of(model).items():
+            np.testing.assert_allclose(found[path], expected, rtol=0, atol=1e-5)
+            assert np.array_equal(found[path] == 0, expected == 0), (step, path)
+        counts.append(sum(np.count_nonzero(x) for path, x in found.items() if "lora_E" in path))
+    matrices = sum("lora_E" in path for path in found)
+    assert counts[:5] == [6 * matrices] * 5 and counts[-8:] == [3 * matrices] * 8 and sorted(set(counts))[1:-1]
+
+    params = params | {"peft": small}
+    peft.save_peft(tmp_path / "ours", model=ours, params=params, base_model_name_or_path=str(base_folder(name, made)))
+    model.save_pretrained(tmp_path / "theirs")
+    fields = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert fields[0]["rank_pattern"] == fields[1]["rank_pattern"]
+    tensors = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    for tensor, values in tensors[1].items():
+        np.testing.assert_allclose(tensors[0][tensor], values, rtol=0, atol=1e-5)
+    expected = torch_logits(model, name)
+    np.testing.assert_allclose(logits_of(ours, params, batch_for(name)), expected, rtol=0, atol=1e-4)
+    for who in ("ours", "theirs"):
+        base = AutoModelForSequenceClassification.from_pretrained(base_folder(name, made))
+        again = theirs.PeftModel.from_pretrained(base, tmp_path / who)
+        np.testing.assert_allclose(torch_logits(again, name), expected, rtol=0, atol=1e-4)
+        loaded, back, _ = peft.load_peft_model(tmp_path / who)
+        np.testing.assert_allclose(logits_of(loaded, back, batch_for(name)), expected, rtol=0, atol=1e-4)
+
+
+def test_a_matrix_of_adalora_that_has_lost_all_ranks_is_loaded_by_peft(made, tmp_path):
+    _, ours, params = adalora("bert", made)
+    flat = {
+        path: jnp.where("query" in path, 0.0, 1.0) * jnp.ones_like(x) if "lora_E" in path else x
+        for path, x in flatten_dict(params).items()
+    }
+    params = unflatten_dict(flat)
+    peft.save_peft(tmp_path, model=ours, params=params)
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder("bert", made))
+    loaded = theirs.PeftModel.from_pretrained(base, tmp_path)
+    expected = logits_of(ours, params, batch_for("bert"))
+    np.testing.assert_allclose(torch_logits(loaded, "bert"), expected, rtol=0, atol=1e-4)
+
+
+def test_the_regulariser_of_adalora_is_pefts(made):
+    model, ours, params = adalora("bert", made)
+    batch = batch_for("bert")
+    labels = np.arange(len(batch["input_ids"])) % 3
+    tensors = {key: torch.as_tensor(values) for key, values in batch.items()}
+    theirs_loss = model.eval()(**tensors, labels=torch.as_tensor(labels)).loss
+    gradient = torch.autograd.grad(theirs_loss, [p for n, p in model.named_parameters() if "lora_A" in n])
+    loss_fn = ours.peft.add_to_loss(pats_jax.make_loss_fn(ours.apply, deterministic=True))
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        params, batch | {"labels": labels.astype(np.int32)}, None
+    )
+    np.testing.assert_allclose(loss, theirs_loss.item(), rtol=1e-5)
+    assert metrics["orthogonality"] > 1
+    names = [path_of(n) for n, _ in model.named_parameters() if "lora_A" in n]
+    for path, expected in zip(names, gradient, strict=True):
+        np.testing.assert_allclose(flatten_dict(grads)[path], expected.numpy().T, rtol=0, atol=1e-5)
+
+
+# What PEFT has no default for: the layers of LoRA and IA3, and of the latter those rescaled at their inputs.
+LAYERS = {
+    "distilbert": (["q_lin", "v_lin"], ["k_lin", "v_lin", "ffn.lin2"], ["ffn.lin2"]),
+    "electra": (None, ["key", "value", "output.dense"], ["output.dense"]),
+    "mpnet": (["q", "v"], ["k", "v", "output.dense"], ["output.dense"]),
+}
+OTHERS = {
+    "lora": lambda name: theirs.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=LAYERS[name][0]),
+    "lora and more": lambda name: theirs.LoraConfig(
+        task_type="SEQ_CLS",
+        r=2,
+        target_modules=LAYERS[name][1],
+        modules_to_save=["pre_classifier"] if name == "distilbert" else None,
+    ),
+    "ia3": lambda name: theirs.IA3Config(
+        task_type="SEQ_CLS", target_modules=LAYERS[name][1], feedforward_modules=LAYERS[name][2]
+    ),
+    "prompt": lambda name: theirs.PromptTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=4, num_attention_heads=2, token_dim=12 if name == "electra" else 16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_the_other_encoders_go_both_ways(kind, name, made, tmp_path):
+    """PEFT saves, we load; we save, PEFT loads: three times the same logits, with the head that PEFT saves or not."""
+    folder = base_folder(name, made)
+    torch.manual_seed(0)
+    model = theirs.get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder), OTHERS[kind](name))
+    move(model)
+    model.save_pretrained(tmp_path / "theirs")
+    expected = torch_logits(model, name)
+    loaded, params, _ = peft.load_peft_model(tmp_path / "theirs")
+    np.testing.assert_allclose(logits_of(loaded, params, batch_for(name)), expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - logits_of(*from_pretrained(folder, num_labels=3)[:2], batch_for(name))).max() > 1e-2
+    peft.save_peft(tmp_path / "ours", model=loaded, params=params, base_model_name_or_path=str(folder))
+    base = AutoModelForSequenceClassification.from_pretrained(folder)
+    again = theirs.PeftModel.from_pretrained(base, tmp_path / "ours")
+    np.testing.assert_allclose(torch_logits(again, name), expected, rtol=0, atol=1e-5)
 
 
 def changed_base(name, made, start):
@@ -316,6 +483,7 @@ def test_the_plain_fields_are_the_defaults_of_pefts_classes():
     """A field of a new PEFT with a default that is not null, false or empty would be refused in every file."""
     for kind, make in (
         (peft.LoraConfig, theirs.LoraConfig),
+        (peft.AdaLoraConfig, lambda: theirs.AdaLoraConfig(total_step=9)),
         (peft.Ia3Config, theirs.IA3Config),
         (peft.PromptConfig, theirs.PromptTuningConfig),
         (peft.PrefixConfig, theirs.PrefixTuningConfig),

@@ -60,6 +60,7 @@ METHODS = {
         rank_pattern=("(wo|fc2)=3",),
         alpha_pattern=(r".*\.1\..*(q|q_proj)=5",),
     ),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9),
     "ia3": peft.Ia3Config(),
     "bitfit": peft.BitFitConfig(),
     "adapters": peft.AdapterConfig(size=3),
@@ -148,6 +149,18 @@ def dora(reference, tree, config):
         whole = reference.p[f"{name}.kernel"] + alpha / a.shape[1] * a @ b
         whole = whole / np.linalg.norm(whole, axis=0) * tree[f"{name}.lora_magnitude_vector"]
         return x @ whole + reference.p.get(f"{name}.bias", 0)
+
+    reference.linear = linear
+
+
+def adalora(reference, tree, config):
+    plain = reference.linear
+
+    def linear(name, x):
+        if f"{name}.lora_E.scale" not in tree:
+            return plain(name, x)
+        a, e, b = (tree[f"{name}.{leaf}"] for leaf in ("lora_A.kernel", "lora_E.scale", "lora_B.kernel"))
+        return plain(name, x) + 16.0 / (3 + 1e-5) * x @ a * e @ b
 
     reference.linear = linear
 
@@ -299,7 +312,7 @@ def test_saved_and_loaded_is_the_same(name, kind, tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(params["peft"])
     assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params["peft"])))
     assert loaded.peft.kind == METHODS[name].kind
-    if name not in ("lora", "dora", "ia3"):  # whose regexes are then lists of names
+    if name not in ("lora", "dora", "adalora", "ia3"):  # whose regexes are then lists of names
         assert loaded.peft == METHODS[name]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 

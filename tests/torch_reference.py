@@ -36,6 +36,12 @@ _TINY_KINDS = {
     "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
     "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
+    "distilbert": ("DistilBert", {"hidden_dim": 24, "sinusoidal_pos_embds": True}),  # _TINY's intermediate_size is idle
+    "distilbert-relu": ("DistilBert", {"hidden_dim": 24, "activation": "relu"}),
+    "electra": ("Electra", {"embedding_size": 12}),
+    "electra-base": ("Electra", {"embedding_size": 16, "hidden_act": "gelu_new", "type_vocab_size": 1}),
+    "mpnet": ("MPNet", {"layer_norm_eps": 1e-5}),
+    "mpnet-relu": ("MPNet", {"hidden_act": "relu", "relative_attention_num_buckets": 40}),
     "deberta-v3": ("DebertaV2", {**_DEBERTA, "legacy": False}),
     "deberta-v2": ("DebertaV2", {**_DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-unshared": (
@@ -63,10 +69,10 @@ _TINY_KINDS = {
 KINDS = tuple(_TINY_KINDS)
 
 
-def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
+def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification", **changes):
     """A model, a classifier if not told, with all parameters random (LayerNorm's too) and large enough to be felt."""
     prefix, options = _TINY_KINDS[kind]
-    config = getattr(transformers, f"{prefix}Config")(**_TINY | options)
+    config = getattr(transformers, f"{prefix}Config")(**_TINY | options | changes)
     model = getattr(transformers, f"{prefix}For{task}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -185,7 +191,7 @@ def padded_batch(config, rows: int = 5, length: int = 12, seed: int = 0) -> dict
     mask = np.arange(length)[None] < lengths[:, None]
     mask[0, 4] = False
     ids = random.integers(5, config.vocab_size, (rows, length))
-    is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (config.type_vocab_size > 1)
+    is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (getattr(config, "type_vocab_size", 1) > 1)
     return {
         "input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
         "attention_mask": mask.astype(np.int32),

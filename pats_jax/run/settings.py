@@ -29,7 +29,7 @@ from pats_jax.training.settings import (
     SmoothingSettings,
 )
 
-_WITH_LORA_B: tuple[PeftKind, ...] = ("lora",)  # the adapters that LoRA+ is for
+_WITH_LORA_B: tuple[PeftKind, ...] = ("lora", "adalora")  # the adapters that LoRA+ is for
 
 PEFT_CHOICE = Choice(
     Entry(

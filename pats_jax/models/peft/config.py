@@ -9,11 +9,12 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
@@ -23,6 +24,7 @@ from pats_jax.models.config import HEAD_PARTS
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
 from pats_jax.models.peft.saved import ALL_LINEAR, LM_HEAD, FieldRules, ModelConfig, SavedModules
+from pats_jax.train_state import LossFn
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
@@ -30,12 +32,17 @@ FlatTree = dict[ParameterPath, Any]  # path -> array
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
 _LINEAR_LAYERS = {  # of a layer, by what precedes its number
     **dict.fromkeys(
-        ("bert.encoder.layer", "roberta.encoder.layer"),
+        ("bert.encoder.layer", "roberta.encoder.layer", "electra.encoder.layer"),
         (
             *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
             *("intermediate.dense", "output.dense"),
         ),
     ),
+    "distilbert.transformer.layer": (
+        *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+        *("ffn.lin1", "ffn.lin2"),
+    ),
+    "mpnet.encoder.layer": (*(f"attention.attn.{name}" for name in "qkvo"), "intermediate.dense", "output.dense"),
     "deberta.encoder.layer": (
         *(f"attention.self.{name}_proj" for name in ("query", "key", "value", "pos_key", "pos_query")),
         *("attention.output.dense", "intermediate.dense", "output.dense"),
@@ -75,6 +82,7 @@ class PeftConfig(abc.ABC):
       kept_leaf: the name of the leaves of `kept_while_merged`.
       prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
       saved_fields: how the method treats the fields of ``adapter_config.json``.
+      of_training: fields that say how the adapter is trained, not what it computes.
     """
 
     train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
@@ -87,6 +95,7 @@ class PeftConfig(abc.ABC):
     kept_leaf: ClassVar[str] = ""
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
+    of_training: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         check_fields(self, prefix="")
@@ -118,6 +127,22 @@ class PeftConfig(abc.ABC):
     def trains_whole(self, path: ParameterPath) -> bool:
         """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
         return path[0] in HEAD_PARTS or (self.train_pooler and path[1] == "pooler")
+
+    def in_training(self, total_steps: int) -> Self:
+        """The config of an adapter that is trained for ``total_steps`` steps.
+
+        Raises:
+          InputError: if these are too few for the settings.
+        """
+        return self
+
+    def last(self, total_steps: int) -> optax.GradientTransformation | None:
+        """A transform that runs after the optimizer of a training of ``total_steps`` steps; None: there is none."""
+        return None
+
+    def add_to_loss(self, loss_fn: LossFn) -> LossFn:
+        """The loss of a training, with what the method adds to it."""
+        return loss_fn
 
     @abc.abstractmethod
     def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:

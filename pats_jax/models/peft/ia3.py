@@ -67,12 +67,12 @@ class Ia3Config(PeftConfig):
     """
 
     output_layers: str = setting(
-        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|key_proj|value_proj)$",
+        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|k_lin|v_lin|key_proj|value_proj)$",
         "IA3: regex of linear layers whose outputs are rescaled",
         flag="ia3_output_layers",
     )
     input_layers: str = setting(
-        r"\.(\d+\.output\.dense|wo|fc2)$",
+        r"\.(\d+\.output\.dense|wo|fc2|lin2)$",
         "IA3: regex of linear layers whose inputs are rescaled",
         flag="ia3_input_layers",
     )

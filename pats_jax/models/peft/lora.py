@@ -121,7 +121,7 @@ class LoraConfig(PeftConfig):
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
     layers: str = setting(
-        r"\.(query|value|q|v|q_proj|v_proj|query_proj|value_proj)$",
+        r"\.(query|value|q|v|q_proj|v_proj|q_lin|v_lin|query_proj|value_proj)$",
         "LoRA: regex of the linear layers to adapt, or all-linear: all but the head's",
         flag="lora_layers",
     )

@@ -11,6 +11,7 @@ from pats_jax.models.bart import Bart
 from pats_jax.models.convert import Parameters
 from pats_jax.models.layers import STACKED
 from pats_jax.models.layout import side_and_layer, stack_layers, unstack_layers
+from pats_jax.models.peft.adalora import AdaLoraConfig
 from pats_jax.models.peft.adapted import (
     PeftBart,
     PeftClassifier,
@@ -35,7 +36,8 @@ from pats_jax.models.t5 import T5
 _ADVICE = 'load the model with separate layers (layers="separate")'
 
 KINDS: dict[str, type[PeftConfig]] = {
-    config.kind: config for config in (LoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
+    config.kind: config
+    for config in (LoraConfig, AdaLoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
 }
 
 
