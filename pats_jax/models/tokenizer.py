@@ -23,6 +23,7 @@ _BY_MODEL_TYPE = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "modernbert": "PreTrainedTokenizerFast",
     "t5": "T5Tokenizer",
     "bart": "BartTokenizer",
 }

@@ -1,7 +1,7 @@
 """The settings of ModernBERT, as in a Hugging Face ``config.json``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from pats_jax.core.files import JsonObject
@@ -16,7 +16,7 @@ _SWITCHES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias", "deco
 
 @dataclass(frozen=True)
 class ModernBertConfig(EncoderConfig):
-    """Sizes, rates and labels of ModernBERT.
+    """Sizes, rates and labels of ModernBERT. It has no token types; tokenizers may give them, and nothing reads them.
 
     Attributes:
       embedding_dropout: the rate after the embeddings; ``hidden_dropout_prob`` is that inside feed-forward blocks.
@@ -60,7 +60,6 @@ class ModernBertConfig(EncoderConfig):
     attention_probs_dropout_prob: float = 0.0
     classifier_dropout: float | None = 0.0
     max_position_embeddings: int = 8192
-    type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 50283
     embedding_dropout: float = 0.0
@@ -127,7 +126,9 @@ class ModernBertConfig(EncoderConfig):
             if not isinstance(types, list | tuple):
                 raise InputError(f"{source}: layer_types must be a list, got {shown(types)}")
             rest["layer_types"] = tuple(types)
-        return super().from_dict(rest, source)
+        config = super().from_dict(rest, source)
+        by_number = replace(config, layer_types=())
+        return by_number if by_number.types_of_layers == config.types_of_layers else config
 
     def to_dict(self) -> JsonObject:
         """As `EncoderConfig.to_dict`; Transformers 4 and 5 read the rotary settings under different names."""

@@ -83,7 +83,8 @@ class LoraConfig(PeftConfig):
       alpha: numerator of the branch's scale, alpha / rank.
       dropout: dropout probability on the input of the branch, in [0, 1).
       layers: regex of the linear layers to adapt, over names such as
-        ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model.
+        ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model; ModernBERT has
+        one layer for queries, keys and values.
       rank_stabilized: whether the scale is alpha / sqrt(rank) (rsLoRA).
     """
 
@@ -93,7 +94,7 @@ class LoraConfig(PeftConfig):
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
     layers: str = setting(
-        r"\.(query|value|q|v|q_proj|v_proj)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
+        r"\.(query|value|q|v|q_proj|v_proj|Wqkv)$", "LoRA: regex of the linear layers to adapt", flag="lora_layers"
     )
     rank_stabilized: bool = setting(
         False, "LoRA: scale the update by alpha / sqrt(rank) instead (rsLoRA)", flag="lora_rank_stabilized"
