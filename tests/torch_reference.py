@@ -20,27 +20,63 @@ _TINY = {
     "max_position_embeddings": 24,
     "num_labels": 3,
 }
+# ModernBERT's real settings in small: three layers are local, and texts of more than 16 tokens are computed in blocks.
+_MODERNBERT = {
+    "vocab_size": 48,
+    "hidden_size": 12,
+    "num_hidden_layers": 5,
+    "intermediate_size": 8,
+    "local_attention": 8,
+    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+}
 # RoBERTa's real sizes in small: one token type, positions counted from pad_token_id + 1, eps 1e-5.
 _TINY_KINDS = {
     "bert": ("Bert", {"type_vocab_size": 2, "pad_token_id": 0}),
     "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
     "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
+    "modernbert": ("ModernBert", _MODERNBERT),
+    "modernbert-biases": (
+        "ModernBert",
+        {
+            **_MODERNBERT,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {"rope_theta": 90.0}, "sliding_attention": {"rope_theta": 30.0}},
+            "classifier_pooling": "mean",
+            "hidden_activation": "gelu_new",
+            "classifier_activation": "relu",
+            "norm_eps": 1e-3,
+            **{f"{name}_bias": True for name in ("norm", "attention", "mlp", "classifier")},
+        },
+    ),
+    "modernbert-global": ("ModernBert", {**_MODERNBERT, "layer_types": ["full_attention"] * 5, "decoder_bias": False}),
 }
 KINDS = tuple(_TINY_KINDS)
 
 
-def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification"):
+def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification", **changes):
     """A model, a classifier if not told, with all parameters random (LayerNorm's too) and large enough to be felt."""
     prefix, options = _TINY_KINDS[kind]
-    config = getattr(transformers, f"{prefix}Config")(**_TINY, **options)
+    config = getattr(transformers, f"{prefix}Config")(**_TINY | options | changes)
     model = getattr(transformers, f"{prefix}For{task}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.0
+            centre = 1.0 if name.endswith(("LayerNorm.weight", "norm.weight")) else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def logits_of_words(classifier, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of a masked language model with ModernBERT's encoder and head: the decoder's bias and the logits."""
+    prefix = type(classifier).__name__.removesuffix("ForSequenceClassification")
+    model = getattr(transformers, f"{prefix}ForMaskedLM")(classifier.config).eval()
+    model.load_state_dict(classifier.state_dict(), strict=False)
+    model.decoder.bias.data.normal_(generator=torch.Generator().manual_seed(2))
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    with torch.no_grad():
+        return model.decoder.bias.numpy(), forward(model, inputs).logits.numpy()
 
 
 # 3 heads of 6 units are not the 16 of the model.
@@ -146,7 +182,7 @@ def padded_batch(config, rows: int = 5, length: int = 12, seed: int = 0) -> dict
     mask = np.arange(length)[None] < lengths[:, None]
     mask[0, 4] = False
     ids = random.integers(5, config.vocab_size, (rows, length))
-    is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (config.type_vocab_size > 1)
+    is_second = (np.arange(length)[None] >= lengths[:, None] // 2) & (getattr(config, "type_vocab_size", 1) > 1)
     return {
         "input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
         "attention_mask": mask.astype(np.int32),

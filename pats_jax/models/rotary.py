@@ -25,7 +25,7 @@ def rotation(length: int, width: int, theta: float) -> Array:
 
 
 def rotate(x: Array, rotation: Array) -> Array:
-    """Queries or keys (batch, length, heads, width), turned by a `rotation` of that length; in float32, as x's dtype."""
+    """Queries or keys (batch, length, heads, width), turned by a `rotation` of that length; computed in float32."""
     cos, sin = rotation[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.models import attention as dense_attention
-from pats_jax.models import local_attention, rotary
+from pats_jax.models import attention as dense_attention, local_attention, rotary
+from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
 from pats_jax.models.encoders.modernbert_config import LOCAL, ModernBertConfig
 from pats_jax.models.layers import (
@@ -219,9 +219,8 @@ class ModernBertModel(nn.Module):
         if hidden_state is None:
             tokens = Embeddings(config, self.dtype, name="embeddings")(tokens, deterministic=deterministic)
         width = config.hidden_size // config.num_attention_heads
-        rotations = [
-            rotary.rotation(tokens.shape[1], width, theta) for theta in (config.global_rope_theta, config.local_rope_theta)
-        ]
+        thetas = (config.global_rope_theta, config.local_rope_theta)
+        rotations = [rotary.rotation(tokens.shape[1], width, theta) for theta in thetas]
         kinds = tuple(Kind(kind == LOCAL, number == 0) for number, kind in enumerate(config.types_of_layers))
         *inner, last = LayerStack(Layer, config, self.dtype, self.form, kinds, name="layers")(
             tokens,
@@ -255,11 +254,12 @@ class PredictionHead(nn.Module):
 class MaskedLanguageModelHead(nn.Module):
     """The `PredictionHead`, and a decoder tied to the word embeddings, with its own bias if ``decoder_bias``."""
 
-    config: ModernBertConfig
+    config: EncoderConfig
 
     @nn.compact
     def __call__(self, hidden: Array, word_embeddings: Array) -> Array:
         config, dtype = self.config, hidden.dtype
+        assert isinstance(config, ModernBertConfig)
         hidden = _transformed(config, dtype, hidden)
         words = word_embeddings.astype(dtype)
         logits = jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32)
@@ -269,9 +269,10 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 def _classify(
-    config: ModernBertConfig, dtype: DTypeLike, features: Array, attention_mask: Array, *, deterministic: bool
+    config: EncoderConfig, dtype: DTypeLike, features: Array, attention_mask: Array, *, deterministic: bool
 ) -> Array:
     """Logits from the first token, or from the mean of all tokens."""
+    assert isinstance(config, ModernBertConfig)
     if config.reads_first_token:
         pooled = features[:, 0]
     else:

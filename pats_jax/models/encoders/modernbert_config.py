@@ -119,7 +119,8 @@ class ModernBertConfig(EncoderConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
         """Reads the content of a ``config.json``, of Transformers 4 or 5; see `EncoderConfig.from_dict`."""
-        rest = {name: value for name, value in values.items() if name != "layer_norm_eps"}  # Transformers reads norm_eps
+        # Transformers 4 wrote layer_norm_eps, too, which nothing reads
+        rest = {name: value for name, value in values.items() if name != "layer_norm_eps"}
         rest |= _read_thetas(rest.pop("rope_parameters", None), source)
         types = rest.get("layer_types")
         if types is not None:
