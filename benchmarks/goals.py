@@ -71,9 +71,7 @@ def _spread(results):
 GOALS = (
     *(Goal(f"AdamW's step here / torch's, {s}", "torch", 0.90, _ratio(f"{s} finetune")) for s in SHAPES),
     *(
-        Goal(
-            f"ModernBERT's forward and backward here / in torch with SDPA, {s}", "long", 1.0, _ratio(f"modernbert {s}")
-        )
+        Goal(f"ModernBERT's forward and backward here / torch's, SDPA, {s}", "long", 1.0, _ratio(f"modernbert {s}"))
         for s in ("4x512", "1x2048")
     ),
     *(Goal(f"PATS's step / AdamW's, default layers, {s}", "step", 1.02, _ratio(f"{s} pats"), ".3f") for s in SHAPES),

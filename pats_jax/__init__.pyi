@@ -1,4 +1,5 @@
 from . import data as data, models as models, random as random
+from .companions.adalora import adalora_allocation as adalora_allocation
 from .companions.child_tuning import (
     child_tuning_d as child_tuning_d,
     child_tuning_f as child_tuning_f,
@@ -10,6 +11,7 @@ from .companions.dps import (
 )
 from .companions.freeze_unselected import freeze_unselected as freeze_unselected
 from .companions.l2_sp import l2_sp as l2_sp
+from .companions.lora_plus import lora_plus as lora_plus
 from .companions.mixout import mixout as mixout
 from .companions.noisy_tune import noisy_tune as noisy_tune
 from .companions.perturbed import perturbed as perturbed
@@ -31,6 +33,7 @@ from .objectives import (
     r_drop as r_drop,
     smart as smart,
     with_objectives as with_objectives,
+    with_orthogonality as with_orthogonality,
 )
 from .programs.classifier import TextClassifier as TextClassifier, TextRegressor as TextRegressor
 from .train_state import (

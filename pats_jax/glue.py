@@ -142,7 +142,8 @@ def carry_out(
             shape_costs.shape_cost(params, runner.platform, 1, training=False),
             1 if training is None else training.rhythm.evaluations,
         )
-        finish = Finish(start, task, model, texts.tokenizer, predictor)
+        saved = model if training is None else pe_modules.in_training(model, training.rhythm.total_steps)
+        finish = Finish(start, task, saved, texts.tokenizer, predictor)
         placed = runner.place(params) if training is None else None
         job = training_run.Job(settings.program, training, predictor, placed, finish.use, finish.write)
         results = training_run.carry_out(start, job, results, asked)

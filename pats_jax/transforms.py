@@ -478,7 +478,8 @@ def _changing(part):
     return next((name for name in (type(x).__name__ for x in states) if name not in _WATCHING), None)
 
 
-_WATCHING = {"MonitorState", "SnapshotState", "ZeroNansState"}  # of Optax: they leave a finite update as it is
+# States of parts that leave the noise as it is: those of Optax change no finite update, AdaLoRA only entries without
+_WATCHING = {"MonitorState", "SnapshotState", "ZeroNansState", "AdaLoraState"}
 
 
 def _inside_multi_steps(multi_steps, wrap):

@@ -61,7 +61,8 @@ def write_seq2seq(kind: str) -> None:
     np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **texts, **torch_reference.reference(model, batch))
 
 
-WRITERS = {"bert": write_tiny, "roberta": write_tiny, "minilm": lambda _: write_minilm()}
+TINY = ("bert", "roberta", "distilbert", "electra", "mpnet")
+WRITERS = {**dict.fromkeys(TINY, write_tiny), "minilm": lambda _: write_minilm()}
 WRITERS |= {"modernbert": write_modernbert, "modernbert-biases": write_modernbert}
 WRITERS |= dict.fromkeys(("t5", "t5-1.1", "bart"), write_seq2seq)
 

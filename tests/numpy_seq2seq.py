@@ -4,8 +4,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from scipy.special import erf, softmax
 
+from pats_jax.models.relative_positions import buckets
 from pats_jax.models.seq2seq_config import T5Config
-from pats_jax.models.t5 import buckets
 
 
 def gelu(x):

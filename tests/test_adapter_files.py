@@ -1,5 +1,6 @@
 """Every field of an adapter_config.json is read, known to change nothing, or refused by name."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,8 +9,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from model_parity import logits_of
 from safetensors.numpy import load_file, save_file
-from test_peft import CONFIGS, base, edit, refused, saved
+from test_peft import CONFIGS, base, edit, refused, saved, trained
 
 from pats_jax.errors import InputError
 from pats_jax.models import peft
@@ -61,6 +64,21 @@ LORA = COMMON | {
     "use_rslora": False,
     "velora_config": None,
 }
+ADALORA = LORA | {
+    "beta1": 0.85,
+    "beta2": 0.85,
+    "deltaT": 1,
+    "init_r": 3,
+    "lora_alpha": 40,
+    "orth_reg_weight": 0.5,
+    "peft_type": "ADALORA",
+    "r": 8,
+    "rank_pattern": None,
+    "target_r": 2,
+    "tfinal": 2,
+    "tinit": 1,
+    "total_step": 9,
+}
 IA3 = COMMON | {
     "exclude_modules": None,
     "fan_in_fan_out": False,
@@ -91,6 +109,7 @@ PREFIX = VIRTUAL | {
 }
 MADE = {
     "lora": (peft.LoraConfig(rank=2, alpha=6.0), LORA),
+    "adalora": (peft.AdaLoraConfig(init_r=3, target_r=2, alpha=40.0, tinit=1, tfinal=2, total_step=9), ADALORA),
     "ia3": (peft.Ia3Config(output_layers=r"\.(key|value)$", input_layers=r"output\.dense$"), IA3),
     "prompt": (peft.PromptConfig(length=3), PROMPT),
     "prefix": (peft.PrefixConfig(length=3), PREFIX),
@@ -137,7 +156,75 @@ def test_rank_stabilized_lora_is_read_and_written(tmp_path):
     assert config.to_dict({}, None)["use_rslora"] is True and not peft.LoraConfig().to_dict({}, None)["use_rslora"]
 
 
+def test_patterns_are_read_and_written_and_those_of_other_layers_left_out(tmp_path):
+    """PEFT ignores a pattern that no layer fits; here one is an error where it is asked for."""
+    patterns = {"dense": 7, "value": 2, r"0\.attention.*": 2}
+    config = loads(written(tmp_path, "lora", rank_pattern=patterns, alpha_pattern={"value": 3}), "lora")
+    assert config.rank_pattern == ("value=2", r"0\.attention.*=2") and config.alpha_pattern == ("value=3.0",)
+    assert config.to_dict({}, None)["rank_pattern"] == {"value": 2, r"0\.attention.*": 2}
+    assert config.to_dict({}, None)["alpha_pattern"] == {"value": 3.0}
+
+
+def test_magnitudes_that_the_config_does_not_ask_for_are_refused(tmp_path):
+    path = written(tmp_path, "lora") / "adapter_model.safetensors"
+    name = f"{QUERY}.lora_magnitude_vector"
+    save_file(load_file(path) | {f"base_model.model.{name}": np.ones(16, np.float32)}, path)
+    refused(tmp_path, f"use_dora is not true, but the file has {name}")
+
+
+def test_the_settings_of_adaloras_training_are_read(tmp_path):
+    config = loads(written(tmp_path, "adalora"), "adalora")
+    assert dataclasses.replace(config, layers=peft.AdaLoraConfig().layers) == MADE["adalora"][0]
+
+
+def with_dropped():
+    """An adapter of AdaLoRA that has lost triplets: all of one matrix, one of another."""
+    model, params = trained("adalora")[:2]
+    flat = flatten_dict(params)
+    for number, name, dropped in (("0", "query", [0, 1, 2]), ("1", "value", [1])):
+        path = ("peft", "bert", "encoder", "layer", number, "attention", "self", name, "lora_E", "scale")
+        flat[path] = flat[path].at[np.array(dropped)].set(0.0)
+    return model, unflatten_dict(flat)
+
+
+def test_only_the_triplets_that_adalora_keeps_are_saved(tmp_path):
+    model, params = with_dropped()
+    peft.save_peft(tmp_path / "a", model=model, params=params)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    start = "base_model.model.bert.encoder.layer"
+    shapes = {name.removeprefix(start): x.shape for name, x in tensors.items() if "lora" in name}
+    assert shapes[".0.attention.self.query.lora_A"] == (0, 16) and shapes[".0.attention.self.value.lora_B"] == (16, 3)
+    assert shapes[".1.attention.self.value.lora_E"] == (2, 1) and shapes[".1.attention.self.value.lora_B"] == (16, 2)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {
+        f"bert.encoder.layer.{number}.attention.self.{name}.lora_E": kept
+        for number, name, kept in (
+            ("0", "query", [False] * 3),
+            ("0", "value", [True] * 3),
+            ("1", "query", [True] * 3),
+            ("1", "value", [True, False, True]),
+        )
+    }
+    loaded, again = peft.load_peft(tmp_path / "a", *base()[:2])
+    batch = base()[3]
+    np.testing.assert_allclose(logits_of(loaded, again, batch), logits_of(model, params, batch), rtol=0, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), again, params)
+    peft.save_peft(tmp_path / "b", model=loaded, params=again)
+    for name, tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+
+
+def test_an_adapter_of_adalora_that_is_not_trained_is_saved_whole(tmp_path):
+    model, params = started("adalora")
+    peft.save_peft(tmp_path, model=model, params=params)
+    _, again = peft.load_peft(tmp_path, *base()[:2])
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 HARMLESS = [
+    ("adalora", {"target_modules": None, "r": 3, "use_rslora": True, "init_lora_weights": False}),
+    ("adalora", {"alpha_pattern": {"query": 3}, "total_step": None}),
+    ("adalora", {"rank_pattern": {f"{QUERY}.lora_E": [True] * 3}}),
     *(("lora", {"init_lora_weights": start}) for start in (False, "gaussian", "eva", "orthogonal", "mica", None)),
     ("lora", {"eva_config": {"rho": 2.0}, "loftq_config": {"loftq_bits": 4}, "runtime_config": {"a": 1}}),
     ("lora", {"target_modules": None}),
@@ -148,6 +235,8 @@ HARMLESS = [
     ("lora", {"layers_to_transform": [0, 1], "layers_pattern": "layer"}),
     ("lora", {"a_field_of_tomorrow": None, "another": False, "a_third": {}, "a_fourth": []}),
     ("lora", {"modules_to_save": None}),
+    ("lora", {"r": 9, "rank_pattern": {"self.(query|value)": 2}, "alpha_pattern": {".*key": 3}}),
+    ("lora", {"rank_pattern": None, "alpha_pattern": None, "use_dora": None}),
     (
         "lora",
         {
@@ -178,11 +267,22 @@ REFUSED = [
     ),
     ("lora", {"init_lora_weights": "of_tomorrow"}, "init_lora_weights is 'of_tomorrow', which is not supported"),
     ("lora", {"init_lora_weights": 1}, "init_lora_weights"),
-    ("lora", {"use_dora": True}, "use_dora is True"),
+    (
+        "lora",
+        {"use_dora": True},
+        f"lacks {QUERY}.lora_magnitude_vector, which use_dora of adapter_config.json asks for",
+    ),
+    ("lora", {"use_dora": "yes"}, "use_dora: Input should be a valid boolean"),
     ("lora", {"lora_bias": True}, "lora_bias is True"),
     ("lora", {"use_qalora": True}, "use_qalora is True"),
     ("lora", {"bias": "lora_only"}, "bias is 'lora_only', which is not supported, only 'none'; PEFT 0.21.2 wrote it"),
-    ("lora", {"alpha_pattern": {"query": 4}}, "alpha_pattern is {'query': 4}"),
+    ("lora", {"alpha_pattern": {"query": 0}}, "alpha_pattern 'query=0': must be REGEX=NUMBER, with a number greater"),
+    ("lora", {"alpha_pattern": {"(": 4}}, "alpha_pattern '(': not a regular expression"),
+    ("lora", {"alpha_pattern": ["query"]}, "alpha_pattern: Input should be"),
+    ("lora", {"rank_pattern": {"self.query": 4}}, f"rank_pattern 'self.query' is 4, but tensor {QUERY}.lora_A.weight"),
+    ("lora", {"rank_pattern": {"query": 10**9}}, "rank_pattern 'query=1000000000': must be REGEX=NUMBER, with a whole"),
+    ("lora", {"rank_pattern": {"query": 2.5}}, "rank_pattern.query: Input should be a valid integer"),
+    ("lora", {"r": 3, "rank_pattern": {"value": 2}}, f"r is 3, but tensor {QUERY}.lora_A.weight has shape (2, 16)"),
     ("lora", {"layer_replication": [[0, 1], [0, 2]]}, "layer_replication is [[0, 1], [0, 2]]"),
     ("lora", {"trainable_token_indices": [1]}, "trainable_token_indices is [1]"),
     ("lora", {"target_parameters": ["weight"]}, "target_parameters is ['weight']"),
@@ -220,6 +320,18 @@ REFUSED = [
     ("lora", {"peft_type": None}, "peft_type"),
     ("lora", {"peft_type": ...}, "peft_type None is not supported"),
     ("lora", {"base_model_name_or_path": ["a"]}, "base_model_name_or_path: Input should be a valid string"),
+    ("adalora", {"init_r": 4}, f"by init_r and rank_pattern {QUERY} has rank 4, but tensor {QUERY}.lora_A has shape"),
+    ("adalora", {"init_r": 10**9}, "adalora_init_r 1000000000: must be at most 65536"),
+    ("adalora", {"target_r": 0}, "adapter_config.json: adalora_target_r 0: must be at least 1"),
+    ("adalora", {"total_step": 3}, "adalora_tinit 1, adalora_tfinal 2: leave none of 3 steps"),
+    ("adalora", {"rank_pattern": {f"{QUERY}.lora_E": [True, False, True]}}, f"{QUERY} has rank 2, but tensor"),
+    ("adalora", {"rank_pattern": {f"{QUERY}.lora_E": [True]}}, f"rank_pattern of {QUERY} has 1 entries, but init_r is"),
+    ("adalora", {"rank_pattern": {"nose.lora_E": [True] * 3}}, "rank_pattern names 'nose.lora_E', for which the file"),
+    ("adalora", {"rank_pattern": {QUERY: 3}}, "rank_pattern"),
+    ("adalora", {"use_dora": True}, "use_dora is True"),
+    ("adalora", {"bias": "all"}, "bias is 'all'"),
+    ("adalora", {"beta1": float("nan")}, "adalora_beta1 nan: must be in (0, 1)"),
+    ("adalora", {"target_modules": ["query"]}, f"target_modules omits {QUERY.replace('query', 'value')}"),
     ("ia3", {"feedforward_modules": r"output\.dense"}, "is rescaled at its outputs, but its tensor has shape (1, "),
     (
         "ia3",
@@ -323,6 +435,23 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
 def test_a_tensor_that_does_not_belong_is_refused(name, tensor, part, tmp_path):
     path = written(tmp_path, "lora") / "adapter_model.safetensors"
     save_file(load_file(path) | {name: np.asarray(tensor)}, path)
+    refused(tmp_path, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "part"),
+    (
+        ("lora_B", np.zeros((16, 2), np.float32), "lora_B has shape (16, 2)"),
+        ("lora_E", np.zeros(3, np.float32), "lora_E has shape (3,)"),
+        ("lora_E.weight", np.zeros((3, 1), np.float32), "matches nothing in this model"),
+        ("lora_B", np.zeros((8, 3), np.float32), "lora_B.kernel has shape (3, 8), expected (3, 16)"),
+        ("lora_E", None, f"lacks {QUERY}.lora_E; the file is incomplete"),
+    ),
+)
+def test_tensors_of_adalora_that_do_not_fit_are_refused(name, tensor, part, tmp_path):
+    path = written(tmp_path, "adalora") / "adapter_model.safetensors"
+    tensors = load_file(path) | {f"base_model.model.{QUERY}.{name}": tensor}
+    save_file({name: x for name, x in tensors.items() if x is not None}, path)
     refused(tmp_path, part)
 
 

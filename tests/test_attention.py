@@ -18,7 +18,7 @@ import tiny
 
 from pats_jax import models, random
 from pats_jax.errors import InputError
-from pats_jax.models import attention, bert
+from pats_jax.models import attention, layers as of_encoders
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.run.settings import Settings
 
@@ -131,7 +131,7 @@ def test_a_model_computes_the_same_to_the_rounding_of_bfloat16(layers, monkeypat
         calls.append(arrays[0].shape)
         return attention.fused(*arrays, implementation="xla")
 
-    monkeypatch.setattr(bert, "by_platform", fused)
+    monkeypatch.setattr(of_encoders, "by_platform", fused)
     params = jax.tree.map(lambda p: 0.3 * p if p.ndim > 1 else p, tiny.random_params(CONFIG))
     params = models.stack_layers(params) if layers == "stacked" else params
 

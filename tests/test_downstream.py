@@ -575,6 +575,7 @@ def refused(base, tmp_path, capsys, **changes):
         ({"jobs": 0}, "--jobs 0: must be at least 1"),
         ({"max_test_rows": 0}, "--max_test_rows 0: must be at least 1"),
         ({"kinds": ("lora", "lora")}, "--kinds lora lora: list at least one kind, each only once"),
+        ({"kinds": ("adalora",), "adalora_tfinal": 3, "max_steps": 3}, "adalora_tfinal 3: leave none of 3 steps"),
         ({"method": "r-drop"}, "--method r-drop: works only with pats-jax glue"),
         ({"method": "sam"}, "--method sam: works only with pats-jax glue"),
         ({"method": "noisytune"}, "--method noisytune: works only with pats-jax glue"),

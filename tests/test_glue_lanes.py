@@ -321,6 +321,7 @@ def test_lanes_over_devices(base, tmp_path, devices, runs):
     "changes",
     [
         {"peft": "lora", "noise_layers": "peft"},
+        {"peft": "adalora", "adalora_init_r": 3, "adalora_target_r": 1, "noise_layers": "lora_B"},
         {"peft": "prefix", "method": "finetune", "prefix_length": 4},
         {"method": "bitfit"},
         {"method": "dps-dense+r3f", "update_ratio": 0.25},

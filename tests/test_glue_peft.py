@@ -21,7 +21,15 @@ from pats_jax.run import pe_modules
 from pats_jax.run.settings import Settings
 
 KINDS = tuple(peft.KINDS)
-SMALL = {"lora_rank": 2, "adapter_size": 3, "prompt_length": 4, "prefix_length": 4, "lora_dropout": 0.1}
+SMALL = {
+    "lora_rank": 2,
+    "adalora_init_r": 3,
+    "adalora_target_r": 2,
+    "adapter_size": 3,
+    "prompt_length": 4,
+    "prefix_length": 4,
+    "lora_dropout": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +100,10 @@ def test_what_does_not_merge_leaves_an_adapter(kind, base, tmp_path, texts, caps
     assert np.array_equal(predicted(tmp_path / "run", capsys, texts), probabilities)
 
 
-def test_resumed_is_bitwise_the_whole_run(base, tmp_path):
-    settings = {"peft": "lora", "method": "pats", "save_steps": 2, "save_total_limit": None}
+@pytest.mark.parametrize("kind", ("adalora", pytest.param("lora", marks=pytest.mark.slow)))
+def test_resumed_is_bitwise_the_whole_run(kind, base, tmp_path):
+    """AdaLoRA's ranks fall meanwhile, and in the end are those that were asked for; the model is what was evaluated."""
+    settings = {"peft": kind, "method": "pats", "noise_scale": 0.1, "save_steps": 2, "save_total_limit": None}
     run(base, tmp_path / "whole", **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "results.json").unlink()
@@ -105,6 +115,24 @@ def test_resumed_is_bitwise_the_whole_run(base, tmp_path):
     run(base, tmp_path / "cut", resume=True, **settings)
     whole, again = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == again.keys() and all(np.array_equal(whole[name], again[name]) for name in whole)
+    if kind == "adalora":
+        assert sum(x.size for name, x in whole.items() if "lora_E" in name) == 2 * SMALL["adalora_target_r"]
+        assert all(np.all(x) for name, x in whole.items() if "lora_E" in name)
+        steps = json.loads((tmp_path / "whole" / "results.json").read_text())["steps"]
+        config = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_text())
+        assert config["total_step"] == steps and sum(map(sum, config["rank_pattern"].values())) == 4
+        lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line for line in lines if "loss" in line]
+        for line in losses:
+            assert line["loss"] == pytest.approx(line["task_loss"] + 0.5 * line["orthogonality"], rel=1e-5)
+        assert losses
+        model, params, _ = peft.load_peft_model(tmp_path / "whole" / "adapter")
+        words = tiny.sentences(6, 9)[0]
+        encoded = dict(tiny.tokenizer()(words, padding=True, return_tensors="np"))
+        expected = tiny.reference_logits(tmp_path / "whole" / "model", words)
+        np.testing.assert_allclose(
+            jax.jit(lambda b: model.apply({"params": params}, **b))(encoded), expected, atol=2e-4
+        )
 
 
 def with_modules(**changes):
@@ -121,7 +149,7 @@ def test_a_flag_of_another_kind_is_refused():
         assert Settings(peft=kind).adapter == peft.KINDS[kind](), "flags have the configs' defaults"
 
 
-@pytest.mark.parametrize("kind", ("lora", "adapters"))
+@pytest.mark.parametrize("kind", ("lora", "adapters", pytest.param("adalora", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in ("bitfit", "sift", "noisytune")])
 def test_methods_that_go_with_matrices(kind, method):
     """The optimizer is made for the modules and the head alone, and takes a step."""
@@ -132,7 +160,15 @@ def test_methods_that_go_with_matrices(kind, method):
     def fisher(keep_fraction, mask):
         return jax.tree.map(lambda p: np.ones(p.shape, bool), trained)
 
-    tx = methods.make_optimizer(settings.optimizer, settings.methods, 60, trained, seed=settings.seed, fisher=fisher)
+    tx = methods.make_optimizer(
+        settings.optimizer,
+        settings.methods,
+        60,
+        trained,
+        seed=settings.seed,
+        fisher=fisher,
+        adapter=settings.adapter,
+    )
     shapes = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], trained)
     assert jax.tree.structure(shapes) == jax.tree.structure(trained)
 
@@ -175,6 +211,8 @@ def pats_state():
     [
         ({"peft": "lora", "lora_layers": "nose"}, "lora_layers 'nose': matches no linear layer; one is named bert"),
         ({"peft": "lora", "lora_rank": 0}, "^lora_rank 0: must be at least 1"),
+        ({"peft": "adalora", "adalora_tinit": 6}, "adalora_tinit 6, adalora_tfinal 0: leave none of 6 steps"),
+        ({"peft": "adalora", "adalora_target_r": 4}, "adalora_target_r 4: must be at most adalora_init_r 3"),
         ({"peft": "prompt", "prompt_length": 20}, "they leave 4 of the model's positions for the text"),
         ({"peft": "lora", "method": "bitfit"}, "--peft lora --method bitfit: both select"),
     ],

@@ -15,31 +15,51 @@ from safetensors.numpy import load_file, save_file
 
 from pats_jax.errors import InputError
 from pats_jax.models import EncoderConfig, from_pretrained, load_mlm_head, mlm_logits
+from pats_jax.models.encoders.table import encoder_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
-KINDS = ("bert", "roberta")
-PREFIXES = {"bert": "cls.predictions", "roberta": "lm_head"}
-BIASES = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
+KINDS = ("bert", "roberta", "distilbert", "electra", "mpnet")
+DECODERS = {
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "mpnet": "lm_head.decoder",
+}
+BIASES = {
+    "bert": "cls.predictions.bias",
+    "roberta": "lm_head.bias",
+    "distilbert": "vocab_projector.bias",
+    "electra": "generator_lm_head.bias",
+    "mpnet": "lm_head.bias",
+}
 # The names of dense layer and LayerNorm in a checkpoint.
 LAYERS = {
     "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
     "roberta": ("lm_head.dense", "lm_head.layer_norm"),
+    "distilbert": ("vocab_transform", "vocab_layer_norm"),
+    "electra": ("generator_predictions.dense", "generator_predictions.LayerNorm"),
+    "mpnet": ("lm_head.dense", "lm_head.layer_norm"),
 }
+WIDE = 9  # hidden units of ELECTRA, whose word embeddings are as wide as those of the others
 
 
 def tiny_config(kind: str, **changes) -> EncoderConfig:
     sizes = {"vocab_size": 11, "hidden_size": 6, "num_attention_heads": 2}
-    return EncoderConfig.from_dict({"model_type": kind, "layer_norm_eps": 0.1, **sizes, **changes})
+    if kind == "electra":
+        sizes |= {"hidden_size": WIDE, "embedding_size": 6, "num_attention_heads": 3}
+    return encoder_config({"model_type": kind, "layer_norm_eps": 0.1, **sizes, **changes})
 
 
-def head_tensors(kind: str, vocab_size: int = 11, hidden_size: int = 6) -> dict[str, np.ndarray]:
-    """A random head by the names and in the layouts of a checkpoint."""
+def head_tensors(kind: str, vocab_size: int = 11, width: int = 6, hidden: int | None = None) -> dict[str, np.ndarray]:
+    """A random head by the names and in the layouts of a checkpoint, of the width of the word embeddings."""
     dense, norm = LAYERS[kind]
+    hidden = hidden or (WIDE if kind == "electra" else width)
     shapes = {
-        f"{dense}.weight": (hidden_size, hidden_size),
-        f"{dense}.bias": (hidden_size,),
-        f"{norm}.weight": (hidden_size,),
-        f"{norm}.bias": (hidden_size,),
+        f"{dense}.weight": (width, hidden),
+        f"{dense}.bias": (width,),
+        f"{norm}.weight": (width,),
+        f"{norm}.bias": (width,),
         BIASES[kind]: (vocab_size,),
     }
     rng = np.random.default_rng(0)
@@ -95,17 +115,23 @@ def relu(x):
     return np.maximum(x, 0)
 
 
-@pytest.mark.parametrize("shape", ((6,), (2, 3, 6)))
+@pytest.mark.parametrize("shape", ((), (2, 3)))
 @pytest.mark.parametrize(
     ("kind", "hidden_act", "activation"),
-    (("bert", "gelu", gelu), ("bert", "relu", relu), ("roberta", "gelu", gelu), ("roberta", "relu", gelu)),
+    (
+        *(("bert", "gelu", gelu), ("bert", "relu", relu), ("roberta", "gelu", gelu), ("roberta", "relu", gelu)),
+        *(("distilbert", "gelu", gelu), ("distilbert", "relu", relu), ("electra", "relu", gelu)),
+        ("mpnet", "relu", gelu),
+    ),
 )
 def test_logits_are_numpys(kind, hidden_act, activation, shape):
-    """RoBERTa's head takes GELU whatever the encoder's activation is."""
-    hidden = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-    config, tensors = tiny_config(kind, hidden_act=hidden_act), head_tensors(kind)
-    expected = numpy_logits(kind, tensors, activation, 0.1, hidden, words())
-    assert expected.shape == (*shape[:-1], 11)
+    """The heads of RoBERTa, ELECTRA and MPNet take GELU whatever the encoder's activation is."""
+    hidden = np.random.default_rng(2).normal(size=(*shape, WIDE if kind == "electra" else 6)).astype(np.float32)
+    name = "activation" if kind == "distilbert" else "hidden_act"
+    config, tensors = tiny_config(kind, **{name: hidden_act}), head_tensors(kind)
+    eps = 1e-12 if kind == "distilbert" else 0.1
+    expected = numpy_logits(kind, tensors, activation, eps, hidden, words())
+    assert expected.shape == (*shape, 11)
     logits = quick_jit(mlm_logits, static_argnums=1)(as_head(kind, tensors), config, hidden, words())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
@@ -138,7 +164,7 @@ def assert_loads(folder: Path, kind: str, tensors) -> None:
 def test_head_of_a_folder(kind, tmp_path):
     tensors = head_tensors(kind)
     assert_loads(write(tmp_path / "plain", kind, tensors), kind, tensors)
-    copies = {f"{PREFIXES[kind]}.decoder.weight": words(), f"{PREFIXES[kind]}.decoder.bias": tensors[BIASES[kind]]}
+    copies = {f"{DECODERS[kind]}.weight": words(), f"{DECODERS[kind]}.bias": tensors[BIASES[kind]]}
     assert_loads(write(tmp_path / "with_decoder", kind, tensors | copies), kind, tensors)
 
 
@@ -178,22 +204,23 @@ def test_missing_tensor_is_an_error_by_name(kind, tmp_path):
 def test_tensor_of_the_wrong_shape(kind, tmp_path):
     tensors, name = head_tensors(kind), f"{LAYERS[kind][0]}.weight"
     wrong = tensors | {name: np.zeros((6, 7), np.float32)}
-    refused(write(tmp_path, kind, wrong), tiny_config(kind), name, "(6, 7)", "(6, 6)")
+    refused(write(tmp_path, kind, wrong), tiny_config(kind), name, "(6, 7)", str(tensors[name].shape))
     larger = tensors | {BIASES[kind]: np.zeros(12, np.float32)}
     refused(write(tmp_path, kind, larger), tiny_config(kind), BIASES[kind], "(12,)", "(11,)")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_untied_decoder(kind, tmp_path):
-    tensors, decoder = head_tensors(kind), f"{PREFIXES[kind]}.decoder"
+    tensors, decoder = head_tensors(kind), DECODERS[kind]
     tables = f"{kind}.embeddings.word_embeddings.weight"
     other = words()
     other[3, 2] += 1e-3
     for untied in (other, words()[:10]):
         folder = write(tmp_path, kind, tensors | {f"{decoder}.weight": untied})
         refused(folder, tiny_config(kind), str(tmp_path), f"{decoder}.weight", tables)
-    folder = write(tmp_path, kind, tensors | {f"{decoder}.bias": np.zeros(11, np.float32)})
-    refused(folder, tiny_config(kind), f"{decoder}.bias", BIASES[kind])
+    if BIASES[kind] != f"{decoder}.bias":
+        folder = write(tmp_path, kind, tensors | {f"{decoder}.bias": np.zeros(11, np.float32)})
+        refused(folder, tiny_config(kind), f"{decoder}.bias", BIASES[kind])
 
 
 def test_word_embeddings_without_prefix_are_compared(tmp_path):
@@ -206,13 +233,14 @@ def test_word_embeddings_without_prefix_are_compared(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_pretrained_passes_the_head_over_quietly(kind, tmp_path, caplog):
-    tensors = load_file(FIXTURES / kind / "model.safetensors") | head_tensors(kind, 64, 16)
-    tensors[f"{PREFIXES[kind]}.decoder.weight"] = tensors[f"{kind}.embeddings.word_embeddings.weight"].copy()
+    width = 12 if kind == "electra" else 16
+    tensors = load_file(FIXTURES / kind / "model.safetensors") | head_tensors(kind, 64, width, 16)
+    tensors[f"{DECODERS[kind]}.weight"] = tensors[f"{kind}.embeddings.word_embeddings.weight"].copy()
     (tmp_path / "config.json").write_bytes((FIXTURES / kind / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
     _, params, config = from_pretrained(tmp_path, num_labels=3)
     assert not caplog.records
-    assert set(params) == {kind, "classifier"}
+    assert set(params) == {kind, "classifier"} | ({"pre_classifier"} if kind == "distilbert" else set())
     load_mlm_head(tmp_path, config)
 
 
@@ -220,7 +248,13 @@ def test_from_pretrained_passes_the_head_over_quietly(kind, tmp_path, caplog):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", ("bert", "roberta", "xlm-roberta", "camembert"))
+@pytest.mark.parametrize(
+    "kind",
+    (
+        *("bert", "roberta", "xlm-roberta", "camembert"),
+        *("distilbert", "distilbert-relu", "electra", "electra-base", "mpnet", "mpnet-relu"),
+    ),
+)
 def test_logits_are_torchs(kind, tmp_path):
     """At every position, padding included; XLM-RoBERTa's encoder has the approximate GELU here, CamemBERT's ReLU."""
     torch = pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
@@ -240,8 +274,7 @@ def test_logits_are_torchs(kind, tmp_path):
     @quick_jit
     def logits_of(params, head, batch):
         _, states = every_token.apply({"params": params}, **batch, output_hidden_states=True)
-        embeddings = params[config.base_prefix]["embeddings"]["word_embeddings"]["embedding"]
-        return mlm_logits(head, config, states[-1], embeddings)
+        return mlm_logits(head, config, states[-1], config.word_embeddings(params))
 
     logits = logits_of(params, head, batch)
     assert logits.shape == (4, 12, 64)

@@ -46,10 +46,15 @@ COMPANIONS = {
     "l2_sp": lambda rate: plus_adamw(pats_jax.l2_sp(0.01, 0.01, head_mask=False), rate),
     "sift": lambda rate: pats_jax.sift(optax.adamw(rate, weight_decay=0.0), 0.5, mask=None),
     "sage": sage,
+    "lora_plus": lambda rate: optax.with_extra_args_support(
+        optax.chain(optax.adamw(rate / 2, weight_decay=0.0), pats_jax.lora_plus(2))
+    ),
 }
 EVERY = OPTIMIZERS | COMPANIONS
 # The others are anchored, hold a part of the coordinates, or, as SAGE, stand still where nothing is uncertain.
-REACH_THE_MINIMUM = OPTIMIZERS | {name: COMPANIONS[name] for name in ("dps_dense", "child_tuning_f", "child_tuning_d")}
+REACH_THE_MINIMUM = OPTIMIZERS | {
+    name: COMPANIONS[name] for name in ("dps_dense", "child_tuning_f", "child_tuning_d", "lora_plus")
+}
 every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 # What test_companions asks of each companion by itself.
 every_pats = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -577,7 +577,7 @@ def test_a_checkpoint_without_the_head_that_is_asked_for(tmp_path):
     folder = save(tmp_path / "without", mlm=False)
     refused(
         lambda: load_scorer(str(folder), "mlm", None, key=0),
-        f"{folder}: the checkpoint has no masked-language-model head (cls.predictions)",
+        f"{folder}: the checkpoint has no masked-language-model head (cls.predictions.bias)",
     )
 
 

@@ -23,6 +23,15 @@ from pats_jax.models import SequenceClassifier, peft
 
 CONFIGS = {
     "lora": peft.LoraConfig(rank=2, alpha=6.0, layers=r"self\.(query|value)$|output\.dense$|pooler"),
+    "dora": peft.LoraConfig(
+        rank=2,
+        alpha=6.0,
+        layers=r"self\.(query|value)$|output\.dense$|pooler",
+        dora=True,
+        rank_pattern=("attention.output.dense=3", r"1\.output\.dense=1"),
+        alpha_pattern=("query=2.5",),
+    ),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, alpha=40.0, total_step=9),
     "bitfit": peft.BitFitConfig(),
     "ia3": peft.Ia3Config(),
     "adapters": peft.AdapterConfig(size=3),
@@ -30,9 +39,9 @@ CONFIGS = {
     "prompt": peft.PromptConfig(length=3),
     "prefix": peft.PrefixConfig(length=3),
 }
-MERGING = ("lora", "bitfit", "ia3")
+MERGING = ("lora", "dora", "adalora", "bitfit", "ia3")
 KINDS = pytest.mark.parametrize("name", CONFIGS)
-MORE_KINDS = ("bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
+MORE_KINDS = ("adalora", "bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
 FAMILIES = pytest.mark.parametrize("family", ("bert", pytest.param("roberta", marks=pytest.mark.slow)))
 
 
@@ -87,7 +96,9 @@ def test_start(name, family):
     before = plain.apply({"params": plain_params}, **inputs(batch))
     after = model.apply({"params": params}, **inputs(batch))
     difference = np.abs(after - before).max()
-    if name in MERGING:
+    if name == "dora":  # divides by norms that are those that it multiplies by, up to rounding
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+    elif name in MERGING:
         np.testing.assert_array_equal(after, before)
     elif name in ("adapters", "pfeiffer"):
         assert 0 < difference < 1e-4
@@ -104,7 +115,11 @@ def test_start_is_a_function_of_the_key(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "pfeiffer", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_KINDS)]
+    "name",
+    [
+        *("lora", "pfeiffer", "prefix"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", *MORE_KINDS)),
+    ],
 )
 def test_training_moves_the_modules_and_the_head_only(name):
     model, params, batch = started(name)
@@ -320,6 +335,14 @@ PROMPT_HEAD = {name.replace("model.model", "model"): shape for name, shape in HE
             },
         ),
         (
+            peft.AdaLoraConfig(init_r=4, target_r=2, layers=r"0\.attention\.self\.query"),
+            {
+                f"{LAYER}.attention.self.query.lora_A": (4, 16),
+                f"{LAYER}.attention.self.query.lora_B": (16, 4),
+                f"{LAYER}.attention.self.query.lora_E": (4, 1),
+            },
+        ),
+        (
             peft.Ia3Config(output_layers=r"0.*key$", input_layers=r"layer\.0\.output\.dense$"),
             {f"{LAYER}.attention.self.key.ia3_l": (16, 1), f"{LAYER}.output.dense.ia3_l": (1, 32)},
         ),
@@ -355,7 +378,7 @@ def test_modules_of_another_base_model_are_refused(name, tmp_path):
     for changes in ({"hidden_size": 8}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
         other = SequenceClassifier(dataclasses.replace(model.config, **changes))
         shapes = jax.eval_shape(other.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))["params"]
-        if name in ("lora", "ia3") and changes == {"num_hidden_layers": 3}:
+        if name in ("lora", "dora", "adalora", "ia3") and changes == {"num_hidden_layers": 3}:
             continue  # any layers may be chosen
         if name == "prompt" and "hidden_size" not in changes:
             continue  # a prompt is before all layers
@@ -377,9 +400,9 @@ def edit(folder, **changes):
     "changes, part",
     [
         ({"peft_type": "VERA"}, "peft_type 'VERA' is not supported"),
-        ({"use_dora": True}, "use_dora is True, which is not supported, only False"),
+        ({"use_dora": True}, f"lacks {LAYER[17:]}.attention.output.dense.lora_magnitude_vector, which use_dora of"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"rank_pattern": {"query": 4}}, "rank_pattern"),
+        ({"rank_pattern": {"query": 4}}, f"rank_pattern 'query' is 4, but tensor {LAYER[17:]}.attention.self.query"),
         ({"r": "eight"}, "adapter_config.json: r: Input should be a valid integer"),
         ({"r": 3}, "r is 3, but tensor bert.encoder.layer.0.attention.output.dense.lora_A.weight has shape (2, 16)"),
         ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha: Input should be a valid number"),
@@ -452,7 +475,10 @@ def test_a_saved_folder_finds_its_base_model(tmp_path):
         ),
         (lambda: peft.add_peft(*base()[:2], peft.LoraConfig(layers="("), 0), r"lora_layers '\(': not a regular expr"),
         (lambda: peft.add_peft(*base()[:2], peft.Ia3Config(input_layers="nose"), 0), "ia3_input_layers 'nose'"),
-        (lambda: peft.add_peft(*base("roberta")[:2], peft.LoraConfig(train_pooler=True), 0), "RoBERTa has no pooler"),
+        (
+            lambda: peft.add_peft(*base("roberta")[:2], peft.LoraConfig(train_pooler=True), 0),
+            "a roberta model has no pooler",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(make, message):
@@ -465,6 +491,7 @@ def test_settings_that_make_no_sense(make, message):
     "config, expected",
     [
         (peft.LoraConfig(), 2 * 8 * 6 * (384 + 384)),
+        (peft.AdaLoraConfig(), 2 * 6 * 12 * (384 + 384 + 1)),
         (peft.BitFitConfig(), 384 + 6 * (7 * 384 + 1536) + 384),
         (peft.Ia3Config(), 6 * (384 + 384 + 1536)),
         (peft.AdapterConfig(), 2 * 6 * (2 * 384 * 64 + 64 + 384)),

@@ -36,6 +36,34 @@ def lora(reference, tree):
     reference.linear = linear
 
 
+def dora(reference, tree):
+    """Query: alpha 2.5; the output of attention: rank 3, or 1 in layer 1, of an alpha of 6."""
+
+    def linear(name, x):
+        if f"{name}.lora_A.kernel" not in tree:
+            return reference.plain_linear(name, x)
+        rank = 3 if "attention.output" in name else 1 if "1.output" in name else 2
+        scale = (2.5 if "query" in name else 6.0) / rank
+        a, b = (tree[f"{name}.lora_{letter}.kernel"] for letter in "AB")
+        assert a.shape[1] == rank
+        whole = reference.tensors[f"{name}.weight"].T + scale * a @ b
+        whole = whole / np.linalg.norm(whole, axis=0) * tree[f"{name}.lora_magnitude_vector"]
+        return x @ whole + reference.tensors[f"{name}.bias"]
+
+    reference.linear = linear
+
+
+def adalora(reference, tree):
+    def linear(name, x):
+        y = reference.plain_linear(name, x)
+        if f"{name}.lora_E.scale" in tree:
+            a, e, b = (tree[f"{name}.{leaf}"] for leaf in ("lora_A.kernel", "lora_E.scale", "lora_B.kernel"))
+            y = y + 40.0 / (3 + 1e-5) * x @ (a @ np.diag(e) @ b)
+        return y
+
+    reference.linear = linear
+
+
 def bitfit(reference, tree):
     for name, added in tree.items():
         reference.tensors[name.replace("bitfit.", "")] += added

@@ -53,6 +53,14 @@ CONFIGS = {
 }
 METHODS = {
     "lora": peft.LoraConfig(rank=2, alpha=6.0),
+    "dora": peft.LoraConfig(
+        rank=2,
+        layers=r"\.(q|v|q_proj|v_proj|wo|fc2)$",
+        dora=True,
+        rank_pattern=("(wo|fc2)=3",),
+        alpha_pattern=(r".*\.1\..*(q|q_proj)=5",),
+    ),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9),
     "ia3": peft.Ia3Config(),
     "bitfit": peft.BitFitConfig(),
     "adapters": peft.AdapterConfig(size=3),
@@ -129,6 +137,34 @@ def lora(reference, tree, config):
     reference.linear = linear
 
 
+def dora(reference, tree, config):
+    """Alphas differ by layer, which no layout of layers minds."""
+    plain = reference.linear
+
+    def linear(name, x):
+        if f"{name}.lora_A.kernel" not in tree:
+            return plain(name, x)
+        a, b = (tree[f"{name}.lora_{letter}.kernel"] for letter in "AB")
+        alpha = 5.0 if ".1." in name and name.endswith(("q", "q_proj")) else 16.0
+        whole = reference.p[f"{name}.kernel"] + alpha / a.shape[1] * a @ b
+        whole = whole / np.linalg.norm(whole, axis=0) * tree[f"{name}.lora_magnitude_vector"]
+        return x @ whole + reference.p.get(f"{name}.bias", 0)
+
+    reference.linear = linear
+
+
+def adalora(reference, tree, config):
+    plain = reference.linear
+
+    def linear(name, x):
+        if f"{name}.lora_E.scale" not in tree:
+            return plain(name, x)
+        a, e, b = (tree[f"{name}.{leaf}"] for leaf in ("lora_A.kernel", "lora_E.scale", "lora_B.kernel"))
+        return plain(name, x) + 16.0 / (3 + 1e-5) * x @ a * e @ b
+
+    reference.linear = linear
+
+
 def ia3(reference, tree, config):
     plain = reference.linear
     reference.linear = lambda name, x: (
@@ -191,7 +227,7 @@ def decoder_prefix(reference, tree, config):
 
 
 FORMULAS = {name: globals()[name.replace("pfeiffer", "adapters").replace(" ", "_")] for name in METHODS}
-QUICK = [("lora", "t5"), ("adapters", "bart"), ("pfeiffer", "t5"), ("prompt", "bart"), ("prefix", "t5")]
+QUICK = [("lora", "t5"), ("dora", "t5"), ("adapters", "bart"), ("pfeiffer", "t5"), ("prompt", "bart"), ("prefix", "t5")]
 QUICK += [("decoder prefix", "t5"), ("decoder prefix", "bart")]
 
 
@@ -276,7 +312,7 @@ def test_saved_and_loaded_is_the_same(name, kind, tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(params["peft"])
     assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(params["peft"])))
     assert loaded.peft.kind == METHODS[name].kind
-    if name not in ("lora", "ia3"):  # whose regexes are then lists of names
+    if name not in ("lora", "dora", "adalora", "ia3"):  # whose regexes are then lists of names
         assert loaded.peft == METHODS[name]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
@@ -290,7 +326,12 @@ def test_the_prompt_of_a_file_is_as_long_as_pefts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [pytest.param("lora", "t5", marks=pytest.mark.slow), ("ia3", "t5"), ("bitfit", "bart")]
+    ("name", "kind"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "t5"), ("dora", "bart"))),
+        ("ia3", "t5"),
+        ("bitfit", "bart"),
+    ],
 )
 def test_merging(name, kind):
     """T5 has no biases that IA3 could rescale."""

@@ -21,6 +21,16 @@ TASK = {"task_type": "SEQ_2_SEQ_LM"}
 
 OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),
+    "lora of all linear layers": peft.LoraConfig(rank=2, layers="all-linear"),
+    "dora": peft.LoraConfig(
+        rank=3,
+        layers=r"\.(q|v|q_proj|v_proj|wo|wi|wi_0|fc2)$",
+        dora=True,
+        dropout=0.1,
+        rank_pattern=("(decoder|encoder).*(wo|fc2)=2",),
+        alpha_pattern=(r".*(block|layers)\.1\..*=5",),
+    ),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9),
     "ia3": peft.Ia3Config(),
     "prompt": peft.PromptConfig(length=4),
     "prefix": peft.PrefixConfig(length=4, place="decoder"),
@@ -31,6 +41,16 @@ THEIRS = {
     "lora of a layer": lambda: theirs.LoraConfig(
         **TASK, target_modules=["o", "k_proj", "q", "q_proj"], layers_to_transform=1
     ),
+    "dora": lambda: theirs.LoraConfig(
+        **TASK,
+        r=3,
+        target_modules=["q", "v", "q_proj", "v_proj", "wo", "wi", "wi_0", "fc2"],
+        use_dora=True,
+        lora_dropout=0.1,
+        rank_pattern={"(decoder|encoder).*(wo|fc2)": 2},
+        alpha_pattern={r".*(block|layers)\.1\..*": 5},
+    ),
+    "adalora": lambda: theirs.AdaLoraConfig(**TASK, init_r=4, lora_alpha=20, total_step=9),
     "ia3": lambda: theirs.IA3Config(**TASK),
     "prompt": lambda: theirs.PromptTuningConfig(**TASK, num_virtual_tokens=4),
     "prefix": lambda: theirs.PrefixTuningConfig(**TASK, num_virtual_tokens=4),
@@ -85,7 +105,8 @@ def test_peft_loads_what_we_save(method, kind, made, tmp_path):
     peft.save_peft(tmp_path, model=model, params=params, base_model_name_or_path=str(folder))
 
     batch = batch_for(config)
-    loaded = theirs.PeftModel.from_pretrained(torch_base(folder), tmp_path)
+    # PEFT 0.21 computes no loss with an AdaLoRA that is not trainable: it looks for the weight of the regulariser
+    loaded = theirs.PeftModel.from_pretrained(torch_base(folder), tmp_path, is_trainable=method == "adalora")
     ours = our_logits(model, params, batch)
     np.testing.assert_allclose(torch_logits(loaded, batch), ours, rtol=0, atol=1e-4)
     assert np.abs(ours - our_logits(plain, plain_params, batch)).max() > 1e-2
@@ -103,5 +124,9 @@ def test_we_load_what_peft_saves(method, kind, made, tmp_path):
     tuned.save_pretrained(tmp_path)
     layers = "separate" if method == "lora of a layer" else "stacked"
     model, params, config = peft.load_peft_seq2seq(tmp_path, layers=layers)
+    if method == "lora everywhere":
+        plain = from_pretrained_seq2seq(folder, layers=layers)[:2]
+        own = peft.add_peft(*plain, peft.LoraConfig(rank=2, layers="all-linear"), key=0)[1]
+        assert jax.tree.structure(own["peft"]) == jax.tree.structure(params["peft"])
     batch = batch_for(config)
     np.testing.assert_allclose(our_logits(model, params, batch), torch_logits(tuned, batch), rtol=0, atol=1e-4)

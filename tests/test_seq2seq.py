@@ -18,7 +18,15 @@ from safetensors.numpy import load_file, save_file
 import pats_jax
 from pats_jax import models, random, trees
 from pats_jax.errors import InputError
-from pats_jax.models import from_pretrained_seq2seq, layout, save_pretrained, stack_layers, t5, unstack_layers
+from pats_jax.models import (
+    from_pretrained_seq2seq,
+    layout,
+    relative_positions,
+    save_pretrained,
+    stack_layers,
+    t5,
+    unstack_layers,
+)
 from pats_jax.models.encoder_decoder import shift_right
 from pats_jax.models.seq2seq_config import config_from_dict
 
@@ -197,7 +205,7 @@ def test_relative_positions_are_rows_of_the_table(bidirectional):
     params = module.init(jax.random.key(0), 1)
     table = np.asarray(params["params"]["embedding"])
     relative = np.arange(length)[None] - np.arange(length)[:, None]
-    chosen = t5.buckets(relative, bidirectional=bidirectional, count=8, farthest=12)
+    chosen = relative_positions.buckets(relative, bidirectional=bidirectional, count=8, farthest=12)
     assert set(chosen.flat) == set(range(8)) - ({4} if bidirectional else set())  # 4: 0 places after
     expected = table[chosen].transpose(2, 0, 1)
     np.testing.assert_allclose(module.apply(params, length)[0], expected, rtol=1e-6)

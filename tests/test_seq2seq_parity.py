@@ -10,7 +10,13 @@ from generation_cases import grid
 from model_parity import assert_agrees, quick_jit, seq2seq_loss_and_gradients
 
 from pats_jax import make_seq2seq_loss_fn
-from pats_jax.models import GenerationConfig, from_pretrained_seq2seq, make_generate_step, save_pretrained, t5
+from pats_jax.models import (
+    GenerationConfig,
+    from_pretrained_seq2seq,
+    make_generate_step,
+    relative_positions,
+    save_pretrained,
+)
 
 pytest.importorskip("torch", reason="parity needs torch: pip install 'pats-jax[parity]'")
 import torch
@@ -110,7 +116,7 @@ def test_configs_of_transformers_4(tied, has_head, tmp_path):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_buckets_are_torchs(count, farthest, bidirectional):
     distances = np.arange(-3000, 3001)
-    ours = t5.buckets(distances, bidirectional=bidirectional, count=count, farthest=farthest)
+    ours = relative_positions.buckets(distances, bidirectional=bidirectional, count=count, farthest=farthest)
     theirs = T5Attention._relative_position_bucket(torch.from_numpy(distances), bidirectional, count, farthest)
     np.testing.assert_array_equal(ours, theirs.numpy())
 

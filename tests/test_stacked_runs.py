@@ -36,7 +36,7 @@ METHODS = [
     "noisytune",
     "perturbed",
 ]
-KINDS = ["lora", "adapters", "ia3", "bitfit", "prompt", "prefix"]
+KINDS = ["lora", "adalora", "adapters", "ia3", "bitfit", "prompt", "prefix"]
 
 
 @pytest.fixture(scope="module")

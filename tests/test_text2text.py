@@ -563,6 +563,7 @@ def code_of(card):
         ("t5", {}),
         ("t5", {"peft": "lora", "method": "pats", "sensitivity_batches": 1}),
         ("t5", {"peft": "prefix", "prefix_length": 3, "layers": "stacked"}),
+        ("t5", {"peft": "adalora", "adalora_target_r": 6, "layers": "stacked"}),
         ("bart", {"peft": "prompt", "prompt_length": 3}),
         ("bart", {"peft": "bitfit"}),
         ("bart", {"peft": "adapters", "num_beams": 2}),
@@ -582,7 +583,7 @@ def test_adapters_train_and_the_code_of_the_card_writes_what_the_run_wrote(kind,
         (row,) = csv.DictReader(file, delimiter="\t")
     capsys.readouterr()
     card = (folder / "README.md").read_text()
-    assert ("So does PEFT (torch)" in card) is (changes.get("peft") in ("lora", "prompt"))
+    assert ("So does PEFT (torch)" in card) is (changes.get("peft") in ("lora", "adalora", "prompt"))
     code = code_of(card)
     exec(code.replace("batch_decode(tokens,", f"batch_decode(tokens * (tokens < {len(tiny_seq2seq.tokenizer(kind))}),"))
     said = ast.literal_eval(capsys.readouterr().out.strip())

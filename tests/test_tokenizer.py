@@ -199,6 +199,59 @@ def test_roberta(form, tmp_path):
     assert ours("he the")["input_ids"][:3] == [0, 7, 9]
 
 
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MPNET_WORDS = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+WORDS = ["hello", "there", "w", "##ö", "##o", "the", "x", ",", "end", "<", "s", ">", "["]
+
+
+@pytest.mark.parametrize("form", ("tokenizer.json", "vocab.txt"))
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class", "first"),
+    (
+        ("distilbert", None, BERT_WORDS),
+        ("distilbert", "DistilBertTokenizer", BERT_WORDS),
+        ("electra", None, BERT_WORDS),
+        ("electra", "ElectraTokenizerFast", BERT_WORDS),
+        ("mpnet", None, MPNET_WORDS),
+        ("mpnet", "MPNetTokenizer", MPNET_WORDS),
+    ),
+)
+def test_tokenizers_of_the_other_encoders(model_type, tokenizer_class, first, form, tmp_path):
+    """From a vocabulary alone and from what Transformers saves of it; DistilBERT's and MPNet's give no token types."""
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in first + WORDS))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = {} if tokenizer_class is None else {"tokenizer_class": tokenizer_class}
+    if form == "tokenizer.json":
+        auto(tmp_path).save_pretrained(tmp_path)
+        (tmp_path / "vocab.txt").unlink()
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | settings
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = load_tokenizer(tmp_path)
+    assert_same(ours, auto(tmp_path), quick=form == "tokenizer.json")
+    assert ("token_type_ids" in ours("x")) is (
+        model_type == "electra" or tokenizer_class is None and first == BERT_WORDS
+    )
+    expected = (
+        "<s> hello </s> </s> the <mask> x </s>" if first is MPNET_WORDS else "[CLS] hello [SEP] the [MASK] x [SEP]"
+    )
+    assert ours.convert_ids_to_tokens(ours("hello", f"the {ours.mask_token} x")["input_ids"]) == expected.split()
+
+
+@pytest.mark.parametrize("file", ("tokenizer.json", "tokenizer_config.json"))
+def test_a_mask_of_mpnet_that_takes_no_space_is_left_to_transformers(file, tmp_path):
+    from transformers import MPNetTokenizer
+
+    MPNetTokenizer(vocab={word: n for n, word in enumerate(MPNET_WORDS + WORDS)}).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
+    changed = json.loads((tmp_path / file).read_text())
+    if file == "tokenizer.json":
+        changed["added_tokens"][4]["lstrip"] = False
+    else:
+        changed["mask_token"] = {"content": "<mask>", "lstrip": False, "__type": "AddedToken"}
+    (tmp_path / file).write_text(json.dumps(changed))
+    assert_same(load_tokenizer(tmp_path), auto(tmp_path), quick=False)
+
+
 def test_class_that_we_do_not_know_goes_through_auto_tokenizer(tmp_path):
     load_tokenizer(MINILM).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -35,6 +35,12 @@ _TINY_KINDS = {
     "roberta": ("Roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "pad_token_id": 1, "hidden_act": "gelu_new"}),
     "camembert": ("Camembert", {"type_vocab_size": 2, "pad_token_id": 1, "hidden_act": "relu"}),
+    "distilbert": ("DistilBert", {"hidden_dim": 24, "sinusoidal_pos_embds": True}),  # _TINY's intermediate_size is idle
+    "distilbert-relu": ("DistilBert", {"hidden_dim": 24, "activation": "relu"}),
+    "electra": ("Electra", {"embedding_size": 12}),
+    "electra-base": ("Electra", {"embedding_size": 16, "hidden_act": "gelu_new", "type_vocab_size": 1}),
+    "mpnet": ("MPNet", {"layer_norm_eps": 1e-5}),
+    "mpnet-relu": ("MPNet", {"hidden_act": "relu", "relative_attention_num_buckets": 40}),
     "modernbert": ("ModernBert", _MODERNBERT),
     "modernbert-biases": (
         "ModernBert",

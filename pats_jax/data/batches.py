@@ -162,7 +162,7 @@ def check_vocabulary(largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise InputError(
             f"the tokenizer gives ids up to {largest}, but the model's embedding table has {vocab_size} rows (ids up "
-            f"to {vocab_size - 1}); resize the table to the tokenizer (in Transformers: resize_token_embeddings), or "
+            f"to {vocab_size - 1}); resize the table to the tokenizer (pats_jax.models.resize_vocabulary), or "
             "use the checkpoint's own tokenizer"
         )
 

@@ -10,12 +10,14 @@ import numpy as np
 import optax
 
 from pats_jax import objectives, train_state, transforms
+from pats_jax.companions.lora_plus import lora_plus
 from pats_jax.errors import InputError
 from pats_jax.methods.masks import layer_mask
 from pats_jax.methods.method import Context, Method
 from pats_jax.methods.settings import OptimizerSettings
 from pats_jax.methods.table import joined_names
 from pats_jax.models.layout import layer_axis
+from pats_jax.models.peft import PeftConfig
 from pats_jax.models.settings import ModelSettings
 
 
@@ -58,10 +60,12 @@ def make_optimizer(
     fisher: Callable[[float, Any], Any] | None = None,
     schedule: optax.Schedule | None = None,
     response: transforms.Response | None = None,
+    adapter: PeftConfig | None = None,
 ) -> optax.GradientTransformation:
     """Makes AdamW with clipping and a linear schedule, with the parts that the chosen methods add.
 
-    Weight decay applies only to weight matrices, not to biases and LayerNorm.
+    Weight decay applies only to weight matrices, not to biases and LayerNorm. A ``lora_plus_ratio`` scales the steps of
+    AdamW, before the noise of PATS is added.
 
     Args:
       settings: the settings of AdamW; numbers may be traced.
@@ -72,9 +76,11 @@ def make_optimizer(
       fisher: see `Context`; required by Child-Tuning D.
       schedule: the learning rate by step; None means `learning_rate_schedule`.
       response: see `Context`.
+      adapter: the config of the adapter that is trained, which may add a transform at the end; None: no adapter.
 
     Raises:
-      InputError: if a regex matches no parameter, or a stage has less than one step.
+      InputError: if a regex matches no parameter, a stage has less than one step, or total_steps are too few for the
+        adapter.
     """
     schedule = learning_rate_schedule(settings, total_steps) if schedule is None else schedule
     warmup_steps = count_warmup_steps(settings, total_steps)
@@ -84,6 +90,7 @@ def make_optimizer(
         *(method.scaling(context) for method in chosen if method.has("scaling")),
         optax.add_decayed_weights(settings.weight_decay, _is_matrix(params)),
         optax.scale_by_learning_rate(schedule),
+        *([] if settings.lora_plus_ratio == 1 else [lora_plus(settings.lora_plus_ratio, layer_axis=layer_axis)]),
     )
     for method in chosen:
         adamw = method.adamw(context, adamw)
@@ -96,6 +103,9 @@ def make_optimizer(
         optimizer = method.around(context, optimizer)
     for method in chosen:
         optimizer = method.finish(optimizer)
+    last = None if adapter is None else adapter.last(total_steps)
+    if last is not None:
+        optimizer = optax.chain(optimizer, last)
     return transforms.with_raw_gradient(optimizer)
 
 

@@ -40,6 +40,9 @@ class OptimizerSettings(AdamWSettings):
     learning_rate: float = setting(
         5e-5, "peak learning rate: linear warmup, then linear decay to 0 by default", POSITIVE, is_basic=True
     )
+    lora_plus_ratio: float = setting(
+        1.0, "LoRA+: with --peft lora, learning rate of B and of vectors / of the rest; 16 is usual", POSITIVE
+    )
 
     @classmethod
     def at(cls, learning_rate: float, others: AdamWSettings) -> "OptimizerSettings":

@@ -35,3 +35,4 @@ from .sequence_classifier import SequenceClassifier as SequenceClassifier
 from .sources import checkpoint_folder as checkpoint_folder
 from .t5 import T5 as T5
 from .tokenizer import load_tokenizer as load_tokenizer
+from .vocabulary import resize_vocabulary as resize_vocabulary

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.models.attention import EINSUM
+from pats_jax.models.attention import EINSUM, by_platform, is_fused, softmax_weights, weighted_sum
 from pats_jax.models.config import EncoderConfig
 
 # Added to the score of a masked token. Its exponential is exactly 0 in float32, and unlike -inf it leaves a row
@@ -107,6 +107,40 @@ def padding_bias(attention_mask: Array) -> Array:
 def pad_front(bias: Array, surplus: int) -> Array:
     """A bias of scores (..., length) for keys that have ``surplus`` more before them, a prefix, to which it adds 0."""
     return jnp.pad(bias, (*((0, 0),) * (bias.ndim - 1), (surplus, 0))) if surplus else bias
+
+
+def attend(
+    config: EncoderConfig,
+    attention: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array,
+    *,
+    deterministic: bool,
+) -> Array:
+    """Scaled dot-product attention with dropout on the weights, inside of a module's call.
+
+    Args:
+      config: the encoder's config.
+      attention: "auto", "einsum" or "cudnn", see `pats_jax.models.attention.is_fused`.
+      query: (batch, queries, heads, width).
+      key: (batch, length, heads, width).
+      value: (batch, length, heads, width).
+      bias: float32 (batch, 1, 1, length), 0 for tokens and `MASKED` for padding; with "einsum" alone, any that fits
+        (batch, heads, queries, length).
+      deterministic: whether dropout is off.
+
+    Returns:
+      The attended values, (batch, queries, heads * width).
+    """
+    rate = config.attention_probs_dropout_prob
+    if is_fused(attention, query, key, dropout=0.0 if deterministic else rate):
+        attended = by_platform(query, key, value, bias)
+    else:
+        weights = nn.Dropout(rate)(softmax_weights(query, key, bias), deterministic=deterministic)
+        attended = weighted_sum(weights, value)
+    return attended.reshape(*query.shape[:2], -1)
 
 
 # ``perturb(number, hidden)``: what layer ``number``, () int32, reads in place of its input (batch, length, hidden)

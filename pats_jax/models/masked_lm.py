@@ -72,9 +72,10 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
 
         logits = LayerNorm(activation(hidden W + b)) E^T + c
 
-    with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. BERT's activation is the config's
-    ``hidden_act``, RoBERTa's always the exact GELU. A softmax over the last axis gives the probability of each word at
-    that token. The computation is in the dtype of ``hidden``; the last product is summed in float32.
+    with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. The activation of BERT and
+    DistilBERT is the config's ``hidden_act``, that of RoBERTa, ELECTRA and MPNet always the exact GELU. A softmax over
+    the last axis gives the probability of each word at that token. The computation is in the dtype of ``hidden``; the
+    last product is summed in float32.
 
     Args:
       head: the head's parameters, from `load_mlm_head`.

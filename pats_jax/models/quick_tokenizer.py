@@ -1,9 +1,9 @@
 """A tokenizer that needs only the ``tokenizers`` package, not Transformers, which takes seconds to import.
 
-Transformers builds its tokenizers of BERT and RoBERTa from the vocabulary and settings in a folder, and uses only a
-part of ``tokenizer.json``. `load` therefore accepts a folder only if every part of its ``tokenizer.json`` is what
-Transformers would build, so both give the same ids. Transformers loads all other folders, see
-`pats_jax.models.load_tokenizer`.
+Transformers builds its tokenizers of BERT, DistilBERT, MPNet and RoBERTa from the vocabulary and settings in a folder,
+and uses only a part of ``tokenizer.json``. `load` therefore accepts a folder only if every part of its
+``tokenizer.json`` is what Transformers would build, so both give the same ids. Transformers loads all other folders,
+see `pats_jax.models.load_tokenizer`.
 """
 
 import copy
@@ -20,11 +20,18 @@ from pats_jax.core.files import JsonObject
 NO_LENGTH = int(1e30)  # Transformers' model_max_length where a folder names none
 _BERT = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 _ROBERTA = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
-_SPECIAL: dict[str, dict[str, str]] = {"BertTokenizer": _BERT, "RobertaTokenizer": _ROBERTA}
+_SPECIAL: dict[str, dict[str, str]] = {
+    "BertTokenizer": _BERT,
+    "DistilBertTokenizer": _BERT,
+    "MPNetTokenizer": _ROBERTA | {"unk": "[UNK]"},
+    "RobertaTokenizer": _ROBERTA,
+}
+_OF_WORD_PIECES: JsonObject = {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None}
 _DEFAULTS: dict[str, JsonObject] = {
-    "BertTokenizer": {"do_lower_case": True, "tokenize_chinese_chars": True, "strip_accents": None},
+    **dict.fromkeys(("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer"), _OF_WORD_PIECES),
     "RobertaTokenizer": {"add_prefix_space": False, "trim_offsets": True, "errors": "replace"},
 }
+_GREEDY_MASK = ("MPNetTokenizer",)  # whose mask takes the space before it
 # Settings that change no ids as we encode.
 _IDLE = {
     *("tokenizer_class", "model_max_length", "name_or_path", "special_tokens_map_file", "clean_up_tokenization_spaces"),
@@ -239,6 +246,8 @@ def _special_tokens(folder, name, settings):
     """Role -> token; None if the folder's files disagree."""
     path = folder / "special_tokens_map.json"
     listed = json.loads(path.read_bytes()) if path.exists() else {}
+    if name in _GREEDY_MASK and not all(_is_greedy(of.get("mask_token")) for of in (settings, listed)):
+        return None
     special = {}
     for role, usual in _SPECIAL[name].items():
         given = {_content(of.get(f"{role}_token")) for of in (settings, listed)} - {None}
@@ -255,6 +264,11 @@ def _content(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
+def _is_greedy(token):
+    """Whether Transformers lets a mask take the space before it, unless its flags say otherwise."""
+    return not isinstance(token, dict) or token.get("lstrip") is True
+
+
 def _is_built(found, name, settings, special):
     """Whether a ``tokenizer.json`` is what Transformers' class builds from its vocabulary and the settings."""
     known = {*_IDLE, *_USUAL, *_DEFAULTS[name], *(f"{role}_token" for role in special), "added_tokens_decoder"}
@@ -265,15 +279,13 @@ def _is_built(found, name, settings, special):
     own = {key: settings.get(key, usual) for key, usual in _DEFAULTS[name].items()}
     vocabulary = found["model"]["vocab"]
     sep, cls = [[special[role], vocabulary[special[role]]] for role in ("sep", "cls")]
-    if name == "BertTokenizer":
-        parts = _bert_parts(special, own, sep, cls)
-    else:
-        parts = _roberta_parts(own, sep, cls)
+    parts = _PARTS[name](special, own, sep, cls)
     of_file = {part: found[part] for part in ("normalizer", "pre_tokenizer", "post_processor")}
     of_file["model"] = {key: value for key, value in found["model"].items() if key not in ("vocab", "merges")}
     if not all(any(_agree(of_file[part], form) for form in forms) for part, forms in parts.items()):
         return False
-    return _has_only(found["added_tokens"], settings.get("added_tokens_decoder", {}), special, vocabulary)
+    greedy = special["mask"] if name in _GREEDY_MASK else None
+    return _has_only(found["added_tokens"], settings.get("added_tokens_decoder", {}), special, vocabulary, greedy)
 
 
 def _agree(found, expected):
@@ -323,7 +335,13 @@ def _bert_parts(special, own, sep, cls) -> dict[str, list[Any]]:
     }
 
 
-def _roberta_parts(own, sep, cls) -> dict[str, list[Any]]:
+def _mpnet_parts(special, own, sep, cls) -> dict[str, list[Any]]:
+    ends = {"add_prefix_space": False, "trim_offsets": True}
+    processor = {"type": "RobertaProcessing", "sep": sep, "cls": cls, **ends}
+    return _bert_parts(special, own, sep, cls) | {"post_processor": [processor]}
+
+
+def _roberta_parts(special, own, sep, cls) -> dict[str, list[Any]]:
     bytes_of = {"add_prefix_space": own["add_prefix_space"], "trim_offsets": True, "use_regex": True}
     ends = {"add_prefix_space": own["add_prefix_space"], "trim_offsets": own["trim_offsets"]}
     return {
@@ -334,20 +352,30 @@ def _roberta_parts(own, sep, cls) -> dict[str, list[Any]]:
     }
 
 
-def _has_only(added, decoder, special, vocabulary):
-    """Whether the added tokens are the special ones, without flags, and ``added_tokens_decoder`` agrees."""
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    for token in added:
-        plain = token["special"] and not any(token[flag] for flag in flags)
-        if not plain or vocabulary.get(token["content"]) != token["id"]:
-            return False
+_PARTS: dict[str, Callable[..., dict[str, list[Any]]]] = {
+    "BertTokenizer": _bert_parts,
+    "DistilBertTokenizer": _bert_parts,
+    "MPNetTokenizer": _mpnet_parts,
+    "RobertaTokenizer": _roberta_parts,
+}
+
+
+def _has_only(added, decoder, special, vocabulary, greedy):
+    """Whether the added tokens are the special ones, and ``added_tokens_decoder`` agrees.
+
+    None may have flags, but that ``greedy``, a token or None, takes the space before it.
+    """
+
+    def is_plain(token):
+        flags = {flag for flag in ("single_word", "lstrip", "rstrip", "normalized") if token.get(flag)}
+        return token.get("special") and flags == ({"lstrip"} if token["content"] == greedy else set())
+
+    if not all(is_plain(token) and vocabulary.get(token["content"]) == token["id"] for token in added):
+        return False
     contents = {token["content"]: token["id"] for token in added}
     if contents.keys() != set(special.values()):
         return False
-    return all(
-        contents.get(token["content"]) == int(number) and token.get("special") and not any(map(token.get, flags))
-        for number, token in decoder.items()
-    )
+    return all(contents.get(token["content"]) == int(number) and is_plain(token) for number, token in decoder.items())
 
 
 def _is_plain(text, text_pair, options):

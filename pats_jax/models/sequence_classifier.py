@@ -30,8 +30,8 @@ class SequenceClassifier(nn.Module):
       attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
         attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN where it
         works and is faster, for at least 128 tokens. Other platforms, and the single query of ``first_token_only``,
-        always use einsum. cuDNN supports neither second derivatives nor `jax.vmap`, and may refuse parameters that are
-        sharded over devices.
+        always use einsum, as MPNet does for its bias of relative positions. cuDNN supports neither second derivatives
+        nor `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
     config: EncoderConfig
@@ -76,10 +76,11 @@ class SequenceClassifier(nn.Module):
         Args:
           input_ids: token ids, (batch, length).
           attention_mask: 1 for tokens and 0 for padding, (batch, length); None means 1 everywhere.
-          token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); None means 0 everywhere.
-          inputs_embeds: word embeddings (see `embed`) in place of ids, (batch, length, hidden); positions and token
-            types are added as usual. RoBERTa then counts positions over the tokens of ``attention_mask``, or over all
-            tokens without a mask, as Transformers does.
+          token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); None means 0 everywhere. Models
+            without token types (DistilBERT, MPNet) ignore them.
+          inputs_embeds: word embeddings (see `embed`) in place of ids, (batch, length, embedding_size); positions and
+            token types are added as usual. RoBERTa and MPNet then count positions over the tokens of
+            ``attention_mask``, or over all tokens without a mask, as Transformers does.
           continue_from: ``(k, states)`` computes only the layers after the k-th, 0 <= k < num_hidden_layers, from
             hidden state k, (batch, length, hidden). With the same key, their dropout is that of a whole pass.
           output_hidden_states: whether to return the hidden states too, from 0 (or k) to the last; with
@@ -120,10 +121,10 @@ class SequenceClassifier(nn.Module):
         return (logits, states) if output_hidden_states else logits
 
     def embed(self, input_ids: ArrayLike) -> Array:
-        """The word embeddings of ids (batch, length): float32 (batch, length, hidden), as ``inputs_embeds`` takes them.
+        """The word embeddings of ids (batch, length), as ``inputs_embeds`` takes them.
 
-        Positions, token types and dropout are not yet applied. Call it by
-        ``model.apply({"params": params}, input_ids, method="embed")``.
+        They are float32, (batch, length, embedding_size). Positions, token types and dropout are not yet applied. Call
+        it by ``model.apply({"params": params}, input_ids, method="embed")``.
         """
         words = self.config.word_embeddings(self.variables["params"])
         return look_up(jnp.asarray(words), jnp.asarray(input_ids), padding=self.config.pad_token_id)

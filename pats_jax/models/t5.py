@@ -10,7 +10,6 @@ References:
 """
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from pats_jax.models import relative_positions
 from pats_jax.models.encoder_decoder import (
     Attention,
     Chosen,
@@ -48,29 +48,6 @@ class RMSNorm(nn.Module):
         return (x * jax.lax.rsqrt(mean_square + self.config.layer_norm_epsilon) * scale).astype(self.dtype)
 
 
-def buckets(distances: np.ndarray, *, bidirectional: bool, count: int, farthest: int) -> np.ndarray:
-    """The bucket of each relative position, the key's place minus the query's: int, in [0, count).
-
-    With n buckets for a direction (half of them if there are two), distances below n/2 have a bucket each, and those
-    from there to ``farthest`` share the others logarithmically::
-
-        n/2 + floor(log(distance / (n/2)) / log(farthest / (n/2)) * (n - n/2)),   at most n - 1
-
-    All in float32 and in this order, as in torch: near a boundary the result depends on it.
-    """
-    distances = np.asarray(distances)
-    if bidirectional:
-        count //= 2
-        first, distances = np.where(distances > 0, count, 0), np.abs(distances)
-    else:
-        first, distances = np.zeros_like(distances), np.maximum(-distances, 0)
-    exact = count // 2
-    ratio = np.log(np.maximum(distances, 1).astype(np.float32) / np.float32(exact))
-    step = ratio / np.float32(math.log(farthest / exact)) * np.float32(count - exact)
-    far = np.minimum(exact + step.astype(np.int64), count - 1)
-    return first + np.where(distances < exact, distances, far)
-
-
 class RelativePositions(nn.Module):
     """The learned bias of scores by relative position: one table for all blocks of a stack."""
 
@@ -88,25 +65,17 @@ class RelativePositions(nn.Module):
     def of(self, distances: np.ndarray) -> Array:
         """The bias of each relative position, (positions, heads); its gradient is a sum, not a scatter."""
         config = self.config
-        chosen = buckets(
+        chosen = relative_positions.buckets(
             distances,
             bidirectional=self.bidirectional,
             count=config.relative_attention_num_buckets,
             farthest=config.relative_attention_max_distance,
         )
-        one_hot = np.eye(config.relative_attention_num_buckets, dtype=np.float32)[chosen]
-        return jnp.matmul(one_hot, self.embedding, precision=jax.lax.Precision.HIGHEST)
+        return relative_positions.choose(self.embedding, chosen)
 
     def __call__(self, length: int) -> Array:
-        """The bias of the scores of as many keys as queries, (1, heads, queries, keys).
-
-        Each distance's bias is computed once. Repeated n times and cut to rows of 2n - 1, the biases of the distances
-        0 ... n - 1, (none), -(n - 1) ... -1 move on by one place from row to row: the gradient is again a sum.
-        """
-        distances = np.concatenate([np.arange(length), [0], np.arange(1 - length, 0)])
-        values = self.of(distances).T
-        rows = jnp.tile(values, (1, length))[:, : length * (2 * length - 1)]
-        return rows.reshape(-1, length, 2 * length - 1)[None, :, :, :length]
+        """The bias of the scores of as many keys as queries, (1, heads, queries, keys)."""
+        return relative_positions.spread(self.of(relative_positions.distances(length)), length)
 
     def of_query(self, position: Array, length: int) -> Array:
         """The bias of the scores of keys 0, 1, ... for a query at a place (): (heads, length), of a decoder."""

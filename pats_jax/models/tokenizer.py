@@ -20,6 +20,9 @@ from pats_jax.models.sources import checkpoint_folder
 # The classes that AutoTokenizer would choose; to import one of them is 3 s quicker than to import AutoTokenizer.
 _BY_MODEL_TYPE = {
     "bert": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "electra": "BertTokenizer",
+    "mpnet": "MPNetTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
@@ -27,6 +30,8 @@ _BY_MODEL_TYPE = {
     "t5": "T5Tokenizer",
     "bart": "BartTokenizer",
 }
+_ALSO_KNOWN = ("DistilBertTokenizer",)  # a BertTokenizer that gives no token types
+_BY_OLD_NAME = {"ElectraTokenizer": "BertTokenizer"}
 _SENTENCEPIECE = "sentencepiece.bpe.model"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _SENTENCEPIECE)
 
@@ -77,7 +82,7 @@ def _load_full(folder: Path, name: str) -> Any:
         with _without_advice():
             import transformers
 
-            known = name in _BY_MODEL_TYPE.values()
+            known = name in (*_BY_MODEL_TYPE.values(), *_ALSO_KNOWN)
             kind = getattr(transformers, name if known else "AutoTokenizer")
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # damaged files: the tokenizers library itself raises bare Exceptions
@@ -123,4 +128,5 @@ def _class_and_settings(folder: Path) -> tuple[str, JsonObject]:
         named = _BY_MODEL_TYPE.get(str(read_config(folder)[0].get("model_type")))
     if named is None:
         named = _BY_MODEL_TYPE[read_encoder_config(folder).model_type]
-    return named.removesuffix("Fast"), settings
+    name = named.removesuffix("Fast")
+    return _BY_OLD_NAME.get(name, name), settings

@@ -12,6 +12,7 @@ from .objective import (
     View as View,
     with_objectives as with_objectives,
 )
+from .orthogonality import with_orthogonality as with_orthogonality
 from .r3f import r3f as r3f
 from .r_drop import r_drop as r_drop
 from .smart import smart as smart

@@ -76,7 +76,9 @@ class Tuner:
         part = "plm" if start.kind == "full" else "pe"
         self._trainable = self._answering.trainable_mask(self._params, part)
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, self._params)
-        self._step = jax.jit(make_train_step(self._answering.make_loss()))
+        adapter = None if start.kind == "full" else settings.adapter(start.kind)
+        loss_fn = self._answering.make_loss()
+        self._step = jax.jit(make_train_step(loss_fn if adapter is None else adapter.add_to_loss(loss_fn)))
         self._answer = jax.jit(self._answering.step)
         self._optimizers = {
             rate: methods.make_optimizer(
@@ -85,6 +87,7 @@ class Tuner:
                 settings.tuning.max_steps,
                 trained,
                 seed=settings.seed,
+                adapter=adapter,
             )
             for rate in settings.tuning.learning_rates(start.kind)
         }

@@ -28,6 +28,7 @@ from pats_jax.training.settings import (
 LEARNING_RATES = {
     "full": 5e-5,
     "lora": 1e-3,
+    "adalora": 1e-2,
     "adapters": 1e-3,
     "bitfit": 1e-3,
     "ia3": 1e-2,
@@ -183,6 +184,9 @@ class GymSettings(TunedModel):
             raise InputError("--no_direct: nothing is left to tune; set --primed")
         if not self.output_dir:
             raise InputError("--output_dir is missing")
+        for adapter in self.adapters:
+            if not isinstance(adapter, WholeModel):
+                adapter.in_training(self.tuning.max_steps)
         for method in self.methods:
             if method.has("objective") or method.has("gradient") or method.trainable or method.has("start"):
                 raise InputError(f"--method {method.name}: works only with pats-jax glue; gym takes optimizer methods")

@@ -80,7 +80,8 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
             return {"final": scores[-1], "best": best} if scores else {}
 
         def write(trained, primed, results):
-            save(start.folder, settings, model, primed, tokenizer)
+            saved = pe_modules.in_training(model, training.rhythm.total_steps)
+            save(start.folder, settings, saved, primed, tokenizer)
             plots.plot_loss(start.folder / "plots" / "loss.png", trained.records)
             model_card.write_primed(start.folder, settings.to_dict(), results, settings.defaults())
 

@@ -99,6 +99,8 @@ class PrimingSettings(TrainingSettings):
         if ("pe" in train.split("+")) != (self.peft is not None):
             missing = "needs an adapter; set --peft" if self.peft is None else "trains no adapter; omit --peft"
             raise InputError(f"--train {train}: {missing}")
+        if self.optimizer.lora_plus_ratio != 1 and train != "pe":
+            raise InputError("--lora_plus_ratio: needs --train pe; it is not for the model's own parameters")
         for method in self.methods:
             if method.has("objective") or method.has("gradient") or method.trainable or method.has("around"):
                 raise InputError(f"--method {method.name}: not available for priming; it works only with pats-jax glue")

@@ -30,7 +30,7 @@ from pats_jax.models import labels, peft
 from pats_jax.models.layout import unstack_layers
 from pats_jax.reporting import plots
 from pats_jax.reporting.console import say
-from pats_jax.run import flags, own_data, run_folder, run_start, table_training, workers
+from pats_jax.run import flags, own_data, pe_modules, run_folder, run_start, table_training, workers
 from pats_jax.run.lane_training import LaneTraining, TrainedSet, train
 from pats_jax.run.records import GridRun, LaneSetFile
 from pats_jax.run.run_start import Start
@@ -314,6 +314,7 @@ class Group:
                 norms=True,
                 trainable=peft.trainable_mask(model, params) if settings.adapter else None,
                 mesh=mesh,
+                adapter=settings.adapter,
             )
             check_own_layers(program, params, own)
             self._compiled[number] = lanes.CompiledLanes(program, params, own, arrays, rates)
@@ -424,8 +425,9 @@ class Group:
             draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
         one = Trained(params, trained.progress.lanes[lane].records, facts, draw=draw)
         predictor = part.predictors[lane]
+        model = pe_modules.in_training(shared.model, training.rhythm.total_steps)
         finish = glue.Finish(
-            run.start, shared.task, shared.model, shared.texts.tokenizer, predictor, keeps_model=self._keeps_models
+            run.start, shared.task, model, shared.texts.tokenizer, predictor, keeps_model=self._keeps_models
         )
         results = glue.describe_run(settings, shared.task, params) | facts | finish.use(one)
         run_folder.check_links(folder)

@@ -87,7 +87,8 @@ def carry_out(
             shape_costs.shape_cost(params, runner.platform, 1, training=True),  # a search compiles as long as a step
             1 if training is None else training.rhythm.evaluations,
         )
-        finish = Finish(start, model, texts.tokenizer, generation, writer)
+        saved = model if training is None else pe_modules.in_training(model, training.rhythm.total_steps)
+        finish = Finish(start, saved, texts.tokenizer, generation, writer)
         placed = runner.place(params) if training is None else None
         job = training_run.Job(settings.program, training, writer, placed, finish.use, finish.write)
         results = training_run.carry_out(start, job, results, asked)

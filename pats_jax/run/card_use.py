@@ -8,7 +8,7 @@ from typing import Any
 from pats_jax.reporting.console import visible
 from pats_jax.reporting.report_page import markdown_block, markdown_text
 
-_IN_PEFTS_FORMAT = ("lora", "ia3", "prompt", "prefix")
+_IN_PEFTS_FORMAT = ("lora", "adalora", "ia3", "prompt", "prefix")
 
 Values = Mapping[str, Any]  # of settings, or of results.json
 

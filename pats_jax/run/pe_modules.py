@@ -15,10 +15,11 @@ from pats_jax.train_state import parameter_name
 
 
 def differing_flags(ours: peft.PeftConfig | None, theirs: peft.PeftConfig | None) -> list[str]:
-    """The flags in which two configs of one adapter kind differ, such as ``--lora_rank was 4 and is 8``."""
+    """The flags in which two adapters of one kind differ, such as ``--lora_rank was 4 and is 8``."""
     if ours is None or theirs is None or ours == theirs:
         return []
-    pairs = {flag: (getattr(theirs, e.name), getattr(ours, e.name)) for flag, e in entries(type(ours)).items()}
+    of_both = {flag: e.name for flag, e in entries(type(ours)).items() if e.name not in ours.of_training}
+    pairs = {flag: (getattr(theirs, name), getattr(ours, name)) for flag, name in of_both.items()}
     return [f"--{flag} was {shown(was)} and is {shown(now)}" for flag, (was, now) in pairs.items() if was != now]
 
 
@@ -28,6 +29,12 @@ def add_adapter(settings: TrainingSettings, model: Any, params: Any) -> tuple[An
         model, params = peft.add_peft(model, params, settings.adapter, key=settings.seed)
         check_methods(settings.peft, settings.methods, params)
     return model, params
+
+
+def in_training(model: Any, total_steps: int) -> Any:
+    """The same model; the config of its adapter, if it has one, says how many steps it is trained for."""
+    adapter = getattr(model, "peft", None)
+    return model if adapter is None else model.clone(peft=adapter.in_training(total_steps))
 
 
 def check_methods(kind: str | None, chosen: Sequence[Method], params: Any) -> None:

@@ -17,7 +17,7 @@ Seconds = Annotated[float, annotated_types.Interval(ge=0, le=1e12)]
 
 Algorithm = Literal["mtl", "maml", "fomaml", "reptile"]
 Part = Literal["plm", "pe", "plm+pe"]
-PeftKind = Literal["lora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
+PeftKind = Literal["lora", "adalora", "bitfit", "ia3", "adapters", "prompt", "prefix"]
 Stage = Literal["direct", Algorithm]  # direct: none
 Tuned = Literal["full", PeftKind]
 

@@ -29,6 +29,8 @@ from pats_jax.training.settings import (
     SmoothingSettings,
 )
 
+_WITH_LORA_B: tuple[PeftKind, ...] = ("lora", "adalora")  # the adapters that LoRA+ is for
+
 PEFT_CHOICE = Choice(
     Entry(
         "peft",
@@ -165,6 +167,11 @@ class TrainingSettings(TunedModel):
     def adapter(self) -> "peft.PeftConfig | None":
         """The config of ``--peft``; None without one."""
         return self.adapters[0] if self.adapters else None
+
+    def check(self) -> None:
+        super().check()
+        if self.optimizer.lora_plus_ratio != 1 and self.peft not in _WITH_LORA_B:
+            raise InputError(f"--lora_plus_ratio: needs --peft {' or '.join(_WITH_LORA_B)}")
 
     @property
     def peft(self) -> PeftKind | None:

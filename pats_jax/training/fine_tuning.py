@@ -12,6 +12,7 @@ import numpy as np
 from pats_jax import methods, train_state, trees
 from pats_jax.core.files import JsonObject
 from pats_jax.methods import Method, OptimizerSettings
+from pats_jax.models.peft import PeftConfig
 from pats_jax.training import concentration, runners
 from pats_jax.training.loop import Rhythm
 from pats_jax.training.settings import LoopSettings, SavingSettings
@@ -66,6 +67,10 @@ class Recipe(Protocol):
     @property
     def methods(self) -> Sequence[Method]:
         """The methods that add to it."""
+
+    @property
+    def adapter(self) -> PeftConfig | None:
+        """The config of the adapter that is trained; None without one."""
 
     @property
     def loop(self) -> LoopSettings: ...
@@ -164,7 +169,7 @@ def make_training(
       runner: where to run.
       model: the model, for the state's ``apply_fn``.
       params: the parameters to start from.
-      loss_fn: the loss to minimise.
+      loss_fn: the loss to minimise, without what the adapter adds to it.
       trainable: a tree of bools like params, True at leaves to train; None: all.
       metric: see `Training`.
       evaluates: see `Training`.
@@ -183,13 +188,14 @@ def make_training(
         seed=settings.seed,
         fisher=source.fisher_measure(trained, frozen),
         schedule=schedule,
+        adapter=settings.adapter,
     )
     create = functools.partial(
         train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
     )
     shapes = runner.state_shapes(create, params)
     step = train_state.make_train_step(
-        loss_fn,
+        loss_fn if settings.adapter is None else settings.adapter.add_to_loss(loss_fn),
         axis_name=runner.axis_name,
         accumulation_steps=accumulation_steps,
         skip_nonfinite=True,

@@ -25,6 +25,7 @@ from pats_jax.data import batches
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError
 from pats_jax.methods import Method, OptimizerSettings
+from pats_jax.models.peft import PeftConfig
 from pats_jax.training.settings import LANE_NUMBERS, OF_A_LANE, LoopSettings
 
 LANE = "lane"  # the axis of a mesh that lanes are dealt out to
@@ -135,6 +136,7 @@ class LaneProgram:
       norms: whether the step measures the norms of parameters and update, see `make_train_step`.
       trainable: a tree of bools like the parameters, which are trained; None: what the methods say.
       mesh: devices that the lanes are dealt out to, with the one axis `LANE`, which divides their number; None: one.
+      adapter: the config of the adapter that is trained; None: no adapter.
     """
 
     apply_fn: Callable
@@ -146,6 +148,7 @@ class LaneProgram:
     norms: bool = False
     trainable: Any = None
     mesh: Mesh | None = None
+    adapter: PeftConfig | None = None
 
     @functools.cached_property
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
@@ -265,6 +268,8 @@ class LaneProgram:
         loss_fn = objectives.with_objectives(
             self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
         )
+        if self.adapter is not None:
+            loss_fn = self.adapter.add_to_loss(loss_fn)
         alone = train_state.TrainState(
             step=state.step,
             apply_fn=self.apply_fn,
@@ -300,6 +305,7 @@ class LaneProgram:
             seed=settings.seed,
             schedule=lambda count: settings.optimizer.learning_rate * rates[count],
             response=functools.partial(self._respond, lane["response"]),
+            adapter=self.adapter,
         )
 
     def _respond(self, number, r):

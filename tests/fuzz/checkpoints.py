@@ -313,6 +313,19 @@ _ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         },
         {f"{_QUERY}.lora_A.weight": (2, 8), f"{_QUERY}.lora_B.weight": (8, 2)},
     ),
+    "ADALORA": (
+        {
+            "init_r": 3,
+            "target_r": 2,
+            "total_step": 9,
+            "lora_alpha": 4,
+            "lora_dropout": 0.0,
+            "target_modules": ["query"],
+            "bias": "none",
+            "rank_pattern": {f"{_QUERY.removeprefix('base_model.model.')}.lora_E": [True, False, True]},
+        },
+        {f"{_QUERY}.lora_A": (2, 8), f"{_QUERY}.lora_B": (8, 2), f"{_QUERY}.lora_E": (2, 1)},
+    ),
     "IA3": (
         {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
         {
@@ -342,7 +355,7 @@ def draw_adapter(rng: random.Random) -> Input:
     """An adapter's folder, as PEFT writes it, beside the model that it changes."""
     kind = rng.choice(sorted(_ADAPTERS))
     fields, shapes = _ADAPTERS[kind]
-    prefix = "base_model.model" if kind in ("LORA", "IA3") else "base_model"
+    prefix = "base_model.model" if kind in ("LORA", "ADALORA", "IA3") else "base_model"
     shapes = {**shapes, f"{prefix}.classifier.weight": (3, 8), f"{prefix}.classifier.bias": (3,)}
     draws = np.random.default_rng(rng.randrange(2**32))
     files: dict[str, bytes | str] = {

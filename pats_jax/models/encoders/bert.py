@@ -7,6 +7,7 @@ References:
   Devlin et al. 2019, BERT (arXiv:1810.04805); Liu et al. 2019, RoBERTa (arXiv:1907.11692).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.models.attention import by_platform, is_fused, softmax_weights, weighted_sum
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
 from pats_jax.models.layers import (
@@ -22,6 +22,7 @@ from pats_jax.models.layers import (
     Form,
     LayerNorm,
     LayerStack,
+    attend,
     choose_row,
     dense,
     embedding_table,
@@ -111,12 +112,7 @@ class SelfAttention(nn.Module):
         query = project(queries_from, "query")
         key, value = self.attended_to(project(hidden, "key"), project(hidden, "value"))
         bias = pad_front(bias, key.shape[1] - hidden.shape[1])
-        dropout = 0.0 if deterministic else config.attention_probs_dropout_prob
-        if is_fused(self.attention, query, key, dropout=dropout):
-            return by_platform(query, key, value, bias).reshape(queries_from.shape)
-        weights = softmax_weights(query, key, bias)
-        weights = nn.Dropout(config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return weighted_sum(weights, value).reshape(queries_from.shape)
+        return attend(config, self.attention, query, key, value, bias, deterministic=deterministic)
 
     def attended_to(self, key: Array, value: Array) -> tuple[Array, Array]:
         """Returns keys and values, (batch, length, heads, width) each. A prefix (`pats_jax.models.peft`) acts here."""
@@ -261,17 +257,21 @@ class MaskedLanguageModelHead(nn.Module):
     """A dense layer with activation and LayerNorm, and a decoder tied to the word embeddings, with its own bias.
 
     The formula is that of `pats_jax.models.mlm_logits`.
+
+    Attributes:
+      config: the encoder's config.
+      activation: its activation function; None: the config's ``hidden_act``.
     """
 
     config: EncoderConfig
+    activation: str | None = None
 
     @nn.compact
     def __call__(self, hidden: Array, word_embeddings: Array) -> Array:
         config, dtype = self.config, hidden.dtype
-        # RoBERTa's head takes the exact GELU whatever hidden_act is
-        activation = ACTIVATION_FUNCTIONS["gelu" if config.is_roberta else config.hidden_act]
+        activation = ACTIVATION_FUNCTIONS[self.activation or config.hidden_act]
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        hidden = activation(nn.Dense(config.hidden_size, dtype=dtype, name="dense")(hidden))
+        hidden = activation(nn.Dense(config.embedding_size, dtype=dtype, name="dense")(hidden))
         hidden = LayerNorm(config, dtype, name="LayerNorm")(hidden)
         words = word_embeddings.astype(dtype)
         return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias
@@ -305,6 +305,8 @@ BERT = Encoder(
 ROBERTA = BERT._replace(
     head=_roberta_head,
     masked_lm=MaskedLanguageModel(
-        MaskedLanguageModelHead, prefix=("lm_head",), own_names={("LayerNorm",): ("layer_norm",)}
+        functools.partial(MaskedLanguageModelHead, activation="gelu"),
+        prefix=("lm_head",),
+        own_names={("LayerNorm",): ("layer_norm",)},
     ),
 )

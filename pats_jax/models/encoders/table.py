@@ -6,12 +6,15 @@ from typing import Any
 
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig, read_config
-from pats_jax.models.encoders import bert, modernbert
+from pats_jax.models.encoders import bert, distilbert, electra, modernbert, mpnet
 from pats_jax.models.encoders.encoder import Encoder
 
 ENCODERS: dict[str, Encoder] = {
     "bert": bert.BERT,
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), bert.ROBERTA),
+    "distilbert": distilbert.DISTILBERT,
+    "electra": electra.ELECTRA,
+    "mpnet": mpnet.MPNET,
     "modernbert": modernbert.MODERNBERT,
 }
 _ENCODER_DECODERS = ("t5", "bart")

@@ -1,3 +1,4 @@
+from .adalora import AdaLoraConfig as AdaLoraConfig
 from .adapted import (
     PeftBart as PeftBart,
     PeftClassifier as PeftClassifier,

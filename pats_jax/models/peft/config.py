@@ -9,11 +9,12 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 
 from pats_jax.core.files import JsonObject
 from pats_jax.core.settings import check_fields, setting
@@ -22,7 +23,8 @@ from pats_jax.models import convert
 from pats_jax.models.config import HEAD_PARTS
 from pats_jax.models.convert import ParameterPath, Parameters
 from pats_jax.models.patterns import compile_pattern
-from pats_jax.models.peft.saved import FieldRules, ModelConfig, SavedModules
+from pats_jax.models.peft.saved import ALL_LINEAR, LM_HEAD, FieldRules, ModelConfig, SavedModules
+from pats_jax.train_state import LossFn
 
 Interceptor = Callable[[Callable, tuple, dict, nn.module.InterceptorContext], Any]
 FlatTree = dict[ParameterPath, Any]  # path -> array
@@ -30,12 +32,17 @@ FlatTree = dict[ParameterPath, Any]  # path -> array
 COLLECTION = "peft"  # of Flax variables, inside the forward pass
 _LINEAR_LAYERS = {  # of a layer, by what precedes its number
     **dict.fromkeys(
-        ("bert.encoder.layer", "roberta.encoder.layer"),
+        ("bert.encoder.layer", "roberta.encoder.layer", "electra.encoder.layer"),
         (
             *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
             *("intermediate.dense", "output.dense"),
         ),
     ),
+    "distilbert.transformer.layer": (
+        *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+        *("ffn.lin1", "ffn.lin2"),
+    ),
+    "mpnet.encoder.layer": (*(f"attention.attn.{name}" for name in "qkvo"), "intermediate.dense", "output.dense"),
     **dict.fromkeys(
         ("encoder.block", "decoder.block"),
         (
@@ -69,8 +76,10 @@ class PeftConfig(abc.ABC):
       source: the address of the paper.
       peft_type: the method's name in ``adapter_config.json``.
       merges: whether an adapter can be merged into the weights.
+      kept_leaf: the name of the leaves of `kept_while_merged`.
       prefix: the prefix of every tensor's name in ``adapter_model.safetensors``.
       saved_fields: how the method treats the fields of ``adapter_config.json``.
+      of_training: fields that say how the adapter is trained, not what it computes.
     """
 
     train_pooler: bool = setting(False, "with --peft: also train and save BERT's pooler", flag="peft_pooler")
@@ -80,8 +89,10 @@ class PeftConfig(abc.ABC):
     source: ClassVar[str]
     peft_type: ClassVar[str]
     merges: ClassVar[bool] = False
+    kept_leaf: ClassVar[str] = ""
     prefix: ClassVar[str] = "base_model.model."
     saved_fields: ClassVar[FieldRules] = FieldRules()
+    of_training: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         check_fields(self, prefix="")
@@ -89,6 +100,11 @@ class PeftConfig(abc.ABC):
     @property
     def differs_by_layer(self) -> bool:
         """Whether it may change layers differently from each other, which needs separate layers."""
+        return False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `draw` reads the values of the layers' weights, not only their shapes."""
         return False
 
     @property
@@ -108,6 +124,22 @@ class PeftConfig(abc.ABC):
     def trains_whole(self, path: ParameterPath) -> bool:
         """Whether a parameter of the model itself is trained and saved with the adapter: head and pooler."""
         return path[0] in HEAD_PARTS or (self.train_pooler and path[1] == "pooler")
+
+    def in_training(self, total_steps: int) -> Self:
+        """The config of an adapter that is trained for ``total_steps`` steps.
+
+        Raises:
+          InputError: if these are too few for the settings.
+        """
+        return self
+
+    def last(self, total_steps: int) -> optax.GradientTransformation | None:
+        """A transform that runs after the optimizer of a training of ``total_steps`` steps; None: there is none."""
+        return None
+
+    def add_to_loss(self, loss_fn: LossFn) -> LossFn:
+        """The loss of a training, with what the method adds to it."""
+        return loss_fn
 
     @abc.abstractmethod
     def draw(self, base: FlatTree, config: ModelConfig, key: jax.Array) -> FlatTree:
@@ -143,6 +175,10 @@ class PeftConfig(abc.ABC):
     def unmerge(self, base: FlatTree, tree: FlatTree) -> FlatTree:
         """The inverse of `merge`, up to rounding; only if ``merges``."""
         raise NotImplementedError
+
+    def kept_while_merged(self, base: FlatTree, tree: FlatTree) -> FlatTree:
+        """What `unmerge` needs besides the small tree; it is among that tree's leaves while the adapter is merged."""
+        return {}
 
     @abc.abstractmethod
     def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
@@ -181,14 +217,14 @@ def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath
 
     Args:
       base: the model's parameters, flat.
-      pattern: the regex; it may match any part of the name.
+      pattern: the regex; it may match any part of the name. See `layer_rule`.
       what: what to call the regex in error messages.
 
     Raises:
       InputError: if the regex is not valid, takes too long to match, or matches no layer.
     """
-    matches = compile_pattern(pattern, what)
-    layers = [path[:-1] for path in base if path[-1] == "kernel"]
+    matches = layer_rule(pattern, what)
+    layers = [path[:-1] for path, leaf in base.items() if path[-1] == "kernel" and len(leaf.shape) == 2]
     found = [path for path in layers if matches(".".join(path))]
     if not found:
         raise InputError(f"{what} {shown(pattern)}: matches no linear layer; one is named {'.'.join(layers[0])}")
@@ -205,13 +241,30 @@ def differs_by_layer(pattern: str, what: str) -> bool:
     Raises:
       InputError: if the regex is not valid, or takes too long to match.
     """
-    matches = compile_pattern(pattern, what)
+    return varies_by_layer(layer_rule(pattern, what))
+
+
+def varies_by_layer(value: Callable[[str], Any]) -> bool:
+    """Whether a function of a linear layer's name can differ between the same linear layers of a model's layers."""
     numbers = range(_MOST_LAYERS)
     return any(
-        len({matches(f"{prefix}.{number}.{layer}") for number in numbers}) > 1
+        len({value(f"{prefix}.{number}.{layer}") for number in numbers}) > 1
         for prefix, layers in _LINEAR_LAYERS.items()
         for layer in layers
     )
+
+
+def layer_rule(pattern: str, what: str) -> Callable[[str], bool]:
+    """A function that returns whether a regex matches a part of a linear layer's name.
+
+    ``all-linear`` in place of a regex means what it does in PEFT's ``target_modules``: all but the output layer.
+
+    Raises:
+      InputError: if the regex is not valid; from the function, if matching takes too long.
+    """
+    if pattern.lower() == ALL_LINEAR:
+        return lambda name: name != LM_HEAD
+    return compile_pattern(pattern, what)
 
 
 def exactly(names: Iterable[str]) -> str:

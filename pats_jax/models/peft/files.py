@@ -1,8 +1,8 @@
 """Saved adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, in the layout of the library PEFT.
 
-LoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and a classifier's whole head, with the
-tensor names of the base model in Transformers. What PEFT lacks is saved in the same way, with ``peft_type`` values of
-our own: BitFit, bottleneck adapters, and prefixes in every attention of an encoder-decoder.
+LoRA, AdaLoRA, IA3, prompts and prefixes are saved in PEFT's own format: the adapter, and a classifier's whole head,
+with the tensor names of the base model in Transformers. What PEFT lacks is saved in the same way, with ``peft_type``
+values of our own: BitFit, bottleneck adapters, and prefixes in every attention of an encoder-decoder.
 """
 
 import dataclasses
@@ -196,6 +196,7 @@ def load_peft_model(directory: str | Path, **options: Any) -> tuple[PeftClassifi
     base, params, config = from_pretrained(
         name, num_labels=count, id2label=labels, new_head=True, multi_label=several, **options
     )
+    _check_head(folder, base_folder, params)
     return *load_peft(folder, base, params), config
 
 
@@ -223,6 +224,22 @@ def load_peft_seq2seq(
         )
     base, params, config = from_pretrained_seq2seq(name, **options)
     return *load_peft(folder, base, params), config
+
+
+def _check_head(folder: Path, base_folder: Path, params: Parameters) -> None:
+    """Raises InputError if a part of a head is neither the adapter's nor the base model's: it was lost after training.
+
+    Of DistilBERT's head, for instance, PEFT saves ``classifier`` but not ``pre_classifier``, unless it is told to.
+    """
+    saved = [name.split(".") for name in weights.names(folder / WEIGHTS_FILE)]
+    of_base = [part for part in HEAD_PARTS if part in params and not any(part in names for names in saved)]
+    in_base = {name.split(".")[0] for name in weights.tensor_files(base_folder)} if of_base else set()
+    lost = next((part for part in of_base if part not in in_base), None)
+    if lost is not None:
+        raise InputError(
+            f"{folder / WEIGHTS_FILE}: lacks {lost}, a part of the head that the base model lacks, too; train again "
+            f"with modules_to_save=[{lost!r}] in PEFT"
+        )
 
 
 def _base_model(folder: Path, options: Mapping[str, Any]) -> tuple[JsonObject, str, Path, dict[str, Any]]:
@@ -358,7 +375,8 @@ def _count_labels(folder: Path) -> int:
       InputError: if the file has no head, or a damaged one.
     """
     path = folder / WEIGHTS_FILE
-    heads = [name for name in weights.names(path) if name.endswith(("classifier.weight", "classifier.out_proj.weight"))]
+    endings = (".classifier.weight", ".classifier.out_proj.weight")  # "pre_classifier" is not the head's last part
+    heads = [name for name in weights.names(path) if f".{name}".endswith(endings)]
     if not heads:
         raise InputError(f"{path}: has no head; save a SEQ_CLS adapter")
     shape = weights.shapes({heads[0]: path})[heads[0]]

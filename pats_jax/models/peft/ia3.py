@@ -64,12 +64,12 @@ class Ia3Config(PeftConfig):
     """
 
     output_layers: str = setting(
-        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|Wqkv)$",
+        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|k_lin|v_lin|Wqkv)$",
         "IA3: regex of linear layers whose outputs are rescaled",
         flag="ia3_output_layers",
     )
     input_layers: str = setting(
-        r"\.(\d+\.output\.dense|wo|fc2|mlp\.Wo)$",
+        r"\.(\d+\.output\.dense|wo|fc2|lin2|mlp\.Wo)$",
         "IA3: regex of linear layers whose inputs are rescaled",
         flag="ia3_input_layers",
     )

@@ -11,6 +11,7 @@ from pats_jax.models.bart import Bart
 from pats_jax.models.convert import Parameters
 from pats_jax.models.layers import STACKED
 from pats_jax.models.layout import side_and_layer, stack_layers, unstack_layers
+from pats_jax.models.peft.adalora import AdaLoraConfig
 from pats_jax.models.peft.adapted import (
     PeftBart,
     PeftClassifier,
@@ -35,7 +36,8 @@ from pats_jax.models.t5 import T5
 _ADVICE = 'load the model with separate layers (layers="separate")'
 
 KINDS: dict[str, type[PeftConfig]] = {
-    config.kind: config for config in (LoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
+    config.kind: config
+    for config in (LoraConfig, AdaLoraConfig, BitFitConfig, Ia3Config, AdapterConfig, PromptConfig, PrefixConfig)
 }
 
 
@@ -91,8 +93,8 @@ def add_peft(
 def draw(model: PlainModel, params: Parameters, config: PeftConfig, key: jax.Array) -> FlatTree:
     """The parameters of a new adapter, flat, with separate layers."""
     held = flatten_dict(params)
-    shapes = own_shapes(model, params)  # of stacked layers they are all that is needed
-    base = {path: held.get(path, shape) for path, shape in shapes.items() if not config.trains_whole(path)}
+    separate = (own_parameters if config.reads_weights else own_shapes)(model, params)  # no copies of stacked layers
+    base = {path: held.get(path, leaf) for path, leaf in separate.items() if not config.trains_whole(path)}
     return config.draw(base, model.config, key)
 
 
@@ -147,19 +149,25 @@ def merge(model: PeftModel, params: Parameters) -> tuple[PeftModel, Parameters]:
         raise ValueError(f"the {config.kind} adapter is already merged")
     if not config.merges:
         raise ValueError(f"{config.kind} cannot be merged: it does not change the weights")
-    return model.clone(merged=True), _merged(model, params, config.merge)
+    base, tree = own_parameters(model, params), small_tree(model, params)
+    kept = config.kept_while_merged(base, tree)
+    small = in_layout(model, tree | kept) if kept else params["peft"]
+    return model.clone(merged=True), in_layout(model, config.merge(base, tree)) | {"peft": small}
 
 
 def unmerge(model: PeftModel, params: Parameters) -> tuple[PeftModel, Parameters]:
     """The inverse of `merge`; restores the weights up to rounding.
 
     Raises:
-      ValueError: if the adapter is not merged, or a scale of IA3 is zero.
+      ValueError: if the adapter is not merged, or a scale of IA3 or a magnitude of DoRA is zero.
     """
     config = config_of(model)
     if not model.merged:
         raise ValueError(f"the {config.kind} adapter is not merged")
-    return model.clone(merged=False), _merged(model, params, config.unmerge)
+    base, tree = own_parameters(model, params), small_tree(model, params)
+    before = {path: leaf for path, leaf in tree.items() if path[-1] != config.kept_leaf}
+    small = in_layout(model, before) if len(before) < len(tree) else params["peft"]
+    return model.clone(merged=False), in_layout(model, config.unmerge(base, tree)) | {"peft": small}
 
 
 @overload
@@ -236,9 +244,3 @@ def _depths(model: PlainModel) -> dict[str, int]:
     if isinstance(model.config, Seq2SeqConfig):
         return model.config.num_layers_of
     return {"encoder": model.config.num_hidden_layers}
-
-
-def _merged(model, params, operation):
-    """The parameters with the model's own changed by ``operation(base, small tree)``."""
-    base = operation(own_parameters(model, params), small_tree(model, params))
-    return in_layout(model, base) | {"peft": params["peft"]}

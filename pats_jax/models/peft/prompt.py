@@ -117,6 +117,11 @@ class PromptConfig(VirtualTokensConfig):
         return super().to_dict(tree, config) | {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
     @classmethod
+    def all_sizes(cls, model: ModelConfig) -> dict[str, int]:
+        width = {} if isinstance(model, Seq2SeqConfig) else {"token_dim": model.embedding_size}
+        return super().all_sizes(model) | width
+
+    @classmethod
     def rows(cls, length: int, model: ModelConfig) -> int:
         return 2 * length if isinstance(model, Seq2SeqConfig) else length
 

@@ -47,7 +47,8 @@ class TargetFields(CommonFields, total=False):
 
 # Fields of every kind that change nothing: whether training continues, and the classes that built the base model.
 _WITHOUT_EFFECT = ("inference_mode", "auto_mapping")
-_LM_HEAD = "lm_head"  # T5's, which PEFT does not count among all linear layers
+ALL_LINEAR = "all-linear"  # target_modules, for all linear layers but the output layer
+LM_HEAD = "lm_head"  # T5's, which PEFT does not count among all linear layers
 # Parts that modules_to_save may name: the parts of heads, PEFT's other name for the last of them, and BERT's pooler.
 _HEAD_NAMES, _POOLER_NAME = (*HEAD_PARTS, "score"), "pooler"
 
@@ -153,8 +154,8 @@ def named_layers(fields: Mapping[str, Any], layers: list[str], default_targets: 
     """
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules")
     targets = list(default_targets) if targets is None else targets
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        named = {layer for layer in layers if layer != _LM_HEAD}
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        named = {layer for layer in layers if layer != LM_HEAD}
     else:
         named = _matching(targets, layers, f"{source}: target_modules")
     indices, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or []

@@ -69,10 +69,15 @@ class VirtualTokensConfig(PeftConfig):
     @classmethod
     def sizes(cls, model: ModelConfig) -> dict[str, int]:
         """The fields of a saved config that must match the model, with the model's values."""
-        return {name: size for name, size in sizes_of(model).items() if name in _SIZES_OF_ALL}
+        return {name: size for name, size in cls.all_sizes(model).items() if name in _SIZES_OF_ALL}
+
+    @classmethod
+    def all_sizes(cls, model: ModelConfig) -> dict[str, int]:
+        """What PEFT writes of a model's sizes for this method."""
+        return sizes_of(model)
 
     def to_dict(self, tree: FlatTree, config: ModelConfig) -> JsonObject:
-        return {"num_virtual_tokens": self.length, **sizes_of(config)}
+        return {"num_virtual_tokens": self.length, **self.all_sizes(config)}
 
     @classmethod
     def from_saved(cls, saved: SavedModules) -> "VirtualTokensConfig":

@@ -1,0 +1,140 @@
+"""ELECTRA: BERT's layers on word embeddings of a width of their own, with a head of its own.
+
+Modules are named after the Hugging Face tensors: ``params["electra"]["encoder"]["layer"]["0"]["attention"]["self"]
+["query"]["kernel"]``. Discriminators and generators are read alike. Only a generator's checkpoint has a
+masked-language-model head; a discriminator's own head, which tells replaced tokens, is not read.
+
+References:
+  Clark et al. 2020, ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators (arXiv:2003.10555).
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from pats_jax.core.files import JsonObject
+from pats_jax.models.config import EncoderConfig, is_whole
+from pats_jax.models.encoders import bert
+from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
+from pats_jax.models.layers import ACTIVATION_FUNCTIONS, Form, dense, padding_bias
+
+
+@dataclass(frozen=True)
+class ElectraConfig(EncoderConfig):
+    """Sizes, rates and labels of an ELECTRA.
+
+    The settings ``summary_...`` are of Transformers' head for multiple choice, so they have no effect here.
+
+    Attributes:
+      embedding_size: the width of the word, position and token type embeddings.
+    """
+
+    families: ClassVar[Mapping[str, tuple[str, JsonObject]]] = {"electra": ("Electra", {})}
+    base_parts: ClassVar[tuple[str, ...]] = ("embeddings", "embeddings_project", "encoder")
+    surplus: ClassVar[str] = r"(discriminator_predictions|generator_predictions|generator_lm_head)\..*"
+
+    model_type: str = "electra"
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    embedding_size: int = 128
+
+    @property
+    def base_prefix(self) -> str:
+        return "electra"
+
+    @property
+    def has_pooler(self) -> bool:
+        return False
+
+    @property
+    def tensor_sizes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "embeddings.word_embeddings": (self.vocab_size, self.embedding_size),
+            "embeddings.position_embeddings": (self.max_position_embeddings, self.embedding_size),
+            "embeddings.token_type_embeddings": (self.type_vocab_size, self.embedding_size),
+            "encoder.layer.0.intermediate.dense": (self.intermediate_size, self.hidden_size),
+        }
+
+    def _check(self, source: str) -> None:
+        is_size = is_whole(self.embedding_size) and self.embedding_size >= 1
+        self._require("embedding_size", is_size, "a positive whole number", source)
+        super()._check(source)
+
+
+class ElectraModel(nn.Module):
+    """Embeddings, their projection if their width is not the layers', and BERT's layers; called as `bert.BertModel`."""
+
+    config: ElectraConfig
+    dtype: DTypeLike
+    form: Form
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        token_type_ids: Array,
+        *,
+        hidden_state: int | None,
+        deterministic: bool,
+        **options: Any,
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Returns the first token's last hidden state, (batch, hidden), and the hidden states.
+
+        Hidden state 0 is projected already.
+        """
+        config = self.config
+        if hidden_state is None:
+            tokens = bert.Embeddings(config, self.dtype, name="embeddings")(
+                tokens, attention_mask, token_type_ids, deterministic=deterministic
+            )
+            if config.embedding_size != config.hidden_size:
+                tokens = dense(config, config.hidden_size, self.dtype, "embeddings_project")(tokens)
+        states = bert.Layers(config, self.dtype, self.form, name="encoder")(
+            tokens, padding_bias(attention_mask), first_layer=hidden_state or 0, deterministic=deterministic, **options
+        )
+        return states[-1][:, 0], states
+
+
+class ClassificationHead(nn.Module):
+    """A GELU layer and a linear layer, with dropout before both."""
+
+    config: EncoderConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, features: Array, *, deterministic: bool) -> Array:
+        dropout = nn.Dropout(self.config.head_dropout, deterministic=deterministic)
+        features = dense(self.config, self.config.hidden_size, self.dtype, "dense")(dropout(features))
+        features = ACTIVATION_FUNCTIONS["gelu"](features)  # whatever hidden_act is
+        return dense(self.config, self.config.num_labels, self.dtype, "out_proj")(dropout(features))
+
+
+def _head(
+    config: EncoderConfig, dtype: DTypeLike, features: Array, attention_mask: Array, *, deterministic: bool
+) -> Array:
+    """ELECTRA's logits, from the first token."""
+    return ClassificationHead(config, dtype, name="classifier")(features, deterministic=deterministic)
+
+
+ELECTRA = Encoder(
+    config=ElectraConfig,
+    model=ElectraModel,
+    head=_head,
+    masked_lm=MaskedLanguageModel(
+        functools.partial(bert.MaskedLanguageModelHead, activation="gelu"),
+        prefix=(),
+        own_names={
+            ("dense",): ("generator_predictions", "dense"),
+            ("LayerNorm",): ("generator_predictions", "LayerNorm"),
+            ("bias",): ("generator_lm_head", "bias"),
+        },
+        decoder=("generator_lm_head",),
+    ),
+)
