@@ -20,6 +20,7 @@ from benchmarks.compilation import Compile
 from benchmarks.devices import Devices
 from benchmarks.goals import Plot
 from benchmarks.lanes import Lanes
+from benchmarks.long_texts import Long
 from benchmarks.memory import Memory
 from benchmarks.optimizer import Optimizer
 from benchmarks.pipeline import Pipeline
@@ -34,6 +35,7 @@ from pats_jax.run import xla_flags
 SUBJECTS: dict[str, type[report.Subject]] = {
     "step": Step,
     "torch": AgainstTorch,
+    "long": Long,
     "optimizer": Optimizer,
     "compile": Compile,
     "memory": Memory,

@@ -70,6 +70,10 @@ def _spread(results):
 
 GOALS = (
     *(Goal(f"AdamW's step here / torch's, {s}", "torch", 0.90, _ratio(f"{s} finetune")) for s in SHAPES),
+    *(
+        Goal(f"ModernBERT's forward and backward here / torch's, SDPA, {s}", "long", 1.0, _ratio(f"modernbert {s}"))
+        for s in ("4x512", "1x2048")
+    ),
     *(Goal(f"PATS's step / AdamW's, default layers, {s}", "step", 1.02, _ratio(f"{s} pats"), ".3f") for s in SHAPES),
     *(Goal(f"the same with noise on all leaves, {s}", "step", 1.05, _ratio(f"{s} pats:all"), ".3f") for s in SHAPES),
     Goal("PATS's update alone / AdamW's, MiniLM, default layers", "optimizer", 1.30, _ratio("minilm pats"), ".3f"),
@@ -244,6 +248,7 @@ def _draw_state(axes, results):
 
 DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "torch": _draw_ratios("Training step here against Transformers with torch", "time of torch's step = 1"),
+    "long": _draw_ratios("ModernBERT on long texts: loss and gradients", "time of torch, or of global layers = 1"),
     "step": _draw_ratios("Training step by method", "time of plain AdamW's step = 1"),
     "optimizer": _draw_growth,
     "memory": _draw_state,

@@ -50,6 +50,16 @@ def write_deberta_buckets(name: str) -> None:
     np.savez_compressed(FIXTURES / f"{name}.npz", **found)
 
 
+def write_modernbert(kind: str) -> None:
+    """As `write_tiny`, with rows so long that local attention is computed in blocks, and the logits for each word."""
+    model = torch_reference.tiny_model(kind)
+    model.save_pretrained(FIXTURES / kind)
+    batch = torch_reference.padded_batch(model.config, length=21)
+    bias, logits = torch_reference.logits_of_words(model, batch)
+    words = {"word_bias": bias, "word_logits": logits}
+    np.savez_compressed(FIXTURES / f"{kind}.npz", **batch, **words, **torch_reference.reference(model, batch))
+
+
 def write_minilm() -> None:
     """Logits, loss and a summary of every gradient; the weights come from the installed package."""
     head = np.random.default_rng(0).normal(0, 0.1, (3, 384)).astype(np.float32)
@@ -72,6 +82,7 @@ def write_seq2seq(kind: str) -> None:
 TINY = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2")
 WRITERS = {**dict.fromkeys(TINY, write_tiny), "minilm": lambda _: write_minilm()}
 WRITERS |= {"deberta-unshared": write_small_tiny, "deberta-buckets": write_deberta_buckets}
+WRITERS |= {"modernbert": write_modernbert, "modernbert-biases": write_modernbert}
 WRITERS |= dict.fromkeys(("t5", "t5-1.1", "bart"), write_seq2seq)
 
 if __name__ == "__main__":

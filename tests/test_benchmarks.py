@@ -26,6 +26,7 @@ from benchmarks import (
     check,
     compilation,
     goals,
+    long_texts,
     memory,
     optimizer,
     pipeline,
@@ -379,6 +380,21 @@ def test_torch_subject_runs(checkpoint):
     assert theirs["fastest"] in theirs["median_seconds_alone_by_way"].keys() == {"eager", "eager:adamw"}
     assert results.measured[f"{checkpoint} 8x8 finetune"]["program"]["kernels"] > 0
     assert set(results.ratios) == {f"{checkpoint} 8x8 finetune"} and "torch" in results.versions
+
+
+@pytest.mark.parity
+def test_long_texts_against_torch(tmp_path):
+    """The losses that are timed are the same."""
+    subject = long_texts.Long(cases=("2x12",), layers=2, width=64, rounds=1)
+    results = subject.run()
+    assert set(results.ratios) == {"modernbert 2x12", "modernbert 2x12 local / global"}
+    assert set(results.measured) == {f"modernbert 2x12 {name}" for name in ("torch", "here", "local", "global")}
+    model = pats_jax.models.SequenceClassifier(subject.config())
+    params, batch = cases.random_params(model, model.config), cases.random_batch(1000, 2, 12)
+    pats_jax.models.save_pretrained(tmp_path, params=params, config=model.config)
+    theirs = long_texts.torch_gradients(against_torch.load_torch_model(str(tmp_path), "sdpa"), batch, "float32")
+    ours, _ = subject._gradients(model.config, params, batch)()
+    np.testing.assert_allclose(ours, float(theirs()), rtol=0, atol=1e-5)
 
 
 # reports and the command line

@@ -55,6 +55,8 @@ def config_of(family):
     names = {field.name for field in dataclasses.fields(kind)}
     own = SIZES | {"num_hidden_layers": LAYERS[family]}
     sizes = {kind.file_names.get(name, name): size for name, size in own.items() if name in names}
+    if kind.pad_token_id >= SIZES["vocab_size"]:  # ModernBERT's
+        sizes["pad_token_id"] = 0
     return models.encoder_config({"model_type": family, "num_labels": 3, **sizes, **OWN_SETTINGS.get(family, {})})
 
 

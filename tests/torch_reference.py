@@ -30,6 +30,15 @@ _DEBERTA = {
     "pos_att_type": "p2c|c2p",
     "position_biased_input": False,
 }
+# ModernBERT's real settings in small: three layers are local, and texts of more than 16 tokens are computed in blocks.
+_MODERNBERT = {
+    "vocab_size": 48,
+    "hidden_size": 12,
+    "num_hidden_layers": 5,
+    "intermediate_size": 8,
+    "local_attention": 8,
+    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+}
 # RoBERTa's real sizes in small: one token type, positions counted from pad_token_id + 1, eps 1e-5.
 _TINY_KINDS = {
     "bert": ("Bert", {"type_vocab_size": 2, "pad_token_id": 0}),
@@ -65,6 +74,22 @@ _TINY_KINDS = {
         {**_DEBERTA, "pos_att_type": "p2c", "norm_rel_ebd": "none", "max_relative_positions": 17},
     ),
     "deberta-plain": ("DebertaV2", {"pos_att_type": "p2c"}),  # which divides scores without relative attention, too
+    "modernbert": ("ModernBert", _MODERNBERT),
+    "modernbert-biases": (
+        "ModernBert",
+        {
+            **_MODERNBERT,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {"rope_theta": 90.0}, "sliding_attention": {"rope_theta": 30.0}},
+            "classifier_pooling": "mean",
+            "hidden_activation": "gelu_new",
+            "classifier_activation": "relu",
+            "norm_eps": 1e-3,
+            **{f"{name}_bias": True for name in ("norm", "attention", "mlp", "classifier")},
+        },
+    ),
+    "modernbert-global": ("ModernBert", {**_MODERNBERT, "layer_types": ["full_attention"] * 5, "decoder_bias": False}),
 }
 KINDS = tuple(_TINY_KINDS)
 
@@ -77,7 +102,7 @@ def tiny_model(kind: str, seed: int = 0, task: str = "SequenceClassification", *
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith(("LayerNorm.weight", "layer_norm.weight")) else 0.0
+            centre = 1.0 if name.endswith(("LayerNorm.weight", "norm.weight")) else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -86,6 +111,17 @@ def deberta_buckets(position_buckets: int, longest: int, count: int) -> np.ndarr
     """The buckets of the first distances, int16 (count,)."""
     distances = torch.arange(count)
     return modeling_deberta_v2.make_log_bucket_position(distances, position_buckets, longest).numpy().astype(np.int16)
+
+
+def logits_of_words(classifier, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of a masked language model with ModernBERT's encoder and head: the decoder's bias and the logits."""
+    prefix = type(classifier).__name__.removesuffix("ForSequenceClassification")
+    model = getattr(transformers, f"{prefix}ForMaskedLM")(classifier.config).eval()
+    model.load_state_dict(classifier.state_dict(), strict=False)
+    model.decoder.bias.data.normal_(generator=torch.Generator().manual_seed(2))
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    with torch.no_grad():
+        return model.decoder.bias.numpy(), forward(model, inputs).logits.numpy()
 
 
 # 3 heads of 6 units are not the 16 of the model.

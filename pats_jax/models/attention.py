@@ -5,6 +5,7 @@ and backward in bfloat16 with 12 heads of 64 units: 32 rows of length 128 take 0
 512 take 1.71 ms instead of 4.82.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -19,6 +20,7 @@ AUTO, EINSUM, CUDNN = ATTENTIONS = get_args(Attention)
 
 _FROM_LENGTH = 128  # what "auto" needs; below, nothing was measured
 _WIDEST_HEAD = 128
+_LONG = 512  # tokens, from which `in_parts` pays
 _OLDEST_GPU = 8.0  # compute capability, Ampere
 
 
@@ -71,6 +73,40 @@ def by_platform(query: Array, key: Array, value: Array, bias: Array) -> Array:
     # The branch that is not taken costs nothing, but each keeps what the other would need for its backward pass.
     other = jax.checkpoint(lambda query, key, value, bias: weighted_sum(softmax_weights(query, key, bias), value))
     return jax.lax.platform_dependent(query, key, value, bias, cuda=fused, default=other)
+
+
+def is_long(query: Array) -> bool:
+    """Whether a text is so long that `in_parts` pays."""
+    return query.shape[1] >= _LONG
+
+
+def in_parts(query: Array, key: Array, value: Array, bias: Array) -> Array:
+    """As `by_platform`, for long texts where cuDNN is not used; the backward pass computes the weights again.
+
+    On CPU one or two heads are computed at a time, whose weights stay in the cache; on other platforms all at once.
+
+    Args:
+      query: (batch, queries, heads, width).
+      key: (batch, length, heads, width).
+      value: (batch, length, heads, width).
+      bias: float32, to be added to the scores, (batch, 1, 1 or queries, length).
+    """
+    at_once = jax.checkpoint(lambda query, key, value, bias: weighted_sum(softmax_weights(query, key, bias), value))
+    by_heads = functools.partial(_by_heads, at_once)
+    return jax.lax.platform_dependent(query, key, value, bias, cpu=by_heads, default=at_once)
+
+
+def _by_heads(attend, query, key, value, bias):
+    batch, length, heads, width = query.shape
+    size = 2 if heads % 2 == 0 else 1
+    count = heads // size
+
+    def parts(x):  # (batch, tokens, heads, width) as (batch * count, size, tokens, 1, width)
+        return x.swapaxes(1, 2).reshape(batch * count, size, -1, 1, width)
+
+    biases = jnp.repeat(bias[:, None], count, axis=0)
+    attended = jax.lax.map(lambda part: attend(*part), (parts(query), parts(key), parts(value), biases))
+    return attended.reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
 def fused(

@@ -27,6 +27,7 @@ _BY_MODEL_TYPE = {
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
     "deberta-v2": "DebertaV2Tokenizer",
+    "modernbert": "PreTrainedTokenizerFast",
     "t5": "T5Tokenizer",
     "bart": "BartTokenizer",
 }

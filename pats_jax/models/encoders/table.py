@@ -6,7 +6,7 @@ from typing import Any
 
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import EncoderConfig, read_config
-from pats_jax.models.encoders import bert, deberta, distilbert, electra, mpnet
+from pats_jax.models.encoders import bert, deberta, distilbert, electra, modernbert, mpnet
 from pats_jax.models.encoders.encoder import Encoder
 
 ENCODERS: dict[str, Encoder] = {
@@ -16,6 +16,7 @@ ENCODERS: dict[str, Encoder] = {
     "electra": electra.ELECTRA,
     "mpnet": mpnet.MPNET,
     "deberta-v2": deberta.DEBERTA,
+    "modernbert": modernbert.MODERNBERT,
 }
 _ENCODER_DECODERS = ("t5", "bart")
 

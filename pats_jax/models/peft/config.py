@@ -63,6 +63,7 @@ _LINEAR_LAYERS = {  # of a layer, by what precedes its number
             *("fc1", "fc2"),
         ),
     ),
+    "model.layers": ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
 }
 _MOST_LAYERS = 100  # whose names are tried; the largest encoders have 48
 _PARAMETER_LEAVES = {"weight": "kernel", "bias": "bias"}

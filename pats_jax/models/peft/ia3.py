@@ -6,7 +6,8 @@ r"""IA3: rescales keys, values and the wide half of the feed-forward block, unit
     y = (x * l) W + b        l (inputs,), for layers rescaled at their input: the second feed-forward layer
 
 l starts at one, so the model starts unchanged. A trained l can be merged into W (and b). The rule is the paper's, and
-so are the default layers, but of BART PEFT's: queries in place of keys.
+so are the default layers, but of BART PEFT's: queries in place of keys. ModernBERT has one layer for queries, keys and
+values, which is rescaled whole, as PEFT does in models like it.
 
 References:
   Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning
@@ -67,12 +68,12 @@ class Ia3Config(PeftConfig):
     """
 
     output_layers: str = setting(
-        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|k_lin|v_lin|key_proj|value_proj)$",
+        r"\.(self\.key|self\.value|k|v|q_proj|v_proj|k_lin|v_lin|key_proj|value_proj|Wqkv)$",
         "IA3: regex of linear layers whose outputs are rescaled",
         flag="ia3_output_layers",
     )
     input_layers: str = setting(
-        r"\.(\d+\.output\.dense|wo|fc2|lin2)$",
+        r"\.(\d+\.output\.dense|wo|fc2|lin2|mlp\.Wo)$",
         "IA3: regex of linear layers whose inputs are rescaled",
         flag="ia3_input_layers",
     )

@@ -106,8 +106,8 @@ class LoraConfig(PeftConfig):
       alpha: numerator of the branch's scale, alpha / rank.
       dropout: dropout probability on the input of the branch, in [0, 1).
       layers: regex of the linear layers to adapt, over names such as
-        ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model. ``all-linear``
-        means all of them but those of the head, as in PEFT.
+        ``bert.encoder.layer.0.attention.self.query``. By default queries and values, in whatever model; in ModernBERT
+        they are one layer with the keys. ``all-linear`` means all of them but those of the head, as in PEFT.
       rank_stabilized: whether the scale is alpha / sqrt(rank) (rsLoRA).
       dora: whether the lengths of the weights' columns are trained apart from their directions (DoRA).
       rank_pattern: ranks of some layers, as ``REGEX=RANK``. As in PEFT, a regex matches the end of a layer's name, from
@@ -121,7 +121,7 @@ class LoraConfig(PeftConfig):
         0.0, "LoRA: dropout probability on the input of the low-rank branch", PROBABILITY, flag="lora_dropout"
     )
     layers: str = setting(
-        r"\.(query|value|q|v|q_proj|v_proj|q_lin|v_lin|query_proj|value_proj)$",
+        r"\.(query|value|q|v|q_proj|v_proj|q_lin|v_lin|query_proj|value_proj|Wqkv)$",
         "LoRA: regex of the linear layers to adapt, or all-linear: all but the head's",
         flag="lora_layers",
     )
