@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from pats_jax.methods.method import Method
+from pats_jax.methods.paths import HEAD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +15,10 @@ class BitFit(Method):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "trains only the biases and the head; use a learning rate near 1e-3"
     source: ClassVar = "https://arxiv.org/abs/2106.10199"
-    layers: ClassVar = r"bias$|^classifier\."
+    layers: ClassVar = rf"bias$|{HEAD}"
     state_bytes: ClassVar = "-8 for all others"
     passes: ClassVar = "no gradients of weights"
-    trainable: ClassVar = r"bias$|^classifier\."
+    trainable: ClassVar = rf"bias$|{HEAD}"
 
     def why_not_with(self, peft):
         return "both select the parameters to train"

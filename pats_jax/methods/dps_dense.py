@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from pats_jax.methods.paths import LAYERS
+from pats_jax.methods.paths import HEAD, LAYERS
 from pats_jax.methods.subnetwork import Staged
 
 
@@ -15,7 +15,7 @@ class DpsDense(Staged):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "trains the weights with the largest gradients, selected anew every other stage"
     source: ClassVar = "https://arxiv.org/abs/2211.01642"
-    layers: ClassVar = rf"({LAYERS}|pooler|^classifier).*\.kernel$"
+    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\.kernel$"
     state_bytes: ClassVar = "4"
 
     def first(self, context):

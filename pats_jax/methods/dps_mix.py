@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from pats_jax.methods.paths import LAYERS
+from pats_jax.methods.paths import HEAD, LAYERS
 from pats_jax.methods.subnetwork import Staged
 
 
@@ -15,7 +15,7 @@ class DpsMix(Staged):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "like dps-dense, with older weights mixed into the forward pass"
     source: ClassVar = "https://arxiv.org/abs/2211.01642"
-    layers: ClassVar = rf"({LAYERS}|pooler|^classifier).*\.kernel$"
+    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\.kernel$"
     state_bytes: ClassVar = "13"
 
     def first(self, context):

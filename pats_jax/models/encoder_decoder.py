@@ -44,14 +44,36 @@ class Cache(NamedTuple):
 Chosen = Array  # bool (batch, beams, beams, length): whether a beam attends to the token in that slot and place
 
 
+@jax.custom_vjp
 def embed(table: Array, ids: Array, felt: Array) -> Array:
     """Rows of a table (rows, hidden) by ids (...), as (..., hidden); NaN for an id that the table does not have.
 
-    Rows get no gradient from where ``felt`` (...), bool, is false. Those adds are left out, not masked: a GPU adds the
-    gradients of many tokens to one row, that of padding, one after the other.
+    Rows get no gradient from where ``felt`` (...), bool, is false. Those additions are omitted, not masked: a GPU adds
+    the gradients of many tokens to one row, that of padding, one after the other.
     """
-    rows = jnp.take(table, jnp.where(felt, ids, len(table)), axis=0)
-    return jnp.where(felt[..., None], rows, jnp.take(jax.lax.stop_gradient(table), ids, axis=0))
+    return jnp.take(table, ids, axis=0)
+
+
+def _gradient_of_table(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    """Adds the rows of a gradient (..., hidden) to the rows of the table that they come from.
+
+    On CPU the rows are sorted before. XLA (jaxlib 0.10.2) otherwise computes each of them, dropout mask included, inside the
+    scatter, and did not finish compiling two of these, of source and target, in ten minutes.
+    """
+    table, ids, felt = kept
+    rows, flat = jnp.where(felt, ids, len(table)).reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+
+    def add(rows, flat, is_sorted=False):
+        return jnp.zeros(table.shape, flat.dtype).at[rows].add(flat, mode="drop", indices_are_sorted=is_sorted)
+
+    def add_sorted(rows, flat):
+        order = jnp.argsort(rows, stable=True)
+        return add(rows[order], flat[order], is_sorted=True)
+
+    return jax.lax.platform_dependent(rows, flat, cpu=add_sorted, default=add).astype(table.dtype), None, None
+
+
+embed.defvjp(lambda table, ids, felt: (jnp.take(table, ids, axis=0), (table, ids, felt)), _gradient_of_table)
 
 
 def shift_right(labels: Array, start: int, padding: int) -> Array:
