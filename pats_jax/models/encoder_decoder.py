@@ -57,8 +57,8 @@ def embed(table: Array, ids: Array, felt: Array) -> Array:
 def _gradient_of_table(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, None, None]:
     """Adds the rows of a gradient (..., hidden) to the rows of the table that they come from.
 
-    On CPU the rows are sorted before. XLA (jaxlib 0.10.2) otherwise computes each of them, dropout mask included, inside the
-    scatter, and did not finish compiling two of these, of source and target, in ten minutes.
+    On CPU the rows are sorted before. XLA (jaxlib 0.10.2) otherwise computes each of them, dropout mask included,
+    inside the scatter, and did not finish compiling two of these, of source and target, in ten minutes.
     """
     table, ids, felt = kept
     rows, flat = jnp.where(felt, ids, len(table)).reshape(-1), gradient.reshape(-1, gradient.shape[-1])
