@@ -175,8 +175,8 @@ def scores_of(flags: Flags, task: str, method: str, seed: int, console: rich.con
         done = subprocess.run(flags.command(task, method, seed), capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{' '.join(flags.command(task, method, seed))}: {done.stderr.strip()[-500:]}")
-    scores = json.loads(path.read_text(encoding="utf-8"))["eval"]["validation"]
-    return {name: value for name, value in scores.items() if name not in ("loss", "rows")}
+    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["final"]["metrics"]
+    return scores
 
 
 def compared(plain: list[float], noisy: list[float]) -> dict[str, float | list[float]]:

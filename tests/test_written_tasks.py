@@ -68,7 +68,7 @@ def test_finished_runs_are_read_not_repeated(flags):
         for method, score in (("finetune", 0.5), ("pats", 0.5 + 0.1 * seed)):
             folder = flags.folder("sst2", method, seed)
             folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({"eval": {"validation": {"exact_match": score}}}))
+            (folder / "results.json").write_text(json.dumps({"final": {"metrics": {"exact_match": score}}}))
     arguments = ["--model", flags.model, "--data_dir", str(flags.data_dir), "--output_dir", str(flags.output_dir)]
     written_tasks.main([*arguments, "--tasks", "sst2", "--seeds", "2"])
     found = json.loads((flags.output_dir / "written_tasks.json").read_text())["tasks"]["sst2"]
