@@ -1,4 +1,4 @@
-"""The settings of an encoder and its head, as in a Hugging Face ``config.json``: of BERT and RoBERTa; base of all."""
+"""The settings of BERT or RoBERTa and its head, as in a Hugging Face ``config.json``; the base of all encoders'."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -39,6 +39,7 @@ class EncoderConfig:
       families: model type -> prefix of its classes in ``architectures``, and what Transformers takes where config.json
         is silent (it does not write a value that equals its class's default).
       file_names: fields that config.json calls differently -> their name there.
+      unwritten: fields that the family's config.json does not have.
       activations: the values of ``hidden_act`` that are supported.
       base_parts: what tensors' names start with in a checkpoint of the encoder alone.
       surplus: the tensors, as a regex, that other kinds of checkpoint hold and a classifier has no place for.
@@ -56,6 +57,7 @@ class EncoderConfig:
         "camembert": ("Camembert", _ROBERTA_DEFAULTS),
     }
     file_names: ClassVar[Mapping[str, str]] = {}
+    unwritten: ClassVar[tuple[str, ...]] = ()
     activations: ClassVar[tuple[str, ...]] = ACTIVATIONS
     base_parts: ClassVar[tuple[str, ...]] = ("embeddings", "encoder", "pooler")
     surplus: ClassVar[str] = r"cls\.(predictions|seq_relationship)\..*|lm_head\..*|roberta\.pooler\..*"
@@ -186,7 +188,8 @@ class EncoderConfig:
 
     def to_dict(self) -> JsonObject:
         """The content of a ``config.json`` for Transformers' sequence classification class of this model type."""
-        own = {name: getattr(self, name) for name in [entry.name for entry in fields(self)] if name != "extra"}
+        names = [entry.name for entry in fields(self) if entry.name not in ("extra", *self.unwritten)]
+        own = {name: getattr(self, name) for name in names}
         return {
             **self.extra,
             **{self.file_names.get(name, name): value for name, value in own.items()},

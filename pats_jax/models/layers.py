@@ -99,6 +99,23 @@ def choose_row(table: Array, ids: Array) -> Array:
     return chosen
 
 
+def positions_after_padding(is_token: Array, *, padding: int, first: int) -> Array:
+    """RoBERTa's positions, int (batch, length): ``padding`` for padding, and tokens are counted from the next on.
+
+    Args:
+      is_token: bools (batch, length).
+      padding: the position of padding.
+      first: how many positions to leave out before the first token.
+    """
+    return (jnp.cumsum(is_token, axis=1) + first) * is_token + padding
+
+
+def tied_logits(hidden: Array, word_embeddings: Array) -> Array:
+    """Products of states (..., size) with word embeddings (vocab_size, size), summed in float32: (..., vocab_size)."""
+    words = word_embeddings.astype(hidden.dtype)
+    return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32)
+
+
 def padding_bias(attention_mask: Array) -> Array:
     """What masks padding in scores: float32 (batch, 1, 1, length), from a mask (batch, length)."""
     return jnp.where(attention_mask[:, None, None, :] != 0, 0.0, MASKED)

@@ -8,6 +8,7 @@ References:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,8 @@ from pats_jax.models.layers import (
     look_up,
     pad_front,
     padding_bias,
+    positions_after_padding,
+    tied_logits,
 )
 
 
@@ -74,7 +77,7 @@ class Embeddings(nn.Module):
         if not self.config.is_roberta:
             return table[first : first + length]
         padding = self.config.pad_token_id
-        return look_up(table, (jnp.cumsum(is_token, axis=1) + first) * is_token + padding, padding=padding)
+        return look_up(table, positions_after_padding(is_token, padding=padding, first=first), padding=padding)
 
     def first_position(self, length: int) -> int:
         """The position of the first of ``length`` tokens: 0, unless a prefix comes before it."""
@@ -241,16 +244,23 @@ class BertModel(nn.Module):
 
 
 class RobertaHead(nn.Module):
-    """RoBERTa's classification head, which has a tanh layer instead of BERT's pooler."""
+    """RoBERTa's classification head, which has a tanh layer instead of BERT's pooler.
+
+    Attributes:
+      config: the encoder's config.
+      dtype: the dtype of computation.
+      activation: the activation of the first layer; ELECTRA has another.
+    """
 
     config: EncoderConfig
     dtype: DTypeLike
+    activation: Callable[[Array], Array] = jnp.tanh
 
     @nn.compact
     def __call__(self, features: Array, *, deterministic: bool) -> Array:
         dropout = nn.Dropout(self.config.head_dropout, deterministic=deterministic)
         features = dense(self.config, self.config.hidden_size, self.dtype, "dense")(dropout(features))
-        return dense(self.config, self.config.num_labels, self.dtype, "out_proj")(dropout(jnp.tanh(features)))
+        return dense(self.config, self.config.num_labels, self.dtype, "out_proj")(dropout(self.activation(features)))
 
 
 class MaskedLanguageModelHead(nn.Module):
@@ -273,8 +283,7 @@ class MaskedLanguageModelHead(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         hidden = activation(nn.Dense(config.embedding_size, dtype=dtype, name="dense")(hidden))
         hidden = LayerNorm(config, dtype, name="LayerNorm")(hidden)
-        words = word_embeddings.astype(dtype)
-        return jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32) + bias
+        return tied_logits(hidden, word_embeddings) + bias
 
 
 def _bert_head(

@@ -40,7 +40,6 @@ _NOT_READ = (
     *("intermediate_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     *("layer_norm_eps", "type_vocab_size"),
 )
-_LACKING = ("layer_norm_eps", "type_vocab_size")  # under whatever name: eps is 1e-12
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class DistilbertConfig(EncoderConfig):
         "attention_probs_dropout_prob": "attention_dropout",
         "classifier_dropout": "seq_classif_dropout",
     }
+    unwritten: ClassVar[tuple[str, ...]] = ("layer_norm_eps", "type_vocab_size")  # under whatever name: eps is 1e-12
     base_parts: ClassVar[tuple[str, ...]] = ("embeddings", "transformer")
     surplus: ClassVar[str] = r"vocab_(transform|layer_norm|projector)\..*"
     stack_path: ClassVar[tuple[str, ...]] = ("transformer", "layer")
@@ -96,12 +96,6 @@ class DistilbertConfig(EncoderConfig):
         unread = {name: value for name, value in values.items() if name in _NOT_READ}
         config = super().from_dict({name: x for name, x in values.items() if name not in unread}, source)
         return replace(config, extra={**config.extra, **unread})
-
-    def to_dict(self) -> JsonObject:
-        values = super().to_dict()
-        return {name: x for name, x in values.items() if name not in _LACKING} | {
-            name: self.extra[name] for name in _LACKING if name in self.extra
-        }
 
 
 class Embeddings(nn.Module):

@@ -102,25 +102,12 @@ class ElectraModel(nn.Module):
         return states[-1][:, 0], states
 
 
-class ClassificationHead(nn.Module):
-    """A GELU layer and a linear layer, with dropout before both."""
-
-    config: EncoderConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, features: Array, *, deterministic: bool) -> Array:
-        dropout = nn.Dropout(self.config.head_dropout, deterministic=deterministic)
-        features = dense(self.config, self.config.hidden_size, self.dtype, "dense")(dropout(features))
-        features = ACTIVATION_FUNCTIONS["gelu"](features)  # whatever hidden_act is
-        return dense(self.config, self.config.num_labels, self.dtype, "out_proj")(dropout(features))
-
-
 def _head(
     config: EncoderConfig, dtype: DTypeLike, features: Array, attention_mask: Array, *, deterministic: bool
 ) -> Array:
-    """ELECTRA's logits, from the first token."""
-    return ClassificationHead(config, dtype, name="classifier")(features, deterministic=deterministic)
+    """ELECTRA's logits, from the first token: RoBERTa's head, with GELU whatever ``hidden_act`` is."""
+    head = bert.RobertaHead(config, dtype, ACTIVATION_FUNCTIONS["gelu"], name="classifier")
+    return head(features, deterministic=deterministic)
 
 
 ELECTRA = Encoder(

@@ -33,6 +33,7 @@ from pats_jax.models.layers import (
     look_up,
     pad_front,
     padding_bias,
+    tied_logits,
 )
 
 
@@ -258,11 +259,10 @@ class MaskedLanguageModelHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, word_embeddings: Array) -> Array:
-        config, dtype = self.config, hidden.dtype
+        config = self.config
         assert isinstance(config, ModernBertConfig)
-        hidden = _transformed(config, dtype, hidden)
-        words = word_embeddings.astype(dtype)
-        logits = jnp.einsum("...h,vh->...v", hidden, words, preferred_element_type=jnp.float32)
+        hidden = _transformed(config, hidden.dtype, hidden)
+        logits = tied_logits(hidden, word_embeddings)
         if config.decoder_bias:
             logits += self.param("bias", nn.initializers.zeros, (config.vocab_size,))
         return logits

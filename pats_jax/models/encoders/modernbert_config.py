@@ -42,6 +42,7 @@ class ModernBertConfig(EncoderConfig):
         "attention_probs_dropout_prob": "attention_dropout",
         "layer_norm_eps": "norm_eps",
     }
+    unwritten: ClassVar[tuple[str, ...]] = ("type_vocab_size",)
     base_parts: ClassVar[tuple[str, ...]] = ("embeddings", "layers", "final_norm")
     surplus: ClassVar[str] = r"decoder\..*"
     stack_path: ClassVar[tuple[str, ...]] = ("layers",)
@@ -90,7 +91,7 @@ class ModernBertConfig(EncoderConfig):
 
     @property
     def unsaved(self) -> frozenset[tuple[str, ...]]:
-        """The norm before the first layer's attention, which does not exist: the embeddings are normalized already."""
+        """The norm before the first layer's attention, which does not exist: the embeddings are normalised already."""
         leaves = ("scale", "bias") if self.norm_bias else ("scale",)
         return frozenset((self.base_prefix, *self.stack_path, "0", "attn_norm", leaf) for leaf in leaves)
 
@@ -134,8 +135,7 @@ class ModernBertConfig(EncoderConfig):
     def to_dict(self) -> JsonObject:
         """As `EncoderConfig.to_dict`; Transformers 4 and 5 read the rotary settings under different names."""
         rope = {kind: {"rope_type": "default", "rope_theta": getattr(self, _THETAS[kind])} for kind in (LOCAL, GLOBAL)}
-        values = super().to_dict() | {"layer_types": list(self.types_of_layers), "rope_parameters": rope}
-        return {name: value for name, value in values.items() if name != "type_vocab_size"}
+        return super().to_dict() | {"layer_types": list(self.types_of_layers), "rope_parameters": rope}
 
     @classmethod
     def check_structure(cls, values: Mapping[str, Any], source: str) -> None:

@@ -34,6 +34,7 @@ from pats_jax.models.layers import (
     look_up,
     pad_front,
     padding_bias,
+    positions_after_padding,
 )
 
 _PADDING = 1  # the number of the padding token, and of the position of padding
@@ -57,6 +58,7 @@ class MpnetConfig(EncoderConfig):
         "houlsby": (("attention",), ("output",)),
         "pfeiffer": (("output",),),
     }
+    unwritten: ClassVar[tuple[str, ...]] = ("type_vocab_size",)
 
     model_type: str = "mpnet"
     vocab_size: int = 30527
@@ -84,9 +86,6 @@ class MpnetConfig(EncoderConfig):
             "encoder.relative_attention_bias": (self.relative_attention_num_buckets, self.num_attention_heads),
             "encoder.layer.0.intermediate.dense": (self.intermediate_size, self.hidden_size),
         }
-
-    def to_dict(self) -> JsonObject:
-        return {name: value for name, value in super().to_dict().items() if name != "type_vocab_size"}
 
     def _check(self, source: str) -> None:
         buckets = self.relative_attention_num_buckets
@@ -119,7 +118,7 @@ class Embeddings(nn.Module):
         else:
             hidden, is_token = tokens.astype(jnp.float32), attention_mask != 0
         first = self.first_position(hidden.shape[1])
-        positions = (jnp.cumsum(is_token, axis=1) + first) * is_token + _PADDING
+        positions = positions_after_padding(is_token, padding=_PADDING, first=first)
         hidden += look_up(table(config.max_position_embeddings, "position_embeddings"), positions, padding=_PADDING)
         hidden = LayerNorm(config, self.dtype, name="LayerNorm")(hidden)
         return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic=deterministic)
