@@ -153,6 +153,11 @@ def replace_held(function: Callable, tree: Any, held: Any, *rest: Any) -> Any:
     )
 
 
+def entry_name(entry: Any) -> str:
+    """The name of one entry of a leaf's path."""
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
 def own_key(key: int | jax.Array, method: str) -> jax.Array:
     """An argument named ``key`` as a typed key, folded with a method's name.
 

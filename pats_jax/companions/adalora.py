@@ -151,7 +151,7 @@ def find_triplets(tree: Any) -> list[dict[str, int]]:
     found: dict[tuple[str, ...], dict[str, int]] = {}
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=trees.is_masked)
     for place, (path, leaf) in enumerate(leaves):
-        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+        names = [trees.entry_name(entry) for entry in path]
         part = next((name for name in names if name in PARTS), None)
         if part is not None and not trees.is_masked(leaf):
             found.setdefault(tuple(names[: names.index(part)]), {})[part] = place

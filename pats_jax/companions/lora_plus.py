@@ -1,7 +1,6 @@
 """LoRA+: a larger learning rate for one of the two matrices of LoRA."""
 
 import math
-from typing import Any
 
 import jax
 import optax
@@ -55,14 +54,10 @@ def lora_plus(ratio: float | jax.Array, *, layer_axis: LayerAxis = None) -> opta
         def scale(path, u, axis):
             if trees.is_absent(u):
                 return u
-            is_faster = "lora_B" in map(_name, path) or u.ndim - (axis >= 0) == 1
+            is_faster = "lora_B" in map(trees.entry_name, path) or u.ndim - (axis >= 0) == 1
             return (ratio * u).astype(u.dtype) if is_faster else u
 
         axes = trees.held_layer_axes(layer_axis, updates, updates)
         return jax.tree_util.tree_map_with_path(scale, updates, axes, is_leaf=trees.is_absent), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
-
-
-def _name(entry: Any) -> str:
-    return jax.tree_util.keystr((entry,), simple=True)

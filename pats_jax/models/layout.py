@@ -15,7 +15,7 @@ import numpy as np
 
 from pats_jax import trees
 
-# Where the layers are, by the last two names, in BERT, BART and T5, DistilBERT and ModernBERT -> the side of the model.
+# Where the layers are, by the last two names: BART's and T5's; BERT's, DistilBERT's and ModernBERT's -> the model's side.
 _STACKS = {(side, name): side for side in ("encoder", "decoder") for name in ("layers", "block")} | dict.fromkeys(
     (("encoder", "layer"), ("transformer", "layer"), ("model", "layers")), "encoder"
 )
@@ -73,7 +73,7 @@ def separate_names(path: tuple, leaf: Any) -> list[str]:
       path: the leaf's path, a tuple of JAX key entries.
       leaf: the leaf, stacked or not.
     """
-    place, names = _place_of_stack(path), [_name(entry) for entry in path]
+    place, names = _place_of_stack(path), [trees.entry_name(entry) for entry in path]
     if place is None:
         return [".".join(names)]
     return [".".join((*names[:place], str(number), *names[place:])) for number in range(leaf.shape[0])]
@@ -86,7 +86,7 @@ def is_stacked(path: tuple) -> bool:
 
 def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
     """As `separate_names`; for a leaf of a separate layer, the one name that it has in stacked layers."""
-    place, names = _place_of_layer(path), [_name(entry) for entry in path]
+    place, names = _place_of_layer(path), [trees.entry_name(entry) for entry in path]
     if place is not None and names[place].isdecimal():
         return [".".join((*names[:place], *names[place + 1 :]))]
     return separate_names(path, leaf)
@@ -95,7 +95,7 @@ def names_in_other_layout(path: tuple, leaf: Any) -> list[str]:
 def layer_number(path: tuple) -> int | None:
     """The number of the separate layer that a leaf belongs to, else None."""
     place = _place_of_layer(path)
-    name = None if place is None else _name(path[place])
+    name = None if place is None else trees.entry_name(path[place])
     return int(name) if name is not None and name.isdecimal() else None
 
 
@@ -110,17 +110,13 @@ def side_and_layer(path: tuple[str, ...]) -> tuple[str, int] | None:
 def _place_of_stack(path):
     """The place in a leaf's path where the layer's number would be; None if the path has one, or is not in a layer."""
     place = _place_of_layer(path)
-    return None if place is None or _name(path[place]).isdecimal() else place
+    return None if place is None or trees.entry_name(path[place]).isdecimal() else place
 
 
 def _place_of_layer(path):
     """The place in a leaf's path that follows, for instance, ``encoder.layer``; None if it is not in a layer."""
-    names = [_name(entry) for entry in path]
+    names = [trees.entry_name(entry) for entry in path]
     return next((place for place in range(2, len(names)) if tuple(names[place - 2 : place]) in _STACKS), None)
-
-
-def _name(entry):
-    return jax.tree_util.keystr((entry,), simple=True)
 
 
 def _map_stacks(function: Callable[[Mapping[str, Any], str], Any], tree: Any) -> Any:
@@ -145,7 +141,7 @@ def _name_of_layers(path, node):
 
 def _parent(path):
     """The last name of a path; ``"encoder"`` without one, as of an encoder alone."""
-    return _name(path[-1]) if path else "encoder"
+    return trees.entry_name(path[-1]) if path else "encoder"
 
 
 def _is_separate(layers):

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pats_jax.errors import InputError
-from pats_jax.models.attention import CUDNN, softmax_weights, weighted_sum
+from pats_jax.models.attention import CUDNN, EINSUM
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders import bert
 from pats_jax.models.encoders.deberta_attention import rows_of_distances, shifted_products
@@ -27,6 +27,7 @@ from pats_jax.models.layers import (
     Form,
     LayerNorm,
     LayerStack,
+    attend,
     choose_row,
     dense,
     embedding_table,
@@ -104,9 +105,7 @@ class DisentangledSelfAttention(nn.Module):
             bias = bias + self._position_scores(query, key, relative, projections, deterministic=deterministic)
         key, value = self.attended_to(key, value)
         bias = pad_front(bias, key.shape[1] - hidden.shape[1])
-        weights = softmax_weights(query * config.num_terms**-0.5, key, bias)
-        weights = nn.Dropout(config.attention_probs_dropout_prob)(weights, deterministic=deterministic)
-        return weighted_sum(weights, value).reshape(queries_from.shape)
+        return attend(config, EINSUM, query * config.num_terms**-0.5, key, value, bias, deterministic=deterministic)
 
     def attended_to(self, key: Array, value: Array) -> tuple[Array, Array]:
         """Returns keys and values, (batch, length, heads, width) each. A prefix (`pats_jax.models.peft`) acts here."""

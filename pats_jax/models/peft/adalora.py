@@ -39,6 +39,7 @@ from pats_jax.models.peft.config import (
     linear_layers,
     nodes_with,
     own_variable,
+    with_dropout,
 )
 from pats_jax.models.peft.saved import WEIGHTS_FILE, FieldRules, ModelConfig, SavedModules, TargetFields
 from pats_jax.objectives.orthogonality import with_orthogonality
@@ -191,8 +192,7 @@ class AdaLoraConfig(PeftConfig):
                 return y
             (x,) = args
             if self.dropout and not deterministic:
-                kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0)
+                x = with_dropout(layer, x, self.dropout)
             a, b = (own_variable(layer, name)["kernel"].astype(y.dtype) for name in ("lora_A", "lora_B"))
             e = (self.scale * values["scale"]).astype(y.dtype)
             return y + (x.astype(y.dtype) @ a * e) @ b

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -214,6 +215,12 @@ class PeftConfig(abc.ABC):
 def own_variable(module: nn.Module, name: str) -> Any:
     """What the small tree holds for a module under a name: an array, a dict of leaves, or None."""
     return module.get_variable(COLLECTION, name)
+
+
+def with_dropout(layer: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """What a branch beside a layer reads: x, each entry dropped with probability ``rate``, the others scaled up."""
+    kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def linear_layers(base: FlatTree, pattern: str, what: str) -> list[ParameterPath]:

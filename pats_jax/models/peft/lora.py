@@ -46,6 +46,7 @@ from pats_jax.models.peft.config import (
     nodes_with,
     own_variable,
     varies_by_layer,
+    with_dropout,
 )
 from pats_jax.models.peft.layer_numbers import LayerNumbers, as_settings
 from pats_jax.models.peft.saved import CONFIG_FILE, WEIGHTS_FILE, FieldRules, ModelConfig, SavedModules, TargetFields
@@ -216,8 +217,7 @@ class LoraConfig(PeftConfig):
             (x,) = args
             drops = bool(self.dropout) and not deterministic
             if drops:
-                kept = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0)
+                x = with_dropout(layer, x, self.dropout)
             x, own = x.astype(y.dtype), own_variable(layer, _SCALE)
             scale: Any = self.scale if own is None else own
             a, b = (node["kernel"] for node in (down, own_variable(layer, "lora_B")))
