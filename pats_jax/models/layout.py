@@ -15,7 +15,7 @@ import numpy as np
 
 from pats_jax import trees
 
-# Where the layers are, by the last two names: BART's and T5's; BERT's, DistilBERT's and ModernBERT's -> the model's side.
+# Where the layers are, by the last two names (BART, T5; BERT, DistilBERT, ModernBERT) -> the side of the model.
 _STACKS = {(side, name): side for side in ("encoder", "decoder") for name in ("layers", "block")} | dict.fromkeys(
     (("encoder", "layer"), ("transformer", "layer"), ("model", "layers")), "encoder"
 )
