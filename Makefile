@@ -61,7 +61,7 @@ package: $(VENV)/.package
 # Large pages for all; memory kept between steps where a step asks for some: see "On CPU" in benchmarks/NOTES.md.
 LARGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 KEPT_MEMORY := $(LARGE_PAGES):glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-WHOLE_STEPS := step torch long
+WHOLE_STEPS := step torch long text2text
 REST := optimizer compile memory pipeline priming devices random checkpoint lanes
 BENCH_DATA := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 

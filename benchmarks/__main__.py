@@ -27,6 +27,7 @@ from benchmarks.pipeline import Pipeline
 from benchmarks.priming import Priming
 from benchmarks.random_numbers import Random
 from benchmarks.step import Step
+from benchmarks.text_to_text import TextToText
 from benchmarks.tpu import Tpu
 from pats_jax.errors import InputError
 from pats_jax.reporting.console import say
@@ -36,6 +37,7 @@ SUBJECTS: dict[str, type[report.Subject]] = {
     "step": Step,
     "torch": AgainstTorch,
     "long": Long,
+    "text2text": TextToText,
     "optimizer": Optimizer,
     "compile": Compile,
     "memory": Memory,

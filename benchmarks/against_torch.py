@@ -180,7 +180,7 @@ def torch_step(
     """A function that makes one step with torch: loss, gradient, clipping, AdamW, linear schedule.
 
     Args:
-      model: a classifier of Transformers, with the way's attention.
+      model: a model of Transformers, with the way's attention.
       way: how torch runs it.
       settings: of the optimizer.
       batch: see `cases.random_batch`; it is on the device from the start.
@@ -209,7 +209,7 @@ def torch_step(
     warmup_steps = math.ceil(settings.length.max_steps * settings.optimizer.warmup_ratio)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.length.max_steps)
     names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-    inputs = {name: torch.from_numpy(batch[name]).to(device).long() for name in names}
+    inputs = {name: torch.from_numpy(batch[name]).to(device).long() for name in names if name in batch}
     forward = torch.compile(model, mode=way.compile_mode) if way.compile_mode else model
 
     def step():

@@ -74,6 +74,11 @@ GOALS = (
         Goal(f"ModernBERT's forward and backward here / torch's, SDPA, {s}", "long", 1.0, _ratio(f"modernbert {s}"))
         for s in ("4x512", "1x2048")
     ),
+    Goal("BART-base's step here / torch's, 8x(128+32)", "text2text", 0.95, _ratio("step 8x(128+32)")),
+    *(
+        Goal(f"BART-base writes 32 tokens, {beams} beams, seconds here / torch's", "text2text", 0.5, _ratio(name))
+        for beams, name in ((beams, f"generate 8x128, {beams} beams, 32 tokens") for beams in (1, 4))
+    ),
     *(Goal(f"PATS's step / AdamW's, default layers, {s}", "step", 1.02, _ratio(f"{s} pats"), ".3f") for s in SHAPES),
     *(Goal(f"the same with noise on all leaves, {s}", "step", 1.05, _ratio(f"{s} pats:all"), ".3f") for s in SHAPES),
     Goal("PATS's update alone / AdamW's, MiniLM, default layers", "optimizer", 1.30, _ratio("minilm pats"), ".3f"),
@@ -249,6 +254,7 @@ def _draw_state(axes, results):
 DRAWINGS: dict[str, Callable[[Any, dict[str, Any]], bool]] = {
     "torch": _draw_ratios("Training step here against Transformers with torch", "time of torch's step = 1"),
     "long": _draw_ratios("ModernBERT on long texts: loss and gradients", "time of torch, or of global layers = 1"),
+    "text2text": _draw_ratios("BART: training step and generation", "time of torch = 1"),
     "step": _draw_ratios("Training step by method", "time of plain AdamW's step = 1"),
     "optimizer": _draw_growth,
     "memory": _draw_state,

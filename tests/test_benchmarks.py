@@ -33,6 +33,7 @@ from benchmarks import (
     priming,
     report,
     step,
+    text_to_text,
 )
 from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.cases import Case
@@ -380,6 +381,16 @@ def test_torch_subject_runs(checkpoint):
     assert theirs["fastest"] in theirs["median_seconds_alone_by_way"].keys() == {"eager", "eager:adamw"}
     assert results.measured[f"{checkpoint} 8x8 finetune"]["program"]["kernels"] > 0
     assert set(results.ratios) == {f"{checkpoint} 8x8 finetune"} and "torch" in results.versions
+
+
+@pytest.mark.parity
+def test_text_to_text_against_torch():
+    """Both sides train and generate; what is generated has the length that is asked for."""
+    sizes = {"rows": 2, "source_length": 12, "target_length": 6, "layers": 1, "width": 64, "vocab_size": 90}
+    results = text_to_text.TextToText(**sizes, beams=(1, 2), rounds=1).run()
+    names = {"step 2x(12+6)", "generate 2x12, 1 beams, 6 tokens", "generate 2x12, 2 beams, 6 tokens"}
+    assert set(results.ratios) == names and all(ratio > 0 for ratio in results.ratios.values())
+    assert results.measured["compile step stacked"]["seconds"] > 0
 
 
 @pytest.mark.parity

@@ -264,9 +264,9 @@ def test_a_model_of_another_kind(shell):
     )
     folder = shell.copy("model")
     config = json.loads((folder / "config.json").read_text())
-    shell.write("model/config.json", json.dumps(config | {"model_type": "distilbert"}))
-    kinds = ("bert", "roberta", "xlm-roberta", "camembert")
-    shell.refuses("model_type 'distilbert' is not supported", *kinds, model_name_or_path=folder)
+    shell.write("model/config.json", json.dumps(config | {"model_type": "gpt2"}))
+    kinds = ("bert", "roberta", "distilbert", "deberta-v2", "modernbert")
+    shell.refuses("model_type 'gpt2' is not supported", *kinds, model_name_or_path=folder)
     shell.write("model/config.json", "{")
     shell.refuses("config.json", "not valid JSON", model_name_or_path=folder)
 

@@ -15,7 +15,7 @@ class DpsDense(Staged):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "trains the weights with the largest gradients, selected anew every other stage"
     source: ClassVar = "https://arxiv.org/abs/2211.01642"
-    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\.kernel$"
+    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\bkernel$"
     state_bytes: ClassVar = "4"
 
     def first(self, context):

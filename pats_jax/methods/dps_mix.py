@@ -15,7 +15,7 @@ class DpsMix(Staged):
     kind: ClassVar = "subnetwork"
     summary: ClassVar = "like dps-dense, with older weights mixed into the forward pass"
     source: ClassVar = "https://arxiv.org/abs/2211.01642"
-    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\.kernel$"
+    layers: ClassVar = rf"({LAYERS}|pooler|{HEAD}).*\bkernel$"
     state_bytes: ClassVar = "13"
 
     def first(self, context):

@@ -200,7 +200,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[T
     path = folder / "config.json"
     ours = _fixed(settings)
     if os.path.lexists(path):
-        theirs = read_config(str(path), GymSettings).to_dict()
+        theirs = _fixed(read_config(str(path), GymSettings))
         differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
         if differing:
             changes = ", ".join(f"{name} was {shown(theirs[name])} and is {shown(ours[name])}" for name in differing)
@@ -212,7 +212,7 @@ def check_folder(folder: pathlib.Path, settings: GymSettings, starts: Sequence[T
 
 
 def _fixed(settings):
-    """The settings that all tunings of a folder share, as read back from config.json."""
+    """The settings that all tunings of a folder share, as JSON has them: a list for a tuple."""
     fixed = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     return json.loads(json.dumps(fixed))
 
