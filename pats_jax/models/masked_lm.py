@@ -35,8 +35,9 @@ def load_mlm_head(name_or_dir: str | Path, config: EncoderConfig, *, revision: s
       revision: the branch, tag or commit of a hub repository.
 
     Returns:
-      The parameters for ``params["mlm"]``, float32: ``dense`` with ``kernel`` (hidden, hidden) and ``bias`` (hidden,),
-      ``LayerNorm`` with ``scale`` and ``bias`` (hidden,), and ``bias`` (vocab_size,).
+      The parameters for ``params["mlm"]``, float32: ``dense`` with ``kernel`` (hidden, embedding_size) and ``bias``
+      (embedding_size,), ``LayerNorm`` (ModernBERT: ``norm``) with ``scale`` and ``bias`` (embedding_size,), and
+      ``bias`` (vocab_size,). ModernBERT has only the biases that its config says.
 
     Raises:
       InputError: if the checkpoint cannot be found or read, lacks such a head or a part of it, has a tensor whose shape
@@ -74,8 +75,9 @@ def mlm_logits(head: Mapping[str, Any], config: EncoderConfig, hidden: ArrayLike
 
         logits = LayerNorm(activation(hidden W + b)) E^T + c
 
-    with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. The activation of BERT and
-    DistilBERT is the config's ``hidden_act``, that of RoBERTa, ELECTRA and MPNet always the exact GELU. A softmax over
+    with the head's ``W``, ``b``, LayerNorm and ``c``, and the word embeddings ``E``. The activation of BERT,
+    DistilBERT and DeBERTa is the config's ``hidden_act``, that of ModernBERT its ``classifier_activation``, and that of
+    RoBERTa, ELECTRA and MPNet always the exact GELU. ModernBERT may lack the biases. A softmax over
     the last axis gives the probability of each word at that token. The computation is in the dtype of ``hidden``; the
     last product is summed in float32.
 

@@ -30,7 +30,7 @@ class SequenceClassifier(nn.Module):
       attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
         attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN where it
         works and is faster, for at least 128 tokens. Other platforms, and the single query of ``first_token_only``,
-        always use einsum, as MPNet does for its bias of relative positions. cuDNN supports neither second derivatives
+        always use einsum, as do MPNet and DeBERTa, whose biases of positions cuDNN cannot add. cuDNN supports neither second derivatives
         nor `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
@@ -77,7 +77,7 @@ class SequenceClassifier(nn.Module):
           input_ids: token ids, (batch, length).
           attention_mask: 1 for tokens and 0 for padding, (batch, length); None means 1 everywhere.
           token_type_ids: 0 for the first sentence, 1 for the second, (batch, length); None means 0 everywhere. Models
-            without token types (DistilBERT, MPNet) ignore them.
+            without token types (DistilBERT, MPNet, ModernBERT) ignore them.
           inputs_embeds: word embeddings (see `embed`) in place of ids, (batch, length, embedding_size); positions and
             token types are added as usual. RoBERTa and MPNet then count positions over the tokens of
             ``attention_mask``, or over all tokens without a mask, as Transformers does.

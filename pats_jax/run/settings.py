@@ -253,7 +253,7 @@ OF_CLASSIFIERS = dict.fromkeys(
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Settings(FineTuningSettings):
-    """Fine-tune a pretrained BERT or RoBERTa on a GLUE task or on your own files."""
+    """Fine-tune a pretrained encoder, such as BERT, on a GLUE task or on your own files."""
 
     program: ClassVar[str] = "glue"
     elsewhere: ClassVar[Mapping[str, str]] = OF_TEXT_TO_TEXT
@@ -276,7 +276,7 @@ _A_TASK = "is for GLUE tasks; use `pats-jax glue`"
 
 @dataclasses.dataclass(frozen=True, init=False)
 class OwnDataSettings(Settings):
-    """Fine-tune a pretrained BERT or RoBERTa on your own texts."""
+    """Fine-tune a pretrained encoder, such as BERT, on your own texts."""
 
     program: ClassVar[str] = "train"
     elsewhere: ClassVar[Mapping[str, str]] = OF_TEXT_TO_TEXT | dict.fromkeys(
