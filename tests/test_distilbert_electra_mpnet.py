@@ -249,7 +249,12 @@ def test_default_layers_of_lora_and_ia3(kind):
     assert changed_modules(kind, peft.Ia3Config(), 1) == named(RESCALED[kind])
 
 
-ADAPTERS = CONFIGS | {"lora": peft.LoraConfig(rank=2, alpha=6.0, layers=".")}
+ADAPTERS = CONFIGS | {
+    "lora": peft.LoraConfig(rank=2, alpha=6.0, layers="."),
+    "dora": peft.LoraConfig(  # the layers to which that formula gives one rank and alpha
+        rank=2, alpha=6.0, layers=r"\.(key|value|[kv](_lin)?|lin1|intermediate\.dense)$", dora=True
+    ),
+}
 # What the families' own modules do; with the others `make slow` tests that a family's layers have their names.
 QUICK = {
     *(("adapters", "distilbert"), ("pfeiffer", "distilbert"), ("prefix", "distilbert")),

@@ -30,8 +30,8 @@ class SequenceClassifier(nn.Module):
       attention: ``"einsum"``; ``"cudnn"``, the fused kernel for NVIDIA GPUs, which needs bfloat16 or float16, no
         attention dropout, heads of at most 128 units in multiples of 8, and even lengths; or ``"auto"``: cuDNN where it
         works and is faster, for at least 128 tokens. Other platforms, and the single query of ``first_token_only``,
-        always use einsum, as do MPNet and DeBERTa, whose biases of positions cuDNN cannot add. cuDNN supports neither second derivatives
-        nor `jax.vmap`, and may refuse parameters that are sharded over devices.
+        always use einsum, as do MPNet and DeBERTa, whose biases of positions cuDNN cannot add. cuDNN supports neither
+        second derivatives nor `jax.vmap`, and may refuse parameters that are sharded over devices.
     """
 
     config: EncoderConfig
