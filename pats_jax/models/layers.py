@@ -48,6 +48,12 @@ def dense(config: EncoderConfig, features: int, dtype: DTypeLike, name: str, *, 
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
 
 
+def project_to_heads(config: EncoderConfig, tokens: Array, dtype: DTypeLike, name: str) -> Array:
+    """Projects tokens (batch, length, hidden) to the heads, (batch, length, heads, width), by a layer of that name."""
+    projected = dense(config, config.hidden_size, dtype, name)(tokens)
+    return projected.reshape(*projected.shape[:2], config.num_attention_heads, -1)
+
+
 class LayerNorm(nn.Module):
     """Normalises each token over its units: ``(x - mean) / sqrt(variance + eps) * scale + bias``.
 

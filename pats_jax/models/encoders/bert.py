@@ -9,7 +9,6 @@ References:
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,19 +17,18 @@ from jax.typing import DTypeLike
 
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
+from pats_jax.models.encoders.model import EncoderModel, Layers
 from pats_jax.models.layers import (
     ACTIVATION_FUNCTIONS,
-    Form,
     LayerNorm,
-    LayerStack,
     attend,
     choose_row,
     dense,
     embedding_table,
     look_up,
     pad_front,
-    padding_bias,
     positions_after_padding,
+    project_to_heads,
     tied_logits,
 )
 
@@ -105,12 +103,9 @@ class SelfAttention(nn.Module):
           The attended values, (batch, queries, hidden).
         """
         config = self.config
-        heads = config.num_attention_heads
-        width = config.hidden_size // heads
 
         def project(tokens: Array, name: str) -> Array:
-            projected = dense(config, config.hidden_size, self.dtype, name)(tokens)
-            return projected.reshape(*projected.shape[:2], heads, width)
+            return project_to_heads(config, tokens, self.dtype, name)
 
         query = project(queries_from, "query")
         key, value = self.attended_to(project(hidden, "key"), project(hidden, "value"))
@@ -186,16 +181,10 @@ class Layer(nn.Module):
         return ResidualOutput(self.config, self.dtype, name="output")(wide, attended, deterministic=deterministic)
 
 
-class Layers(nn.Module):
-    """The encoder layers, with parameters under ``layer``."""
+class BertLayers(Layers):
+    """BERT's layers."""
 
-    config: EncoderConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(self, hidden: Array, bias: Array, **options: Any) -> tuple[Array, ...]:
-        return LayerStack(Layer, self.config, self.dtype, self.form, name="layer")(hidden, bias, **options)
+    layer = Layer
 
 
 class Pooler(nn.Module):
@@ -209,38 +198,16 @@ class Pooler(nn.Module):
         return jnp.tanh(dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden[:, 0]))
 
 
-class BertModel(nn.Module):
-    """Embeddings, encoder and, for BERT, the pooler."""
+class BertModel(EncoderModel):
+    """Embeddings, encoder and, for BERT, the pooler, whose output its head reads."""
 
-    config: EncoderConfig
-    dtype: DTypeLike
-    form: Form
+    embeddings = Embeddings
+    layers = BertLayers
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        attention_mask: Array,
-        token_type_ids: Array,
-        *,
-        hidden_state: int | None,
-        deterministic: bool,
-        **options: Any,
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns BERT's pooled output or RoBERTa's first hidden state, (batch, hidden), and the hidden states.
-
-        ``tokens`` are ids, word embeddings or, if ``hidden_state`` is a number, the hidden state of that number.
-        """
-        if hidden_state is None:
-            tokens = Embeddings(self.config, self.dtype, name="embeddings")(
-                tokens, attention_mask, token_type_ids, deterministic=deterministic
-            )
-        states = Layers(self.config, self.dtype, self.form, name="encoder")(
-            tokens, padding_bias(attention_mask), first_layer=hidden_state or 0, deterministic=deterministic, **options
-        )
+    def features(self, hidden: Array) -> Array:
         if self.config.is_roberta:
-            return states[-1][:, 0], states
-        return Pooler(self.config, self.dtype, name="pooler")(states[-1]), states
+            return super().features(hidden)
+        return Pooler(self.config, self.dtype, name="pooler")(hidden)
 
 
 class RobertaHead(nn.Module):

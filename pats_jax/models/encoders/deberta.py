@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pats_jax.errors import InputError
-from pats_jax.models.attention import CUDNN, EINSUM
+from pats_jax.models.attention import EINSUM
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders import bert
 from pats_jax.models.encoders.deberta_attention import rows_of_distances, shifted_products
 from pats_jax.models.encoders.deberta_config import DebertaConfig
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
+from pats_jax.models.encoders.model import EncoderModel
 from pats_jax.models.layers import (
     ACTIVATION_FUNCTIONS,
     Form,
@@ -256,35 +256,12 @@ class Layers(nn.Module):
         return LayerNorm(config, self.dtype, name="LayerNorm")(table) if config.normalises_relative else table
 
 
-class DebertaModel(nn.Module):
-    """Embeddings and layers; called as `bert.BertModel` is."""
+class DebertaModel(EncoderModel):
+    """Embeddings and layers."""
 
-    config: DebertaConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        attention_mask: Array,
-        token_type_ids: Array,
-        *,
-        hidden_state: int | None,
-        deterministic: bool,
-        **options: Any,
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the first token's last hidden state, (batch, hidden), and the hidden states."""
-        if self.form.attention == CUDNN:
-            raise InputError('attention="cudnn" cannot add the position terms of DeBERTa; use attention="auto"')
-        if hidden_state is None:
-            tokens = Embeddings(self.config, self.dtype, name="embeddings")(
-                tokens, attention_mask, token_type_ids, deterministic=deterministic
-            )
-        states = Layers(self.config, self.dtype, self.form, name="encoder")(
-            tokens, attention_mask, first_layer=hidden_state or 0, deterministic=deterministic, **options
-        )
-        return states[-1][:, 0], states
+    embeddings = Embeddings
+    layers = Layers
+    positions = "the position terms of DeBERTa"
 
 
 class Pooler(nn.Module):

@@ -22,17 +22,16 @@ from pats_jax.core.files import JsonObject
 from pats_jax.models.config import EncoderConfig
 from pats_jax.models.encoders import bert
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
+from pats_jax.models.encoders.model import EncoderModel, Layers
 from pats_jax.models.layers import (
     ACTIVATION_FUNCTIONS,
-    Form,
     LayerNorm,
-    LayerStack,
     attend,
     dense,
     embedding_table,
     look_up,
     pad_front,
-    padding_bias,
+    project_to_heads,
 )
 
 # BERT's names that Transformers does not read in DistilBERT's config.json. The other three are read under both names.
@@ -105,8 +104,11 @@ class Embeddings(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, tokens: Array, *, deterministic: bool) -> Array:
-        """Embeds ids (batch, length), or word embeddings (batch, length, hidden), as (batch, length, hidden)."""
+    def __call__(self, tokens: Array, attention_mask: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
+        """Embeds ids (batch, length), or word embeddings (batch, length, hidden), as (batch, length, hidden).
+
+        Mask and token types change nothing.
+        """
         config = self.config
 
         def table(count: int, name: str) -> Array:
@@ -136,11 +138,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, queries_from: Array, hidden: Array, bias: Array, *, deterministic: bool) -> Array:
         """Attends from the query tokens to all tokens; shapes as in `bert.SelfAttention`."""
-        config, heads = self.config, self.config.num_attention_heads
+        config = self.config
 
         def project(tokens: Array, name: str) -> Array:
-            projected = dense(config, config.hidden_size, self.dtype, name)(tokens)
-            return projected.reshape(*projected.shape[:2], heads, config.hidden_size // heads)
+            return project_to_heads(config, tokens, self.dtype, name)
 
         query = project(queries_from, "q_lin")
         key, value = self.attended_to(project(hidden, "k_lin"), project(hidden, "v_lin"))
@@ -197,43 +198,18 @@ class Layer(nn.Module):
         return norm(attended + feed_forward.adapt(x, attended, norm))
 
 
-class Layers(nn.Module):
-    """The layers, with parameters under ``layer``."""
+class DistilbertLayers(Layers):
+    """DistilBERT's layers."""
 
-    config: DistilbertConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(self, hidden: Array, bias: Array, **options: Any) -> tuple[Array, ...]:
-        return LayerStack(Layer, self.config, self.dtype, self.form, name="layer")(hidden, bias, **options)
+    layer = Layer
 
 
-class DistilbertModel(nn.Module):
-    """Embeddings and layers; called as `bert.BertModel` is."""
+class DistilbertModel(EncoderModel):
+    """Embeddings and layers."""
 
-    config: DistilbertConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        attention_mask: Array,
-        token_type_ids: Array,
-        *,
-        hidden_state: int | None,
-        deterministic: bool,
-        **options: Any,
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the first token's last hidden state, (batch, hidden), and the hidden states; ignores token types."""
-        if hidden_state is None:
-            tokens = Embeddings(self.config, self.dtype, name="embeddings")(tokens, deterministic=deterministic)
-        states = Layers(self.config, self.dtype, self.form, name="transformer")(
-            tokens, padding_bias(attention_mask), first_layer=hidden_state or 0, deterministic=deterministic, **options
-        )
-        return states[-1][:, 0], states
+    embeddings = Embeddings
+    layers = DistilbertLayers
+    layers_name = "transformer"
 
 
 def _head(

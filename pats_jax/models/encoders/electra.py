@@ -11,9 +11,8 @@ References:
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import flax.linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -21,7 +20,8 @@ from pats_jax.core.files import JsonObject
 from pats_jax.models.config import EncoderConfig, is_whole
 from pats_jax.models.encoders import bert
 from pats_jax.models.encoders.encoder import Encoder, MaskedLanguageModel
-from pats_jax.models.layers import ACTIVATION_FUNCTIONS, Form, dense, padding_bias
+from pats_jax.models.encoders.model import EncoderModel
+from pats_jax.models.layers import ACTIVATION_FUNCTIONS, dense
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,16 @@ class ElectraConfig(EncoderConfig):
         super()._check(source)
 
 
-class ElectraModel(nn.Module):
-    """Embeddings, their projection if their width is not the layers', and BERT's layers; called as `bert.BertModel`."""
+class ElectraModel(EncoderModel):
+    """Embeddings, their projection if their width is not the layers', and BERT's layers."""
 
-    config: ElectraConfig
-    dtype: DTypeLike
-    form: Form
+    embeddings = bert.Embeddings
+    layers = bert.BertLayers
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        attention_mask: Array,
-        token_type_ids: Array,
-        *,
-        hidden_state: int | None,
-        deterministic: bool,
-        **options: Any,
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the first token's last hidden state, (batch, hidden), and the hidden states.
-
-        Hidden state 0 is projected already.
-        """
-        config = self.config
-        if hidden_state is None:
-            tokens = bert.Embeddings(config, self.dtype, name="embeddings")(
-                tokens, attention_mask, token_type_ids, deterministic=deterministic
-            )
-            if config.embedding_size != config.hidden_size:
-                tokens = dense(config, config.hidden_size, self.dtype, "embeddings_project")(tokens)
-        states = bert.Layers(config, self.dtype, self.form, name="encoder")(
-            tokens, padding_bias(attention_mask), first_layer=hidden_state or 0, deterministic=deterministic, **options
-        )
-        return states[-1][:, 0], states
+    def projected(self, embedded: Array) -> Array:
+        if self.config.embedding_size == self.config.hidden_size:
+            return embedded
+        return dense(self.config, self.config.hidden_size, self.dtype, "embeddings_project")(embedded)
 
 
 def _head(

@@ -19,22 +19,20 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pats_jax.core.files import JsonObject
-from pats_jax.errors import InputError
 from pats_jax.models import relative_positions
-from pats_jax.models.attention import CUDNN, EINSUM
+from pats_jax.models.attention import EINSUM
 from pats_jax.models.config import EncoderConfig, is_whole
 from pats_jax.models.encoders import bert
+from pats_jax.models.encoders.model import EncoderModel, Layers
 from pats_jax.models.layers import (
-    Form,
     LayerNorm,
-    LayerStack,
     attend,
     dense,
     embedding_table,
     look_up,
     pad_front,
-    padding_bias,
     positions_after_padding,
+    project_to_heads,
 )
 
 _PADDING = 1  # the number of the padding token, and of the position of padding
@@ -105,8 +103,11 @@ class Embeddings(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, tokens: Array, attention_mask: Array, *, deterministic: bool) -> Array:
-        """Embeds ids (batch, length), or word embeddings (batch, length, hidden), as (batch, length, hidden)."""
+    def __call__(self, tokens: Array, attention_mask: Array, token_type_ids: Array, *, deterministic: bool) -> Array:
+        """Embeds ids (batch, length), or word embeddings (batch, length, hidden), as (batch, length, hidden).
+
+        Token types change nothing.
+        """
         config = self.config
 
         def table(count: int, name: str) -> Array:
@@ -168,11 +169,10 @@ class SelfAttention(nn.Module):
         Returns:
           The attended values, projected: (batch, queries, hidden).
         """
-        config, heads = self.config, self.config.num_attention_heads
+        config = self.config
 
         def project(tokens: Array, name: str) -> Array:
-            projected = dense(config, config.hidden_size, self.dtype, name)(tokens)
-            return projected.reshape(*projected.shape[:2], heads, config.hidden_size // heads)
+            return project_to_heads(config, tokens, self.dtype, name)
 
         query = project(queries_from, "q")
         key, value = self.attended_to(project(hidden, "k"), project(hidden, "v"))
@@ -228,50 +228,22 @@ class Layer(nn.Module):
         return bert.ResidualOutput(self.config, self.dtype, name="output")(wide, attended, deterministic=deterministic)
 
 
-class Layers(nn.Module):
-    """The table of relative positions, and the layers, with parameters under ``layer``."""
+class MpnetLayers(Layers):
+    """The table of relative positions, and the layers."""
 
-    config: MpnetConfig
-    dtype: DTypeLike
-    form: Form
+    layer = Layer
 
-    @nn.compact
-    def __call__(self, hidden: Array, bias: Array, **options: Any) -> tuple[Array, ...]:
-        positions = RelativePositions(self.config, name="relative_attention_bias")(hidden.shape[1])
-        return LayerStack(Layer, self.config, self.dtype, self.form, name="layer")(hidden, bias, positions, **options)
+    def constants(self, hidden: Array) -> tuple[Any, ...]:
+        assert isinstance(self.config, MpnetConfig)
+        return (RelativePositions(self.config, name="relative_attention_bias")(hidden.shape[1]),)
 
 
-class MpnetModel(nn.Module):
-    """Embeddings and layers; called as `bert.BertModel` is."""
+class MpnetModel(EncoderModel):
+    """Embeddings and layers."""
 
-    config: MpnetConfig
-    dtype: DTypeLike
-    form: Form
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        attention_mask: Array,
-        token_type_ids: Array,
-        *,
-        hidden_state: int | None,
-        deterministic: bool,
-        **options: Any,
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the first token's last hidden state, (batch, hidden), and the hidden states; ignores token types."""
-        if self.form.attention == CUDNN:
-            raise InputError(
-                'attention="cudnn" cannot add the bias of MPNet\'s relative positions; use attention="auto"'
-            )
-        if hidden_state is None:
-            tokens = Embeddings(self.config, self.dtype, name="embeddings")(
-                tokens, attention_mask, deterministic=deterministic
-            )
-        states = Layers(self.config, self.dtype, self.form, name="encoder")(
-            tokens, padding_bias(attention_mask), first_layer=hidden_state or 0, deterministic=deterministic, **options
-        )
-        return states[-1][:, 0], states
+    embeddings = Embeddings
+    layers = MpnetLayers
+    positions = "the bias of MPNet's relative positions"
 
 
 MPNET = bert.ROBERTA._replace(config=MpnetConfig, model=MpnetModel)  # its heads are RoBERTa's
