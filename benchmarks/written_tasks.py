@@ -19,7 +19,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Written:
       most_rows: of the training set.
     """
 
-    read: Any
+    read: Callable[[pathlib.Path], tuple[Rows, Rows]]
     epochs: int
     source_length: int
     target_length: int
