@@ -111,13 +111,15 @@ def load_peft(
     params: Parameters,
     *,
     base_model_name_or_path: str | None = None,
-) -> tuple[PeftClassifier, Parameters]: ...
+) -> tuple[PeftClassifier, Parameters]:
+    """For a classifier; see below."""
 
 
 @overload
 def load_peft(
     directory: str | Path, model: T5 | Bart, params: Parameters, *, base_model_name_or_path: str | None = None
-) -> tuple[PeftT5 | PeftBart, Parameters]: ...
+) -> tuple[PeftT5 | PeftBart, Parameters]:
+    """For an encoder-decoder; see below."""
 
 
 def load_peft(

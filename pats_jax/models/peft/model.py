@@ -44,13 +44,15 @@ KINDS: dict[str, type[PeftConfig]] = {
 @overload
 def add_peft(
     model: SequenceClassifier, params: Parameters, config: PeftConfig, key: int | jax.Array
-) -> tuple[PeftClassifier, Parameters]: ...
+) -> tuple[PeftClassifier, Parameters]:
+    """For a classifier; see below."""
 
 
 @overload
 def add_peft(
     model: T5 | Bart, params: Parameters, config: PeftConfig, key: int | jax.Array
-) -> tuple[PeftT5 | PeftBart, Parameters]: ...
+) -> tuple[PeftT5 | PeftBart, Parameters]:
+    """For an encoder-decoder; see below."""
 
 
 def add_peft(
@@ -171,11 +173,13 @@ def unmerge(model: PeftModel, params: Parameters) -> tuple[PeftModel, Parameters
 
 
 @overload
-def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]: ...
+def disable(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
+    """For a classifier; see below."""
 
 
 @overload
-def disable(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]: ...
+def disable(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]:
+    """For an encoder-decoder; see below."""
 
 
 def disable(model: PeftModel, params: Parameters) -> tuple[PlainModel, Parameters]:
@@ -191,11 +195,13 @@ def disable(model: PeftModel, params: Parameters) -> tuple[PlainModel, Parameter
 
 
 @overload
-def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]: ...
+def merge_and_unload(model: PeftClassifier, params: Parameters) -> tuple[SequenceClassifier, Parameters]:
+    """For a classifier; see below."""
 
 
 @overload
-def merge_and_unload(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]: ...
+def merge_and_unload(model: PeftT5 | PeftBart, params: Parameters) -> tuple[T5 | Bart, Parameters]:
+    """For an encoder-decoder; see below."""
 
 
 def merge_and_unload(model: PeftModel, params: Parameters) -> tuple[PlainModel, Parameters]:
