@@ -10,7 +10,7 @@ import tiny
 
 from benchmarks import written_tasks
 from pats_jax.errors import InputError
-from pats_jax.programs.text2text_settings import Text2TextSettings
+from pats_jax.run.text2text_settings import Text2TextSettings
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""A grid of arms x tasks x seeds, run by the GLUE program, side by side or each in its own process: `pats-jax compare`.
+"""A grid of arms x tasks x seeds, in lanes of one process or a process each: `pats-jax compare`.
+
+The runs are those of `pats-jax glue`, or of another program in `PROGRAMS`.
 
 This process starts no JAX backend, so accelerators are free for the runs.
 """
@@ -32,13 +34,17 @@ from pats_jax.reporting.report_page import aligned
 from pats_jax.run import flags, forecast, machine, own_data, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
-from pats_jax.run.records import GridFile
-from pats_jax.run.settings import OF_TEXT_TO_TEXT, Settings, resuming
+from pats_jax.run.records import GridFile, GridProgram
+from pats_jax.run.settings import OF_TEXT_TO_TEXT, FineTuningSettings, Settings, resuming
+from pats_jax.run.text2text_settings import Text2TextSettings
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.run.workers import Ended, Job, Workers
 
 logger = logging.getLogger(__name__)
 
+
+# The programs whose runs can be compared, by their settings.
+PROGRAMS: dict[str, type[FineTuningSettings]] = {kind.program: kind for kind in (Settings, Text2TextSettings)}
 
 _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --executor dask for several machines"
 
@@ -47,8 +53,8 @@ _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --exec
 class Grid(Composed):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
-    All other flags are those of `pats-jax glue`, and apply to every run. Several values of one, such as
-    `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
+    All other flags are those of `pats-jax glue`, or of `--program`, and apply to every run. Several values of one,
+    such as `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
     """
 
     title: ClassVar[str] = "grid"
@@ -59,12 +65,14 @@ class Grid(Composed):
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
-        **dict.fromkeys(OF_TEXT_TO_TEXT, "is for `pats-jax text2text`, whose runs cannot be compared in a grid yet"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
     output_dir: str | None = setting(
         None, "folder of the grid; repeat the same command to resume it", is_path=True, is_basic=True
+    )
+    program: GridProgram = setting(
+        "glue", "glue: classifiers; text2text: T5 or BART, by the flags of `pats-jax text2text`", is_basic=True
     )
     methods: tuple[str, ...] = setting(
         (),
@@ -97,6 +105,13 @@ class Grid(Composed):
                 raise InputError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
+        if self.tasks and self.program != "glue":
+            raise InputError("--tasks: is for GLUE; for --program text2text, set --train_file or --dataset_name")
+
+    @property
+    def kind(self) -> type[FineTuningSettings]:
+        """The settings of its runs."""
+        return PROGRAMS[self.program]
 
     def runs(self, arms: Iterable[Arm]) -> list[Run]:
         """Seed by seed, so an unfinished grid has all arms for its first seeds."""
@@ -120,13 +135,14 @@ def run(args: list[str], console: rich.console.Console) -> None:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
+    check_program(grid)
     grid = name_data(grid, others)
     shared = as_before(grid, check(grid, others))
     runs = grid.runs(shared)
     check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
         machines = fleet.machines()
-        record_start(root, runs, command, machines)
+        record_start(grid, runs, command, machines)
         if grid.lanes is None:
             grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
@@ -148,7 +164,19 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
       InputError: if the arguments include a flag that the grid sets itself.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
-    return flags.parse_part(args, "pats-jax compare", Grid, Settings)
+    kind = PROGRAMS.get(flags.value_of("--program", args) or Grid.program, Settings)
+    given = set(flags.flag_names(args))
+    if kind is Settings and (others := [name for name in OF_TEXT_TO_TEXT if name in given]):
+        raise InputError(f"--{others[0]}: is for text to text; set --program text2text, or omit it")
+    return flags.parse_part(args, "pats-jax compare", Grid, kind)
+
+
+def check_program(grid: Grid) -> None:
+    """Raises InputError if the grid that is in the folder is of another program."""
+    root = pathlib.Path(str(grid.output_dir))
+    before = program_of_grid(read_grid(root))
+    if before not in (None, grid.program):
+        raise InputError(f"--output_dir {root}: holds a grid of --program {before}; set that, or another folder")
 
 
 def name_data(grid: Grid, others: list[str]) -> Grid:
@@ -165,6 +193,8 @@ def name_data(grid: Grid, others: list[str]) -> Grid:
         return grid
     own = next((name for name in _OWN_DATA if name in given), None)
     if own is None:
+        if grid.program != "glue":
+            raise InputError("no data: set --train_file or --dataset_name")
         raise InputError("--tasks is missing; for your own data, set --train_file or --dataset_name instead")
     path = pathlib.Path(str(flags.value_of(f"--{own}", others)))
     return grid.replace(tasks=(files.checked_name(path.stem if own == "train_file" else path.name, f"--{own}"),))
@@ -173,7 +203,7 @@ def name_data(grid: Grid, others: list[str]) -> Grid:
 _OWN_DATA = ("train_file", "dataset_name")  # the one or the other
 
 
-Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
+Shared = dict[Arm, FineTuningSettings]  # arm -> the settings of its runs, but for task, seed and folder
 
 
 def check(grid: Grid, others: list[str]) -> Shared:
@@ -187,14 +217,15 @@ def check(grid: Grid, others: list[str]) -> Shared:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
-    lists, others = split_lists(others)
+    lists, others = split_lists(others, grid.kind)
     own = [*([] if is_own else ["--task_name", grid.tasks[0]]), "--seed", str(grid.seeds[0])]
-    some = flags.parse([*others, *own], "pats-jax compare", Settings, frozenset(Settings.all_entries()))
-    arms = make_arms(grid.methods, lists, some.peft)
-    of_any = frozenset(flag for arm in arms for flag in flags.read_by(Settings, {"peft": some.peft, **arm.settings()}))
+    kind = grid.kind
+    some = flags.parse([*others, *own], "pats-jax compare", kind, frozenset(kind.all_entries()))
+    arms = make_arms(grid.methods, lists, some.peft, kind)
+    of_any = frozenset(flag for arm in arms for flag in flags.read_by(kind, {"peft": some.peft, **arm.settings()}))
     shared = {}
     for arm in arms:
-        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", Settings, of_any)
+        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", kind, of_any)
         if not {"train", "eval"} <= settings.phases:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
         if settings.data.train_file:
@@ -225,7 +256,7 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
-        saved = read_config(str(path), Settings)
+        saved = read_config(str(path), grid.kind)
         settings = settings_of(run, root, shared | {run.arm: shared.get(run.arm) or _alike(shared, run.arm, saved)})
         try:
             resuming(settings, saved)
@@ -254,7 +285,7 @@ def _alike(shared, arm, saved):
     return next(iter(shared.values())).replace(methods=saved.methods, adapters=saved.adapters, **kept)
 
 
-def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
+def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> FineTuningSettings:
     """The settings of a run: the shared ones of its arm and its own."""
     settings = shared[run.arm]
     task = {} if settings.data.own_name else {"task_name": run.task}
@@ -282,16 +313,17 @@ def report_lock(root: pathlib.Path) -> FolderLock:
     return FolderLock(root, name=".lock-report", patience=60.0)
 
 
-def record_start(root: pathlib.Path, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
+def record_start(grid: Grid, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
     """Adds the runs, the command and the machines to grid.json, which records every start."""
-    before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
+    root = pathlib.Path(str(grid.output_dir))
+    before: dict[str, Any] = dict(read_grid(root) or {})
     now: dict[str, list[Any]] = {"runs": [run.record() for run in runs], "commands": [command], "machines": machines}
-    merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
-    files.write_json(root / "grid.json", merged)
+    merged = {name: (old := before.get(name, [])) + [one for one in new if one not in old] for name, new in now.items()}
+    files.write_json(root / "grid.json", {"program": grid.program, **merged})
 
 
 def read_grid(root: pathlib.Path) -> GridFile | None:
-    """Reads grid.json: ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
+    """Reads grid.json: program, ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
 
     Raises:
       InputError: if the file is damaged, or contains a name that cannot be that of a folder; the message names it.
@@ -300,18 +332,24 @@ def read_grid(root: pathlib.Path) -> GridFile | None:
     if not os.path.lexists(path):
         return None
     grid = files.read_record(path, GridFile)
+    kind = PROGRAMS[str(program_of_grid(grid))]
     for number, run in enumerate(grid["runs"]):
         files.checked_name(run["task"], f"{path}: runs.{number}.task")
         files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
         if run.get("overrides"):
-            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides")
+            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides", kind)
             files.checked_name(Run.from_record(run).arm.folder, f"{path}: runs.{number}.overrides")
     return grid
 
 
-def check_overrides(overrides: Mapping[str, Any], source: str) -> None:
+def program_of_grid(grid: GridFile | None) -> GridProgram | None:
+    """The program of a grid's runs, which earlier versions did not write; None without a grid."""
+    return None if grid is None else grid.get("program", "glue")
+
+
+def check_overrides(overrides: Mapping[str, Any], source: str, kind: type[FineTuningSettings]) -> None:
     """Raises InputError if one of an arm's settings is unknown or invalid."""
-    known = Settings.all_entries()
+    known = kind.all_entries()
     for flag, value in overrides.items():
         if flag not in known:
             raise InputError(f"{source}: {shown(flag)} is not a setting")
@@ -335,13 +373,14 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
     known = read_grid(root)
     if known is None:
         raise InputError(f"--output_dir {root}: no grid was started there; it has no grid.json")
-    summary = seed_statistics.summarise(root, recorded_runs(root))
+    summary = seed_statistics.summarise(root, recorded_runs(root), PROGRAMS[str(program_of_grid(known))])
     files.checked_place(root / "plots" / "file", root)
     with report_lock(root):
         comparison_page.write_report(root, summary, known["commands"], known["machines"])
     for task, numbers in summary.tasks.items():
         header, rows = comparison_page.score_table(numbers, summary.baseline)
-        say(console, f"{task}, {numbers.metric} x 100")
+        times = "" if numbers.metric in seed_statistics.LARGEST else " x 100"
+        say(console, f"{task}, {numbers.metric}{times}")
         for line in aligned([header, *rows]):
             say(console, f"  {line}")
     say(console, f"report: {root / 'report.html'}")
@@ -367,7 +406,7 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     """
     root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
 
-    def known_settings(run: Run) -> Settings | None:
+    def known_settings(run: Run) -> FineTuningSettings | None:
         return settings_of(run, root, shared) if run.arm in shared else None
 
     sets = in_sets(runs, known_settings, root, grid.lanes)
@@ -391,8 +430,8 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
                     why = failure(run, root, job, ended)
                     if why:
                         failures[run] = why
-                    say(console, f"{outcome(run, root)} ({seconds_of(ended, len(ended_runs))})")
-                drop_models(grid.keep_models, {(run.task, run.arm) for run in ended_runs}, runs, root)
+                    say(console, f"{outcome(run, root, grid.kind)} ({seconds_of(ended, len(ended_runs))})")
+                drop_models(grid, {(run.task, run.arm) for run in ended_runs}, runs, root)
                 progress.show(ended=len(ended_runs))
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
@@ -403,7 +442,11 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
 
 
 def say_before(
-    sets: Sequence[RunSet], settings_of: Callable[[Run], Settings | None], total: int, root: pathlib.Path, grid: Grid
+    sets: Sequence[RunSet],
+    settings_of: Callable[[Run], FineTuningSettings | None],
+    total: int,
+    root: pathlib.Path,
+    grid: Grid,
 ) -> str:
     """How long so many runs in these sets will take."""
     finished, guess = seconds_taken(root), None
@@ -426,13 +469,13 @@ def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
     log = str(one.log_file(root).absolute())
     results = tuple(str((run.folder(root) / "results.json").absolute()) for run in one.runs)
     if one.name is None:
-        return Job(one.title, tuple(glue_arguments(one.runs[0], root, shared)), log, results)
+        return Job(one.title, tuple(run_arguments(one.runs[0], root, shared)), log, results)
     request = {
         "folder": str(one.folder(root).absolute()),
         "runs": [
             {
                 "run": run.record(),
-                "arguments": glue_arguments(run, root, shared)[3:],
+                "arguments": run_arguments(run, root, shared)[3:],
                 "log": str(log_file(root, run).absolute()),
             }
             for run in one.runs
@@ -440,17 +483,18 @@ def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
         "lanes": grid.lanes,
         "keeps_models": grid.keep_models != "none",
     }
-    return Job(one.title, ("-m", "pats_jax", "glue-lanes"), log, results, json.dumps(request))
+    return Job(one.title, ("-m", "pats_jax", f"{grid.program}-lanes"), log, results, json.dumps(request))
 
 
-def glue_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
+def run_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
     """The command line of a run, after the name of Python."""
-    return ["-m", "pats_jax", "glue", *flags.as_flags(settings_of(run, root, shared)), "--resume"]
+    settings = settings_of(run, root, shared)
+    return ["-m", "pats_jax", settings.program, *flags.as_flags(settings), "--resume"]
 
 
-def outcome(run: Run, root: pathlib.Path) -> str:
+def outcome(run: Run, root: pathlib.Path, kind: type[FineTuningSettings]) -> str:
     """The run's name and its score."""
-    finished = FinishedRun.read(run, root)
+    finished = FinishedRun.read(run, root, kind)
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
@@ -468,14 +512,14 @@ def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> tuple[str, 
     return None if is_finished(run, root) else (workers.last_line(own_log), own_log)
 
 
-def drop_models(keep: str, kinds: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
+def drop_models(grid: Grid, arms: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
     """Removes the models of finished runs of these tasks and arms that are not to be kept, see ``keep_models``."""
-    if keep == "all":
+    if grid.keep_models == "all":
         return
-    found = (FinishedRun.read(run, root) for run in runs if (run.task, run.arm) in kinds)
+    found = (FinishedRun.read(run, root, grid.kind) for run in runs if (run.task, run.arm) in arms)
     best: dict[tuple[str, Arm], FinishedRun] = {}
     finished = [one for one in found if one is not None]
-    for one in finished if keep == "best" else ():
+    for one in finished if grid.keep_models == "best" else ():
         kind = one.run.task, one.run.arm
         if kind not in best or one.score > best[kind].score:
             best[kind] = one
