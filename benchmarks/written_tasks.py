@@ -119,10 +119,11 @@ class Flags:
     learning_rate: float = 1e-3
     batch_size: int = 32
     tasks: tuple[str, ...] = tuple(TASKS)
+    lanes: int | None = None  # runs trained side by side; if unset, as `pats-jax compare` chooses
     results: pathlib.Path | None = None  # another copy of the results' JSON
 
-    def command(self, task: str, method: str, seed: int) -> list[str]:
-        """The command line of one run."""
+    def command(self, task: str) -> list[str]:
+        """The command line of a task's grid."""
         written, data = TASKS[task], self.output_dir / "data" / task
         flags = {
             "model_name_or_path": self.model,
@@ -135,19 +136,21 @@ class Flags:
             "learning_rate": self.learning_rate,
             "eval_steps": 10**6,  # after the last step alone
             "num_beams": 1,
-            "method": method,
-            "seed": seed,
+            "sensitivity_batches": 0,
             "compilation_cache_dir": self.output_dir / "programs",
-            "output_dir": self.folder(task, method, seed),
+            "output_dir": self.output_dir / task,
+            "lanes": self.lanes,
         }
-        command = [sys.executable, "-m", "pats_jax", "text2text", "--overwrite", "--metrics", *written.metrics]
+        command = [sys.executable, "-m", "pats_jax", "compare", "--program", "text2text", "--metrics", *written.metrics]
+        command += ["--methods", *METHODS, "--seeds", *map(str, range(1, self.seeds + 1))]
         for name, value in flags.items():
-            command += [f"--{name}", str(value)]
+            command += [] if value is None else [f"--{name}", str(value)]
         return command
 
-    def folder(self, task: str, method: str, seed: int) -> pathlib.Path:
-        """The folder of one run."""
-        return self.output_dir / f"{task}-{method}-{seed}"
+    def results_of(self, task: str, method: str) -> list[pathlib.Path]:
+        """The results of a method's runs, by seed."""
+        home = self.output_dir / task / "runs" / "train" / method
+        return [home / f"seed{seed}" / "results.json" for seed in range(1, self.seeds + 1)]
 
 
 def write_data(flags: Flags, task: str) -> dict[str, int]:
@@ -163,20 +166,21 @@ def write_data(flags: Flags, task: str) -> dict[str, int]:
     return {split: len(own) for split, own in written.items()}
 
 
-def scores_of(flags: Flags, task: str, method: str, seed: int, console: rich.console.Console) -> dict[str, float]:
-    """The scores of one run, which is trained if it is not there.
+def scores_of(flags: Flags, task: str, console: rich.console.Console) -> dict[str, list[dict[str, float]]]:
+    """Method -> the scores of its runs by seed; runs that are not there are trained.
 
     Raises:
-      InputError: if the run fails.
+      InputError: if a run fails.
     """
-    path = flags.folder(task, method, seed) / "results.json"
-    if not path.exists():
-        say(console, f"{task}, {method}, seed {seed}")
-        done = subprocess.run(flags.command(task, method, seed), capture_output=True, text=True)
-        if done.returncode:
-            raise InputError(f"{' '.join(flags.command(task, method, seed))}: {done.stderr.strip()[-500:]}")
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["final"]["metrics"]
-    return scores
+    paths = {method: flags.results_of(task, method) for method in METHODS}
+    if not all(path.exists() for of_method in paths.values() for path in of_method):
+        say(console, task)
+        if subprocess.run(flags.command(task)).returncode:
+            raise InputError(f"{task}: failed; see above, and repeat the command")
+    return {
+        method: [json.loads(path.read_text(encoding="utf-8"))["final"]["metrics"] for path in of_method]
+        for method, of_method in paths.items()
+    }
 
 
 def compared(plain: list[float], noisy: list[float]) -> dict[str, float | list[float]]:
@@ -222,10 +226,7 @@ def run(flags: Flags, console: rich.console.Console) -> None:
     found: dict[str, Any] = {}
     for task in flags.tasks:
         rows = write_data(flags, task)
-        by_method = {
-            method: [scores_of(flags, task, method, seed, console) for seed in range(1, flags.seeds + 1)]
-            for method in METHODS
-        }
+        by_method = scores_of(flags, task, console)
         names = list(by_method["finetune"][0])
         own = {
             name: compared(*([scores[name] for scores in by_method[method]] for method in METHODS)) for name in names
