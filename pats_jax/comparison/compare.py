@@ -10,17 +10,25 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import pathlib
 import shlex
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import rich.console
 
 from pats_jax.comparison import comparison_page, first_guess, seed_statistics
 from pats_jax.comparison.arms import Arm, make_arms, split_lists
+from pats_jax.comparison.grid_file import (
+    PROGRAMS,
+    check_place,
+    check_program,
+    program_of_grid,
+    read_grid,
+    record_start,
+    recorded_runs,
+)
 from pats_jax.comparison.run_sets import RunSet, check_lanes, default_lanes, in_sets, is_finished, log_file
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.core import files
@@ -34,17 +42,13 @@ from pats_jax.reporting.report_page import aligned
 from pats_jax.run import flags, forecast, machine, own_data, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
-from pats_jax.run.records import GridFile, GridProgram
+from pats_jax.run.records import GridProgram
 from pats_jax.run.settings import OF_TEXT_TO_TEXT, FineTuningSettings, Settings, resuming
-from pats_jax.run.text2text_settings import Text2TextSettings
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.run.workers import Ended, Job, Workers
 
 logger = logging.getLogger(__name__)
 
-
-# The programs whose runs can be compared, by their settings.
-PROGRAMS: dict[str, type[FineTuningSettings]] = {kind.program: kind for kind in (Settings, Text2TextSettings)}
 
 _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --executor dask for several machines"
 
@@ -64,7 +68,7 @@ class Grid(Composed):
         "seed": "use --seeds",
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
-        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, trained by itself"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
@@ -135,14 +139,14 @@ def run(args: list[str], console: rich.console.Console) -> None:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
-    check_program(grid)
+    check_program(root, grid.program)
     grid = name_data(grid, others)
     shared = as_before(grid, check(grid, others))
     runs = grid.runs(shared)
     check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
         machines = fleet.machines()
-        record_start(grid, runs, command, machines)
+        record_start(root, grid.program, runs, command, machines)
         if grid.lanes is None:
             grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
@@ -169,14 +173,6 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
     if kind is Settings and (others := [name for name in OF_TEXT_TO_TEXT if name in given]):
         raise InputError(f"--{others[0]}: is for text to text; set --program text2text, or omit it")
     return flags.parse_part(args, "pats-jax compare", Grid, kind)
-
-
-def check_program(grid: Grid) -> None:
-    """Raises InputError if the grid that is in the folder is of another program."""
-    root = pathlib.Path(str(grid.output_dir))
-    before = program_of_grid(read_grid(root))
-    if before not in (None, grid.program):
-        raise InputError(f"--output_dir {root}: holds a grid of --program {before}; set that, or another folder")
 
 
 def name_data(grid: Grid, others: list[str]) -> Grid:
@@ -292,76 +288,12 @@ def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> FineTuningSetti
     return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
-# the grid's folder
-
-
-def check_place(root: pathlib.Path, runs: Sequence[Run]) -> None:
-    """Raises InputError if the folder contains files that the grid would overwrite, or links that leave the folder."""
-    if not (root / "grid.json").exists():
-        present = next((name for name in _OWN if os.path.lexists(root / name)), None)
-        if present:
-            raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
-    for path in (root / "plots", *(run.folder(root) for run in runs)):
-        files.checked_place(path / "file", root)
-
-
-_OWN = ("comparison.json", "report.md", "report.html", "plots")
+# the grid's report
 
 
 def report_lock(root: pathlib.Path) -> FolderLock:
     """Lock for writing the report: a grid takes it at its end, and `--report_only` while a grid is running."""
     return FolderLock(root, name=".lock-report", patience=60.0)
-
-
-def record_start(grid: Grid, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
-    """Adds the runs, the command and the machines to grid.json, which records every start."""
-    root = pathlib.Path(str(grid.output_dir))
-    before: dict[str, Any] = dict(read_grid(root) or {})
-    now: dict[str, list[Any]] = {"runs": [run.record() for run in runs], "commands": [command], "machines": machines}
-    merged = {name: (old := before.get(name, [])) + [one for one in new if one not in old] for name, new in now.items()}
-    files.write_json(root / "grid.json", {"program": grid.program, **merged})
-
-
-def read_grid(root: pathlib.Path) -> GridFile | None:
-    """Reads grid.json: program, ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
-
-    Raises:
-      InputError: if the file is damaged, or contains a name that cannot be that of a folder; the message names it.
-    """
-    path = root / "grid.json"
-    if not os.path.lexists(path):
-        return None
-    grid = files.read_record(path, GridFile)
-    kind = PROGRAMS[str(program_of_grid(grid))]
-    for number, run in enumerate(grid["runs"]):
-        files.checked_name(run["task"], f"{path}: runs.{number}.task")
-        files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
-        if run.get("overrides"):
-            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides", kind)
-            files.checked_name(Run.from_record(run).arm.folder, f"{path}: runs.{number}.overrides")
-    return grid
-
-
-def program_of_grid(grid: GridFile | None) -> GridProgram | None:
-    """The program of a grid's runs, which earlier versions did not write; None without a grid."""
-    return None if grid is None else grid.get("program", "glue")
-
-
-def check_overrides(overrides: Mapping[str, Any], source: str, kind: type[FineTuningSettings]) -> None:
-    """Raises InputError if one of an arm's settings is unknown or invalid."""
-    known = kind.all_entries()
-    for flag, value in overrides.items():
-        if flag not in known:
-            raise InputError(f"{source}: {shown(flag)} is not a setting")
-        expected = known[flag].fault(value)
-        if expected:
-            raise InputError(f"{source}.{flag}: {shown(value, quoted=False)}: must be {expected}")
-
-
-def recorded_runs(root: pathlib.Path) -> list[Run]:
-    """The runs in grid.json; none if there is no such file."""
-    grid = read_grid(root)
-    return [Run.from_record(run) for run in grid["runs"]] if grid else []
 
 
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
