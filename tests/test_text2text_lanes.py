@@ -32,7 +32,8 @@ OWN = [
 def home(tmp_path_factory):
     """Checkpoints, and tables of sources and targets of several lengths."""
     home = tmp_path_factory.mktemp("home")
-    tiny_seq2seq.save_checkpoint(home / "t5", "t5", num_layers=2, num_decoder_layers=2)
+    tiny_seq2seq.save_checkpoint(home / "t5", "t5")
+    tiny_seq2seq.save_checkpoint(home / "deep", "t5", num_layers=2, num_decoder_layers=2)
     tiny_seq2seq.save_checkpoint(home / "bart", "bart")
     for seed, (name, rows) in enumerate({"train": 20, "dev": 6, "test": 5}.items()):
         tiny_seq2seq.write_pairs(home / f"{name}.tsv", tiny_seq2seq.pairs(rows, seed))
@@ -140,14 +141,14 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(home, trained, tmp_path):
         {"method": "mixout+noisytune"},
         {"method": "perturbed", "noise_scale": 0.01},
         {"method": "sift"},
-        {"layers": "stacked", "gradient_accumulation_steps": 2, "num_beams": 2},
+        {"model_name_or_path": "deep", "layers": "stacked", "gradient_accumulation_steps": 2, "num_beams": 2},
         {"length_buckets": None, "dtype": "bfloat16"},
     ],
     ids=str,
 )
 def test_methods_and_adapters_in_lanes(home, tmp_path, changes):
     """The second of two lanes, by its losses and norms, and by the texts at its end."""
-    changes = changes | ({"model_name_or_path": home / "bart"} if "model_name_or_path" in changes else {})
+    changes = changes | {"model_name_or_path": home / changes.get("model_name_or_path", "t5")}
     owns = [{"seed": 1}, {"seed": 2, "learning_rate": 3e-3}]
     short = {"max_steps": 5, "logging_steps": 1, "eval_steps": 5, "load_best_model_at_end": False, "peft": None}
     known = short | {"sensitivity_batches": 0} | changes
@@ -211,6 +212,7 @@ def refused(home, root, **changes):
 def test_what_does_not_go_together_is_one_line(home, tmp_path):
     root = tmp_path / "grid"
     assert refused(home, root, tasks="sst2").startswith("--tasks: is for GLUE; for --program text2text, set --train_")
+    assert refused(home, root, max_length=8) == "--max_length: use --max_target_length, without the start token"
     assert refused(home, root, max_seq_length=8) == "--max_seq_length: use --max_source_length and --max_target_length"
     assert refused(home, root, task_name="sst2") == "--task_name: use --tasks"
     assert refused(home, root, train_file=None, validation_file=None) == "no data: set --train_file or --dataset_name"

@@ -109,7 +109,7 @@ class Grid(Composed):
                 raise InputError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
-        if self.tasks and self.program != "glue":
+        if self.tasks and self.program != "glue" and not self.report_only:
             raise InputError("--tasks: is for GLUE; for --program text2text, set --train_file or --dataset_name")
 
     @property
