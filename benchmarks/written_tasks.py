@@ -124,11 +124,10 @@ class Flags:
 
     def command(self, task: str) -> list[str]:
         """The command line of a task's grid."""
-        written, data = TASKS[task], self.output_dir / "data" / task
+        written = TASKS[task]
         flags = {
             "model_name_or_path": self.model,
-            "train_file": data / "train.csv",
-            "validation_file": data / "validation.csv",
+            **{f"{split}_file": self.data_file(task, split) for split in SPLITS},
             "max_source_length": written.source_length,
             "max_target_length": written.target_length,
             "num_train_epochs": written.epochs,
@@ -147,9 +146,13 @@ class Flags:
             command += [] if value is None else [f"--{name}", str(value)]
         return command
 
+    def data_file(self, task: str, split: str) -> pathlib.Path:
+        """The rows of a split; the grid takes its name for the task's."""
+        return self.output_dir / "data" / split / f"{task}.csv"
+
     def results_of(self, task: str, method: str) -> list[pathlib.Path]:
         """The results of a method's runs, by seed."""
-        home = self.output_dir / task / "runs" / "train" / method
+        home = self.output_dir / task / "runs" / task / method
         return [home / f"seed{seed}" / "results.json" for seed in range(1, self.seeds + 1)]
 
 
@@ -159,7 +162,7 @@ def write_data(flags: Flags, task: str) -> dict[str, int]:
     drawn = np.random.default_rng(0).permutation(len(rows[0]))[: TASKS[task].most_rows]
     written = {"train": [rows[0][number] for number in sorted(drawn)], "validation": rows[1]}
     for split, own in written.items():
-        path = flags.output_dir / "data" / task / f"{split}.csv"
+        path = flags.data_file(task, split)
         files.make_folder(path.parent)
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("source", "target"), *own])
@@ -200,10 +203,10 @@ def compared(plain: list[float], noisy: list[float]) -> dict[str, float | list[f
 
 def constant_scores(flags: Flags, task: str) -> float:
     """The share of validation targets that equal the most frequent training target."""
-    with (flags.output_dir / "data" / task / "train.csv").open(encoding="utf-8", newline="") as file:
+    with flags.data_file(task, "train").open(encoding="utf-8", newline="") as file:
         targets = [target for _, target in list(csv.reader(file))[1:]]
     commonest = max(sorted(set(targets)), key=targets.count)
-    with (flags.output_dir / "data" / task / "validation.csv").open(encoding="utf-8", newline="") as file:
+    with flags.data_file(task, "validation").open(encoding="utf-8", newline="") as file:
         return float(np.mean([target == commonest for _, target in list(csv.reader(file))[1:]]))
 
 

@@ -33,7 +33,7 @@ def flags(tmp_path):
 
 def test_tasks_are_written_as_text(flags):
     assert written_tasks.write_data(flags, "mrpc") == {"train": 5, "validation": 2}
-    with (flags.output_dir / "data" / "mrpc" / "train.csv").open(newline="") as file:
+    with flags.data_file("mrpc", "train").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[1:3] == [
         ["mrpc sentence1: a 0 sentence2: b 0", "not_equivalent"],
