@@ -54,6 +54,25 @@ def test_listed_numbers_are_lanes_and_other_settings_are_not(tmp_path):
     assert len(planned(tmp_path, "--response linear constant", None, "pats", "0 1")) == 2
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--train_file {0}/own.csv --validation_file {0}/own.csv --text_column_names question --label_column_name kind",
+        "--tasks mnli --out_of_domain snli sick",
+    ],
+)
+def test_settings_that_are_lists_are_part_of_the_program(flags, tmp_path):
+    (tmp_path / "own.csv").write_text("question,kind\nwhy?,a\nwho?,b\n")
+    args = f"--methods pats --seeds 0 1 --output_dir {tmp_path} {flags}".format(tmp_path).split()
+    grid, others = compare.parse(args)
+    (settings,) = compare.check(compare.name_data(grid, others), others).values()
+    assert any(isinstance(value, list) for value in settings.flat().values())
+    run = Run("one", Arm("pats"), 0)
+    assert {run_sets.program_of(run, one) for one in (settings, settings.replace(seed=1))} == {
+        run_sets.program_of(run, settings)
+    }
+
+
 def test_what_cannot_be_a_lane_goes_alone(tmp_path):
     sets = planned(tmp_path, "", None, "pats child-d", "0 1")
     assert named(sets) == [("pats", [0, 1]), ("child-d", [0]), ("child-d", [1])]

@@ -137,7 +137,8 @@ def in_sets(
 
 def program_of(run: Run, settings: FineTuningSettings) -> tuple[Any, ...]:
     """What runs of one program have in common."""
-    return run.task, *((flag, value) for flag, value in settings.flat().items() if flag not in _OF_A_RUN)
+    shared = ((flag, value) for flag, value in settings.flat().items() if flag not in _OF_A_RUN)
+    return run.task, *((flag, tuple(value) if isinstance(value, list) else value) for flag, value in shared)
 
 
 def is_finished(run: Run, root: pathlib.Path) -> bool:
