@@ -143,6 +143,7 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(home, trained, tmp_path):
         {"method": "sift"},
         {"model_name_or_path": "deep", "layers": "stacked", "gradient_accumulation_steps": 2, "num_beams": 2},
         {"length_buckets": None, "dtype": "bfloat16"},
+        {"train_batch_size": None, "per_device_train_batch_size": 32},  # of 20 rows a batch of 20
         {"early_stopping_patience": 1, "eval_steps": 1, "max_steps": 9, "load_best_model_at_end": True},
     ],
     ids=str,
