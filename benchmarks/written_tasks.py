@@ -119,15 +119,15 @@ class Flags:
     learning_rate: float = 1e-3
     batch_size: int = 32
     tasks: tuple[str, ...] = tuple(TASKS)
+    lanes: int | None = None  # runs trained side by side; if unset, as `pats-jax compare` chooses
     results: pathlib.Path | None = None  # another copy of the results' JSON
 
-    def command(self, task: str, method: str, seed: int) -> list[str]:
-        """The command line of one run."""
-        written, data = TASKS[task], self.output_dir / "data" / task
+    def command(self, task: str) -> list[str]:
+        """The command line of a task's grid."""
+        written = TASKS[task]
         flags = {
             "model_name_or_path": self.model,
-            "train_file": data / "train.csv",
-            "validation_file": data / "validation.csv",
+            **{f"{split}_file": self.data_file(task, split) for split in SPLITS},
             "max_source_length": written.source_length,
             "max_target_length": written.target_length,
             "num_train_epochs": written.epochs,
@@ -135,19 +135,25 @@ class Flags:
             "learning_rate": self.learning_rate,
             "eval_steps": 10**6,  # after the last step alone
             "num_beams": 1,
-            "method": method,
-            "seed": seed,
+            "sensitivity_batches": 0,
             "compilation_cache_dir": self.output_dir / "programs",
-            "output_dir": self.folder(task, method, seed),
+            "output_dir": self.output_dir / task,
+            "lanes": self.lanes,
         }
-        command = [sys.executable, "-m", "pats_jax", "text2text", "--overwrite", "--metrics", *written.metrics]
+        command = [sys.executable, "-m", "pats_jax", "compare", "--program", "text2text", "--metrics", *written.metrics]
+        command += ["--methods", *METHODS, "--seeds", *map(str, range(1, self.seeds + 1))]
         for name, value in flags.items():
-            command += [f"--{name}", str(value)]
+            command += [] if value is None else [f"--{name}", str(value)]
         return command
 
-    def folder(self, task: str, method: str, seed: int) -> pathlib.Path:
-        """The folder of one run."""
-        return self.output_dir / f"{task}-{method}-{seed}"
+    def data_file(self, task: str, split: str) -> pathlib.Path:
+        """The rows of a split; the grid takes its name for the task's."""
+        return self.output_dir / "data" / split / f"{task}.csv"
+
+    def results_of(self, task: str, method: str) -> list[pathlib.Path]:
+        """The results of a method's runs, by seed."""
+        home = self.output_dir / task / "runs" / task / method
+        return [home / f"seed{seed}" / "results.json" for seed in range(1, self.seeds + 1)]
 
 
 def write_data(flags: Flags, task: str) -> dict[str, int]:
@@ -156,27 +162,28 @@ def write_data(flags: Flags, task: str) -> dict[str, int]:
     drawn = np.random.default_rng(0).permutation(len(rows[0]))[: TASKS[task].most_rows]
     written = {"train": [rows[0][number] for number in sorted(drawn)], "validation": rows[1]}
     for split, own in written.items():
-        path = flags.output_dir / "data" / task / f"{split}.csv"
+        path = flags.data_file(task, split)
         files.make_folder(path.parent)
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("source", "target"), *own])
     return {split: len(own) for split, own in written.items()}
 
 
-def scores_of(flags: Flags, task: str, method: str, seed: int, console: rich.console.Console) -> dict[str, float]:
-    """The scores of one run, which is trained if it is not there.
+def scores_of(flags: Flags, task: str, console: rich.console.Console) -> dict[str, list[dict[str, float]]]:
+    """Method -> the scores of its runs by seed; runs that are not there are trained.
 
     Raises:
-      InputError: if the run fails.
+      InputError: if a run fails.
     """
-    path = flags.folder(task, method, seed) / "results.json"
-    if not path.exists():
-        say(console, f"{task}, {method}, seed {seed}")
-        done = subprocess.run(flags.command(task, method, seed), capture_output=True, text=True)
-        if done.returncode:
-            raise InputError(f"{' '.join(flags.command(task, method, seed))}: {done.stderr.strip()[-500:]}")
-    scores: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["final"]["metrics"]
-    return scores
+    paths = {method: flags.results_of(task, method) for method in METHODS}
+    if not all(path.exists() for of_method in paths.values() for path in of_method):
+        say(console, task)
+        if subprocess.run(flags.command(task)).returncode:
+            raise InputError(f"{task}: failed; see above, and repeat the command")
+    return {
+        method: [json.loads(path.read_text(encoding="utf-8"))["final"]["metrics"] for path in of_method]
+        for method, of_method in paths.items()
+    }
 
 
 def compared(plain: list[float], noisy: list[float]) -> dict[str, float | list[float]]:
@@ -196,10 +203,10 @@ def compared(plain: list[float], noisy: list[float]) -> dict[str, float | list[f
 
 def constant_scores(flags: Flags, task: str) -> float:
     """The share of validation targets that equal the most frequent training target."""
-    with (flags.output_dir / "data" / task / "train.csv").open(encoding="utf-8", newline="") as file:
+    with flags.data_file(task, "train").open(encoding="utf-8", newline="") as file:
         targets = [target for _, target in list(csv.reader(file))[1:]]
     commonest = max(sorted(set(targets)), key=targets.count)
-    with (flags.output_dir / "data" / task / "validation.csv").open(encoding="utf-8", newline="") as file:
+    with flags.data_file(task, "validation").open(encoding="utf-8", newline="") as file:
         return float(np.mean([target == commonest for _, target in list(csv.reader(file))[1:]]))
 
 
@@ -222,10 +229,7 @@ def run(flags: Flags, console: rich.console.Console) -> None:
     found: dict[str, Any] = {}
     for task in flags.tasks:
         rows = write_data(flags, task)
-        by_method = {
-            method: [scores_of(flags, task, method, seed, console) for seed in range(1, flags.seeds + 1)]
-            for method in METHODS
-        }
+        by_method = scores_of(flags, task, console)
         names = list(by_method["finetune"][0])
         own = {
             name: compared(*([scores[name] for scores in by_method[method]] for method in METHODS)) for name in names

@@ -50,7 +50,7 @@ def test_the_settings_of_an_arm_are_its_own_and_the_grids():
         assert {name: flat[name] for name in arm.settings()} == arm.settings()
     run = Run("rte", Arm("pats", (("learning_rate", 1e-4), ("noise_scale", 1e-2), ("peft", None))), 2)
     assert run in grid.runs(shared) and run.name == "rte/pats,learning_rate=0.0001,noise_scale=0.01,peft=none/seed2"
-    args = compare.glue_arguments(run, pathlib.Path("nowhere"), shared)
+    args = compare.run_arguments(run, pathlib.Path("nowhere"), shared)
     settings = flags.parse(args[3:], "pats-jax glue", Settings)
     assert (settings.seed, settings.optimizer.learning_rate, settings.peft) == (2, 1e-4, None)
     assert settings.methods[0].noise_scale == 1e-2
@@ -153,7 +153,7 @@ def test_differences_are_those_from_an_arms_own_baseline(tmp_path):
 
 def test_a_listed_grid_is_reported_from_its_file(tmp_path):
     runs = listed_grid(tmp_path)
-    compare.record_start(tmp_path, runs, "pats-jax compare", [])
+    compare.record_start(tmp_path, "glue", runs, "pats-jax compare", [])
     record = json.loads((tmp_path / "grid.json").read_text())["runs"][-1]
     assert record == {"task": "mrpc", "method": "pats", "seed": 2, "overrides": {"learning_rate": 2e-4}}
     assert compare.recorded_runs(tmp_path) == runs
@@ -191,7 +191,7 @@ def test_a_damaged_grid_file_is_named(overrides, message, tmp_path):
 
 def test_a_grid_goes_on_with_arms_that_it_no_longer_lists(tmp_path):
     """As a grid first run with one learning rate, and then with others."""
-    compare.record_start(tmp_path, listed_grid(tmp_path), "pats-jax compare", [])
+    compare.record_start(tmp_path, "glue", listed_grid(tmp_path), "pats-jax compare", [])
     args = f"--methods finetune --tasks mrpc --seeds 1 --output_dir {tmp_path} --model_name_or_path model".split()
     for added, message in ((["--learning_rate", "3e-4", "4e-4"], None), (["--max_seq_length", "64"], "max_seq_length")):
         grid, others = compare.parse([*args, *added])

@@ -34,10 +34,10 @@ from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
 from pats_jax.programs.predict import predict_file
 from pats_jax.programs.submission import write_submission
-from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.reporting import console
 from pats_jax.run.flags import parse
 from pats_jax.run.settings import OwnDataSettings, Settings
+from pats_jax.run.text2text_settings import Text2TextSettings
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What the reports of grids and gyms quote are commands and settings of past runs, not documentation.
@@ -226,11 +226,13 @@ def shrink(args):
         flags["prompt_length"] = "4"  # the tiny model has few positions
     if command == "compare":
         rest = without(rest, "executor", "scheduler")
+        if values_of([*rest, "--program"], "program")[:1] == ["text2text"]:
+            flags = SHRUNK["text2text"] | {name: flags[name] for name in ("seeds", "jobs", "max_train_samples")}
         for name, count in {"methods": 2, "learning_rate": 2, "noise_scale": 1, "peft": 2}.items():
             if f"--{name}" in rest:
                 rest = [*without(rest, name), f"--{name}", *values_of(rest, name)[:count]]
         if "--train_file" in rest:
-            del flags["tasks"], flags["data_dir"]
+            flags = {name: value for name, value in flags.items() if name not in ("tasks", "data_dir")}
     new = [word for name, value in flags.items() for word in (f"--{name}", value)]
     return [command, *without(rest, *flags), *new]
 

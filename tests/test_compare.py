@@ -416,7 +416,7 @@ def home(tmp_path, monkeypatch):
     def command(run, root, flags):
         return ["-S", "-c", STAND_IN, str(tmp_path), str(run.folder(root)), str(run.seed)]
 
-    monkeypatch.setattr(compare, "glue_arguments", command)
+    monkeypatch.setattr(compare, "run_arguments", command)
     monkeypatch.setattr(workers, "describe_machine", lambda: {"cores": "2"})
     monkeypatch.setattr(machine, "find_devices", machine.Devices)
     return Home(tmp_path)
@@ -547,7 +547,7 @@ from pats_jax.programs import cli
 from pats_jax.comparison import compare
 from pats_jax.run import workers
 workers.describe_machine = lambda: {}
-compare.glue_arguments = lambda run, root, flags: ["-S", "-c", "print('no luck'); raise SystemExit(1)"]
+compare.run_arguments = lambda run, root, flags: ["-S", "-c", "print('no luck'); raise SystemExit(1)"]
 try:
     cli.main(["compare", *sys.argv[1:]])
 finally:
@@ -599,7 +599,7 @@ def test_a_grid_of_real_runs_by_their_commands(tmp_path):
     grid, others = compare.parse(flags)
     shared = compare.check(grid, others)
     for run in grid.runs(shared):
-        module, program, *arguments = compare.glue_arguments(run, tmp_path / "grid", shared)
+        module, program, *arguments = compare.run_arguments(run, tmp_path / "grid", shared)
         assert (module, program) == ("-m", "pats_jax")
         cli.main(arguments)
     out = io.StringIO()

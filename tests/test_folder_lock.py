@@ -171,7 +171,7 @@ from pats_jax.comparison import compare
 from pats_jax.run import machine, workers
 workers.describe_machine = lambda: {}
 machine.find_devices = machine.Devices
-compare.glue_arguments = lambda run, root, flags: ["-S", "-c", sys.argv[1]]
+compare.run_arguments = lambda run, root, flags: ["-S", "-c", sys.argv[1]]
 cli.main(["compare", *sys.argv[2:]])
 """
 

@@ -128,7 +128,7 @@ def test_nothing_is_downloaded_to_guess(settings, changes, monkeypatch, tmp_path
 
 def test_compare_says_it_before_it_starts(settings, monkeypatch, tmp_path):
     """The runs themselves fail at once here, so nothing else is known of their time."""
-    monkeypatch.setattr(compare, "glue_arguments", lambda *_: ["-S", "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(compare, "run_arguments", lambda *_: ["-S", "-c", "raise SystemExit(1)"])
     monkeypatch.setattr(machine, "find_devices", lambda: CPU)
     flags = {"model_name_or_path": settings.model.model_name_or_path, "data_dir": settings.data.data_dir}
     out = io.StringIO()

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from pats_jax import glue, models
 from pats_jax.errors import InputError, Preempted
-from pats_jax.programs import glue_lanes
+from pats_jax.programs import glue_lanes, lane_sets
 from pats_jax.run import flags, lane_training, run_folder
 from pats_jax.training import lanes
 from pats_jax.training.table import TableSource
@@ -55,7 +55,7 @@ def request(runs, folder, lanes=None, keeps_models=True):
     """What `pats-jax compare` would ask for."""
     described = [
         {
-            "run": {"task": "sst2", "method": run.method, "seed": run.seed},
+            "run": {"task": "own", "method": run.method, "seed": run.seed},
             "arguments": [*flags.as_flags(run), "--resume"],
             "log": f"{run.folder.output_dir}.log",
         }
@@ -64,8 +64,8 @@ def request(runs, folder, lanes=None, keeps_models=True):
     return json.dumps({"folder": str(folder), "runs": described, "lanes": lanes, "keeps_models": keeps_models})
 
 
-def in_lanes(runs, folder, **options):
-    glue_lanes.main(request(runs, folder, **options), rich.console.Console(file=io.StringIO()))
+def in_lanes(runs, folder, program=glue_lanes, **options):
+    program.main(request(runs, folder, **options), rich.console.Console(file=io.StringIO()))
 
 
 def settings_of(base, home, owns=OWN, **changes):
@@ -192,7 +192,7 @@ def test_a_lane_that_diverges_is_reported_and_the_others_go_on(trained):
     assert record["timing"]["lanes"] == 3
 
 
-def interrupt(base, home, step, **changes):
+def interrupt(runs, home, step, program=glue_lanes):
     """Starts a set, which gets SIGTERM at a step."""
     real = lane_training.SetHooks.on_step
 
@@ -204,7 +204,7 @@ def interrupt(base, home, step, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lane_training.SetHooks, "on_step", on_step)
         with pytest.raises(Preempted, match="interrupted and saved") as caught:
-            in_lanes(settings_of(base, home, **changes), home / "lanes" / "set1")
+            in_lanes(runs, home / "lanes" / "set1", program)
     assert caught.value.signal_number == signal.SIGTERM
 
 
@@ -219,7 +219,7 @@ def assert_same_set(home, whole):
 
 
 def test_a_set_that_is_interrupted_goes_on_bit_for_bit(base, trained, tmp_path):
-    interrupt(base, tmp_path, 7)
+    interrupt(settings_of(base, tmp_path), tmp_path, 7)
     assert os.listdir(tmp_path / "lanes" / "set1" / "round-1" / "checkpoints") == ["7"]
     in_lanes(settings_of(base, tmp_path), tmp_path / "lanes" / "set1", lanes=2)  # as it was begun
     assert_same_set(tmp_path, trained[0])
@@ -228,7 +228,7 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(base, trained, tmp_path):
 @pytest.mark.slow
 def test_a_set_of_which_some_runs_are_finished_goes_on(base, trained, tmp_path, monkeypatch):
     """Killed while it wrote the folders: the lanes of finished runs are trained once more, and nothing is written."""
-    real = glue_lanes.Group._finish
+    real = lane_sets.Group._finish
 
     def finish(self, part, trained, lane, run):
         if lane == 1:
@@ -236,7 +236,7 @@ def test_a_set_of_which_some_runs_are_finished_goes_on(base, trained, tmp_path, 
         real(self, part, trained, lane, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(glue_lanes.Group, "_finish", finish)
+        patch.setattr(lane_sets.Group, "_finish", finish)
         with pytest.raises(KeyboardInterrupt):
             in_lanes(settings_of(base, tmp_path), tmp_path / "lanes" / "set1")
     written = (tmp_path / "run0" / "results.json").stat().st_mtime_ns
@@ -276,12 +276,12 @@ def test_as_many_lanes_as_fit_into_memory(base, tmp_path, monkeypatch):
     monkeypatch.setattr(lanes.CompiledLanes, "bytes_of_step", bytes_of_step)
     owns = [{"seed": seed} for seed in range(6)]
     changes = {"max_steps": 4, "do_predict": False}
-    monkeypatch.setattr(glue_lanes, "memory_of", lambda device: 2**40)
+    monkeypatch.setattr(lane_sets, "memory_of", lambda device: 2**40)
     in_lanes(settings_of(base, tmp_path / "large", owns, **changes), tmp_path / "large" / "set")
     assert list(used) == [6] and run_folder.read_metrics(tmp_path / "large" / "run5")[0]["timing"]["lanes"] == 6
     parameters = run_folder.read_results(tmp_path / "large" / "run0")["num_parameters"]
     assert used[6] > 6 * 12 * parameters
-    monkeypatch.setattr(glue_lanes, "memory_of", lambda device: used[6] / 2)
+    monkeypatch.setattr(lane_sets, "memory_of", lambda device: used[6] / 2)
     in_lanes(settings_of(base, tmp_path / "small", owns, **changes), tmp_path / "small" / "set")
     chosen = run_folder.read_metrics(tmp_path / "small" / "run0")[0]["timing"]["lanes"]
     assert 1 <= chosen <= 2 and used[chosen] < 0.8 * used[6] / 2
@@ -294,8 +294,8 @@ def test_fewer_lanes_where_the_host_has_little_memory(base, tmp_path, monkeypatc
     runs = settings_of(base, tmp_path, owns, **changes)
     checkpoint = runs[0].model.model_name_or_path
     per_lane = 50 * sum(leaf.size for leaf in jax.tree.leaves(models.from_pretrained(checkpoint, num_labels=2)[1]))
-    assert 2**26 < glue_lanes.free_memory() < 2**50
-    monkeypatch.setattr(glue_lanes, "free_memory", lambda: int(2.5 * per_lane))
+    assert 2**26 < lane_sets.free_memory() < 2**50
+    monkeypatch.setattr(lane_sets, "free_memory", lambda: int(2.5 * per_lane))
     in_lanes(runs, tmp_path / "set", lanes=3)
     assert run_folder.read_metrics(tmp_path / "run0")[0]["timing"]["lanes"] == 2
     assert run_folder.read_results(tmp_path / "run2")["steps"] == 2

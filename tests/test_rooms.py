@@ -21,8 +21,8 @@ from pats_jax.methods import METHODS
 from pats_jax.models import peft
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
-from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.run.settings import Settings
+from pats_jax.run.text2text_settings import Text2TextSettings
 
 ROOT = pathlib.Path(pats_jax.__file__).parent
 

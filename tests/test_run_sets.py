@@ -154,7 +154,7 @@ def test_kept_models(tmp_path):
         (run.folder(tmp_path) / "model").mkdir()
 
     def kept(keep):
-        compare.drop_models(keep, {("mrpc", Arm("finetune"))}, runs, tmp_path)
+        compare.drop_models(compare.Grid(keep_models=keep), {("mrpc", Arm("finetune"))}, runs, tmp_path)
         return [(run.arm.method, run.seed) for run in runs if (run.folder(tmp_path) / "model").exists()]
 
     assert len(kept("all")) == 5

@@ -20,10 +20,10 @@ from pats_jax.models.patterns import compile_pattern
 from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
-from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.run import flags
 from pats_jax.run.flags import FOREIGN_FLAGS
 from pats_jax.run.settings import Settings, resuming
+from pats_jax.run.text2text_settings import Text2TextSettings
 from pats_jax.training.table import count_steps
 from tests import tiny
 

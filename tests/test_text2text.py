@@ -29,8 +29,8 @@ from pats_jax.errors import InputError
 from pats_jax.methods.paths import ATTENTION, LAYERS, MATRICES
 from pats_jax.models.bart import Bart
 from pats_jax.programs import cli, text2text
-from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.run import flags, model_card
+from pats_jax.run.text2text_settings import Text2TextSettings
 
 QUICK = {
     "max_source_length": 8,
@@ -376,9 +376,9 @@ def test_a_classifier_is_not_made_of_an_encoder_decoder(program, home, capsys, t
     assert "--source_prefix: is for `pats-jax text2text`" in tiny.refused(capsys, program, "--source_prefix", "a")
 
 
-def test_a_grid_refuses_its_flags_by_name(capsys):
+def test_a_grid_of_classifiers_refuses_its_flags_by_name(capsys):
     line = tiny.refused(capsys, "compare", "--source_column", "a")
-    assert "--source_column: is for `pats-jax text2text`, whose runs cannot be compared in a grid yet" in line
+    assert line == "--source_column: is for text to text; set --program text2text, or omit it"
 
 
 def test_a_tokenizer_that_ends_no_text_is_refused(home, monkeypatch):

@@ -1,6 +1,7 @@
 """The benchmark of written tasks: what it reads, what it runs, and its statistics."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -9,8 +10,8 @@ import scipy.stats
 import tiny
 
 from benchmarks import written_tasks
+from pats_jax.comparison import compare
 from pats_jax.errors import InputError
-from pats_jax.programs.text2text_settings import Text2TextSettings
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def flags(tmp_path):
 
 def test_tasks_are_written_as_text(flags):
     assert written_tasks.write_data(flags, "mrpc") == {"train": 5, "validation": 2}
-    with (flags.output_dir / "data" / "mrpc" / "train.csv").open(newline="") as file:
+    with flags.data_file("mrpc", "train").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[1:3] == [
         ["mrpc sentence1: a 0 sentence2: b 0", "not_equivalent"],
@@ -46,11 +47,20 @@ def test_tasks_are_written_as_text(flags):
 
 @pytest.mark.parametrize("task", written_tasks.TASKS)
 def test_commands_are_those_of_the_program(flags, task):
-    """Every flag is a setting of `pats-jax text2text`."""
-    command = flags.command(task, "pats", 3)
-    names = {word.removeprefix("--") for word in command if word.startswith("--")}
-    assert names <= set(Text2TextSettings.all_entries()) | {"overwrite"}
-    assert command[command.index("--method") + 1] == "pats" and command[command.index("--seed") + 1] == "3"
+    """Read as `pats-jax compare` reads them; each run is where its results are looked for."""
+    written_tasks.write_data(flags, task)
+    _, module, package, program, *args = dataclasses.replace(flags, seeds=3, lanes=2).command(task)
+    assert (module, package, program) == ("-m", "pats_jax", "compare")
+    grid, others = compare.parse(args)
+    grid = compare.name_data(grid, others)
+    shared = compare.check(grid, others)
+    assert grid.program == "text2text" and grid.lanes == 2 and len(shared) == 2
+    assert all(
+        settings.model.max_source_length == written_tasks.TASKS[task].source_length for settings in shared.values()
+    )
+    places = {run.folder(flags.output_dir / task) / "results.json" for run in grid.runs(shared)}
+    flags = dataclasses.replace(flags, seeds=3)
+    assert places == {path for method in written_tasks.METHODS for path in flags.results_of(task, method)}
 
 
 def test_the_difference_has_the_interval_of_a_paired_t_test():
@@ -64,11 +74,10 @@ def test_the_difference_has_the_interval_of_a_paired_t_test():
 
 
 def test_finished_runs_are_read_not_repeated(flags):
-    for seed in (1, 2):
-        for method, score in (("finetune", 0.5), ("pats", 0.5 + 0.1 * seed)):
-            folder = flags.folder("sst2", method, seed)
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({"final": {"metrics": {"exact_match": score}}}))
+    for method, scores in (("finetune", (0.5, 0.5)), ("pats", (0.6, 0.7))):
+        for path, score in zip(dataclasses.replace(flags, seeds=2).results_of("sst2", method), scores, strict=True):
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"final": {"metrics": {"exact_match": score}}}))
     arguments = ["--model", flags.model, "--data_dir", str(flags.data_dir), "--output_dir", str(flags.output_dir)]
     written_tasks.main([*arguments, "--tasks", "sst2", "--seeds", "2"])
     found = json.loads((flags.output_dir / "written_tasks.json").read_text())["tasks"]["sst2"]

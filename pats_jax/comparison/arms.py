@@ -11,11 +11,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pats_jax.core.settings import Entry, entries
-from pats_jax.data.settings import DataSettings
+from pats_jax.core.settings import Entry
 from pats_jax.errors import InputError, shown
 from pats_jax.run import flags
-from pats_jax.run.settings import Settings
+from pats_jax.run.settings import FineTuningSettings, Settings
 
 Value = int | float | str | None
 Lists = Mapping[str, tuple[Value, ...]]  # flag -> the values that the grid lists
@@ -53,18 +52,19 @@ class Arm:
         return {"method": self.method, **dict(self.overrides)}
 
     def flags(self) -> list[str]:
-        """The arguments of `pats-jax glue` for it."""
+        """The arguments of a run for it."""
         return ["--method", self.method, *(f"--{flag}={value}" for flag, value in self.overrides)]
 
     def _words(self) -> list[str]:
         return [self.method, *(f"{flag}={'none' if value is None else value}" for flag, value in self.overrides)]
 
 
-def split_lists(args: Sequence[str]) -> tuple[Lists, list[str]]:
+def split_lists(args: Sequence[str], kind: type[FineTuningSettings] = Settings) -> tuple[Lists, list[str]]:
     """Takes the flags with several values out of the arguments for a grid's runs.
 
     Args:
-      args: flags of `pats-jax glue`; one that expects a number or one of several words may have several of them.
+      args: flags of the runs; one that expects a number or one of several words may have several of them.
+      kind: the settings of the runs.
 
     Returns:
       Flag -> values, and the other arguments.
@@ -76,24 +76,27 @@ def split_lists(args: Sequence[str]) -> tuple[Lists, list[str]]:
       >>> split_lists(["--learning_rate", "1e-4", "2e-4", "--max_steps", "9", "--peft", "none", "lora"])
       ({'learning_rate': (0.0001, 0.0002), 'peft': (None, 'lora')}, ['--max_steps', '9'])
     """
-    known, lists, others = Settings.all_entries(), {}, []
+    known, lists, others = kind.all_entries(), {}, []
     for argument, *words in _by_flag(args):
         name, has_value, first = argument.partition("=")
         entry, values = known.get(name.lstrip("-").replace("-", "_")), [first, *words] if has_value else words
         if len(values) > 1 and entry is not None and _is_listed(entry):
-            lists[entry.flag] = _parsed(entry, values)
+            lists[entry.flag] = _parsed(entry, values, kind)
         else:
             others += [argument, *words]
     return lists, others
 
 
-def make_arms(methods: Sequence[str], lists: Lists, peft: str | None) -> list[Arm]:
+def make_arms(
+    methods: Sequence[str], lists: Lists, peft: str | None, kind: type[FineTuningSettings] = Settings
+) -> list[Arm]:
     """Each method under each combination of the listed values that it reads.
 
     Args:
       methods: names, as in ``--method``.
       lists: of `split_lists`.
       peft: the PEFT kind of all arms if the lists have none.
+      kind: the settings of the runs.
 
     Raises:
       InputError: no arm reads one of the listed settings.
@@ -101,7 +104,7 @@ def make_arms(methods: Sequence[str], lists: Lists, peft: str | None) -> list[Ar
     found: dict[Arm, None] = {}
     for method, values in itertools.product(methods, itertools.product(*lists.values())):
         chosen: dict[str, Value] = dict(zip(lists, values, strict=True))
-        read = flags.read_by(Settings, {"peft": peft, **chosen, "method": method})
+        read = flags.read_by(kind, {"peft": peft, **chosen, "method": method})
         found[Arm(method, tuple((flag, value) for flag, value in chosen.items() if flag in read))] = None
     taken = {flag for arm in found for flag, _ in arm.overrides}
     for flag in lists:
@@ -157,10 +160,10 @@ def _is_listed(entry: Entry) -> bool:
     return all(kind in (int, float, type(None)) or typing.get_origin(kind) is Literal for kind in _types(entry))
 
 
-def _parsed(entry: Entry, words: Sequence[str]) -> tuple[Value, ...]:
+def _parsed(entry: Entry, words: Sequence[str], kind: type[FineTuningSettings]) -> tuple[Value, ...]:
     """The values of a list; raises InputError."""
     what = f"--{entry.flag} {shown(' '.join(words), quoted=False)}"
-    if entry.flag in entries(DataSettings):
+    if entry.flag in kind.groups()["data"]:
         raise InputError(f"{what}: a grid's runs share their data; set one value")
     if entry.about.free_on_resume or entry.about.of_one_start:
         hint = "list --train_batch_size instead" if entry.flag in _BATCH else "set one value"

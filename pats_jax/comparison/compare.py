@@ -1,4 +1,6 @@
-"""A grid of arms x tasks x seeds, run by the GLUE program, side by side or each in its own process: `pats-jax compare`.
+"""A grid of arms x tasks x seeds, in lanes of one process or a process each: `pats-jax compare`.
+
+The runs are those of `pats-jax glue`, or of another program in `PROGRAMS`.
 
 This process starts no JAX backend, so accelerators are free for the runs.
 """
@@ -8,17 +10,25 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import pathlib
 import shlex
 import shutil
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import rich.console
 
 from pats_jax.comparison import comparison_page, first_guess, seed_statistics
 from pats_jax.comparison.arms import Arm, make_arms, split_lists
+from pats_jax.comparison.grid_file import (
+    PROGRAMS,
+    check_place,
+    check_program,
+    program_of_grid,
+    read_grid,
+    record_start,
+    recorded_runs,
+)
 from pats_jax.comparison.run_sets import RunSet, check_lanes, default_lanes, in_sets, is_finished, log_file
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.core import files
@@ -32,8 +42,8 @@ from pats_jax.reporting.report_page import aligned
 from pats_jax.run import flags, forecast, machine, own_data, run_folder, workers
 from pats_jax.run.flags import read_config
 from pats_jax.run.folder_lock import FolderLock
-from pats_jax.run.records import GridFile
-from pats_jax.run.settings import OF_TEXT_TO_TEXT, Settings, resuming
+from pats_jax.run.records import GridProgram
+from pats_jax.run.settings import OF_TEXT_TO_TEXT, FineTuningSettings, Settings, resuming
 from pats_jax.run.worker_settings import WorkerSettings
 from pats_jax.run.workers import Ended, Job, Workers
 
@@ -47,8 +57,8 @@ _ONE_PROCESS = "each run is one process; use --jobs for parallel runs, or --exec
 class Grid(Composed):
     """Compare fine-tuning methods over tasks and seeds, and write a report with statistics and plots.
 
-    All other flags are those of `pats-jax glue`, and apply to every run. Several values of one, such as
-    `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
+    All other flags are those of `pats-jax glue`, or of `--program`, and apply to every run. Several values of one,
+    such as `--learning_rate 1e-4 2e-4` or `--peft lora bitfit`, are compared, too.
     """
 
     title: ClassVar[str] = "grid"
@@ -58,13 +68,15 @@ class Grid(Composed):
         "seed": "use --seeds",
         "overwrite": "finished runs are kept; to repeat a run, delete its folder",
         "resume": "not needed; a grid always resumes",
-        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, with pats-jax glue"),
-        **dict.fromkeys(OF_TEXT_TO_TEXT, "is for `pats-jax text2text`, whose runs cannot be compared in a grid yet"),
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "upload one run, trained by itself"),
         **dict.fromkeys(("coordinator_address", "num_processes", "process_id"), _ONE_PROCESS),
     }
 
     output_dir: str | None = setting(
         None, "folder of the grid; repeat the same command to resume it", is_path=True, is_basic=True
+    )
+    program: GridProgram = setting(
+        "glue", "glue: classifiers; text2text: T5 or BART, by the flags of `pats-jax text2text`", is_basic=True
     )
     methods: tuple[str, ...] = setting(
         (),
@@ -97,6 +109,13 @@ class Grid(Composed):
                 raise InputError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} {shown(' '.join(map(str, values)), quoted=False)}: list each only once")
+        if self.tasks and self.program != "glue" and not self.report_only:
+            raise InputError("--tasks: is for GLUE; for --program text2text, set --train_file or --dataset_name")
+
+    @property
+    def kind(self) -> type[FineTuningSettings]:
+        """The settings of its runs."""
+        return PROGRAMS[self.program]
 
     def runs(self, arms: Iterable[Arm]) -> list[Run]:
         """Seed by seed, so an unfinished grid has all arms for its first seeds."""
@@ -120,13 +139,14 @@ def run(args: list[str], console: rich.console.Console) -> None:
         report(root, console)
         return
     command = f"pats-jax compare {shlex.join(args)}"
+    check_program(root, grid.program)
     grid = name_data(grid, others)
     shared = as_before(grid, check(grid, others))
     runs = grid.runs(shared)
     check_place(root, runs)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
         machines = fleet.machines()
-        record_start(root, runs, command, machines)
+        record_start(root, grid.program, runs, command, machines)
         if grid.lanes is None:
             grid = grid.replace(lanes=default_lanes(machines))
         failures = run_all(grid, shared, command, console, fleet)
@@ -148,7 +168,11 @@ def parse(args: list[str]) -> tuple[Grid, list[str]]:
       InputError: if the arguments include a flag that the grid sets itself.
       SystemExit: from the parser itself, with code 2, or 0 after ``--help`` and ``--help_all``.
     """
-    return flags.parse_part(args, "pats-jax compare", Grid, Settings)
+    kind = PROGRAMS.get(flags.value_of("--program", args) or Grid.program, Settings)
+    given = set(flags.flag_names(args))
+    if kind is Settings and (others := [name for name in OF_TEXT_TO_TEXT if name in given]):
+        raise InputError(f"--{others[0]}: is for text to text; set --program text2text, or omit it")
+    return flags.parse_part(args, "pats-jax compare", Grid, kind)
 
 
 def name_data(grid: Grid, others: list[str]) -> Grid:
@@ -165,6 +189,8 @@ def name_data(grid: Grid, others: list[str]) -> Grid:
         return grid
     own = next((name for name in _OWN_DATA if name in given), None)
     if own is None:
+        if grid.program != "glue":
+            raise InputError("no data: set --train_file or --dataset_name")
         raise InputError("--tasks is missing; for your own data, set --train_file or --dataset_name instead")
     path = pathlib.Path(str(flags.value_of(f"--{own}", others)))
     return grid.replace(tasks=(files.checked_name(path.stem if own == "train_file" else path.name, f"--{own}"),))
@@ -173,7 +199,7 @@ def name_data(grid: Grid, others: list[str]) -> Grid:
 _OWN_DATA = ("train_file", "dataset_name")  # the one or the other
 
 
-Shared = dict[Arm, Settings]  # arm -> the settings of its runs, but for task, seed and folder
+Shared = dict[Arm, FineTuningSettings]  # arm -> the settings of its runs, but for task, seed and folder
 
 
 def check(grid: Grid, others: list[str]) -> Shared:
@@ -187,14 +213,15 @@ def check(grid: Grid, others: list[str]) -> Shared:
         task = glue_tasks.get_task(name, "--tasks")
         if name != task.name or "train" not in task.files:
             raise InputError(f"--tasks {name}: " + (f"write {task.name}" if name != task.name else "no training data"))
-    lists, others = split_lists(others)
+    lists, others = split_lists(others, grid.kind)
     own = [*([] if is_own else ["--task_name", grid.tasks[0]]), "--seed", str(grid.seeds[0])]
-    some = flags.parse([*others, *own], "pats-jax compare", Settings, frozenset(Settings.all_entries()))
-    arms = make_arms(grid.methods, lists, some.peft)
-    of_any = frozenset(flag for arm in arms for flag in flags.read_by(Settings, {"peft": some.peft, **arm.settings()}))
+    kind = grid.kind
+    some = flags.parse([*others, *own], "pats-jax compare", kind, frozenset(kind.all_entries()))
+    arms = make_arms(grid.methods, lists, some.peft, kind)
+    of_any = frozenset(flag for arm in arms for flag in flags.read_by(kind, {"peft": some.peft, **arm.settings()}))
     shared = {}
     for arm in arms:
-        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", Settings, of_any)
+        settings = flags.parse([*others, *own, *arm.flags()], "pats-jax compare", kind, of_any)
         if not {"train", "eval"} <= settings.phases:
             raise InputError("--do_train and --do_eval: a comparison needs both; set both, or omit all --do_... flags")
         if settings.data.train_file:
@@ -225,7 +252,7 @@ def as_before(grid: Grid, shared: Shared) -> Shared:
         path = run.folder(root) / "config.json"
         if not path.exists():
             continue
-        saved = read_config(str(path), Settings)
+        saved = read_config(str(path), grid.kind)
         settings = settings_of(run, root, shared | {run.arm: shared.get(run.arm) or _alike(shared, run.arm, saved)})
         try:
             resuming(settings, saved)
@@ -254,76 +281,19 @@ def _alike(shared, arm, saved):
     return next(iter(shared.values())).replace(methods=saved.methods, adapters=saved.adapters, **kept)
 
 
-def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> Settings:
+def settings_of(run: Run, root: pathlib.Path, shared: Shared) -> FineTuningSettings:
     """The settings of a run: the shared ones of its arm and its own."""
     settings = shared[run.arm]
     task = {} if settings.data.own_name else {"task_name": run.task}
     return settings.replace(seed=run.seed, output_dir=str(run.folder(root)), **task)
 
 
-# the grid's folder
-
-
-def check_place(root: pathlib.Path, runs: Sequence[Run]) -> None:
-    """Raises InputError if the folder contains files that the grid would overwrite, or links that leave the folder."""
-    if not (root / "grid.json").exists():
-        present = next((name for name in _OWN if os.path.lexists(root / name)), None)
-        if present:
-            raise InputError(f"--output_dir {root}: contains {present}, which no grid wrote; choose another folder")
-    for path in (root / "plots", *(run.folder(root) for run in runs)):
-        files.checked_place(path / "file", root)
-
-
-_OWN = ("comparison.json", "report.md", "report.html", "plots")
+# the grid's report
 
 
 def report_lock(root: pathlib.Path) -> FolderLock:
     """Lock for writing the report: a grid takes it at its end, and `--report_only` while a grid is running."""
     return FolderLock(root, name=".lock-report", patience=60.0)
-
-
-def record_start(root: pathlib.Path, runs: Sequence[Run], command: str, machines: list[dict[str, str]]) -> None:
-    """Adds the runs, the command and the machines to grid.json, which records every start."""
-    before: dict[str, Any] = dict(read_grid(root) or {"runs": [], "commands": [], "machines": []})
-    now: dict[str, list[Any]] = {"runs": [run.record() for run in runs], "commands": [command], "machines": machines}
-    merged = {name: old + [one for one in now[name] if one not in old] for name, old in before.items()}
-    files.write_json(root / "grid.json", merged)
-
-
-def read_grid(root: pathlib.Path) -> GridFile | None:
-    """Reads grid.json: ``runs``, ``commands`` and ``machines`` of all starts; None if there is no such file.
-
-    Raises:
-      InputError: if the file is damaged, or contains a name that cannot be that of a folder; the message names it.
-    """
-    path = root / "grid.json"
-    if not os.path.lexists(path):
-        return None
-    grid = files.read_record(path, GridFile)
-    for number, run in enumerate(grid["runs"]):
-        files.checked_name(run["task"], f"{path}: runs.{number}.task")
-        files.checked_name(run["method"], f"{path}: runs.{number}.method")  # another version may have others
-        if run.get("overrides"):
-            check_overrides(run["overrides"], f"{path}: runs.{number}.overrides")
-            files.checked_name(Run.from_record(run).arm.folder, f"{path}: runs.{number}.overrides")
-    return grid
-
-
-def check_overrides(overrides: Mapping[str, Any], source: str) -> None:
-    """Raises InputError if one of an arm's settings is unknown or invalid."""
-    known = Settings.all_entries()
-    for flag, value in overrides.items():
-        if flag not in known:
-            raise InputError(f"{source}: {shown(flag)} is not a setting")
-        expected = known[flag].fault(value)
-        if expected:
-            raise InputError(f"{source}.{flag}: {shown(value, quoted=False)}: must be {expected}")
-
-
-def recorded_runs(root: pathlib.Path) -> list[Run]:
-    """The runs in grid.json; none if there is no such file."""
-    grid = read_grid(root)
-    return [Run.from_record(run) for run in grid["runs"]] if grid else []
 
 
 def report(root: pathlib.Path, console: rich.console.Console) -> None:
@@ -335,13 +305,14 @@ def report(root: pathlib.Path, console: rich.console.Console) -> None:
     known = read_grid(root)
     if known is None:
         raise InputError(f"--output_dir {root}: no grid was started there; it has no grid.json")
-    summary = seed_statistics.summarise(root, recorded_runs(root))
+    summary = seed_statistics.summarise(root, recorded_runs(root), PROGRAMS[str(program_of_grid(known))])
     files.checked_place(root / "plots" / "file", root)
     with report_lock(root):
         comparison_page.write_report(root, summary, known["commands"], known["machines"])
     for task, numbers in summary.tasks.items():
         header, rows = comparison_page.score_table(numbers, summary.baseline)
-        say(console, f"{task}, {numbers.metric} x 100")
+        times = "" if numbers.metric in seed_statistics.LARGEST else " x 100"
+        say(console, f"{task}, {numbers.metric}{times}")
         for line in aligned([header, *rows]):
             say(console, f"  {line}")
     say(console, f"report: {root / 'report.html'}")
@@ -367,7 +338,7 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
     """
     root, runs = pathlib.Path(str(grid.output_dir)), grid.runs(shared)
 
-    def known_settings(run: Run) -> Settings | None:
+    def known_settings(run: Run) -> FineTuningSettings | None:
         return settings_of(run, root, shared) if run.arm in shared else None
 
     sets = in_sets(runs, known_settings, root, grid.lanes)
@@ -391,8 +362,8 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
                     why = failure(run, root, job, ended)
                     if why:
                         failures[run] = why
-                    say(console, f"{outcome(run, root)} ({seconds_of(ended, len(ended_runs))})")
-                drop_models(grid.keep_models, {(run.task, run.arm) for run in ended_runs}, runs, root)
+                    say(console, f"{outcome(run, root, grid.kind)} ({seconds_of(ended, len(ended_runs))})")
+                drop_models(grid, {(run.task, run.arm) for run in ended_runs}, runs, root)
                 progress.show(ended=len(ended_runs))
     if asked.signal_number is not None:
         done = sum(is_finished(run, root) for run in runs)
@@ -403,7 +374,11 @@ def run_all(grid: Grid, shared: Shared, command: str, console: rich.console.Cons
 
 
 def say_before(
-    sets: Sequence[RunSet], settings_of: Callable[[Run], Settings | None], total: int, root: pathlib.Path, grid: Grid
+    sets: Sequence[RunSet],
+    settings_of: Callable[[Run], FineTuningSettings | None],
+    total: int,
+    root: pathlib.Path,
+    grid: Grid,
 ) -> str:
     """How long so many runs in these sets will take."""
     finished, guess = seconds_taken(root), None
@@ -426,13 +401,13 @@ def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
     log = str(one.log_file(root).absolute())
     results = tuple(str((run.folder(root) / "results.json").absolute()) for run in one.runs)
     if one.name is None:
-        return Job(one.title, tuple(glue_arguments(one.runs[0], root, shared)), log, results)
+        return Job(one.title, tuple(run_arguments(one.runs[0], root, shared)), log, results)
     request = {
         "folder": str(one.folder(root).absolute()),
         "runs": [
             {
                 "run": run.record(),
-                "arguments": glue_arguments(run, root, shared)[3:],
+                "arguments": run_arguments(run, root, shared)[3:],
                 "log": str(log_file(root, run).absolute()),
             }
             for run in one.runs
@@ -440,17 +415,18 @@ def job_of(one: RunSet, root: pathlib.Path, shared: Shared, grid: Grid) -> Job:
         "lanes": grid.lanes,
         "keeps_models": grid.keep_models != "none",
     }
-    return Job(one.title, ("-m", "pats_jax", "glue-lanes"), log, results, json.dumps(request))
+    return Job(one.title, ("-m", "pats_jax", f"{grid.program}-lanes"), log, results, json.dumps(request))
 
 
-def glue_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
+def run_arguments(run: Run, root: pathlib.Path, shared: Shared) -> list[str]:
     """The command line of a run, after the name of Python."""
-    return ["-m", "pats_jax", "glue", *flags.as_flags(settings_of(run, root, shared)), "--resume"]
+    settings = settings_of(run, root, shared)
+    return ["-m", "pats_jax", settings.program, *flags.as_flags(settings), "--resume"]
 
 
-def outcome(run: Run, root: pathlib.Path) -> str:
+def outcome(run: Run, root: pathlib.Path, kind: type[FineTuningSettings]) -> str:
     """The run's name and its score."""
-    finished = FinishedRun.read(run, root)
+    finished = FinishedRun.read(run, root, kind)
     return f"{run.name}: " + (f"{finished.results['main_metric']} {finished.score:.4f}" if finished else "failed")
 
 
@@ -468,14 +444,14 @@ def failure(run: Run, root: pathlib.Path, job: Job, ended: Ended) -> tuple[str, 
     return None if is_finished(run, root) else (workers.last_line(own_log), own_log)
 
 
-def drop_models(keep: str, kinds: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
+def drop_models(grid: Grid, arms: Container[tuple[str, Arm]], runs: Sequence[Run], root: pathlib.Path) -> None:
     """Removes the models of finished runs of these tasks and arms that are not to be kept, see ``keep_models``."""
-    if keep == "all":
+    if grid.keep_models == "all":
         return
-    found = (FinishedRun.read(run, root) for run in runs if (run.task, run.arm) in kinds)
+    found = (FinishedRun.read(run, root, grid.kind) for run in runs if (run.task, run.arm) in arms)
     best: dict[tuple[str, Arm], FinishedRun] = {}
     finished = [one for one in found if one is not None]
-    for one in finished if keep == "best" else ():
+    for one in finished if grid.keep_models == "best" else ():
         kind = one.run.task, one.run.arm
         if kind not in best or one.score > best[kind].score:
             best[kind] = one

@@ -159,9 +159,10 @@ def _write_overview(page: Page, root: pathlib.Path, summary: Comparison) -> None
     listed = ", ".join(map(code, summary.listed))
     share = f"All runs share their settings, except {listed}" if listed else "All runs share their settings"
     with_whom = f"with {code(summary.baseline)}" if len(others) < 2 else "with the arm that its row names,"
+    head = "the new head, " if summary.program == "glue" else ""
     page.paragraph(
         f"{code(summary.settings['model_name_or_path'])} fine-tuned on {tasks}. {share}; runs "
-        "with the same seed also share the new head, the order of examples and the dropout keys. Each method is "
+        f"with the same seed also share {head}the order of examples and the dropout keys. Each method is "
         f"compared {with_whom} seed by seed. A point is a hundredth of the score."
     )
     if len(summary.tasks) > 1 and summary.pooled:
@@ -192,10 +193,12 @@ def _without_code(text: str) -> str:
 def _write_task(page: Page, root: pathlib.Path, task: str, numbers: TaskNumbers, baseline: str) -> None:
     methods = numbers.methods
     page.heading(plain(task))
+    times = "" if numbers.metric in seed_statistics.LARGEST else ", times 100"
+    majority = numbers.majority_class
+    majority_text = "" if majority is None else f"; the majority class scores {_points(majority)}"
     page.paragraph(
         f"Data: {plain(numbers.data)}; {numbers.train_examples} training rows, {numbers.eval_examples} "
-        f"validation rows. Scores are {code(numbers.metric)} of the model that each run kept, times 100; the "
-        f"majority class scores {_points(numbers.majority_class)}."
+        f"validation rows. Scores are {code(numbers.metric)} of the model that each run kept{times}{majority_text}."
     )
     header, rows = score_table(numbers, baseline)
     caption = f"{plain(task)}: differences and scores, in points"
@@ -231,8 +234,9 @@ def _write_concentration(page: Page, root: pathlib.Path, task: str, methods: dic
         return
     page.heading(f"{plain(task)}: sensitivity", 3)
     page.paragraph(
-        "How evenly sensitivity, the mean of |θ·g| over some training batches, is spread over the encoder's matrices, "
-        "before and after training (means over seeds). A Gini coefficient of 0 and an entropy of 1 mean evenly spread."
+        "How evenly sensitivity, the mean of |θ·g| over some training batches, is spread over the matrices of the "
+        "layers, before and after training (means over seeds). A Gini coefficient of 0 and an entropy of 1 mean evenly "
+        "spread."
     )
     header = ["method", "Gini before", "after", "entropy before", "after", "top 10 % hold before", "after"]
     rows = [
@@ -279,7 +283,8 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         ]
     else:
         texts.append("Nothing is compared: no two methods share a finished seed.")
-    texts.append("Seeds vary the head, the order and the noise on one split of the data; other data may differ.")
+    head = "the head, " if summary.program == "glue" else ""
+    texts.append(f"Seeds vary {head}the order and the noise on one split of the data; other data may differ.")
     if settings["load_best_model_at_end"]:
         texts.append(
             "The scores are those of each run's best evaluation (`--load_best_model_at_end`), selected on the same "
@@ -300,7 +305,7 @@ def _write_limits(page: Page, summary: Comparison) -> None:
         "Seconds per step are medians of the logged lines, without the first line of each run, which includes "
         "compilation. Other work on the machine, including other runs of this grid, slows them.",
     ]
-    if settings["data_dir"] == "builtin":
+    if settings.get("data_dir") == "builtin":
         texts.append("The data is generated, not GLUE; do not compare its scores with any others.")
     if any(len(found) > 1 for found in summary.versions.values()):
         texts.append("Not all runs used the same versions; see below.")

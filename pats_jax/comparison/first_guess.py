@@ -15,13 +15,13 @@ from pats_jax.models.sources import PACKAGES
 from pats_jax.run import forecast, own_data
 from pats_jax.run.forecast import TextLengths, Work
 from pats_jax.run.machine import Devices
-from pats_jax.run.settings import Settings
+from pats_jax.run.settings import FineTuningSettings, Settings
 
 
 def guess_seconds(
-    sets: Iterable[RunSet], settings_of: Callable[[Run], Settings | None], devices: Devices, jobs: int
+    sets: Iterable[RunSet], settings_of: Callable[[Run], FineTuningSettings | None], devices: Devices, jobs: int
 ) -> float | None:
-    """The seconds that the sets of a grid take; None if they cannot be told.
+    """The seconds that the sets of a grid take; None if they cannot be told, as those of texts that are written.
 
     Nothing is downloaded for it: of data and models on the hub, only what the local cache holds is read. Nor is
     anything reported that is wrong with them: the runs themselves say it.
@@ -32,7 +32,7 @@ def guess_seconds(
       devices: of this machine.
       jobs: how many sets run at a time.
     """
-    known = [(one, settings) for one in sets if (settings := settings_of(one.runs[0]))]
+    known = [(one, settings) for one in sets if isinstance(settings := settings_of(one.runs[0]), Settings)]
     if not known or not devices.rates:
         return None
     try:

@@ -18,7 +18,7 @@ from pats_jax.core import files
 from pats_jax.errors import InputError
 from pats_jax.run import run_folder
 from pats_jax.run.records import LaneSetFile
-from pats_jax.run.settings import Settings
+from pats_jax.run.settings import FineTuningSettings
 from pats_jax.training.settings import LANES_ON_CPU, OF_A_LANE
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def log_file(root: pathlib.Path, run: Run) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def check_lanes(settings: Settings, lanes: int | None) -> None:
+def check_lanes(settings: FineTuningSettings, lanes: int | None) -> None:
     """Raises InputError, naming the flag, if the settings of a grid exclude lanes."""
     if lanes == 1:
         return
@@ -70,24 +70,24 @@ def check_lanes(settings: Settings, lanes: int | None) -> None:
     ):
         if value != without:
             raise InputError(f"--{flag} {value}: not available in lanes; set --lanes 1")
-    if settings.model.attention == "cudnn":
+    if settings.model.asked_attention == "cudnn":
         raise InputError("--attention cudnn: not available in lanes; set --lanes 1, or omit it")
 
 
-def why_alone(settings: Settings) -> str | None:
+def why_alone(settings: FineTuningSettings) -> str | None:
     """Why a run cannot be a lane; None if it can."""
     for method in settings.methods:
         if not method.works_in_lanes:
             return f"--method {method.name}"
-    flags = {
-        "profile": settings.loop.profile,
-        "ignore_mismatched_sizes": settings.model.ignore_mismatched_sizes,
-        "push_to_hub": settings.hub.push_to_hub,
-        "class_weights": settings.loss.class_weights,
-        "label_smoothing_factor": settings.loss.label_smoothing_factor,
-        "validation_split_percentage": settings.data.validation_split_percentage,  # each seed holds out other rows
-    }
-    return next((f"--{flag}" for flag, value in flags.items() if value), None)
+    given = settings.flat()
+    flags = ["profile", "push_to_hub", *_ALONE.get(settings.program, ())]
+    if not settings.data.validation_file:
+        flags.append("validation_split_percentage")  # each seed holds out other rows
+    return next((f"--{flag}" for flag in flags if given[flag]), None)
+
+
+# Settings of the runs of a program that are not those of lanes.
+_ALONE = {"glue": ("ignore_mismatched_sizes", "class_weights", "label_smoothing_factor")}
 
 
 def default_lanes(machines: Iterable[dict[str, str]]) -> int | None:
@@ -97,7 +97,7 @@ def default_lanes(machines: Iterable[dict[str, str]]) -> int | None:
 
 
 def in_sets(
-    runs: Sequence[Run], settings_of: Callable[[Run], Settings | None], root: pathlib.Path, lanes: int | None
+    runs: Sequence[Run], settings_of: Callable[[Run], FineTuningSettings | None], root: pathlib.Path, lanes: int | None
 ) -> list[RunSet]:
     """The sets of the runs that are not finished.
 
@@ -135,7 +135,7 @@ def in_sets(
     return sorted(sets, key=lambda one: min(order.get(run, len(runs)) for run in one.runs))
 
 
-def program_of(run: Run, settings: Settings) -> tuple[Any, ...]:
+def program_of(run: Run, settings: FineTuningSettings) -> tuple[Any, ...]:
     """What runs of one program have in common."""
     shared = ((flag, value) for flag, value in settings.flat().items() if flag not in _OF_A_RUN)
     return run.task, *((flag, tuple(value) if isinstance(value, list) else value) for flag, value in shared)

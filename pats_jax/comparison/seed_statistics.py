@@ -1,7 +1,8 @@
 """Statistics over finished runs of methods on the same seeds: scores, paired differences, curves, distributions.
 
-Reads the folders of GLUE runs and summarizes them; `dataclasses.asdict` makes the numbers ready for JSON. Scores are
-those of the model that a run keeps: the last one, or the best one with ``--load_best_model_at_end``.
+Reads the folders of runs and summarizes them; `dataclasses.asdict` makes the numbers ready for JSON. Scores are those
+of the model that a run keeps: the last one, or the best one with ``--load_best_model_at_end``. They are at most 1; BLEU
+is divided by 100.
 """
 
 import dataclasses
@@ -28,13 +29,14 @@ from pats_jax.run.records import (
     MetricsLine,
     Scores,
 )
-from pats_jax.run.settings import Settings, resuming
+from pats_jax.run.settings import FineTuningSettings, Settings, resuming
 
 CONFIDENCE = 0.95
 FIGURES: tuple[Literal["gini", "entropy", "top_10_percent_share"], ...] = ("gini", "entropy", "top_10_percent_share")
 _RESAMPLES = 9999
 _POOLED_RESAMPLES = 20_000
 _LARGEST_LOSS = float(np.finfo(np.float32).max)
+LARGEST = {"bleu": 100.0}  # metric -> its highest value, where that is not 1
 _PER_RUN = ("task_name", "method", "seed", "output_dir", "length_buckets")
 
 
@@ -75,11 +77,16 @@ class FinishedRun:
     run: Run
     results: ComparedResults
     records: list[MetricsLine]
-    settings: Settings
+    settings: FineTuningSettings
 
     @classmethod
-    def read(cls, run: Run, root: pathlib.Path) -> "FinishedRun | None":
+    def read(cls, run: Run, root: pathlib.Path, kind: type[FineTuningSettings] = Settings) -> "FinishedRun | None":
         """Reads the folder; None if the run is not finished.
+
+        Args:
+          run: the run.
+          root: the folder of the grid.
+          kind: the settings of its program.
 
         Raises:
           InputError: if the run was not trained and evaluated, or one of the files is damaged; the message names it.
@@ -94,7 +101,7 @@ class FinishedRun:
         records = run_folder.read_metrics(folder)
         _check_results(results, folder / "results.json")
         _check_records(records, results["main_metric"], folder / run_folder.METRICS)
-        return cls(run, results, records, read_config(str(folder / "config.json"), Settings))
+        return cls(run, results, records, read_config(str(folder / "config.json"), kind))
 
     @property
     def score(self) -> float:
@@ -114,7 +121,7 @@ class FinishedRun:
 
     def scores(self) -> dict[int, float]:
         """The main metric of the evaluations by step."""
-        return {r["step"]: r["eval"][self.results["main_metric"]] for r in self.records if "eval" in r}
+        return {r["step"]: self._share(r["eval"]) for r in self.records if "eval" in r}
 
     def seconds_per_step(self) -> float | None:
         """Median over the logged lines except the first, which includes compilation; None if there is no other.
@@ -130,16 +137,18 @@ class FinishedRun:
         return float(np.median(times)) if times else None
 
     def _main(self, evaluation: Evaluation) -> float:
-        return evaluation["metrics"][self.results["main_metric"]]
+        return self._share(evaluation["metrics"])
+
+    def _share(self, scores: Mapping[str, float]) -> float:
+        metric = self.results["main_metric"]
+        return scores[metric] / LARGEST.get(metric, 1.0)
 
 
 def _check_results(results: ComparedResults, path: pathlib.Path) -> None:
     """Raises InputError if the parts of results.json do not match."""
-    parts: dict[str, Scores] = {
-        "final": results["final"],
-        "best": results["best"],
-        "majority_class": results["majority_class"],
-    }
+    parts: dict[str, Scores] = {"final": results["final"], "best": results["best"]}
+    if "majority_class" in results:
+        parts["majority_class"] = results["majority_class"]
     for name, part in parts.items():
         if results["main_metric"] not in part["metrics"]:
             raise InputError(f"{path}: {name}.metrics: lacks the main metric {shown(results['main_metric'])}")
@@ -243,7 +252,7 @@ class TaskNumbers:
     data: str
     train_examples: int
     eval_examples: int
-    majority_class: float
+    majority_class: float | None  # None where there are no classes
     methods: dict[str, ArmNumbers]  # by the arm's label
 
 
@@ -258,19 +267,21 @@ class Comparison:
     tasks: dict[str, TaskNumbers]
     pooled: dict[str, Pooled]  # arm -> its difference from its baseline over all tasks
     listed: list[str] = dataclasses.field(default_factory=list)  # the settings by which arms differ
+    program: str = "glue"  # of the runs
 
 
-def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
+def summarise(root: pathlib.Path, runs: Sequence[Run], kind: type[FineTuningSettings] = Settings) -> Comparison:
     """Summarizes the finished runs of a comparison.
 
     Args:
       root: the grid's folder.
       runs: the grid; `arms.baselines` says what each arm is compared with.
+      kind: the settings of the program that made the runs.
 
     Raises:
       InputError: if no run is finished, or their settings differ.
     """
-    read = {run: FinishedRun.read(run, root) for run in runs}
+    read = {run: FinishedRun.read(run, root, kind) for run in runs}
     finished = [one for one in read.values() if one is not None]
     if not finished:
         raise InputError(f"{root}: no run is finished yet")
@@ -290,6 +301,7 @@ def summarise(root: pathlib.Path, runs: Sequence[Run]) -> Comparison:
         tasks=tasks,
         pooled=_pool(compared_with, tasks),
         listed=list(dict.fromkeys(flag for one in finished for flag, _ in one.run.arm.overrides)),
+        program=kind.program,
     )
 
 
@@ -390,12 +402,12 @@ def shared_settings(finished: Sequence[FinishedRun]) -> dict[str, object]:
     """
     first, listed = finished[0].settings, {flag for one in finished for flag, _ in one.run.arm.overrides}
     found: dict[str, object] = {}
-    like: dict[object, Settings] = {}  # method, PEFT kind or arm -> the first run's settings
+    like: dict[object, FineTuningSettings] = {}  # method, PEFT kind or arm -> the first run's settings
     for one in finished:
         theirs, arm = one.settings.flat(), one.run.arm
         of_method, of_kind = (like.setdefault((name, theirs[name]), one.settings) for name in ("method", "peft"))
         of_arm = like.setdefault(arm, one.settings).flat()
-        own = {name: theirs[name] for name in _PER_RUN if name != "method"}
+        own = {name: theirs[name] for name in _PER_RUN if name in theirs and name != "method"}
         own |= {name: of_arm[name] for name in listed & of_arm.keys() - {"peft"}} | dict(arm.overrides)
         adapters = (of_kind if "peft" in listed else first).adapters
         found = one.settings.to_dict() | found
@@ -413,7 +425,7 @@ def summarise_task(finished: Sequence[FinishedRun], compared_with: Mapping[Arm, 
       finished: the task's finished runs, at least one.
       compared_with: arm -> its baseline, in the order of the report.
     """
-    facts = finished[0].results
+    facts, majority = finished[0].results, finished[0].results.get("majority_class")
     by_arm = {arm: [one for one in finished if one.run.arm == arm] for arm in compared_with}
     scores_of = {arm: {one.run.seed: one.score for one in runs} for arm, runs in by_arm.items()}
     table = {}
@@ -440,7 +452,7 @@ def summarise_task(finished: Sequence[FinishedRun], compared_with: Mapping[Arm, 
         data=facts["data"],
         train_examples=facts["train_examples"],
         eval_examples=facts["eval_examples"],
-        majority_class=facts["majority_class"]["metrics"][facts["main_metric"]],
+        majority_class=majority and majority["metrics"][facts["main_metric"]],
         methods=table,
     )
 

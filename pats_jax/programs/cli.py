@@ -130,7 +130,7 @@ def train(args: list[str]) -> None:
 
 def text2text(args: list[str]) -> None:
     """Fine-tune T5 or BART to write texts, such as summaries, and score what it writes."""
-    kind = _module("programs.text2text_settings").Text2TextSettings
+    kind = _module("run.text2text_settings").Text2TextSettings
     parsed = _module("run.flags").parse(args, "pats-jax text2text", kind)
     _module("programs.text2text").run(parsed, _stdout())
 
@@ -144,6 +144,12 @@ def glue_lanes(args: list[str]) -> None:
     """Make a set of runs in lanes, which is described on standard input; `pats-jax compare` starts it."""
     del args
     _module("programs.glue_lanes").main(sys.stdin.read(), _stdout())
+
+
+def text2text_lanes(args: list[str]) -> None:
+    """Make a set of runs of `pats-jax text2text` in lanes; as `glue_lanes`."""
+    del args
+    _module("programs.text2text_lanes").main(sys.stdin.read(), _stdout())
 
 
 def prime(args: list[str]) -> None:
@@ -262,7 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 # what the commands start as child processes
-CHILDREN: dict[str, Callable[[list[str]], None]] = {"glue-lanes": glue_lanes}
+CHILDREN: dict[str, Callable[[list[str]], None]] = {"glue-lanes": glue_lanes, "text2text-lanes": text2text_lanes}
 
 
 def _usage() -> str:

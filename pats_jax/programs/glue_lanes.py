@@ -1,178 +1,79 @@
-"""A set of GLUE runs that share their programs, trained side by side in lanes; `pats-jax compare` starts it.
+"""Sets of GLUE runs in lanes, see `lane_sets`: data, classifier, logits of all lanes at once."""
 
-Each run's folder is as when it was trained alone, but for ``checkpoints/``: those of the set are in the set's own
-folder until all of its runs have ended. A run that fails costs no other; why it failed is written to its own log.
-"""
-
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import logging
-import os
-import pathlib
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import rich.console
-from flax.traverse_util import flatten_dict
-from typing_extensions import TypedDict
 
-from pats_jax import glue, methods, models, train_state, trees
-from pats_jax.core import files
+from pats_jax import glue, models, train_state
 from pats_jax.core.files import JsonObject
 from pats_jax.data import batches, readers, tasks
-from pats_jax.errors import InputError, Preempted
-from pats_jax.models import labels, peft
-from pats_jax.models.layout import unstack_layers
-from pats_jax.reporting import plots
-from pats_jax.reporting.console import say
-from pats_jax.run import flags, own_data, pe_modules, run_folder, run_start, table_training, workers
-from pats_jax.run.lane_training import LaneTraining, TrainedSet, train
-from pats_jax.run.records import GridRun, LaneSetFile
+from pats_jax.models import labels
+from pats_jax.programs import lane_sets
+from pats_jax.run.lane_training import LaneTraining
 from pats_jax.run.run_start import Start
 from pats_jax.run.settings import Settings
-from pats_jax.run.training_run import Trained
-from pats_jax.training import fine_tuning, lanes, preemption, runners, shape_costs
-from pats_jax.training.checkpoints import Checkpoints
+from pats_jax.training import runners, shape_costs
 from pats_jax.training.lane_evaluation import LaneLogits, LanePredictor
-from pats_jax.training.settings import LANES_ON_CPU
 from pats_jax.training.table import TableSource, bucket_boundaries, count_steps
 
-logger = logging.getLogger(__name__)
-
-
-class RunOfSet(TypedDict):
-    """A run: its place in the grid, the arguments of `pats-jax glue`, and the file for the reason if it fails."""
-
-    run: GridRun
-    arguments: list[str]
-    log: str
-
-
-class Request(TypedDict):
-    """A set of runs.
-
-    Attributes:
-      folder: of the set.
-      runs: see `RunOfSet`.
-      lanes: how many are trained side by side; None: 4 on a CPU, elsewhere as many as fit into memory.
-      keeps_models: whether each run keeps its model.
-    """
-
-    folder: str
-    runs: list[RunOfSet]
-    lanes: int | None
-    keeps_models: bool
+Data = tuple[dict[str, readers.Split], batches.Tokens]  # the splits of a run, and the tokens of its training rows
 
 
 def main(text: str, console: rich.console.Console) -> None:
-    """Makes the runs of a set that are not finished.
-
-    Args:
-      text: a `Request` as JSON.
-      console: for progress.
-
-    Raises:
-      InputError: on invalid input.
-      Preempted: if the program was asked to stop; the set has been saved.
-    """
-    request = files.parse_record(text, Request, "standard input")
-    parsed = [flags.parse(run["arguments"], "pats-jax glue", Settings) for run in request["runs"]]
-    for settings in parsed:
-        settings.check()
-    with concurrent.futures.ThreadPoolExecutor(1) as background, contextlib.ExitStack() as stack:
-        loading = background.submit(models.load_tokenizer, parsed[0].model.model_name_or_path)
-        starts = [
-            stack.enter_context(run_start.begin(one.replace(num_devices=1), glue.default_folder(one), None))
-            for one in parsed
-        ]
-        devices = runners.make_runner(num_devices=parsed[0].devices.num_devices).mesh.devices.ravel()
-        asked = stack.enter_context(preemption.watch())
-        runs = [
-            LaneRun(run["run"], dataclasses.replace(start, settings=start.settings.over(1)), pathlib.Path(run["log"]))
-            for start, run in zip(starts, request["runs"], strict=True)  # a finished one's batches are not filled in
-        ]
-        shared = Shared.load(runs[0].settings, starts[0].runner, loading.result())
-        if parsed[0].data.own_name and parsed[0].batches.train_batch_size is None:
-            runs = [run.with_batch_of(len(shared.splits["train"])) for run in runs]
-        group = Group(shared, runs, pathlib.Path(request["folder"]), devices, request["keeps_models"], console, asked)
-        group.carry_out(request["lanes"])
+    """Makes the runs of a set that are not finished; arguments and errors are those of `lane_sets.main`."""
+    lane_sets.main(text, console, Settings, Classifiers)
 
 
 @dataclasses.dataclass(frozen=True)
-class LaneRun:
-    """A run of the set: its place in the grid, its start, and the file for the reason if it fails."""
-
-    place: GridRun
-    start: Start[Settings]
-    log: pathlib.Path
-
-    @property
-    def settings(self) -> Settings:
-        """Its settings."""
-        return self.start.settings
-
-    def with_buckets(self, number: int) -> "LaneRun":
-        """The same run with the number of padded lengths that it has chosen."""
-        return self._with(self.settings.replace(length_buckets=number))
-
-    def with_batch_of(self, rows: int) -> "LaneRun":
-        """The same run with a batch of at most so many rows."""
-        return self._with(own_data.with_batch_of(self.settings, rows, 1))
-
-    def _with(self, settings):
-        return dataclasses.replace(self, start=dataclasses.replace(self.start, settings=settings))
-
-    def fail(self, reason: str) -> None:
-        """Writes why the run failed to its log."""
-        logger.warning("%s: %s", self.start.folder, reason)
-        with workers.open_log(self.log) as file:
-            file.write(f"pats-jax: error: {reason}\n".encode())
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """What all runs of a set share: data and model.
+class Classifiers(lane_sets.Shared[Settings]):
+    """What all runs of a set of classifiers share.
 
     Attributes:
       task: what is learnt.
       splits: the data; of runs of ``--low_resource``, the training rows of the first.
       texts: the splits as texts of the model.
-      plain: the model without an adapter, and its parameters.
-      model: with the adapter, if there is one.
-      params: its parameters; new layers and adapter are those of the first run.
       config: the model's.
       order: see `Predictor.order`.
-      runner: one device.
     """
 
     task: tasks.Task
     splits: dict[str, readers.Split]
     texts: glue.Texts
-    plain: tuple[Any, Any]
-    model: Any
-    params: Any
     config: Any
     order: np.ndarray | None
-    runner: runners.MeshRunner
 
     @classmethod
-    def load(cls, settings: Settings, runner: runners.MeshRunner, tokenizer: Any) -> "Shared":
-        """Loads and checks them."""
+    def load(cls, settings: Settings, runner: runners.MeshRunner, tokenizer: Any) -> "Classifiers":
         task, splits = glue.load_data(settings)
-        plain = settings.replace(adapters=(), attention="einsum")  # cuDNN's kernel does not work under vmap
-        *loaded, config = glue.load_model(plain, task, splits)
-        model, params = glue.add_adapter(settings, *loaded)
+        alone = settings.replace(adapters=(), attention="einsum")  # cuDNN's kernel does not work under vmap
+        *plain, config = glue.load_model(alone, task, splits)
+        model, params = glue.add_adapter(settings, *plain)
         texts = glue.Texts.check(splits, tokenizer, model, settings.model.max_seq_length)
         order = None if task.labels is None else labels.match_labels(task.labels, list(config.id2label.values()))
-        return cls(task, splits, texts, (loaded[0], loaded[1]), model, params, config, order, runner)
+        return cls((plain[0], plain[1]), model, params, task.main_metric, runner, task, splits, texts, config, order)
 
-    def data_of(self, settings: Settings) -> tuple[dict[str, readers.Split], batches.Tokens]:
-        """The splits of a run, and the tokens of its training rows."""
+    @property
+    def train_rows(self) -> int:
+        return len(self.splits["train"])
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def regression(self) -> bool:
+        return self.task.is_regression
+
+    @functools.cached_property
+    def loss_without_dropout(self) -> train_state.LossFn:
+        """The loss to measure sensitivity with."""
+        return train_state.make_loss_fn(self.model.apply, regression=self.regression, deterministic=True)
+
+    def data_of(self, settings: Settings) -> Data:
         if not settings.data.low_resource:
             return self.splits, self.texts.tokens("train")
         _, splits = glue.load_data(settings)
@@ -181,296 +82,49 @@ class Shared:
         )
         return splits, own.tokens("train")
 
-    def own_layers(self, runs: Sequence[Settings]) -> Any:
-        """The parameters that the seed of each run draws, with a leading axis of runs: new layers and adapters."""
-        seeds = [run.seed for run in runs]
-        own = models.new_layers(runs[0].model.model_name_or_path, self.config, keys=seeds)
-        if runs[0].adapter is None:
-            return own
-        drawn = [glue.add_adapter(run, *self.plain)[1]["peft"] for run in runs]
-        return {**own, "peft": jax.tree.map(lambda *leaves: np.stack(jax.device_get(leaves)), *drawn)}
-
-
-@dataclasses.dataclass
-class Round:
-    """The runs that are trained side by side.
-
-    Attributes:
-      runs: those of the first lanes; further lanes repeat the first one, so that all devices have as many.
-      training: of all lanes.
-      predictors: of all lanes.
-      logits: what they score.
-      measures: sensitivity of each lane by its parameters; None: it is not measured.
-    """
-
-    runs: list[LaneRun]
-    training: LaneTraining
-    predictors: list[LanePredictor]
-    logits: LaneLogits
-    measures: list[Any]
-
-
-class Group:
-    """The runs of a set, in as many rounds as it takes."""
-
-    def __init__(
-        self,
-        shared: Shared,
-        runs: Sequence[LaneRun],
-        folder: pathlib.Path,
-        devices: np.ndarray,
-        keeps_models: bool,
-        console: rich.console.Console,
-        asked: preemption.Preemption,
-    ):
-        """Compiles nothing yet.
-
-        Args:
-          shared: data and model.
-          runs: all runs.
-          folder: of the set.
-          devices: for the lanes.
-          keeps_models: whether each run keeps its model.
-          console: for progress.
-          asked: tells that the program is asked to end.
-        """
-        self._shared, self._runs, self._folder, self._devices = shared, runs, folder, devices
-        self._keeps_models, self._console, self._asked = keeps_models, console, asked
-        self._compiled: dict[int, lanes.CompiledLanes] = {}  # by number of lanes
-
-    def carry_out(self, asked_lanes: int | None) -> None:
-        """Trains all runs that are not finished, and removes the folder of the set."""
-        number = self._number_of_lanes(asked_lanes)
-        for first in range(0, len(self._runs), number):
-            part = list(self._runs[first : first + number])
-            if any(run.start.finished is None for run in part):
-                self._train(self._build(part), self._folder / f"round-{first // number + 1}")
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _number_of_lanes(self, asked_lanes: int | None) -> int:
-        """As the set was begun with; written at its first start."""
-        path, layers = self._folder / "lanes.json", self._runs[0].settings.model.layers
-        if os.path.lexists(path):
-            found = files.read_record(path, LaneSetFile)
-            if found["layers"] != layers:
-                raise InputError(f"{path}: the runs were begun with --layers {found['layers']}; set that")
-            return found["lanes"]
-        most = len(self._runs)
-        fitting = self._fitting(most) if asked_lanes is None else asked_lanes
-        asked_lanes = min(fitting, self._fitting_on_host(fitting))
-        files.make_folder(self._folder)
-        runs = [run.place for run in self._runs]
-        files.write_json(path, LaneSetFile(runs=runs, lanes=min(asked_lanes, most), layers=layers))
-        return min(asked_lanes, most)
-
-    def _fitting(self, most):
-        """The number of lanes that fit into the devices' memory, by XLA's own figures."""
-        memory = memory_of(self._devices[0])
-        if memory is None:
-            return LANES_ON_CPU
-
-        def needed(number):
-            training = self._build(list(self._runs[:number])).training
-            longest = max(training.one_of_each_shape(0), key=lambda batch: batch["input_ids"].size)
-            return training.compiled.bytes_of_step(longest)
-
-        return lanes.fitting_lanes(most, needed, _SHARE_OF_MEMORY * memory)
-
-    def _fitting_on_host(self, most):
-        """The number of lanes, at most ``most``, for which a CPU has memory free."""
-        free = free_memory() if self._devices[0].platform == "cpu" else None
-        if free is None:
-            return most
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self._shared.params))
-        number = max(1, min(most, int(_SHARE_OF_MEMORY * free / (_BYTES_ON_CPU * parameters))))
-        if number < most:
-            logger.warning("%d lanes at a time instead of %d: %.1f GB of memory are free", number, most, free / 1e9)
-        return number
-
-    def _build(self, runs: list[LaneRun]) -> Round:
-        """The training of some runs."""
-        shared, settings = self._shared, runs[0].settings
-        number, mesh = _lanes_and_mesh(len(runs), self._devices)
-        filled = [*runs, *[runs[0]] * (number - len(runs))]
-        data = [shared.data_of(run.settings) for run in filled]
-        model, params = shared.model, shared.params
-        plain = train_state.make_loss_fn(model.apply, regression=shared.task.is_regression, deterministic=True)
-        sources = [self._source(run.settings, *of_run, params, plain) for run, of_run in zip(filled, data, strict=True)]
-        runs = [run.with_buckets(len(source.boundaries)) for run, source in zip(runs, sources, strict=False)]
-        steps = count_steps(settings.length, settings.batches.train_batch_size, sources[0].examples)
-        rhythm = fine_tuning.make_rhythm(settings.loop, settings.saving, steps, len(sources[0].plan))
-        own = shared.own_layers([run.settings for run in filled])
-        arrays = lanes.lane_arrays([run.settings.replace(length_buckets=None) for run in filled])
-        arrays["ended"] = np.zeros(number, bool)
-        rates = lanes.rate_table(settings.optimizer, steps)
-        if number not in self._compiled:
-            program = lanes.LaneProgram(
-                model.apply,
-                settings,
-                steps,
-                (settings.flat().get("response", "linear"),),
-                shared.task.is_regression,
-                settings.batches.gradient_accumulation_steps,
-                norms=True,
-                trainable=peft.trainable_mask(model, params) if settings.adapter else None,
-                mesh=mesh,
-                adapter=settings.adapter,
-            )
-            check_own_layers(program, params, own)
-            self._compiled[number] = lanes.CompiledLanes(program, params, own, arrays, rates)
-        training = LaneTraining(
-            self._compiled[number],
-            params,
-            own,
-            arrays,
-            rates,
-            sources,
-            rhythm,
-            shared.task.main_metric,
-            "eval" in settings.phases,
-            sum(p.size for p in jax.tree.leaves(params)),
-        )
-        logits = LaneLogits(training.compiled, training.frozen)
-        predictors = [
-            self._predictor(settings, model, params, training, logits, lane, *of_run)
-            for lane, of_run in enumerate(data)
-        ]
-        return Round(runs, training, predictors, logits, self._measures(settings, params, sources))
-
-    def _source(self, settings, splits, tokens, params, plain):
-        shared = self._shared
+    def source(self, settings: Settings, data: Data) -> TableSource:
+        splits, tokens = data
         steps = count_steps(settings.length, settings.batches.train_batch_size, len(tokens))
         rows = steps * (settings.batches.train_batch_size or 1)
-        boundaries = bucket_boundaries(settings.batches, shared.runner.platform, params, tokens.lengths, rows)
-        split = glue.in_order_of_head(splits["train"], shared.order)
-        return TableSource(settings.batches, shared.runner, tokens, split.labels, boundaries, plain, settings.seed)
+        boundaries = bucket_boundaries(settings.batches, self.runner.platform, self.params, tokens.lengths, rows)
+        split, plain = glue.in_order_of_head(splits["train"], self.order), self.loss_without_dropout
+        return TableSource(settings.batches, self.runner, tokens, split.labels, boundaries, plain, settings.seed)
 
-    def _predictor(self, settings, model, params, training, logits, lane, splits, tokens):
-        shared = self._shared
+    def evaluators(
+        self, settings: Settings, data: Sequence[Data], training: LaneTraining, interrupt: Callable[[], None]
+    ) -> tuple[LaneLogits, list[LanePredictor]]:
+        logits = LaneLogits(training.compiled, training.frozen)
+        predict = self.runner.compile_predict(train_state.make_predict_step(self.model.apply))
+        cost = shape_costs.shape_cost(self.params, self.runner.platform, 1, training=False)
+        return logits, [
+            LanePredictor(
+                predict,
+                self.runner,
+                self.task,
+                splits,
+                functools.partial(self._tokens, tokens),
+                settings.batches.per_device_eval_batch_size,
+                interrupt,
+                self.order,
+                cost,
+                training.rhythm.evaluations,
+                of_lanes=logits,
+                lane=lane,
+            )
+            for lane, (splits, tokens) in enumerate(data)
+        ]
 
-        def tokenize(name):
-            return tokens if name == "train" else shared.texts.tokens(name)
+    def _tokens(self, of_train, name):
+        return of_train if name == "train" else self.texts.tokens(name)
 
-        return LanePredictor(
-            shared.runner.compile_predict(train_state.make_predict_step(model.apply)),
-            shared.runner,
-            shared.task,
-            splits,
-            tokenize,
-            settings.batches.per_device_eval_batch_size,
-            self._asked.check,
-            shared.order,
-            shape_costs.shape_cost(params, shared.runner.platform, 1, training=False),
-            training.rhythm.evaluations,
-            of_lanes=logits,
-            lane=lane,
-        )
+    def add_adapter(self, settings: Settings, model: Any, params: Any) -> tuple[Any, Any]:
+        return glue.add_adapter(settings, model, params)
 
-    def _measures(self, settings, params, sources):
-        num_layers = self._shared.config.num_hidden_layers
-        separate = jax.eval_shape(lambda tree: unstack_layers(tree, num_layers), params)
-        noisy = methods.layer_mask(separate, table_training.described_layers(settings))
-        number = methods.sensitivity_batches(settings.length.sensitivity_batches, settings.methods)
-        return [source.sensitivity_measure(number, num_layers, noisy) for source in sources]
+    def new_layers(self, settings: Settings, seeds: Sequence[int]) -> Any:
+        return models.new_layers(settings.model.model_name_or_path, self.config, keys=seeds)
 
-    def _train(self, part: Round, folder: pathlib.Path) -> None:
-        """Trains a round, and writes the folders of its runs."""
-        starts: list[Start | None] = [run.start if run.start.finished is None else None for run in part.runs]
-        starts += [None] * (len(part.predictors) - len(starts))
-        for start in filter(None, starts):
-            start.open_folder()
-        limit = part.runs[0].settings.saving.save_total_limit
-        with Checkpoints(folder / "checkpoints", limit) as checkpoints:
-            trained: TrainedSet | None = None
-            try:
-                trained = train(
-                    part.training, part.predictors, part.logits, starts, checkpoints, self._console, self._asked
-                )
-                part.logits.use(trained.params)
-                for lane, run in enumerate(part.runs):
-                    self._asked.check()
-                    if starts[lane] is not None:
-                        self._finish(part, trained, lane, run)
-            except Preempted as error:
-                if trained is not None:
-                    trained.save()
-                checkpoints.wait()
-                raise Preempted(
-                    "interrupted and saved; repeat pats-jax compare to resume", error.signal_number
-                ) from None
-        shutil.rmtree(folder, ignore_errors=True)
+    def describe(self, settings: Settings, params: Any) -> JsonObject:
+        return glue.describe_run(settings, self.task, params)
 
-    def _finish(self, part, trained, lane, run):
-        """Writes the folder of a run, or why it failed."""
-        reason = trained.progress.failures[lane]
-        if reason is None:
-            try:
-                results = self._write(part, trained, lane, run)
-                say(self._console, glue.summary(results, run.start.folder))
-                return
-            except InputError as error:
-                reason = str(error)
-        run.fail(reason)
-
-    def _write(self, part, trained, lane, run) -> JsonObject:
-        shared, training, settings, folder = self._shared, part.training, run.settings, run.start.folder
-        frozen = training.program.split(training.params)[1]
-        own = jax.device_get(lanes.lane_of(trained.params, lane))
-        params = trees.combine(own, jax.device_get(frozen))
-        facts, draw = trained.facts(training, lane), lambda: None
-        if part.measures[lane] is not None:
-            before = shared.runner.place(self._starting_params(part, lane, settings))
-            after = shared.runner.place(params)
-            facts["concentration"], everything = fine_tuning.measure_concentration(part.measures[lane], before, after)
-            draw = functools.partial(plots.plot_sensitivity, folder / "plots" / "sensitivity.png", *everything)
-        one = Trained(params, trained.progress.lanes[lane].records, facts, draw=draw)
-        predictor = part.predictors[lane]
-        model = pe_modules.in_training(shared.model, training.rhythm.total_steps)
-        finish = glue.Finish(
-            run.start, shared.task, model, shared.texts.tokenizer, predictor, keeps_model=self._keeps_models
-        )
-        results = glue.describe_run(settings, shared.task, params) | facts | finish.use(one)
-        run_folder.check_links(folder)
-        finish.write(one, params, results)
-        run.start.finish(results)
-        return results
-
-    def _starting_params(self, part, lane, settings):
-        """The parameters that a lane started from."""
-        own = jax.tree.map(lambda x: x[lane], part.training.own)
-        return methods.starting_params(settings.methods, lanes.with_own(part.training.params, own), settings.seed)
-
-
-_SHARE_OF_MEMORY = 0.8  # the rest is for the evaluation, and for what the allocator cannot use
-_BYTES_ON_CPU = 40  # of a lane, per parameter; 8 lanes of MiniLM with PATS took 32
-
-
-def memory_of(device: jax.Device) -> int | None:
-    """The bytes that JAX may use on a device; None on a CPU, which does not say."""
-    found = device.memory_stats()
-    return None if found is None else found["bytes_limit"]
-
-
-def free_memory() -> int | None:
-    """The bytes that the system could give to a new process, page cache included; None if it does not say."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0][1]) if found else None
-
-
-def check_own_layers(program: lanes.LaneProgram, params: Any, own: Any) -> None:
-    """Raises InputError if layers that the seed draws are not trained: lanes share those."""
-    frozen = flatten_dict(program.split(params)[1] or {})
-    for path in flatten_dict(own):
-        if frozen.get(path) is not None:
-            raise InputError(f"{'.'.join(path)}: new, so drawn by seed, but not trained; set --lanes 1")
-
-
-def _lanes_and_mesh(runs: int, devices: np.ndarray) -> tuple[int, jax.sharding.Mesh | None]:
-    """The number of lanes for so many runs, and the devices that they are dealt out to, each as many."""
-    used = min(runs, len(devices))
-    mesh = jax.sharding.Mesh(devices[:used], (lanes.LANE,)) if used > 1 else None
-    return -(-runs // used) * used, mesh
+    def finish(self, start: Start[Settings], model: Any, evaluator: Any, keeps_model: bool) -> glue.Finish:
+        return glue.Finish(start, self.task, model, self.texts.tokenizer, evaluator, keeps_model=keeps_model)

@@ -7,6 +7,7 @@ folder.
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import pathlib
 import warnings
@@ -25,9 +26,9 @@ from pats_jax.data.readers import Split
 from pats_jax.data.text_pairs import TextPairs
 from pats_jax.errors import InputError
 from pats_jax.models.encoder_decoder import EncoderDecoder
-from pats_jax.programs.text2text_settings import Text2TextSettings
 from pats_jax.reporting.console import say
 from pats_jax.run import model_card, own_data, pe_modules, run_folder, run_start, table_training, training_run
+from pats_jax.run.text2text_settings import Text2TextSettings
 from pats_jax.run.training_run import Trained
 from pats_jax.training import preemption, runners, shape_costs, text_metrics
 from pats_jax.training.evaluation import write_files
@@ -250,24 +251,42 @@ def make_training(
     settings: Text2TextSettings, runner: runners.MeshRunner, pairs: PairTokens, model: Any, params: Any
 ) -> tuple[Training, PairSource]:
     """The training on sources and targets, and the source of its batches."""
-    steps = count_steps(settings.length, settings.batches.train_batch_size, len(pairs))
-    rows = steps * (settings.batches.train_batch_size or 1)
-    boundaries = bucket_boundaries(settings.batches, runner.platform, params, pairs.sources.lengths, rows)
-    smoothing = settings.loss.label_smoothing_factor
-    plain = train_state.make_seq2seq_loss_fn(model.apply, label_smoothing=smoothing, deterministic=True)
-    source = PairSource(settings.batches, runner, pairs, boundaries, plain, settings.seed)
+    loss_fn, without_dropout = make_losses(settings, model)
+    source = make_source(settings, runner, pairs, params, without_dropout)
     training = table_training.train_on_table(
         settings,
         source,
         runner,
         model,
         params,
-        train_state.make_seq2seq_loss_fn(model.apply, label_smoothing=smoothing),
+        loss_fn,
         num_layers=model.config.num_layers_of,
         metric=settings.main_metric,
-        total_steps=steps,
+        total_steps=count_steps(settings.length, settings.batches.train_batch_size, len(pairs)),
     )
     return training, source
+
+
+def make_losses(settings: Text2TextSettings, model: Any) -> tuple[train_state.LossFn, train_state.LossFn]:
+    """The loss to minimise, and the same without dropout, to measure sensitivity with."""
+    make = functools.partial(
+        train_state.make_seq2seq_loss_fn, model.apply, label_smoothing=settings.loss.label_smoothing_factor
+    )
+    return make(), make(deterministic=True)
+
+
+def make_source(
+    settings: Text2TextSettings,
+    runner: runners.MeshRunner,
+    pairs: PairTokens,
+    params: Any,
+    loss_without_dropout: train_state.LossFn,
+) -> PairSource:
+    """The batches of sources and targets."""
+    steps = count_steps(settings.length, settings.batches.train_batch_size, len(pairs))
+    rows = steps * (settings.batches.train_batch_size or 1)
+    boundaries = bucket_boundaries(settings.batches, runner.platform, params, pairs.sources.lengths, rows)
+    return PairSource(settings.batches, runner, pairs, boundaries, loss_without_dropout, settings.seed)
 
 
 # results
@@ -278,6 +297,7 @@ class Finish:
     """What follows a training: scores and texts on the devices, then the folder.
 
     Attributes:
+      keeps_model: whether the model is written.
       files: file name -> the texts that the model has written.
     """
 
@@ -286,6 +306,7 @@ class Finish:
     tokenizer: Any
     generation: models.GenerationConfig
     writer: TextWriter
+    keeps_model: bool = True
     files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def use(self, trained: Trained) -> JsonObject:
@@ -316,7 +337,8 @@ class Finish:
     def write(self, trained: Trained, params: Any, results: JsonObject) -> None:
         """Writes model, texts, plots and card."""
         settings, folder = self.start.settings, self.start.folder
-        glue.save_model(folder, settings, self.model, params, self.tokenizer, self.generation)
+        if self.keeps_model:
+            glue.save_model(folder, settings, self.model, params, self.tokenizer, self.generation)
         write_files(folder / "predictions", self.files)
         trained.draw()
         glue.draw(folder, results, trained.records)

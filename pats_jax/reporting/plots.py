@@ -143,24 +143,25 @@ def plot_residuals(path: pathlib.Path, labels: np.ndarray, residuals: np.ndarray
     _save(figure, path)
 
 
-def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float) -> None:
+def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, majority: float | None) -> None:
     """The scores of several methods: a dot per seed, a bar for the mean, a line for the score of the majority class.
 
     Args:
       path: the PNG file to write.
       scores: name of a method -> the scores of its seeds.
       metric: name of the metric.
-      majority: its value when every row is given the most frequent class.
+      majority: its value when every row is given the most frequent class; None where there are no classes.
     """
     figure, axes = _figure("Validation score by method, a dot a seed", "", metric)
     for place, (values, color) in enumerate(zip(scores.values(), itertools.cycle(_COLORS), strict=False)):
         spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
         axes.plot(place + np.asarray(spread), values, "o", color=color, alpha=0.8)
         axes.hlines(np.mean(values), place - 0.25, place + 0.25, color=color)
-    axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+    if majority is not None:
+        axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
+        axes.legend()
     axes.set_xticks(range(len(scores)), list(map(_name, scores)), rotation=20 if len(scores) > 4 else 0)
     axes.set_xlim(-0.5, len(scores) - 0.5)
-    axes.legend()
     _save(figure, path)
 
 

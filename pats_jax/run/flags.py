@@ -260,9 +260,10 @@ def _is_flag(arg):
 
 def _refuse_foreign(given, prog, kind, others=None):
     known = kind.all_entries() | (others.all_entries() if others else {})
+    elsewhere = {**(others.elsewhere if others else {}), **kind.elsewhere}
     for name in given:
-        if name in kind.elsewhere:
-            raise InputError(f"--{name}: {kind.elsewhere[name]}")
+        if name in elsewhere:
+            raise InputError(f"--{name}: {elsewhere[name]}")
         if name in FOREIGN_FLAGS and name not in known:
             raise InputError(f"--{name} is not supported: {FOREIGN_FLAGS[name]}")
         if name in kind.former and name not in known:

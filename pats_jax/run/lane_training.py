@@ -23,7 +23,7 @@ from pats_jax.run.training_run import TrainingFacts
 from pats_jax.training import lane_loop, shape_costs
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.fine_tuning import first_of_each
-from pats_jax.training.lane_evaluation import LaneLogits, LanePredictor
+from pats_jax.training.lane_evaluation import LaneEvaluator, OfLanes
 from pats_jax.training.lane_loop import Counts, LaneHooks, LanesProgress
 from pats_jax.training.lanes import Arrays, CompiledLanes, LaneProgram, LaneState, lane_of
 from pats_jax.training.loop import Rhythm
@@ -131,15 +131,15 @@ class SetHooks(LaneHooks):
     def __init__(
         self,
         training: LaneTraining,
-        predictors: Sequence[LanePredictor],
-        logits: LaneLogits,
+        evaluators: Sequence[LaneEvaluator],
+        of_lanes: OfLanes,
         checkpoints: Checkpoints,
         show: Callable[..., None],
         journals: Sequence[Journal | None],
         best: Any,
     ):
         self.metric, self.evaluates = training.metric, training.evaluates
-        self._training, self._predictors, self._logits = training, predictors, logits
+        self._training, self._evaluators, self._of_lanes = training, evaluators, of_lanes
         self._checkpoints, self._show, self._journals = checkpoints, show, journals
         self.best = best
         self.seconds_to_first_step: float | None = None
@@ -159,30 +159,28 @@ class SetHooks(LaneHooks):
         for batch in training.one_of_each_shape(first_step):
             training.compiled.expect_step(batch)
         training.compiled.expect_figures()
-        names = [name for name in self._predictors[0].splits if name.startswith("validation")]
-        for name in names if self.evaluates else ():
-            for _, batch in self._predictors[0].rows_and_batches(name):
-                training.compiled.expect_predict(batch)
+        if self.evaluates:
+            self._evaluators[0].compile_ahead()
 
     def describe(self, state):
         found = jax.device_get(self._training.compiled.figures(state, *self._training.placed))
         noisy = found.pop("noisy_parameters", None)
         if noisy is not None:
             found["noise_share"] = noisy / self._training.num_parameters
-        return [{name: float(values[lane]) for name, values in found.items()} for lane in range(len(self._predictors))]
+        return [{name: float(values[lane]) for name, values in found.items()} for lane in range(len(self._evaluators))]
 
     def on_record(self, lane, record):
         journal = self._journals[lane]
         if journal is not None:
             journal.write(record)
         if "loss" in record:
-            self._show(status=f"loss {record['loss']:.4f} in lane {lane + 1} of {len(self._predictors)}")
+            self._show(status=f"loss {record['loss']:.4f} in lane {lane + 1} of {len(self._evaluators)}")
         self._checkpoints.check()
 
     def evaluate(self, state, lanes):
         self._show(status="scoring the validation data")
-        self._logits.use(state.params)
-        return {lane: _scores(self._predictors[lane]) for lane in lanes}
+        self._of_lanes.use(state.params)
+        return {lane: _scores(self._evaluators[lane]) for lane in lanes}
 
     def keep(self, state, lanes):
         self.best = self._training.program.choose(self._training.program.place(lanes, 0), state.params, self.best)
@@ -194,9 +192,9 @@ class SetHooks(LaneHooks):
         self._checkpoints.save(progress.step, Saved(state, self.best), dataclasses.asdict(progress))
 
 
-def _scores(predictor: LanePredictor) -> dict[str, float] | InputError:
+def _scores(evaluator: LaneEvaluator) -> dict[str, float] | InputError:
     try:
-        return predictor.evaluate(None)
+        return evaluator.evaluate(None)
     except InputError as error:
         return error
 
@@ -232,8 +230,8 @@ class TrainedSet:
 
 def train(
     training: LaneTraining,
-    predictors: Sequence[LanePredictor],
-    logits: LaneLogits,
+    evaluators: Sequence[LaneEvaluator],
+    of_lanes: OfLanes,
     starts: Sequence[Start | None],
     checkpoints: Checkpoints,
     console: rich.console.Console,
@@ -243,8 +241,8 @@ def train(
 
     Args:
       training: the set.
-      predictors: score the lanes.
-      logits: what they score.
+      evaluators: score the lanes.
+      of_lanes: what they share.
       starts: the run of each lane, whose folder is open; None: a lane of which nothing is written.
       checkpoints: of the set.
       console: for progress.
@@ -271,7 +269,7 @@ def train(
             None if start is None else stack.enter_context(_journal(start, own.records))
             for start, own in zip(starts, progress.lanes, strict=True)
         ]
-        hooks = SetHooks(training, predictors, logits, checkpoints, bar.show, journals, best)
+        hooks = SetHooks(training, evaluators, of_lanes, checkpoints, bar.show, journals, best)
         data = stack.enter_context(prefetch(training.batches(first_step)))
         state, progress = lane_loop.fit(
             state, training.step, data, training.rhythm, hooks, progress=progress, preemption=asked

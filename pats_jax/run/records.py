@@ -190,7 +190,7 @@ class Concentration(TypedDict):
 
 
 class ComparedResults(TypedDict):
-    """Results of a trained and evaluated run of `pats-jax glue`, as `pats-jax compare` reads them."""
+    """Results of a trained and evaluated run, as `pats-jax compare` reads them."""
 
     data: str
     main_metric: str
@@ -201,7 +201,7 @@ class ComparedResults(TypedDict):
     model_step: NotRequired[Count]
     final: Evaluation
     best: Evaluation
-    majority_class: Scores
+    majority_class: NotRequired[Scores]  # where there are classes
     concentration: NotRequired[Concentration | None]
 
 
@@ -229,6 +229,7 @@ class MetricsLine(TypedDict):
 # grid.json
 
 
+GridProgram = Literal["glue", "text2text"]
 Overridden = (
     Annotated[int, annotated_types.Interval(ge=-(2**63), lt=2**63)]
     | Annotated[float, annotated_types.Interval(ge=-3.5e38, le=3.5e38)]
@@ -255,8 +256,9 @@ class LaneSetFile(TypedDict):
 
 
 class GridFile(TypedDict):
-    """The content of grid.json: all starts of `pats-jax compare` in its folder."""
+    """The content of grid.json: all starts of `pats-jax compare` in its folder; without a program, that of glue."""
 
+    program: NotRequired[GridProgram]
     runs: list[GridRun]
     commands: list[str]
     machines: list[dict[str, str]]

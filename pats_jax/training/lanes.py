@@ -131,12 +131,13 @@ class LaneProgram:
       settings: the settings that the lanes share.
       total_steps: number of optimizer steps, for methods that work in stages.
       responses: the names of the responses that lanes may have; all are computed, and each lane uses one.
-      regression: whether labels are scores.
+      regression: whether the labels of a classifier are scores.
       accumulation_steps: micro-batches in a step.
       norms: whether the step measures the norms of parameters and update, see `make_train_step`.
       trainable: a tree of bools like the parameters, which are trained; None: what the methods say.
       mesh: devices that the lanes are dealt out to, with the one axis `LANE`, which divides their number; None: one.
       adapter: the config of the adapter that is trained; None: no adapter.
+      loss_fn: the loss, without what the adapter adds; None: that of a classifier, with the methods' objectives.
     """
 
     apply_fn: Callable
@@ -149,6 +150,7 @@ class LaneProgram:
     trainable: Any = None
     mesh: Mesh | None = None
     adapter: PeftConfig | None = None
+    loss_fn: train_state.LossFn | None = None
 
     @functools.cached_property
     def init(self) -> Callable[[Any, Any, Arrays, jax.Array], LaneState]:
@@ -265,7 +267,7 @@ class LaneProgram:
         if "ended" in lane:
             frozen_lane |= lane["ended"]
         batch = batch | {"weights": jnp.where(frozen_lane, jnp.nan, batch["weights"])}
-        loss_fn = objectives.with_objectives(
+        loss_fn = self.loss_fn or objectives.with_objectives(
             self.apply_fn, *methods.chosen_objectives(settings.methods), regression=self.regression
         )
         if self.adapter is not None:
@@ -435,6 +437,10 @@ class CompiledLanes:
         found = self._programs[("step", *batch["input_ids"].shape)].result().memory_analysis()
         parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
         return sum(parts) - found.alias_size_in_bytes
+
+    def compile_other(self, compile_it: Callable[[], None]) -> None:
+        """Calls a function that compiles another program in a thread of these."""
+        self._pool.submit(compile_it)
 
     def call(self, key: tuple, *arguments: Any) -> Any:
         """Calls the program of a key; waits until it is compiled."""
