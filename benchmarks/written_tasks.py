@@ -98,7 +98,7 @@ class Written:
     source_length: int
     target_length: int
     metrics: tuple[str, ...] = ("exact_match",)
-    most_rows: int = 4000
+    most_rows: int = 1000
 
 
 TASKS = {
