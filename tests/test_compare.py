@@ -538,6 +538,25 @@ def test_wrong_flags_are_refused_before_anything_is_run(flags, message, tmp_path
     assert not (tmp_path / "grid").exists()
 
 
+@pytest.mark.parametrize(
+    "content, flags, message",
+    [
+        (None, "", "own.csv"),
+        ("question,label\nwhy?,a\nwho?,b\n", "", "no text column among 'question', 'label'"),
+        ("sentence,label\nwhy?,a\nwho?,a\n", "", "every row has the label 'a'"),
+        ("source,summary\nwhy?,so\n", "--program text2text --model_name_or_path t5", "target_column"),
+    ],
+)
+def test_wrong_files_are_refused_before_anything_is_run(content, flags, message, tmp_path):
+    path = tmp_path / "own.csv"
+    if content is not None:
+        path.write_text(content)
+    own = f"--methods finetune --seeds 1 2 --train_file {path} --validation_file {path} --output_dir {tmp_path}/grid"
+    with pytest.raises(InputError, match=message) as caught:
+        compare.run([*own.split(), *flags.split()], rich.console.Console(file=io.StringIO()))
+    assert "\n" not in str(caught.value) and not (tmp_path / "grid").exists()
+
+
 # the process
 
 GRID = """

@@ -144,6 +144,7 @@ def run(args: list[str], console: rich.console.Console) -> None:
     shared = as_before(grid, check(grid, others))
     runs = grid.runs(shared)
     check_place(root, runs)
+    check_files(shared)
     with workers.hold(root) as lock, workers.connect(grid.workers, lock) as fleet:
         machines = fleet.machines()
         record_start(root, grid.program, runs, command, machines)
@@ -237,6 +238,13 @@ def check(grid: Grid, others: list[str]) -> Shared:
     for run in grid.runs(shared):
         settings_of(run, pathlib.Path(str(grid.output_dir)), shared).check()
     return shared
+
+
+def check_files(shared: Shared) -> None:
+    """Reads the files that the runs share, or each run would say what is wrong with them; raises InputError."""
+    settings = next(iter(shared.values()))
+    if settings.data.train_file:
+        own_data.check_files(settings)
 
 
 def as_before(grid: Grid, shared: Shared) -> Shared:

@@ -1,7 +1,7 @@
 """A run on your own data: which files or data set it reads, what its labels are, what is held out for validation."""
 
 import logging
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -62,6 +62,15 @@ def load(settings: Settings, names: list[str]) -> tuple[tasks.Task, dict[str, re
             kinds = ("one label", "several labels")[:: -1 if task.is_multi_label else 1]
             raise InputError(f"--{name}_file: the model gives a text {kinds[0]}, but the data has {kinds[1]}")
     return task, splits
+
+
+def check_files(settings: FineTuningSettings) -> None:
+    """Raises InputError if the files of a run that trains and evaluates are missing or invalid; reads them."""
+    names = ["train", "validation"]
+    if isinstance(settings.data, PairDataSettings):
+        load_pairs(settings.data, names, settings.seed)
+    else:
+        load(cast(Settings, settings), names)
 
 
 def read_own(settings: Settings, names: list[str], **labels_as: Any) -> dict[str, readers.Split]:
