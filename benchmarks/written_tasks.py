@@ -104,7 +104,7 @@ class Written:
 TASKS = {
     "mrpc": Written(read_mrpc, 3, 128, 8),
     "sst2": Written(read_sst2, 3, 64, 4),
-    "wikisql": Written(read_wikisql, 30, 64, 48, ("rouge", "token_f1", "exact_match")),
+    "wikisql": Written(read_wikisql, 15, 64, 48, ("rouge", "token_f1", "exact_match")),
 }
 
 
