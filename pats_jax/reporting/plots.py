@@ -14,6 +14,7 @@ from pats_jax.core.files import JsonObject
 from pats_jax.reporting.console import visible
 
 _LONGEST_NAME = 40  # characters
+_MANY = 8  # names that fit side by side, or into a panel
 _BEFORE, _AFTER = "#9aa5b1", "#0b6e99"
 _COLORS = (_AFTER, "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8c5e3c", "#d47fb0", "#4a4e69")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -57,7 +58,7 @@ def plot_scores(
         axes.plot([r["step"] for r in lines], scores, marker="o", label=_name(name), **style)
     if majority is not None:
         axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
-    axes.legend()
+    _add_legend(figure, [axes])
     _save(figure, path)
 
 
@@ -160,7 +161,8 @@ def plot_seeds(path: pathlib.Path, scores: dict[str, list[float]], metric: str, 
     if majority is not None:
         axes.axhline(majority, color=_BEFORE, linestyle="--", label="majority class")
         axes.legend()
-    axes.set_xticks(range(len(scores)), list(map(_name, scores)), rotation=20 if len(scores) > 4 else 0)
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if len(scores) > _MANY else {"rotation": 20}
+    axes.set_xticks(range(len(scores)), list(map(_name, scores)), **(turned if len(scores) > 4 else {}))
     axes.set_xlim(-0.5, len(scores) - 0.5)
     _save(figure, path)
 
@@ -212,7 +214,7 @@ def plot_mean_curves(path: pathlib.Path, curves: Mapping[str, Mapping[str, Curve
             marker = "." if name == "score" else None
             axes.plot(curve.step, curve.mean, marker=marker, label=_name(method), **style)
             axes.fill_between(curve.step, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.legend()
+    _add_legend(figure, panels)
     _save(figure, path)
 
 
@@ -234,7 +236,7 @@ def plot_histograms(path: pathlib.Path, edges: list[float], before: list[float],
     if held.size:
         axes.set_xlim(powers[held[0]], powers[held[-1] + 1])
     axes.set_xscale("log")
-    axes.legend()
+    _add_legend(figure, [axes])
     _save(figure, path)
 
 
@@ -343,6 +345,19 @@ def _figure(title, xlabel, ylabel):
     axes = figure.add_subplot(title=_name(title, 80), xlabel=xlabel, ylabel=_name(ylabel))
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _add_legend(figure, panels):
+    """A legend in each panel; where it has many names, one below all of them, for which the picture grows."""
+    handles, names = panels[0].get_legend_handles_labels() if len(panels) else ([], [])
+    if len(names) <= _MANY:
+        for axes in panels:
+            axes.legend()
+        return
+    columns = max(1, min(4, 100 // (6 + max(map(len, names)))))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.25 * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def _name(text, longest=_LONGEST_NAME):
