@@ -231,6 +231,8 @@ def shrink(args):
         for name, count in {"methods": 2, "learning_rate": 2, "noise_scale": 1, "peft": 2}.items():
             if f"--{name}" in rest:
                 rest = [*without(rest, name), f"--{name}", *values_of(rest, name)[:count]]
+        if "--low_resource" in rest:
+            flags["low_resource"] = flags.pop("max_train_samples")
         if "--train_file" in rest:
             flags = {name: value for name, value in flags.items() if name not in ("tasks", "data_dir")}
     new = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -334,6 +336,8 @@ def home(tmp_path_factory):
     labels = ["good" if praise else "bad" for praise in praises]
     for file in ("mine.csv", "reviews.csv"):
         tiny.write_table(home / file, ("text", "label"), *zip(texts, labels, strict=True), separator=",")
+    for file in ("trec/train.csv", "trec/validation.csv"):
+        tiny.write_table(home / file, ("sentence", "label"), *zip(texts, labels, strict=True), separator=",")
     tickets = zip(texts, texts[::-1], labels, strict=True)
     tiny.write_table(home / "tickets.csv", ("subject", "body", "team"), *tickets, separator=";")
     (home / "tickets_dev.csv").write_text((home / "tickets.csv").read_text())
