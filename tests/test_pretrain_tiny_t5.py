@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import pretrain_tiny_t5, pretraining_texts
+from benchmarks import pretrain_tiny_t5, pretraining, pretraining_texts
 from benchmarks.span_corruption import PackedRows, corrupt, lengths_for, lengths_of
 from pats_jax.errors import InputError
 from pats_jax.models import from_pretrained_seq2seq, load_tokenizer
@@ -42,7 +42,7 @@ def test_a_corrupted_text_can_be_put_together_again():
     rng = np.random.default_rng(0)
     lengths = lengths_for(128, 0.15, 3.0)
     tokens = np.stack([rng.permutation(np.arange(2, 900))[: lengths.tokens] for _ in range(200)])
-    sources, targets = corrupt(tokens, lengths, rng, first_sentinel=FIRST, end=END)
+    sources, targets = corrupt(tokens, rng, lengths=lengths, first_sentinel=FIRST, end=END)
     assert sources.shape == (200, 128) and targets.shape == (200, lengths.target)
     found = [restored(source, target) for source, target in zip(sources, targets, strict=True)]
     np.testing.assert_array_equal([text for text, _ in found], tokens)
@@ -58,7 +58,7 @@ def test_a_corrupted_text_can_be_put_together_again():
 def test_the_lengths_are_those_of_the_arrays(tokens):
     lengths = lengths_of(tokens, 0.15, 3.0)
     rows = np.arange(2, 2 + 4 * tokens).reshape(4, tokens) % 900
-    source, target = corrupt(rows, lengths, np.random.default_rng(1), first_sentinel=FIRST, end=END)
+    source, target = corrupt(rows, np.random.default_rng(1), lengths=lengths, first_sentinel=FIRST, end=END)
     assert source.shape == (4, lengths.source) and target.shape == (4, lengths.target)
     with pytest.raises(InputError, match="--source_length 2: must be at least 3"):
         lengths_for(2, 0.15, 3.0)
@@ -69,7 +69,8 @@ def test_batches_are_a_function_of_seed_and_step():
     texts = [np.append(rng.integers(2, 900, rng.integers(1, 9)), END) for _ in range(60)]
 
     def batches(first, seed=3):
-        rows = PackedRows(texts, lengths_of(10, 0.15, 3.0), 4, seed=seed, first_sentinel=FIRST, end=END)
+        hide = functools.partial(corrupt, lengths=lengths_of(10, 0.15, 3.0), first_sentinel=FIRST, end=END)
+        rows = PackedRows(texts, 10, 4, seed=seed, corrupt=hide)
         found = rows.batches(first)
         return rows.steps_per_epoch, [next(found)[0] for _ in range(2 * rows.steps_per_epoch)]
 
@@ -135,7 +136,7 @@ def test_a_run_that_stops_goes_on_and_ends_where_another_does(data_dir, tmp_path
     whole = run(data_dir, tmp_path / "whole")
     assert [step for step, _ in whole["held_out_loss"]] == [3, 5] and whole["loss"][-1][0] == 5
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain_tiny_t5.Deadline, "arrived", lambda self, step: step >= 3)
+        patched.setattr(pretraining.Deadline, "arrived", lambda self, step: step >= 3)
         stopped = run(data_dir, tmp_path / "stopped")
     assert [step for step, _ in stopped["held_out_loss"]] == [3] and "--resume goes on" in capsys.readouterr().out
     resumed = run(data_dir, tmp_path / "stopped", "--resume")
@@ -165,9 +166,9 @@ def test_a_run_that_stops_goes_on_and_ends_where_another_does(data_dir, tmp_path
 
 def test_a_deadline_comes():
     asked = preemption.Preemption()
-    assert not pretrain_tiny_t5.Deadline(asked, None).arrived(1)
-    assert not pretrain_tiny_t5.Deadline(asked, 1.0).arrived(1)
-    assert pretrain_tiny_t5.Deadline(asked, 1e-9).arrived(1)
+    assert not pretraining.Deadline(asked, None).arrived(1)
+    assert not pretraining.Deadline(asked, 1.0).arrived(1)
+    assert pretraining.Deadline(asked, 1e-9).arrived(1)
     asked.signal_number = 15
-    late = pretrain_tiny_t5.Deadline(asked, None)
+    late = pretraining.Deadline(asked, None)
     assert late.arrived(1) and late.signal_number == 15

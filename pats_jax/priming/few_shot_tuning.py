@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ class Tuner:
         tried = [self._tune(rate, size, task, sample, shapes, asked) for rate, size in grid]
         best = max(tried, key=lambda one: one["place"])
         diverged = list(dict.fromkeys(one["learning_rate"] for one in tried if one["diverged"]))
-        rows = self._test_rows(task, sample)
+        rows = rows_to_test(task, sample, self._settings.tuning.max_test_rows)
         answers = answering.answer(
             self._answer,
             best.pop("params"),
@@ -196,12 +196,13 @@ class Tuner:
         variants = [one for row in rows for one in self._answering.variants(row, len(row.options))]
         return self._answering.row_shapes(variants)
 
-    def _test_rows(self, task, sample):
-        most = self._settings.tuning.max_test_rows
-        if most is None or most >= len(sample.test):
-            return sample.test
-        rng = np.random.default_rng(zlib.crc32(task.name.encode()))
-        return [sample.test[index] for index in sorted(rng.choice(len(sample.test), most, replace=False))]
+
+def rows_to_test(task: FewShotTask, sample: Sample, most: int | None) -> Sequence[Row]:
+    """The test rows of a sample, or ``most`` of them, the same in every run."""
+    if most is None or most >= len(sample.test):
+        return sample.test
+    rng = np.random.default_rng(zlib.crc32(task.name.encode()))
+    return [sample.test[index] for index in sorted(rng.choice(len(sample.test), most, replace=False))]
 
 
 def load_start(settings: GymSettings, start: TuningStart) -> tuple[Any, Any]:
