@@ -44,12 +44,8 @@ class Stage:
     def command(self, rate: str) -> tuple[str, ...]:
         """The flags of `pats-jax prime` for a learning rate."""
         steps, check = str(self.max_steps), str(self.check_steps)
-        schedule = (
-            "--lr_scheduler_type",
-            "constant_with_warmup",
-            "--warmup_ratio",
-            str(_WARMUP_STEPS / self.max_steps),
-        )
+        warmup = str(min(1.0, _WARMUP_STEPS / self.max_steps))
+        schedule = ("--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", warmup)
         when = ("--max_steps", steps, "--eval_steps", check, "--save_steps", check, "--save_total_limit", "1")
         form = ("--num_devices", "1", "--layers", "stacked", "--seed", "1", "--max_grad_norm", "1", "--resume")
         return (*self.flags, "--learning_rate", rate, *schedule, *when, *form)
