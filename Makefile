@@ -29,7 +29,7 @@ test: $(VENV)/.ready
 # Tests of what the numbers are, which `make slow` repeats with all of XLA's optimisations.
 NUMERICS := random.py transforms.py sage_and_noisy_tune.py companions.py optimizer_table.py subnetworks.py anchors.py train_state.py parallel.py layers.py
 
-slow: $(VENV)/.dask
+slow: $(VENV)/.dask $(VENV)/.torch
 	$(PYTEST) -m slow
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "not parity" $(addprefix tests/test_,$(NUMERICS))
 	$(FUZZ) --count 10000
@@ -40,7 +40,7 @@ fuzz: $(VENV)/.ready
 
 # PEFT's prefix tuning is compared in an environment of its own, for it needs an earlier Transformers.
 parity: $(VENV)/.torch $(VENV)-prefix/.ready
-	$(PYTEST) -m parity $(shell grep -l mark.parity tests/test_*.py)
+	$(PYTEST) -m "parity and not slow" $(shell grep -l mark.parity tests/test_*.py)
 	$(VENV)-prefix/bin/python -m pytest -m parity -k prefix tests/test_peft_parity.py
 
 lint: $(VENV)/.ready

@@ -73,7 +73,7 @@ def run(settings: PrimedEncoder, study: Study) -> None:
     flags = ["--primed", *(str(study.root / name) for name in STAGES), "--samples", *map(str, settings.samples)]
     flags += ["--kinds", "full", "lora", "--grid", *settings.grid, "--tasks", *TARGETS]
     flags += ["--max_steps", str(settings.tuning_steps), "--eval_steps", str(max(1, settings.tuning_steps // 4))]
-    study.gym("gym", [*flags, "--max_test_rows", str(settings.test_rows)])
+    study.gym("gym", [*flags, "--layers", "stacked", "--max_test_rows", str(settings.test_rows)])
     say(study.console, f"report: {study.root / 'gym' / 'report' / 'report.html'}")
 
 

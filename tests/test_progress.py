@@ -2,6 +2,7 @@
 
 import io
 import time
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import rich.console
 
 from pats_jax.reporting import progress
 from pats_jax.reporting.progress import CountProgress, StepProgress, about, duration
-from pats_jax.run import workers
+from pats_jax.run import training_run, workers
 from pats_jax.training import shape_costs
 
 
@@ -31,6 +32,16 @@ def test_a_terminal_has_a_bar():
     with StepProgress(rich.console.Console(file=first, force_terminal=True, width=120), 40, 0, 20.0):
         pass
     assert "0/40" in first.getvalue() and "compiling (about 20 s)" in first.getvalue()
+
+
+def test_scoring_is_shown_while_it_lasts_and_then_its_score():
+    statuses: list[str] = []
+    runner = types.SimpleNamespace(view=lambda params: params)
+    training = types.SimpleNamespace(metric="accuracy", evaluates=True, runner=runner)
+    evaluator = types.SimpleNamespace(evaluate=lambda params: {"accuracy": len(statuses) - 0.25, "f1": 0.5})
+    hooks = training_run.TrainingHooks(training, evaluator, None, lambda status: statuses.append(status), None, None)
+    assert hooks.evaluate(types.SimpleNamespace(all_params=None)) == {"accuracy": 0.75, "f1": 0.5}
+    assert statuses == ["scoring the validation data", "validation accuracy 0.7500"]
 
 
 @pytest.mark.parametrize("notebook", [False, True])

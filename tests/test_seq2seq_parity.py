@@ -143,9 +143,16 @@ def made(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.parametrize("number", range(len(grid())), ids=lambda number: "-".join(map(str, grid()[number].values())))
+def cases():
+    """Every third case belongs to the quick tests."""
+    for number, case in enumerate(grid()):
+        marks = pytest.mark.slow if number % 3 else ()
+        yield pytest.param(number, id="-".join(map(str, case.values())), marks=marks)
+
+
+@pytest.mark.parametrize("number", cases())
 def test_tokens_are_those_of_generate(number, made):
-    """At three seeds each, of the kinds of models by turns: 207 in all."""
+    """At three seeds each, of the kinds of models by turns: 207 in all, a third of them without `make slow`."""
     case, kind = grid()[number], torch_reference.GENERATING_KINDS[number // 2 % 4]
     model, config, params, theirs = models_of(kind, made)
     folder = made / f"{kind}-0"

@@ -23,7 +23,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize(
+    "kind", ["classes", *(pytest.param(kind, marks=pytest.mark.slow) for kind in LABELS if kind != "classes")]
+)
 def test_probabilities_of_a_trained_minilm_are_those_of_transformers(kind, tmp_path, capsys):
     with open(tmp_path / "own.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *zip(TEXTS, LABELS[kind], strict=True)])

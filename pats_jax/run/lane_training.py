@@ -180,7 +180,9 @@ class SetHooks(LaneHooks):
     def evaluate(self, state, lanes):
         self._show(status="scoring the validation data")
         self._of_lanes.use(state.params)
-        return {lane: _scores(self._evaluators[lane]) for lane in lanes}
+        scores = {lane: _scores(self._evaluators[lane]) for lane in lanes}
+        self._show(status="")
+        return scores
 
     def keep(self, state, lanes):
         self.best = self._training.program.choose(self._training.program.place(lanes, 0), state.params, self.best)

@@ -205,7 +205,9 @@ class TrainingHooks(Hooks):
 
     def evaluate(self, state):
         self._show(status="scoring the validation data")
-        return self._evaluator.evaluate(self._training.runner.view(state.all_params))
+        scores = self._evaluator.evaluate(self._training.runner.view(state.all_params))
+        self._show(status=f"validation {self.metric} {scores[self.metric]:.4f}")
+        return scores
 
     def save(self, state, progress):
         best = progress.best(self.metric) if self._training.rhythm.save_best else None
