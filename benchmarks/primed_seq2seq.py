@@ -222,8 +222,8 @@ def tune(
     """Makes the missing tunings of a gym."""
     flags = ["--kinds", "lora", "--grid", f"lora={rate}", "--max_steps", str(settings.tuning_steps)]
     flags += ["--eval_steps", str(max(1, settings.tuning_steps // 4)), "--max_test_rows", str(settings.test_rows)]
-    flags += ["--layers", "stacked", "--partition", partition, "--samples", *map(str, samples or settings.samples), *more]
-    study.gym(name, [*flags, *(["--tasks", *tasks] if tasks else [])])
+    flags += ["--layers", "stacked", "--partition", partition, *(["--tasks", *tasks] if tasks else [])]
+    study.gym(name, [*flags, "--samples", *map(str, samples or settings.samples), *more])
 
 
 def main(args: list[str] | None = None) -> None:
