@@ -57,8 +57,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # Files of ten seconds and more: they begin, or one worker would wait for the other at the end.
 LONGEST = (
     "downstream glue encoders peft upstream model_layers methods parallel lanes resume text2text_lanes stacked_runs "
-    "companions option_scoring snippets glue_lanes compiling_ahead transforms objectives layers optimizer_table journal "
-    "models settings checkpoints text2text gym_of_texts seq2seq shape_costs"
+    "companions option_scoring snippets glue_lanes compiling_ahead transforms objectives layers optimizer_table "
+    "journal models settings checkpoints text2text gym_of_texts seq2seq shape_costs"
 ).split()
 
 
