@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -44,7 +43,6 @@ from pats_jax.errors import InputError
 from pats_jax.models import BartConfig, weights
 from pats_jax.models.config import read_config
 from pats_jax.models.seq2seq_config import config_from_dict
-from pats_jax.run import xla_flags
 from pats_jax.training import runners
 
 HIDDEN_SHARE, MEAN_SPAN = 0.3, 3.0
@@ -273,15 +271,8 @@ def pretrain(flags: Flags, console: rich.console.Console) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the program; exits with code 2 and one line on stderr when the input is wrong."""
-    flags = tyro.cli(Flags, args=args, use_underscores=True)
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    try:
-        xla_flags.set_defaults()
-        pretrain(flags, console)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the program; see `pretraining.main`."""
+    pretraining.main(Flags, pretrain, args)
 
 
 if __name__ == "__main__":

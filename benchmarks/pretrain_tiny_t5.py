@@ -21,7 +21,6 @@ References:
 
 import dataclasses
 import functools
-import sys
 from typing import Any, Literal
 
 import jax
@@ -36,7 +35,6 @@ from benchmarks.span_corruption import PackedRows, corrupt, lengths_for
 from pats_jax import models, random
 from pats_jax.errors import InputError
 from pats_jax.models import T5Config
-from pats_jax.run import xla_flags
 from pats_jax.training import runners
 
 HIDDEN_SHARE, MEAN_SPAN = 0.15, 3.0
@@ -142,15 +140,8 @@ def pretrain(flags: Flags, console: rich.console.Console) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the program; exits with code 2 and one line on stderr when the input is wrong."""
-    flags = tyro.cli(Flags, args=args, use_underscores=True)
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    try:
-        xla_flags.set_defaults()
-        pretrain(flags, console)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the program; see `pretraining.main`."""
+    pretraining.main(Flags, pretrain, args)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import functools
 import itertools
 import json
 import pathlib
+import sys
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 import optax
 import rich.console
+import tyro
 
 from benchmarks import report
 from benchmarks.span_corruption import PackedRows
@@ -23,7 +25,7 @@ from pats_jax import models, train_state
 from pats_jax.core import files
 from pats_jax.data.prefetch import prefetch
 from pats_jax.errors import InputError, Preempted
-from pats_jax.run import run_folder
+from pats_jax.run import run_folder, xla_flags
 from pats_jax.training import preemption, runners
 from pats_jax.training.checkpoints import Checkpoints
 from pats_jax.training.loop import Hooks, Progress, Record, Rhythm, fit
@@ -296,3 +298,20 @@ def split_texts(texts: list[str], tokenizer: Any, seed: int) -> tuple[list[np.nd
     tokens = [np.array(ids, np.int32) for ids in tokenizer(texts)["input_ids"]]
     count = len(order) // 50
     return [tokens[number] for number in order[count:]], [tokens[number] for number in order[:count]]
+
+
+AnyFlags = TypeVar("AnyFlags", bound=RunFlags)
+
+
+def main(
+    kind: type[AnyFlags], pretrain: Callable[[AnyFlags, rich.console.Console], None], args: Sequence[str] | None
+) -> None:
+    """Runs a program by its flags; exits with code 2 and one line on stderr when the input is wrong."""
+    flags = tyro.cli(kind, args=args, use_underscores=True)
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    try:
+        xla_flags.set_defaults()
+        pretrain(flags, console)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

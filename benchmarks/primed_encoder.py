@@ -16,13 +16,9 @@ upstream tasks chose (docs/priming.md).
 """
 
 import dataclasses
-import logging
-import sys
 
-import tyro
-
-from benchmarks.priming_study import LORA, MODEL, Stage, Study, open_study
-from pats_jax.errors import InputError, Preempted
+from benchmarks import priming_study
+from benchmarks.priming_study import LORA, MODEL, Stage, Study
 from pats_jax.reporting.console import say
 
 TARGETS = "ag_news emotion glue-mrpc glue-rte glue-sst2 sick sms_spam superglue-copa".split()
@@ -78,18 +74,8 @@ def run(settings: PrimedEncoder, study: Study) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Exits with code 2 and one line on stderr when the input is wrong, and with 128 + N after signal N."""
-    settings = tyro.cli(PrimedEncoder, args=args, prog="python -m benchmarks.primed_encoder", description=__doc__)
-    logging.getLogger("pats_jax").setLevel(logging.ERROR)
-    try:
-        with open_study(settings.output_dir, settings.common, settings.jobs) as study:
-            run(settings, study)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signal_number)
+    """Runs the study; see `priming_study.main`."""
+    priming_study.main(PrimedEncoder, run, args, "primed_encoder", __doc__)
 
 
 if __name__ == "__main__":

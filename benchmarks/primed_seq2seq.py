@@ -23,20 +23,18 @@ paper's finding.
 import collections
 import dataclasses
 import json
-import logging
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
-import tyro
 
-from benchmarks.priming_study import LORA, MODEL, Stage, Study, open_study, write_partition
+from benchmarks import priming_study
+from benchmarks.priming_study import LORA, MODEL, Stage, Study, write_partition
 from pats_jax.core import files
 from pats_jax.data import load_gym
 from pats_jax.data.few_shot import MULTIPLE_CHOICE, TEXT_TO_TEXT, FewShotTask
 from pats_jax.data.tables import json_lines, read_text
-from pats_jax.errors import InputError, Preempted
+from pats_jax.errors import InputError
 from pats_jax.models import load_tokenizer
 from pats_jax.priming.few_shot_tuning import rows_to_test
 from pats_jax.reporting.console import say
@@ -227,18 +225,8 @@ def tune(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Exits with code 2 and one line on stderr when the input is wrong, and with 128 + N after signal N."""
-    settings = tyro.cli(PrimedSeq2Seq, args=args, prog="python -m benchmarks.primed_seq2seq", description=__doc__)
-    logging.getLogger("pats_jax").setLevel(logging.ERROR)
-    try:
-        with open_study(settings.output_dir, settings.common, settings.jobs) as study:
-            run(settings, study)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signal_number)
+    """Runs the study; see `priming_study.main`."""
+    priming_study.main(PrimedSeq2Seq, run, args, "primed_seq2seq", __doc__)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ that was stopped goes on where it was. Nothing else is stored: what is decided f
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import rich.console
+import tyro
 
 from pats_jax.core import files
 from pats_jax.core.files import JsonObject
@@ -145,3 +149,46 @@ def write_partition(path: pathlib.Path, train: Sequence[str], dev: Sequence[str]
     files.make_folder(path.parent)
     files.write_json(path, {"train": list(train), "dev": list(dev), "test": list(test)})
     return str(path)
+
+
+class Settings(Protocol):
+    """The settings of a study, a dataclass."""
+
+    output_dir: str
+    jobs: int
+
+    @property
+    def common(self) -> tuple[str, ...]:
+        """The flags that both programs get."""
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def main(
+    kind: type[AnySettings],
+    run: Callable[[AnySettings, Study], None],
+    args: Sequence[str] | None,
+    name: str,
+    description: str | None,
+) -> None:
+    """Runs a study by its flags; exits with code 2 and one line on stderr for wrong input, 128 + N after signal N.
+
+    Args:
+      kind: of its settings.
+      run: runs what is missing.
+      args: the flags; None: those of this process.
+      name: of the module, for the help.
+      description: of the study, for the help.
+    """
+    settings = tyro.cli(kind, args=args, prog=f"python -m benchmarks.{name}", description=description)
+    logging.getLogger("pats_jax").setLevel(logging.ERROR)
+    try:
+        with open_study(settings.output_dir, settings.common, settings.jobs) as study:
+            run(settings, study)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
