@@ -181,7 +181,8 @@ def main(
       name: of the module, for the help.
       description: of the study, for the help.
     """
-    settings = tyro.cli(kind, args=args, prog=f"python -m benchmarks.{name}", description=description)
+    prog = f"python -m benchmarks.{name}"
+    settings = tyro.cli(kind, args=args, prog=prog, description=description, use_underscores=True)
     logging.getLogger("pats_jax").setLevel(logging.ERROR)
     try:
         with open_study(settings.output_dir, settings.common, settings.jobs) as study:
