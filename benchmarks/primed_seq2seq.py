@@ -11,7 +11,7 @@ and `pats-jax gym`; the same command resumes::
     upstream rates   of each upstream stage, the rate with the best score on the dev tasks at its first check
     stages           multi-task learning and first-order MAML, each of the model alone and of LoRA alone
     gym              direct tuning on 16 candidates; of those on which it beats a constant answer, the 8 with the
-                     largest gains, 2 of them text to text, are the targets; LoRA from each stage on these
+                     largest gains, at least 2 of them text to text, are the targets; LoRA from each stage on these
 
 So rates and steps are fixed on upstream and dev tasks before any target is scored, and targets are chosen by direct
 tuning alone. A constant answer is the most frequent one of a sample's training rows, or an empty one. A tokenizer that
@@ -80,7 +80,7 @@ class PrimedSeq2Seq:
     tuning_steps: int = 40  # steps per tuning
     test_rows: int = 100  # of each target
     targets: int = 8
-    text_targets: int = 2  # of them
+    text_targets: int = 2  # at least, of them
     samples: tuple[int, ...] = (13, 21, 42)
     max_seq_length: int = 64
     max_target_length: int = 16
@@ -183,14 +183,16 @@ def choose_targets(settings: PrimedSeq2Seq, study: Study, candidates: Sequence[s
     means = {name: float(np.mean(values)) for name, values in gains.items()}
     for name in sorted(means, key=lambda name: -means[name]):
         say(study.console, f"{name}: direct tuning {100 * means[name]:+.1f} points against a constant answer")
-    chosen: list[str] = []
-    for is_text, count in ((True, settings.text_targets), (False, settings.targets - settings.text_targets)):
-        own = [name for name in means if (gym[name].kind == TEXT_TO_TEXT) == is_text and means[name] > 0]
-        if len(own) < count:
-            kind = "text-to-text" if is_text else "other"
-            raise InputError(f"direct tuning beats a constant answer on {len(own)} {kind} tasks; {count} are needed")
-        chosen += sorted(own, key=lambda name: -means[name])[:count]
-    return sorted(chosen)
+    better = sorted((name for name in means if means[name] > 0), key=lambda name: -means[name])
+    texts = [name for name in better if gym[name].kind == TEXT_TO_TEXT]
+    for found, count, kind in (
+        (texts, settings.text_targets, "text-to-text tasks"),
+        (better, settings.targets, "tasks"),
+    ):
+        if len(found) < count:
+            raise InputError(f"direct tuning beats a constant answer on {len(found)} {kind}; {count} are needed")
+    first = texts[: settings.text_targets]
+    return sorted([*first, *(name for name in better if name not in first)][: settings.targets])
 
 
 def constant_score(task: FewShotTask, seed: int, test_rows: int) -> float:
