@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import sklearn.metrics
 import tiny
 from safetensors.numpy import load_file, save_file
 
@@ -270,12 +271,12 @@ def test_pats_is_the_outer_optimizer(eventful, whole, tmp_path):
 
 def test_early_stop_and_the_best_model(watched, tmp_path, monkeypatch):
     scores = iter([0.2, 0.9, 0.9, 0.3, 0.1])  # after steps 1, 2, ...
-    monkeypatch.setattr(upstream.UpstreamScore, "evaluate", lambda self, params: {"accuracy": next(scores)})
+    monkeypatch.setattr(upstream.UpstreamScore, "evaluate", lambda self, params: {"score": next(scores)})
     stops = {"max_steps": 9, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
     found = run(watched, tmp_path / "run", save_steps=1, save_total_limit=None, **stops)
     assert found["steps"] == 4 and found["model_step"] == 2
-    assert found["best"] == {"step": 2, "metrics": {"accuracy": 0.9}}
-    assert found["final"] == {"step": 4, "metrics": {"accuracy": 0.3}}
+    assert found["best"] == {"step": 2, "metrics": {"score": 0.9}}
+    assert found["final"] == {"step": 4, "metrics": {"score": 0.3}}
     assert not moved(tensors(tmp_path / "run"), tensors_at(tmp_path / "run", 2))
     assert moved(tensors(tmp_path / "run"), tensors_at(tmp_path / "run", 4))
 
@@ -391,7 +392,7 @@ def test_an_option_longer_than_those_that_others_were_cut_to(base):
 
 
 @pytest.mark.parametrize("algorithm, names", [("mtl", ("watched", "choice")), ("reptile", ("watched",))])
-def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
+def test_the_score_is_the_mean_over_dev_tasks(base, algorithm, names):
     """Against the formulas: the parameters as they are, or after the inner steps on the training rows."""
     settings = dataclasses.replace(base, algorithm=algorithm, inner_steps=2, inner_learning_rate=0.02)
     source, training = make_training(settings)
@@ -408,8 +409,31 @@ def test_the_score_is_accuracy_on_dev_tasks(base, algorithm, names):
                 adapted = jax.tree.map(lambda p, g: p - 0.02 * g, adapted, grad(adapted))
         right = np.array([row.answer for row in sample.test])
         expected.append(np.mean(tiny.chosen(source.model, adapted, sample.test) == right))
-    assert score.evaluate(training.state.all_params) == {"accuracy": pytest.approx(np.mean(expected), abs=1e-6)}
+    assert score.evaluate(training.state.all_params) == {"score": pytest.approx(np.mean(expected), abs=1e-6)}
     assert 0 < np.mean(expected) < 1
+
+
+def test_a_dev_task_is_scored_by_its_own_metric(base):
+    """Macro F1 for one, accuracy for the other."""
+    source, training = make_training(base)
+    gym = load_gym(base.data.data_dir)
+    by_f1 = dataclasses.replace(gym["watched"], name="ag_news")
+    assert by_f1.metric == "macro_f1" and gym["choice"].metric == "accuracy"
+    score = upstream.UpstreamScore(source, [by_f1, gym["choice"]], preemption.Preemption(), training)
+    params = jax.tree.map(np.asarray, training.state.all_params)
+    chosen, right = (
+        {name: values(gym[name].samples[0].test) for name in ("watched", "choice")}
+        for values in (
+            lambda rows: tiny.chosen(source.model, params, rows),
+            lambda rows: np.array([row.answer for row in rows]),
+        )
+    )
+    expected = [
+        sklearn.metrics.f1_score(right["watched"], chosen["watched"], average="macro"),
+        np.mean(chosen["choice"] == right["choice"]),
+    ]
+    assert expected[0] != np.mean(chosen["watched"] == right["watched"])
+    assert score.evaluate(training.state.all_params) == {"score": pytest.approx(np.mean(expected), abs=1e-6)}
 
 
 @pytest.mark.slow  # test_priming.py has the losses on several devices

@@ -26,13 +26,11 @@ class Answering(abc.ABC):
       model: the model, with its adapter if it has one.
       tokenizer: its tokenizer.
       max_length: the longest input, in tokens.
-      score_name: what the mean score over tasks is called.
     """
 
     model: Any
     tokenizer: Any
     max_length: int
-    score_name: str
 
     def prepare(self, task: FewShotTask) -> FewShotTask:
         """The task with inputs as the model reads them."""

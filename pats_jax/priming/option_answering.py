@@ -17,8 +17,6 @@ from pats_jax.training.answer_metrics import AnswerScore
 class OptionAnswering(Answering):
     """An encoder with one of ``option_scoring.HEADS``; answers are the indices of options."""
 
-    score_name = "accuracy"
-
     def __init__(self, head: str, model: Any, tokenizer: Any, max_seq_length: int, max_options: int | None = None):
         """Takes a scorer.
 

@@ -67,8 +67,6 @@ def load_text_model(
 class TextAnswering(Answering):
     """A T5 or BART that answers by texts; answers are texts."""
 
-    score_name = "score"
-
     def __init__(
         self,
         head: TextHead,

@@ -31,6 +31,7 @@ from pats_jax.training import fine_tuning, preemption, runners
 from pats_jax.training.fine_tuning import Training
 
 _DEV_ROWS = 64  # of every dev task
+_SCORE = "score"  # the name of the mean over dev tasks
 
 
 def run(settings: PrimingSettings, console: rich.console.Console | None = None) -> JsonObject:
@@ -76,7 +77,7 @@ def carry_out(start: run_start.Start[PrimingSettings]) -> JsonObject:
 
         def use(trained):
             scores = [{"step": line["step"], "metrics": line["eval"]} for line in trained.records if "eval" in line]
-            best = max(scores, key=lambda line: line["metrics"][answering.score_name], default=None)
+            best = max(scores, key=lambda line: line["metrics"][_SCORE], default=None)
             return {"final": scores[-1], "best": best} if scores else {}
 
         def write(trained, primed, results):
@@ -149,7 +150,7 @@ def make_training(
         params,
         loss_fn,
         trainable,
-        metric=source.answering.score_name,
+        metric=_SCORE,
         evaluates=evaluates,
         total_steps=upstream.max_steps,
         eval_steps=max(1, upstream.max_steps // 5),
@@ -281,7 +282,7 @@ class UpstreamSource:
 
 
 class UpstreamScore:
-    """The dev score of the stage: the mean over dev tasks of accuracy, or of the tasks' own scores for texts.
+    """The dev score of the stage: the mean over dev tasks, each by its own metric.
 
     Multi-task learning scores the primed parameters as they are, meta-learners after the inner steps on each task's
     training rows.
@@ -324,7 +325,7 @@ class UpstreamScore:
     def evaluate(self, params: Any) -> dict[str, float]:
         """The mean over the dev tasks."""
         mean = float(np.mean([self._score(params, task) for task in self._tasks]))
-        return {self._source.answering.score_name: mean}
+        return {_SCORE: mean}
 
     def programs(self, params: Any) -> list[Callable[[], None]]:
         """An empty list: programs are compiled when first used."""

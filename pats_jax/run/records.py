@@ -139,7 +139,7 @@ class GlueResults(TypedDict):
 
 
 class PrimedScores(TypedDict):
-    """The mean score over dev tasks: accuracy, or score for answers as texts."""
+    """The mean over dev tasks, each by its own metric; earlier versions called it accuracy where there are options."""
 
     __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]
     metrics: dict[Literal["accuracy", "score"], Score]
