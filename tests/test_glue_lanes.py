@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -223,6 +224,7 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(base, trained, tmp_path):
     assert os.listdir(tmp_path / "lanes" / "set1" / "round-1" / "checkpoints") == ["7"]
     in_lanes(settings_of(base, tmp_path), tmp_path / "lanes" / "set1", lanes=2)  # as it was begun
     assert_same_set(tmp_path, trained[0])
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("compile")]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Lanes against the same runs alone, and one that diverges among others."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -60,12 +61,12 @@ def in_lanes(
     own = models.new_layers(home / "model", config, keys=[run.seed for run in runs])
     arrays, rates = lanes.lane_arrays(runs), lanes.rate_table(runs[0].optimizer, steps, 64)
     lane_program = kind(model.apply, runs[0], steps, **program)
-    compiled = lanes.CompiledLanes(lane_program, params, own, arrays, rates)
-    state = compiled.init(params, own, arrays, rates)
     frozen = lane_program.split(params)[1]
     train = lanes.lane_batches(*data["train"], BATCH, boundaries, [run.seed for run in runs], steps)
     dev = list(batches.eval_batches(data["dev_tokens"], None, BATCH, boundaries))
-    return lanes.fit(compiled, state, arrays, frozen, rates, train, dev, eval_steps)
+    with contextlib.closing(lanes.CompiledLanes(lane_program, params, own, arrays, rates)) as compiled:
+        state = compiled.init(params, own, arrays, rates)
+        return lanes.fit(compiled, state, arrays, frozen, rates, train, dev, eval_steps)
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def cases():
         yield pytest.param(number, id="-".join(map(str, case.values())), marks=marks)
 
 
-@pytest.mark.parametrize("number", cases())
+@pytest.mark.parametrize("number", [*cases()])
 def test_tokens_are_those_of_generate(number, made):
     """At three seeds each, of the kinds of models by turns: 207 in all, a third of them without `make slow`."""
     case, kind = grid()[number], torch_reference.GENERATING_KINDS[number // 2 % 4]

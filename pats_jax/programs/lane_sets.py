@@ -213,6 +213,7 @@ def main(text: str, console: rich.console.Console, kind: type[Tuning], shared_ki
         if parsed[0].data.own_name and parsed[0].batches.train_batch_size is None:
             runs = [run.with_batch_of(shared.train_rows) for run in runs]
         group = Group(shared, runs, pathlib.Path(request["folder"]), devices, request["keeps_models"], console, asked)
+        stack.callback(group.close)
         group.carry_out(request["lanes"])
 
 
@@ -293,6 +294,11 @@ class Group(Generic[Tuning]):
         self._shared, self._runs, self._folder, self._devices = shared, runs, folder, devices
         self._keeps_models, self._console, self._asked = keeps_models, console, asked
         self._compiled: dict[int, lanes.CompiledLanes] = {}  # by number of lanes
+
+    def close(self) -> None:
+        """Ends the threads that compile."""
+        for compiled in self._compiled.values():
+            compiled.close()
 
     def carry_out(self, asked_lanes: int | None) -> None:
         """Trains all runs that are not finished, and removes the folder of the set."""

@@ -370,6 +370,7 @@ class CompiledLanes:
     """The programs of lanes, compiled in threads, one per batch shape.
 
     The programs can be used for every set of lanes of the same number, with the same sizes of model and rate table.
+    `close` ends the threads.
 
     Attributes:
       program: the programs to compile.
@@ -437,6 +438,10 @@ class CompiledLanes:
         found = self._programs[("step", *batch["input_ids"].shape)].result().memory_analysis()
         parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
         return sum(parts) - found.alias_size_in_bytes
+
+    def close(self) -> None:
+        """Ends the threads; waits for what they are compiling, and leaves out what they have not begun."""
+        self._pool.shutdown(cancel_futures=True)
 
     def compile_other(self, compile_it: Callable[[], None]) -> None:
         """Calls a function that compiles another program in a thread of these."""
