@@ -45,7 +45,11 @@ OWN_SETTINGS = {
         **{"norm_rel_ebd": "layer_norm", "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu"},
     }
 }
+LIKE_BERT = ("roberta", "distilbert", "electra", "mpnet")  # their layers are BERT's, or nearly so
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_kind_of_layer = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_BERT else ()) for name in FAMILIES]
+)
 
 
 @functools.cache
@@ -183,7 +187,7 @@ def test_every_parameter_learns(family):
     assert all("key" in path[-2] or path[-2].startswith("k") for path in still - config.unsaved)
 
 
-@every_family
+@every_kind_of_layer
 def test_stacked_layers_compute_what_separate_ones_do(family):
     model, stacked = model_of(family), model_of(family, layers="stacked")
     params, batch = params_of(family), batch_of(family)
@@ -278,7 +282,7 @@ NO_BIASES = ("modernbert",)
 LORA_OR_SLOW = [pytest.param(kind, marks=() if kind == "lora" else pytest.mark.slow) for kind in ADAPTERS]
 
 
-@every_family
+@every_kind_of_layer
 @pytest.mark.parametrize("kind", LORA_OR_SLOW)
 def test_adapters(family, kind, tmp_path):
     """All of an adapter learns; both layouts compute the same; saved and loaded it is the same."""

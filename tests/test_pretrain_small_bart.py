@@ -75,6 +75,7 @@ def test_the_vocabulary_is_cut_to_what_the_texts_need():
         small_bart.cut_tokenizer(tiny.tokenizer(), TEXTS, 5)
 
 
+@pytest.mark.slow
 def test_only_the_decoders_layers_are_trained(bert, tmp_path):
     draw = np.random.default_rng(0).choice
     rows = [
