@@ -24,7 +24,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -120,10 +120,14 @@ def run(settings: PrimedSeq2Seq, study: Study) -> None:
     partition = write_partition(folder / "candidates.json", upstream, dev, candidates)
     rate = best_tuning_rate(settings, study, tuned_on_dev)
     tune(settings, study, "gym", partition, rate, candidates, [])
-    names = choose_targets(settings, study, candidates)
-    say(study.console, f"targets: {', '.join(names)}")
+    gym = load_gym(str(study.root / "tasks"), tasks=list(candidates))
+    gains = direct_gains(settings, study, gym)
+    for name in gains:
+        say(study.console, f"{name}: direct tuning {100 * gains[name]:+.1f} points against a constant answer")
     if settings.direct_only:
         return
+    names = choose_targets(settings, gym, gains)
+    say(study.console, f"targets: {', '.join(names)}")
     stages = settings.stages()
     rates = study.best_rates(stages, 1, ("--partition", partition))
     study.prime({name: (*stage.command(rates[name]), "--partition", partition) for name, stage in stages.items()})
@@ -168,22 +172,29 @@ def best_tuning_rate(settings: PrimedSeq2Seq, study: Study, partition: str) -> s
     return max(scores, key=lambda rate: scores[rate])
 
 
-def choose_targets(settings: PrimedSeq2Seq, study: Study, candidates: Sequence[str]) -> list[str]:
-    """The candidates on which direct tuning beats a constant answer by the most.
-
-    Raises:
-      InputError: if there are not enough of them.
-    """
-    gym = load_gym(str(study.root / "tasks"), tasks=list(candidates))
+def direct_gains(settings: PrimedSeq2Seq, study: Study, gym: Mapping[str, FewShotTask]) -> dict[str, float]:
+    """What direct tuning scores more than a constant answer, mean over samples; the largest gain first."""
     gains = collections.defaultdict(list)
     for record in study.tunings("gym"):
         if record["algorithm"] == "direct":
             constant = constant_score(gym[record["task"]], record["sample"], settings.test_rows)
             gains[record["task"]].append(record["test"] - constant)
     means = {name: float(np.mean(values)) for name, values in gains.items()}
-    for name in sorted(means, key=lambda name: -means[name]):
-        say(study.console, f"{name}: direct tuning {100 * means[name]:+.1f} points against a constant answer")
-    better = sorted((name for name in means if means[name] > 0), key=lambda name: -means[name])
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+
+def choose_targets(settings: PrimedSeq2Seq, gym: Mapping[str, FewShotTask], gains: Mapping[str, float]) -> list[str]:
+    """The tasks with the largest gains of direct tuning.
+
+    Args:
+      settings: say how many, and how many of them are text to text at least.
+      gym: the tasks.
+      gains: from `direct_gains`.
+
+    Raises:
+      InputError: if there are not enough with a gain.
+    """
+    better = [name for name, gain in gains.items() if gain > 0]
     texts = [name for name in better if gym[name].kind == TEXT_TO_TEXT]
     for found, count, kind in (
         (texts, settings.text_targets, "text-to-text tasks"),

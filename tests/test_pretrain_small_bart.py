@@ -94,7 +94,9 @@ def test_only_the_decoders_layers_are_trained(bert, tmp_path):
 
 
 def test_only_a_bert_becomes_a_bart(tmp_path):
-    other = tiny_seq2seq.save_checkpoint(tmp_path / "t5")
-    recipe = small_bart.Recipe(model=str(other), vocab_size=16)
-    with pytest.raises(InputError, match="t5"):
-        small_bart.write_start(recipe, TEXTS, tmp_path / "out")
+    seq2seq = tiny_seq2seq.save_checkpoint(tmp_path / "one")
+    roberta = tiny.save_checkpoint(tmp_path / "other", model_type="roberta")
+    for folder, part in ((seq2seq, "an encoder-decoder"), (roberta, "a roberta; only a BERT can become a BART")):
+        recipe = small_bart.Recipe(model=str(folder), vocab_size=16)
+        with pytest.raises(InputError, match=part):
+            small_bart.write_start(recipe, TEXTS, tmp_path / "out")
