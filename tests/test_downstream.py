@@ -309,6 +309,21 @@ def test_the_grid_takes_what_does_better_on_dev(base, whole, tmp_path):
     assert told > 0
 
 
+def test_the_rates_of_a_grid_share_a_program(base, tmp_path, monkeypatch):
+    made = []
+
+    class Kept(few_shot_tuning.Tuner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(downstream, "Tuner", Kept)
+    one = {"tasks": ("choice",), "samples": (13,)}
+    (record,) = run(base, tmp_path / "gym", grid=("lora=0.01,0.02,0.03",), **one).values()
+    (tuner,) = made
+    assert record["learning_rates"] == [0.01, 0.02, 0.03] and tuner._step._cache_size() == 1
+
+
 def test_fewer_test_rows(base, home, whole, tmp_path, monkeypatch):
     """They are the same for all samples, and not simply the first."""
     seen, real = [], option_scoring.choose

@@ -1,6 +1,7 @@
 """One tuning on a few-shot task: from a start, on one sample, scored on the task's test rows."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -78,19 +79,11 @@ class Tuner:
         trained = jax.tree.map(lambda keep, p: p if keep else None, self._trainable, self._params)
         adapter = None if start.kind == "full" else settings.adapter(start.kind)
         loss_fn = self._answering.make_loss()
-        self._step = jax.jit(make_train_step(loss_fn if adapter is None else adapter.add_to_loss(loss_fn)))
+        self._train_step = make_train_step(loss_fn if adapter is None else adapter.add_to_loss(loss_fn))
+        self._optimizer_at = functools.partial(_make_optimizer, settings, trained, adapter)
+        self._optimizer = self._optimizer_at(1.0)  # its state is that of the optimizer at any learning rate
+        self._step = jax.jit(self._step_at)
         self._answer = jax.jit(self._answering.step)
-        self._optimizers = {
-            rate: methods.make_optimizer(
-                OptimizerSettings.at(rate, settings.optimizer),
-                settings.methods,
-                settings.tuning.max_steps,
-                trained,
-                seed=settings.seed,
-                adapter=adapter,
-            )
-            for rate in settings.tuning.learning_rates(start.kind)
-        }
 
     def tune(self, task: FewShotTask, sample: Sample, asked: preemption.Preemption) -> TuningRecord:
         """Makes one tuning and returns its record, for `relative_gain.summarise`."""
@@ -99,7 +92,8 @@ class Tuner:
         asked_of, task = task, answering.prepare(task)
         sample = task.sample(sample.seed)
         shapes = self._shapes(task)
-        grid = itertools.product(self._optimizers, tuning.batch_sizes)
+        rates = tuning.learning_rates(self._start.kind)
+        grid = itertools.product(rates, tuning.batch_sizes)
         tried = [self._tune(rate, size, task, sample, shapes, asked) for rate, size in grid]
         best = max(tried, key=lambda one: one["place"])
         diverged = list(dict.fromkeys(one["learning_rate"] for one in tried if one["diverged"]))
@@ -122,7 +116,7 @@ class Tuner:
             "sample": sample.seed,
             "metric": answering.metric(task),
             "chance": chance(task, answering.metric(task)),
-            "learning_rates": list(self._optimizers),
+            "learning_rates": list(rates),
             "diverged": diverged,
             "learning_rate": best["learning_rate"],
             "batch_sizes": list(tuning.batch_sizes),
@@ -147,7 +141,7 @@ class Tuner:
         state = TrainState.create(
             apply_fn=self._answering.model.apply,
             params=self._params,
-            tx=self._optimizers[rate],
+            tx=self._optimizer,
             key=settings.seed,
             trainable=self._trainable,
         )
@@ -167,11 +161,16 @@ class Tuner:
                 if best is None or place > best["place"]:
                     best = {"place": place, "params": state.all_params, "step": step, "dev": score}
             if step < max_steps:
-                state, _ = self._step(state, self._encode(task, rows, shapes))
+                state = self._step(state, rate, self._encode(task, rows, shapes))
         if best is None:
             raise InputError(f"{task.name}: the loss of {self._start.name} is not finite before the first step")
         found = {"learning_rate": rate, "batch_size": size, "diverged": diverged}
         return best | found | {"curve": {"step": steps, "dev": scores}}
+
+    def _step_at(self, state, rate, batch):
+        """A step at a learning rate, which is data: all rates of a grid share a program."""
+        state, _ = self._train_step(state.replace(tx=self._optimizer_at(rate)), batch)
+        return state.replace(tx=self._optimizer)
 
     def _batches(self, task, sample, size) -> Iterator[list[Row]]:
         """The rows of every step and one more, epoch by epoch; the order depends on seed, task and sample."""
@@ -195,6 +194,17 @@ class Tuner:
         rows = [row for sample in task.samples for row in (*sample.train, *sample.dev)]
         variants = [one for row in rows for one in self._answering.variants(row, len(row.options))]
         return self._answering.row_shapes(variants)
+
+
+def _make_optimizer(settings, trained, adapter, rate):
+    return methods.make_optimizer(
+        OptimizerSettings.at(rate, settings.optimizer),
+        settings.methods,
+        settings.tuning.max_steps,
+        trained,
+        seed=settings.seed,
+        adapter=adapter,
+    )
 
 
 def rows_to_test(task: FewShotTask, sample: Sample, most: int | None) -> Sequence[Row]:
