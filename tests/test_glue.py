@@ -337,6 +337,34 @@ def test_a_run_compiles_the_shapes_that_its_steps_have_and_no_others(base, tmp_p
     assert len(compiled) == shapes
 
 
+def test_runs_that_differ_in_numbers_share_their_programs(base, tmp_path, monkeypatch):
+    """By what XLA gets to compile."""
+
+    class Made(Exception):
+        pass
+
+    def stop(*_):
+        raise Made
+
+    def programs(**numbers):
+        made = []
+        monkeypatch.setattr(glue, "make_training", lambda *args: made.append(real(*args)) or stop())
+        with pytest.raises(Made):
+            run(base, tmp_path / "run", method="pats", do_train=True, **numbers)
+        ((training, _),) = made
+        batch = next(iter(training.one_of_each_shape(0)))
+        step, figures = training.step, training.figures
+        arguments = (training.shapes.opt_state, np.int32(0), training.numbers)
+        lowered = step._compiled.lower(*step._deal(training.shapes, batch)), figures._compiled.lower(*arguments)
+        return [one.as_text() for one in lowered]
+
+    real = glue.make_training
+    before = programs(max_steps=2)
+    others = {"learning_rate": 1e-3, "weight_decay": 0.1, "noise_scale": 0.2, "decay": 0.5}
+    assert programs(seed=7, max_steps=3, warmup_ratio=0.5, **others) == before
+    assert programs(max_steps=2, adam_beta1=0.8)[0] != before[0]
+
+
 @contextlib.contextmanager
 def _compilations(part):
     """The names of the programs that are compiled, in whatever thread, and have this part."""

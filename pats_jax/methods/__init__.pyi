@@ -8,6 +8,7 @@ from .optimizer import (
     DropoutRates as DropoutRates,
     chosen_gradient as chosen_gradient,
     chosen_objectives as chosen_objectives,
+    count_warmup_steps as count_warmup_steps,
     dropout_rates as dropout_rates,
     learning_rate_schedule as learning_rate_schedule,
     make_optimizer as make_optimizer,

@@ -21,7 +21,7 @@ from pats_jax.models.peft import PeftConfig
 from pats_jax.models.settings import ModelSettings
 
 
-def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(settings: OptimizerSettings, total_steps: Any, warmup_steps: Any = None) -> optax.Schedule:
     """The learning rate by step, as Transformers' schedules of these names have it.
 
     ::
@@ -30,19 +30,22 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
         linear: peak * (1 - x);   cosine: peak * (1 + cos(pi x)) / 2;   constant_with_warmup: peak
                 x = (step - W) / (total_steps - W)
         constant: peak, without warmup
+
+    Args:
+      settings: the settings of the optimizer; the learning rate may be traced.
+      total_steps: number of optimizer steps; with warmup_steps, both may be traced.
+      warmup_steps: W; None: counted from the settings.
     """
+    if warmup_steps is None:
+        warmup_steps = count_warmup_steps(settings, total_steps)
     kind, peak = settings.lr_scheduler_type, settings.learning_rate
-    if kind == "constant":
-        return optax.constant_schedule(peak)
-    warmup_steps = count_warmup_steps(settings, total_steps)
-    warmup, rest = optax.linear_schedule(0.0, peak, warmup_steps), total_steps - warmup_steps
-    if kind == "constant_with_warmup":
-        after = optax.constant_schedule(peak)
-    elif kind == "cosine" and rest:
-        after = optax.cosine_decay_schedule(peak, rest)
-    else:
-        after = optax.linear_schedule(peak, 0.0, rest)
-    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+    def schedule(step):
+        x = jnp.clip((step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1), 0, 1)
+        after = {"linear": 1 - x, "cosine": (1 + jnp.cos(jnp.pi * x)) / 2}.get(kind, 1.0)
+        return peak * jnp.where(step < warmup_steps, step / jnp.maximum(warmup_steps, 1), after)
+
+    return schedule
 
 
 def count_warmup_steps(settings: OptimizerSettings, total_steps: int) -> int:

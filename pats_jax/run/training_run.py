@@ -187,13 +187,14 @@ class TrainingHooks(Hooks):
 
     def describe(self, progress, state):
         made = progress.step - progress.skipped_steps
-        found = jax.device_get(self._training.figures(state.opt_state, np.int32(max(made - 1, 0))))
+        training = self._training
+        found = jax.device_get(training.figures(state.opt_state, np.int32(max(made - 1, 0)), training.numbers))
         figures = {name: float(x) for name, x in found.items()}
         if self._before is not None:
             figures |= {name: float(x) for name, x in _global_norms(self._before, state.params).items()}
             self._before = None
         noisy = figures.pop("noisy_parameters", None)
-        return figures if noisy is None else figures | {"noise_share": noisy / self._training.num_parameters}
+        return figures if noisy is None else figures | {"noise_share": noisy / training.num_parameters}
 
     def on_record(self, record):
         if self._journal:

@@ -4,22 +4,25 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
+import optax
 
 from pats_jax import methods, train_state, trees
 from pats_jax.core.files import JsonObject
+from pats_jax.core.settings import Flat
 from pats_jax.methods import Method, OptimizerSettings
 from pats_jax.models.peft import PeftConfig
 from pats_jax.training import concentration, runners
 from pats_jax.training.loop import Rhythm
-from pats_jax.training.settings import LoopSettings, SavingSettings
+from pats_jax.training.settings import LANE_NUMBERS, LoopSettings, SavingSettings
 
 logger = logging.getLogger(__name__)
 
 Counts = dict[str, float]  # examples and tokens that are real, and computed_tokens
+Numbers = dict[str, Any]  # by flag
 
 
 class Evaluator(Protocol):
@@ -78,6 +81,15 @@ class Recipe(Protocol):
     @property
     def saving(self) -> SavingSettings: ...
 
+    def flat(self) -> Flat:
+        """Every setting by its flag."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with changed settings, by their flags."""
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -90,7 +102,7 @@ class Training:
       rhythm: when to log, evaluate, save and stop.
       metric: the score that selects the best evaluation.
       evaluates: whether the model is scored during training.
-      schedule: the learning rate by step.
+      numbers: what the programs get as arguments, from `step_numbers`.
       num_parameters: the number of the model's parameters.
       num_trained: the number of trained parameters.
       shapes: the shapes of `state`.
@@ -105,7 +117,7 @@ class Training:
     rhythm: Rhythm
     metric: str
     evaluates: bool
-    schedule: Callable[[Any], Any]
+    numbers: Numbers
     num_parameters: int
     num_trained: int
     shapes: train_state.TrainState
@@ -120,12 +132,15 @@ class Training:
 
     @functools.cached_property
     def figures(self) -> runners.CompiledProgram:
-        """A program for the learning rate of the last step, given the steps before it, and for the methods' figures."""
-        chosen, peak = self.settings.methods, self.settings.optimizer.learning_rate
+        """A program for the learning rate of the last step, given the steps before it, and for the methods' figures.
 
-        def figures(opt_state, made):
-            rate = self.schedule(made)
-            return {"learning_rate": rate, **methods.statistics(chosen, self.schedule, peak, opt_state)}
+        Its arguments are the optimizer's state, the number of steps, int32, and `numbers`.
+        """
+
+        def figures(opt_state, made, numbers):
+            settings, schedule = with_numbers(self.settings, numbers)
+            did = methods.statistics(settings.methods, schedule, settings.optimizer.learning_rate, opt_state)
+            return {"learning_rate": schedule(made), **did}
 
         return runners.CompiledProgram(jax.jit(figures))
 
@@ -141,7 +156,7 @@ class Training:
     def programs_for_later(self, evaluator: Evaluator) -> list[Callable[[], None]]:
         """Functions that compile the programs besides the step: for the logged figures, and for the evaluation."""
         shapes = self.runner.view(self.shapes.all_params)
-        figures = functools.partial(self.figures.compile, self.shapes.opt_state, np.int32(0))
+        figures = functools.partial(self.figures.compile, self.shapes.opt_state, np.int32(0), self.numbers)
         return [figures, *(evaluator.programs(shapes) if self.evaluates else ())]
 
 
@@ -179,22 +194,26 @@ def make_training(
       measure: see `Training`.
     """
     trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
-    schedule = methods.learning_rate_schedule(settings.optimizer, total_steps)
-    tx = methods.make_optimizer(
-        settings.optimizer,
-        settings.methods,
-        total_steps,
-        trained,
-        seed=settings.seed,
-        fisher=source.fisher_measure(trained, frozen),
-        schedule=schedule,
-        adapter=settings.adapter,
-    )
+    fisher = source.fisher_measure(trained, frozen)
+
+    def optimizer(settings, schedule, trained):
+        return methods.make_optimizer(
+            settings.optimizer,
+            settings.methods,
+            total_steps,
+            trained,
+            seed=settings.seed,
+            fisher=fisher,
+            schedule=schedule,
+            adapter=settings.adapter,
+        )
+
+    tx = optimizer(settings, methods.learning_rate_schedule(settings.optimizer, total_steps), trained)
     create = functools.partial(
         train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
     )
     shapes = runner.state_shapes(create, params)
-    step = train_state.make_train_step(
+    train_step = train_state.make_train_step(
         loss_fn if settings.adapter is None else settings.adapter.add_to_loss(loss_fn),
         axis_name=runner.axis_name,
         accumulation_steps=accumulation_steps,
@@ -202,6 +221,15 @@ def make_training(
         norms=runner.platform == "cpu",
         gradient=methods.chosen_gradient(settings.methods),
     )
+
+    numbers = step_numbers(settings, total_steps)
+
+    def step(state, batch, numbers):
+        tx = optimizer(*with_numbers(settings, numbers), state.params)
+        made, metrics = train_step(state.replace(tx=tx), batch)
+        return made.replace(tx=state.tx), metrics
+
+    built_before = not all(method.works_in_lanes for method in settings.methods)  # from numbers, which are constants
     return Training(
         settings=settings,
         source=source,
@@ -209,14 +237,32 @@ def make_training(
         rhythm=make_rhythm(settings.loop, settings.saving, total_steps, eval_steps),
         metric=metric,
         evaluates=evaluates,
-        schedule=schedule,
+        numbers=numbers,
         num_parameters=sum(p.size for p in jax.tree.leaves(params)),
         num_trained=sum(p.size for p in jax.tree.leaves(trained)),
         shapes=shapes,
-        step=runner.compile_step(step, shapes),
+        step=runner.compile_step(train_step if built_before else step, shapes, None if built_before else numbers),
         create_state=functools.partial(runner.create_state, create, params),
         measure=measure,
     )
+
+
+def step_numbers(settings: Recipe, total_steps: int) -> Numbers:
+    """The numbers of a training that are arrays in its step, so trainings that differ in them share a program.
+
+    Those of `LANE_NUMBERS`, float32 by flag, and ``total_steps`` and ``warmup_steps`` of the schedule, int32.
+    """
+    flat = settings.flat()
+    numbers = {name: np.float32(flat[name]) for name in LANE_NUMBERS if name in flat}
+    warmup_steps = methods.count_warmup_steps(settings.optimizer, total_steps)
+    return numbers | {"total_steps": np.int32(total_steps), "warmup_steps": np.int32(warmup_steps)}
+
+
+def with_numbers(settings: AnyRecipe, numbers: Numbers) -> tuple[AnyRecipe, optax.Schedule]:
+    """The settings with numbers from `step_numbers`, which may be traced, and the learning rate by step."""
+    settings = settings.replace(**{name: numbers[name] for name in LANE_NUMBERS if name in numbers})
+    schedule = methods.learning_rate_schedule(settings.optimizer, numbers["total_steps"], numbers["warmup_steps"])
+    return settings, schedule
 
 
 def make_rhythm(loop: LoopSettings, saving: SavingSettings, total_steps: int, eval_steps: int) -> Rhythm:

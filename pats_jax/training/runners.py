@@ -28,7 +28,7 @@ from pats_jax.train_state import Batch, Metrics, TrainState
 
 DATA, FSDP = "data", "fsdp"
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]  # of state and batch, and numbers if it takes them
 
 
 def initialize(
@@ -169,7 +169,8 @@ class CompiledStep:
 
         Args:
           compiled: the step under `jax.jit` or `jax.pmap`.
-          deal: makes the step's arguments from the state and this process's own rows of a batch.
+          deal: makes the step's arguments from the state and this process's own rows of a batch: state, batch and,
+            if it takes them, numbers.
           in_turn: returns the step's result when the next program may start.
         """
         self._compiled, self._deal, self._in_turn = compiled, deal, in_turn
@@ -179,12 +180,12 @@ class CompiledStep:
         self._then: Sequence[Callable[[], None]] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state, batch = self._deal(state, batch)
-        shapes = _shapes(batch)
+        arguments = self._deal(state, batch)
+        shapes = _shapes(arguments[1])
         self._announced.pop(shapes, None)
         if shapes in self._coming:
             self._coming.pop(shapes).result()  # JAX has the program now; the call before would compile it, too
-        result = self._in_turn(self._compiled(state, batch))
+        result = self._in_turn(self._compiled(*arguments))
         if self._thread and (self._announced or self._then):
             jax.block_until_ready(result)  # the first step is not to be held up by programs for later ones
             for shapes, arguments in self._announced.items():
@@ -361,12 +362,27 @@ class MeshRunner:
         shapes = jax.eval_shape(lambda params: create(params=params), params)
         return jax.tree.map(_with_shape_of, shapes, self.shardings_of(shapes))
 
-    def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
-        """Compiles the step for states like this one and this process's rows of each batch; it donates the state."""
-        compiled = self.jit_step(step, state)
-        return CompiledStep(compiled, lambda state, batch: (state, self.put(batch)), self.in_turn)
+    def compile_step(self, step: Step, state: TrainState, numbers: Any = None) -> CompiledStep:
+        """Compiles the step for states like this one and this process's rows of each batch; it donates the state.
 
-    def jit_step(self, step: Step, state: TrainState) -> Any:
+        Args:
+          step: ``step(state, batch) -> (state, metrics)``; with numbers, they are its third argument.
+          state: a state, or its shapes.
+          numbers: a tree of arrays that every process holds in full, the same in every step.
+        """
+        compiled = self.jit_step(step, state, with_numbers=numbers is not None)
+        placed = () if numbers is None else (self.place_numbers(numbers),)
+        return CompiledStep(compiled, lambda state, batch: (*self.deal(state, batch), *placed), self.in_turn)
+
+    def place_numbers(self, numbers: Any) -> Any:
+        """Puts the numbers of a step on the devices."""
+        return jax.device_put(numbers, self.replicated)
+
+    def deal(self, state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+        """The arguments of the jitted step, from the state and this process's rows of a batch."""
+        return state, self.put(batch)
+
+    def jit_step(self, step: Step, state: TrainState, *, with_numbers: bool = False) -> Any:
         """The step as JAX compiles it, for states like this one and batches from `batch_shapes`."""
         # Where parameters are cut for fsdp, XLA is left to choose how to compute: to gather them all first would take
         # the memory that cutting them saves. Only what comes out must lie where it lay.
@@ -420,17 +436,17 @@ class PmapRunner(MeshRunner):
     def put_ahead(self, batch: dict[str, np.ndarray]) -> Batch:
         return batch  # pmap itself deals it out
 
-    def compile_step(self, step: Step, state: TrainState) -> CompiledStep:
-        def deal(state, batch):
-            return self._narrow(state), {name: x.reshape(self._dealt(x)) for name, x in batch.items()}
+    def place_numbers(self, numbers: Any) -> Any:
+        return jax.device_put(numbers, self._local)
 
-        return CompiledStep(self.jit_step(step, state), deal, self.in_turn)
+    def deal(self, state: TrainState, batch: Batch) -> tuple[TrainState, Batch]:
+        return self._narrow(state), {name: x.reshape(self._dealt(x)) for name, x in batch.items()}
 
-    def jit_step(self, step: Step, state: TrainState) -> Any:
+    def jit_step(self, step: Step, state: TrainState, *, with_numbers: bool = False) -> Any:
         return jax.pmap(
             step,
             axis_name=DATA,
-            in_axes=(None, 0),
+            in_axes=(None, 0, None) if with_numbers else (None, 0),
             out_axes=(None, None),
             donate_argnums=0,
             devices=None if jax.process_count() > 1 else self._local_devices,
