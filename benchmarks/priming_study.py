@@ -75,7 +75,10 @@ class Study:
 
     def best_rates(self, stages: Mapping[str, Stage], checks: int, flags: Sequence[str]) -> dict[str, str]:
         """The learning rate of each stage with the best score on the dev tasks within so many checks."""
-        folders = {(name, rate): f"rates/{name}-{rate}" for name, stage in stages.items() for rate in stage.rates}
+        # rates of one stage share their compiled programs, so they do not begin together
+        tried = [(name, rate) for name, stage in stages.items() for rate in stage.rates]
+        tried.sort(key=lambda one: stages[one[0]].rates.index(one[1]))
+        folders = {(name, rate): f"rates/{name}-{rate}" for name, rate in tried}
         short = {
             name: dataclasses.replace(stage, max_steps=checks * stage.check_steps) for name, stage in stages.items()
         }
