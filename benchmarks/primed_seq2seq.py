@@ -74,8 +74,8 @@ class PrimedSeq2Seq:
     model: str  # folder of the T5 or BART
     data_dir: str  # folder of the task files
     output_dir: str  # folder of all runs
-    steps: int = 400  # upstream steps of multi-task learning
-    meta_steps: int = 200  # upstream steps of first-order MAML
+    steps: int = 120  # upstream steps of multi-task learning
+    meta_steps: int = 60  # upstream steps of first-order MAML
     checks: int = 4  # of a stage; its first part, up to the first check, is run for each learning rate
     tuning_steps: int = 40  # steps per tuning
     test_rows: int = 100  # of each target
