@@ -34,7 +34,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: Any, warmup
     Args:
       settings: the settings of the optimizer; the learning rate may be traced.
       total_steps: number of optimizer steps; with warmup_steps, both may be traced.
-      warmup_steps: W; None: counted from the settings.
+      warmup_steps: the W above; None: counted from the settings.
     """
     if warmup_steps is None:
         warmup_steps = count_warmup_steps(settings, total_steps)
