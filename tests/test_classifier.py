@@ -78,8 +78,8 @@ def test_weights_and_scores_are_those_of_the_command_line(checkpoint, fitted, tm
     for name in ("final", "best", "majority_class", "eval_examples", "steps", "diagnosis"):
         assert results[name] == fitted.results_[name], name
     of_run = TextClassifier.load(tmp_path / "run" / "model")
-    # the same weights, but where a buffer lies in memory can decide the last bit
-    np.testing.assert_allclose(of_run.predict_proba(NEW), fitted.predict_proba(NEW), rtol=1e-6)
+    # the weights are equal, but two calls were seen to differ in the last bit
+    np.testing.assert_array_max_ulp(of_run.predict_proba(NEW), fitted.predict_proba(NEW), maxulp=2)
     assert fitted.evaluate(TEXTS[32:], LABELS[32:]) == results["final"]["metrics"]
 
 

@@ -194,20 +194,7 @@ def make_training(
       measure: see `Training`.
     """
     trained, frozen = (params, None) if trainable is None else trees.partition(trainable, params)
-    fisher = source.fisher_measure(trained, frozen)
-
-    def optimizer(settings, schedule, trained):
-        return methods.make_optimizer(
-            settings.optimizer,
-            settings.methods,
-            total_steps,
-            trained,
-            seed=settings.seed,
-            fisher=fisher,
-            schedule=schedule,
-            adapter=settings.adapter,
-        )
-
+    optimizer = functools.partial(_make_optimizer, total_steps, source.fisher_measure(trained, frozen))
     tx = optimizer(settings, methods.learning_rate_schedule(settings.optimizer, total_steps), trained)
     create = functools.partial(
         train_state.TrainState.create, apply_fn=model.apply, tx=tx, key=settings.seed, trainable=trainable
@@ -229,7 +216,7 @@ def make_training(
         made, metrics = train_step(state.replace(tx=tx), batch)
         return made.replace(tx=state.tx), metrics
 
-    built_before = not all(method.works_in_lanes for method in settings.methods)  # from numbers, which are constants
+    takes_numbers = all(method.works_in_lanes for method in settings.methods)
     return Training(
         settings=settings,
         source=source,
@@ -241,9 +228,22 @@ def make_training(
         num_parameters=sum(p.size for p in jax.tree.leaves(params)),
         num_trained=sum(p.size for p in jax.tree.leaves(trained)),
         shapes=shapes,
-        step=runner.compile_step(train_step if built_before else step, shapes, None if built_before else numbers),
+        step=runner.compile_step(step, shapes, numbers) if takes_numbers else runner.compile_step(train_step, shapes),
         create_state=functools.partial(runner.create_state, create, params),
         measure=measure,
+    )
+
+
+def _make_optimizer(total_steps, fisher, settings, schedule, trained):
+    return methods.make_optimizer(
+        settings.optimizer,
+        settings.methods,
+        total_steps,
+        trained,
+        seed=settings.seed,
+        fisher=fisher,
+        schedule=schedule,
+        adapter=settings.adapter,
     )
 
 

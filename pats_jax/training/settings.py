@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pats_jax.core.settings import POSITIVE, PROBABILITY, Group, Range, at_least, setting
 from pats_jax.errors import InputError
 
-# The settings that are arrays in the step: runs that differ in them share a program, and each lane may have its own.
+# The settings that are arrays in the step, so each lane may have its own; in a run alone, those of the optimizer are.
 LANE_NUMBERS = (
     "learning_rate",
     "weight_decay",
