@@ -248,6 +248,9 @@ def test_lines_of_the_first_part_keep_their_protocol():
     assert run.protocol_of("rte", given) == alike | {"lengths": {"short": [16, 64], "long": [64, 128]}}
     others = {"similarity": [32, 96], "questions": [8], "subjectivity": [32, 64]}
     assert run.protocol_of("subj", given) == alike | {"lengths": others}
+    given.train_rows = 100
+    assert run.protocol_of("subj", given) == alike | {"lengths": others, "train_rows": 100}
+    given.train_rows = None
 
     protocols = {task: run.protocol_of(task, given) | {"dtype": "bfloat16"} for task in grid.TASKS}
     stored = run.Journal(RESULTS / "h200" / "study" / "runs.jsonl", protocols).finished

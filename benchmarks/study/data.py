@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pats_jax import models
-from pats_jax.data import batches, readers, tables, tasks
+from pats_jax.data import batches, low_resource, readers, tables, tasks
 from pats_jax.data.tasks import Task
 from pats_jax.errors import InputError
 from pats_jax.models.config import EncoderConfig
@@ -104,6 +104,7 @@ def load_groups(
     names: Sequence[str],
     lengths: dict[str, Sequence[int]] | None = None,
     texts_dir: str | None = None,
+    train_rows: int | None = None,
 ) -> dict[str, Group]:
     """The groups of the named tasks.
 
@@ -113,13 +114,16 @@ def load_groups(
       names: of tasks.
       lengths: group -> lengths, in place of those of `GROUPS`.
       texts_dir: folder of the other tasks, ``TREC/`` and ``SUBJ/``.
+      train_rows: training rows of each task, the same for all seeds, with the proportions of its labels.
     """
     tokenizer = models.load_tokenizer(model)
     groups = {}
     for name, group in GROUPS.items():
         of_group = tuple((lengths or {}).get(name, group["lengths"]))
         chosen = [task for task in group["tasks"] if task in names]
-        loaded = {task: _tokenized(_load(data_dir, texts_dir, task), tokenizer, of_group[-1]) for task in chosen}
+        loaded = {
+            task: _tokenized(_load(data_dir, texts_dir, task, train_rows), tokenizer, of_group[-1]) for task in chosen
+        }
         if loaded:
             groups[name] = _group(loaded, of_group)
     return groups
@@ -133,11 +137,15 @@ def why_missing(task: str, data_dir: str, texts_dir: str | None) -> str | None:
     return None if data_dir in ("builtin", "hub") or folder.is_dir() else f"{folder} does not exist"
 
 
-def _load(data_dir, texts_dir, task):
+def _load(data_dir, texts_dir, task, train_rows):
     if task in OWN_TASKS:
-        return {"trec": read_trec, "subj": read_subj}[task](pathlib.Path(texts_dir))
-    splits = readers.load_task(task, None if data_dir == "hub" else data_dir)
-    return splits["train"].first(TRAIN_ROWS.get(task)), splits["validation"]
+        train, dev = {"trec": read_trec, "subj": read_subj}[task](pathlib.Path(texts_dir))
+    else:
+        splits = readers.load_task(task, None if data_dir == "hub" else data_dir)
+        train, dev = splits["train"].first(TRAIN_ROWS.get(task)), splits["validation"]
+    if train_rows is not None:
+        train = train.take(low_resource.stratified_rows(train.labels, train_rows, seed=0))
+    return train, dev
 
 
 def read_trec(folder: pathlib.Path) -> tuple[readers.Split, readers.Split]:

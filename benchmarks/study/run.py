@@ -49,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lanes", type=int, default=20, help="trainings side by side")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max_steps", type=int, default=-1, help="steps of a training; -1: as many as the epochs take")
+    parser.add_argument("--train_rows", type=int, help="training rows of each task, the same for all seeds; unset: all")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of computation")
     parser.add_argument("--layers", choices=["separate", "stacked"], help="layout of the encoder; unset: by backend")
     parser.add_argument("--unroll", type=int, default=1, help="layers in one iteration of stacked layers' loop")
@@ -113,7 +114,8 @@ def protocol_of(task: str, flags: argparse.Namespace) -> dict[str, Any]:
     part = next(part for part in grid.PARTS.values() if task in part.tasks)
     groups = {name: group for name, group in data.GROUPS.items() if set(group["tasks"]) & set(part.tasks)}
     lengths = {name: list(getattr(flags, f"{name}_lengths") or group["lengths"]) for name, group in groups.items()}
-    return {"epochs": flags.epochs, "max_steps": flags.max_steps, "dtype": flags.dtype, "lengths": lengths}
+    found = {"epochs": flags.epochs, "max_steps": flags.max_steps, "dtype": flags.dtype, "lengths": lengths}
+    return found if flags.train_rows is None else found | {"train_rows": flags.train_rows}
 
 
 def settings_of(training: grid.Training, dtype: str) -> Settings:
@@ -316,7 +318,8 @@ class Study:
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
         if not missing:
             return
-        for group in data.load_groups(flags.data_dir, flags.model, missing, lengths, flags.texts_dir).values():
+        loaded = data.load_groups(flags.data_dir, flags.model, missing, lengths, flags.texts_dir, flags.train_rows)
+        for group in loaded.values():
             self.say(f"tasks {', '.join(group.tasks)}: {len(group.words)} words, lengths {group.lengths}")
             self._groups.append(group)
 
