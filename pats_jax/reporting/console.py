@@ -56,7 +56,9 @@ def one_line(text: str, length: int = _LONGEST_LINE) -> str:
 _CUT = " ... "
 
 
-def parse_flags(kind: Callable[..., Any], *, args: list[str], prog: str, **options: Any) -> Any:
+def parse_flags(
+    kind: Callable[..., Any], *, args: list[str], prog: str, config: tuple[Any, ...] = (), **options: Any
+) -> Any:
     """The result of `tyro.cli` for a class; for a function, a partial with the values of the flags.
 
     Raises:
@@ -68,7 +70,8 @@ def parse_flags(kind: Callable[..., Any], *, args: list[str], prog: str, **optio
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(_called_later(kind), args=args, prog=prog, use_underscores=True, **options)
+            config += (tyro.conf.HelptextFromCommentsOff,)  # the search for them takes half of the time
+            return tyro.cli(_called_later(kind), args=args, prog=prog, use_underscores=True, config=config, **options)
     finally:
         lines = complaint.getvalue().splitlines()
         if len(lines) > _LONGEST_COMPLAINT:

@@ -122,10 +122,12 @@ def parse(args: list[str], prog: str, kind: type[Program], others_read: frozense
     saved |= _preset(args, kind, has_config=path is not None)
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
         saved.pop("train_batch_size", None)  # the flags given now count, not the saved product
-    values = vars_of(parse_flags(parser(kind, defaults=saved), args=args, prog=prog))
+    parsed = parse_flags(parser(kind, defaults=saved, only=_known(given, kind)), args=args, prog=prog)
+    values = kind.defaults() | saved | vars_of(parsed)
     values.pop("preset", None)  # its values are settings of their own now
     known, values = kind.all_entries(), _with_paths(values, kind)
-    read = {flag: value for flag, value in values.items() if flag in read_by(kind, values)}
+    names = read_by(kind, values)
+    read = {flag: value for flag, value in values.items() if flag in names}
     for flag, value in read.items():
         known[flag].check(value)
     settings = kind(**read)
@@ -154,14 +156,9 @@ def parse_part(args: list[str], prog: str, kind: type[Part], others: type[Compos
     if {"help", "h", "help_all"} & set(given):
         show_help(prog, kind, others, everything="help_all" in given)
     _refuse_foreign(given, prog, kind, others)
-    parsed, left = parse_flags(
-        parser(kind, defaults={}, has_config=False), args=args, prog=prog, return_unknown_args=True
-    )
-    known = kind.all_entries()
-    values = {
-        flag: _as_path(flag, value) if known[flag].about.is_path else value for flag, value in vars_of(parsed).items()
-    }
-    settings = kind(**values)
+    own = parser(kind, defaults={}, has_config=False, only=frozenset(given))
+    parsed, left = parse_flags(own, args=args, prog=prog, return_unknown_args=True)
+    settings = kind(**_with_paths(kind.defaults() | vars_of(parsed), kind))
     settings.check()
     return settings, left
 
@@ -179,7 +176,20 @@ def show_help(prog: str, *kinds: type[Composed], everything: bool) -> None:
     parse_flags(flags, args=["--help"], prog=prog, description=f"{(kind.__doc__ or '').strip()}{hint}")
 
 
-def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_config: bool = True) -> type:
+def _known(given, kind):
+    """The flags to parse, which is quicker the fewer there are; None, for all, if one is given that is not known."""
+    known = kind.all_entries().keys() | {"config"}
+    unknown = any(name not in known and name.removeprefix("no_") not in known for name in given)
+    return None if unknown else frozenset(given)
+
+
+def parser(
+    *kinds: type[Composed],
+    defaults: Flat,
+    basic: bool = False,
+    has_config: bool = True,
+    only: frozenset[str] | None = None,
+) -> type:
     """A class that tyro parses: the settings of a program, in its groups.
 
     Args:
@@ -187,6 +197,7 @@ def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_conf
       defaults: the values of flags that are not given.
       basic: whether to include only the settings that ``--help`` shows.
       has_config: whether there is a flag ``--config``, which is not one of the settings.
+      only: the flags to include; None for all.
     """
     fields: dict[str, list[tuple[str, Any, Any]]] = {}
     if has_config and not basic:
@@ -195,6 +206,7 @@ def parser(*kinds: type[Composed], defaults: Flat, basic: bool = False, has_conf
     for kind in kinds:
         for title, known in kind.groups(basic=basic).items():
             own = [e for e in known.values() if (e.about.is_basic or not basic) and e.flag not in taken]
+            own = [e for e in own if only is None or e.flag in only]
             fields.setdefault(title, []).extend(_flag(entry, defaults) for entry in own)
             taken |= {entry.flag for entry in own}
     made = []
