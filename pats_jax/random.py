@@ -51,6 +51,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.random import define_prng_impl
 
 NAME = "pats_fast"
@@ -198,17 +199,23 @@ def key_from_data(data: Any, kind: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(data), impl=KIND if kind == NAME else kind)
 
 
+# In terms of lax, whose operations JAX traces faster than operators between arrays.
 def mix(x: jax.Array) -> jax.Array:
     """The published mixing function, see the module's docstring: one-to-one on uint32 words."""
-    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
+    x = lax.mul(_xor_shift(x, 16), np.uint32(0x21F0AAAD))
+    x = lax.mul(_xor_shift(x, 15), np.uint32(0xD35A2D97))
+    return _xor_shift(x, 15)
+
+
+def _xor_shift(x, distance):
+    return lax.bitwise_xor(x, lax.shift_right_logical(x, np.uint32(distance)))
 
 
 def _feistel(left: jax.Array, right: jax.Array, start: int = 0) -> _Pair:
     """Four rounds numbered from ``start + 1``: one-to-one on pairs of words."""
     for number in range(start + 1, start + 5):
-        left, right = right, left ^ mix(right + np.uint32(number * _GOLDEN % 2**32))
+        added = lax.add(right, np.uint32(number * _GOLDEN % 2**32))
+        left, right = right, lax.bitwise_xor(left, mix(added))
     return left, right
 
 
@@ -250,7 +257,7 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
     return (words >> (32 - bit_width)).astype(f"uint{bit_width}")
 
 
-@jax.jit(inline=True, static_argnums=(1, 2))
+@jax.jit(static_argnums=(1, 2))  # not inline: arrays of one shape share their program
 def _words(key: jax.Array, domain: int, shape: tuple[int, ...]) -> jax.Array:
     """One random uint32 for each element of an array of ``shape``."""
     # The block of an array within 2**32 elements is the scalar 0, so its (a, b) are scalars and out of XLA's loop.

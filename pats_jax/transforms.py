@@ -10,6 +10,7 @@ exact rule below is ours, and every number in it is an argument.
 """
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -186,6 +187,14 @@ def pats_noise(
         kept, axes = trees.resolve_layer_mask(mask, params), trees.resolve_layer_axis(layer_axis, params)
         return _first_state(params, kept, axes, key, sensitivity_dtype)
 
+    @jax.jit  # tensors of one shape share their program
+    def update_tensor(u, p, g, old, std, tensor_key, scale):
+        new = _stored(trees.moving_average(old, trees.saliency(p, g), decay), sensitivity_dtype)
+        if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
+            return u, new
+        noise = scale * std * respond(_relative(new)) * draw(tensor_key, u.shape)
+        return (u + noise).astype(u.dtype), new
+
     def update(updates, state, params=None, *, grad=None, **extra_args):
         del extra_args
         trees.require_raw_gradient("pats_noise", params, grad)
@@ -198,14 +207,8 @@ def pats_noise(
         def update_leaf(u, axis, leaf_key, p, g, old, std):
             if old is None or trees.is_masked(u):
                 return u, old
-            return trees.each_layer(update_tensor, axis, u, p, g, old, per_layer=(std, leaf_key))
-
-        def update_tensor(u, p, g, old, std, tensor_key):
-            new = _stored(trees.moving_average(old, trees.saliency(p, g), decay), sensitivity_dtype)
-            if silent:  # adding zeros could still change how XLA fuses, and so rounds, what comes before
-                return u, new
-            noise = scale * std * respond(_relative(new)) * draw(tensor_key, u.shape)
-            return (u + noise).astype(u.dtype), new
+            of_tensor = functools.partial(update_tensor, scale=scale)
+            return trees.each_layer(of_tensor, axis, u, p, g, old, per_layer=(std, leaf_key))
 
         trees_of_leaves = (axes, keys, params, grad, state.sensitivity, state.initial_std)
         columns = [treedef.flatten_up_to(tree) for tree in trees_of_leaves]

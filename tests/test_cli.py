@@ -514,6 +514,7 @@ def test_help_and_version_answer_before_what_is_slow_to_import(module, args, wor
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pats_jax" in imported and imported & SLOW_TO_IMPORT == loaded
 
+
 @pytest.mark.parametrize(
     "words, expected",
     [

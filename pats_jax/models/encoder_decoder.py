@@ -236,9 +236,12 @@ class LayerStack(nn.Module):
         return apply(variables, key, hidden, constants)
 
     def _separate(self, hidden, constants, keys, deterministic):
+        @jax.jit  # all layers are traced once
+        def run(hidden, constants, variables, key):
+            return self._layer(hidden, constants, variables, key, deterministic)
+
         for number in range(self.count):
-            key = None if keys is None else keys[number]
-            hidden = self._layer(hidden, constants, self._own(number), key, deterministic)
+            hidden = run(hidden, constants, self._own(number), None if keys is None else keys[number])
         return hidden
 
     def _stacked(self, hidden, constants, keys, deterministic):
@@ -255,7 +258,12 @@ class LayerStack(nn.Module):
     def _initialize(self, hidden, constants):
         layer, key = self.make_layer(parent=None), self.make_rng("params")
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.count))
-        drawn = [layer.init(key, hidden, *constants, deterministic=True)["params"] for key in keys]
+
+        @jax.jit  # all layers are traced once
+        def draw(key, hidden, constants):
+            return layer.init(key, hidden, *constants, deterministic=True)["params"]
+
+        drawn = [draw(key, hidden, constants) for key in keys]
         trees = {str(number): tree for number, tree in enumerate(drawn)}
         if self.form.layers == STACKED:
             trees = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)

@@ -266,12 +266,16 @@ class LayerStack(nn.Module):
         return {} if self.kinds is None else {"kind": self.kinds[number]}
 
     def _separate(self, apply, hidden, own, places, first_token_only):
+        @functools.partial(jax.jit, static_argnums=(0, 1))  # layers of a kind are traced once
+        def run(kind, only_first, *inputs):
+            return apply(*inputs, kind=dict(kind), only_first=only_first)
+
         states = [hidden]
         for index in places:
             variables = {name: tree.get(str(index), {}) for name, tree in self.variables.items()}
             of_layer = jax.tree.map(lambda x, place=index - places.start: x[place], own)
             only = first_token_only and index == places[-1]
-            states.append(apply(states[-1], variables, of_layer, kind=self._kind(index), only_first=only))
+            states.append(run(tuple(self._kind(index).items()), only, states[-1], variables, of_layer))
         return tuple(states)
 
     def _stacked(self, apply, hidden, own, places, first_token_only, output_hidden_states):
@@ -327,11 +331,13 @@ class LayerStack(nn.Module):
         layer = self.layer(self.config, self.dtype, EINSUM, parent=None)
         numbers = range(self.config.num_hidden_layers)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(numbers)))
-        options: dict[str, Any] = {"deterministic": True, "first_token_only": False}
-        drawn = [
-            layer.init(keys[number], hidden, *constants, **(options | self._kind(number)))["params"]
-            for number in numbers
-        ]
+
+        @functools.partial(jax.jit, static_argnums=0)  # layers of a kind are traced once
+        def draw(kind, key, *inputs):
+            options = {"deterministic": True, "first_token_only": False, **dict(kind)}
+            return layer.init(key, *inputs, **options)["params"]
+
+        drawn = [draw(tuple(self._kind(n).items()), keys[n], hidden, *constants) for n in numbers]
         trees = {str(index): tree for index, tree in enumerate(drawn)}
         if self.form.layers == STACKED:
             trees = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)

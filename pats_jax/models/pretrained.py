@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import shutil
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def from_pretrained(
         unroll=unroll,
         attention=attention,
     )
-    shapes = _parameter_shapes(SequenceClassifier(config))
+    shapes = _parameter_shapes(config)
     matched = convert.match(files, shapes, config, new_head=new_head, source=str(folder))
     _report_match(matched, name_or_dir, has_head=own_labels is not None)
     loaded = _read_parameters(files, matched.sources, shapes, str(folder))
@@ -191,7 +192,7 @@ def save_pretrained(
         tensors = seq2seq.to_tensors(params, config)
     else:
         flat = flatten_dict(unstack_layers(jax.device_get(params), config.num_hidden_layers))
-        convert.check_shapes(flat, _parameter_shapes(SequenceClassifier(config)))
+        convert.check_shapes(flat, _parameter_shapes(config))
         saved = {path: value for path, value in flat.items() if path not in config.unsaved}
         tensors = {convert.tensor_name(path): convert.to_tensor(path, value) for path, value in saved.items()}
     with new_folder(directory) as made:
@@ -219,7 +220,7 @@ def new_layers(
       Nested dicts of float32 NumPy arrays with a leading axis of keys; empty if the checkpoint has all layers.
     """
     folder = checkpoint_folder(name_or_dir, check_weights=False)
-    shapes = _parameter_shapes(SequenceClassifier(config))
+    shapes = _parameter_shapes(config)
     new = convert.match(weights.tensor_files(folder), shapes, config, new_head=new_head, source=str(folder)).new
     drawn = [_draw(new, shapes, key, config.initializer_range) for key in keys] if new else [{}]
     return unflatten_dict({path: np.stack([one[path] for one in drawn]) for path in new})
@@ -362,10 +363,12 @@ def _with_dropout(
     return dataclasses.replace(config, **given)
 
 
-def _parameter_shapes(model: SequenceClassifier) -> dict[convert.ParameterPath, tuple[int, ...]]:
-    """The shape of every parameter of a model by its path; computes nothing."""
+@functools.lru_cache(maxsize=8)
+def _parameter_shapes(config: EncoderConfig) -> Mapping[convert.ParameterPath, tuple[int, ...]]:
+    """The shape of every parameter of a classifier by its path; computes nothing."""
+    model = SequenceClassifier(config)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten_dict(tree).items()})
 
 
 def _host() -> jax.Device | None:
