@@ -254,6 +254,7 @@ def test_groups():
     assert list(step.groups("", 2)) == [""]
 
 
+@pytest.mark.slow
 def test_optimizer_measures_against_the_bytes(checkpoint, monkeypatch):
     monkeypatch.setattr(optimizer, "COPY_ENTRIES", 1000)
     subject = optimizer.Optimizer(

@@ -175,7 +175,7 @@ def test_damaged_checkpoints_are_refused(family, tmp_path):
         models.from_pretrained(tmp_path)
 
 
-@every_family
+@every_kind_of_layer
 def test_every_parameter_learns(family):
     """Each has a gradient but those that nothing reads, and key biases, which softmax does not see."""
     config, still = config_of(family), set()

@@ -101,12 +101,13 @@ def assert_close(params, of_run, lane, atol=2e-4):
             np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=atol, err_msg=str(path))
 
 
+@pytest.mark.slow  # test_glue_lanes.py has a run of two methods
 @pytest.mark.parametrize(
     "layers, boundaries, hidden_dropout",
     [
         ("separate", BOUNDARIES[-1:], 0.0),
-        pytest.param("separate", BOUNDARIES, 0.1, marks=pytest.mark.slow),
-        pytest.param("stacked", BOUNDARIES, 0.1, marks=pytest.mark.slow),
+        ("separate", BOUNDARIES, 0.1),
+        ("stacked", BOUNDARIES, 0.1),
     ],
 )
 def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropout, monkeypatch):

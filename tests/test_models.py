@@ -76,6 +76,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing_but_rounding(kind
     assert residuals(spared) < 0.7 * residuals(model)
 
 
+@pytest.mark.slow  # test_model_layers.py has it with loops over layers
 def test_gradient_checkpointing_draws_the_same_dropout():
     model, params, _, batch, _ = load("bert")
     spared, *_ = load("bert", gradient_checkpointing=True)

@@ -122,9 +122,10 @@ def one_device(request):
 
 
 def with_every_runner():
-    """Both optimizers with each; AdamW, whose bounds are looser, in `make slow`."""
+    """Both optimizers with each; AdamW, whose bounds are looser, and what others have too in `make slow`."""
     for optimizer, name in itertools.product(OPTIMIZERS, list(RUNNERS)[1:]):
-        yield pytest.param(optimizer, name, marks=() if optimizer == "SGD" else pytest.mark.slow)
+        is_quick = optimizer == "SGD" and name != "pmap, micro-batches"
+        yield pytest.param(optimizer, name, marks=() if is_quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("one_device, name", list(with_every_runner()), indirect=["one_device"])

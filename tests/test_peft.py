@@ -42,6 +42,10 @@ CONFIGS = {
 MERGING = ("lora", "dora", "adalora", "bitfit", "ia3")
 KINDS = pytest.mark.parametrize("name", CONFIGS)
 MORE_KINDS = ("adalora", "bitfit", "ia3", "adapters", "prompt")  # change the forward pass in ways that others have, too
+SOME_KINDS = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("lora", "prompt", "prefix") else pytest.mark.slow) for name in CONFIGS],
+)
 FAMILIES = pytest.mark.parametrize("family", ("bert", pytest.param("roberta", marks=pytest.mark.slow)))
 
 
@@ -225,7 +229,7 @@ def test_disabled_it_is_the_base_model(name):
 
 
 @FAMILIES
-@KINDS
+@SOME_KINDS
 def test_word_embeddings_in_place_of_the_ids_change_nothing(name, family):
     model, params, batch = trained(name, family)
     rest = {key: x for key, x in inputs(batch).items() if key != "input_ids"}

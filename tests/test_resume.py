@@ -279,6 +279,7 @@ def test_a_finished_run_returns_at_once(base, whole_here, monkeypatch):
     assert run(base, whole_here, resume=True)["final"] == results(whole_here)["final"]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(base, whole_here, tmp_path):
     folder = tmp_path / "run"
     config = json.loads((whole_here / "config.json").read_text())

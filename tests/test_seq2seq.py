@@ -215,6 +215,7 @@ step.lower(params, batch, random.fast_key(0)).compile()
 """
 
 
+@pytest.mark.slow
 def test_a_step_with_dropout_compiles_with_xlas_own_settings():
     """The flags of these tests hide what users meet: XLA that does not finish."""
     own = {

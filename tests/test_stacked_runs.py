@@ -122,6 +122,7 @@ def pats_runs(base, tmp_path_factory):
     return folder, {layers: run(base, folder, layers, **MEASURED, **SAVED) for layers in ("separate", "stacked")}
 
 
+@pytest.mark.slow  # test_model_layers.py and test_layers.py have its parts
 def test_pats(pats_runs):
     assert_same_runs(*pats_runs)
 

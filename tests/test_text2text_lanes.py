@@ -90,7 +90,8 @@ def tables(folder):
     return {path.name: path.read_text() for path in (folder / "predictions").iterdir()}
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_glue_lanes.py has what the two programs share
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_run_in_lanes_is_the_run_alone(home, trained, tmp_path, number):
     lane, folder = trained / f"run{number}", tmp_path / f"run{number}"
     text2text.run(settings_of(home, tmp_path)[number])
@@ -103,6 +104,7 @@ def test_a_run_in_lanes_is_the_run_alone(home, trained, tmp_path, number):
     assert tables(lane) == tables(folder) and tables(lane).keys() == {"validation.tsv", "test.tsv"}
 
 
+@pytest.mark.slow
 def test_lanes_differ_in_order_and_noise_and_one_that_diverges_is_reported(home, trained):
     start, *ends = (weights(trained / name) for name in ("run0", "run1"))
     (end,) = ends
