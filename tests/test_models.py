@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import model_parity
 import numpy as np
 import pytest
+import tiny
+from flax import linen as nn
 from model_parity import logits_of
 
 from pats_jax import random
-from pats_jax.models import from_pretrained
+from pats_jax.models import SequenceClassifier, from_pretrained
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("bert", "roberta")
@@ -237,3 +239,23 @@ def test_parameter_paths_mirror_the_tensor_names():
     assert params["bert"]["embeddings"]["LayerNorm"]["scale"].shape == (16,)
     assert params["classifier"]["kernel"].shape == (16, 3)
     assert all(type(node) is dict for node in (params, params["bert"], params["classifier"]))
+
+
+def test_layers_share_a_trace_but_an_interceptor_outside_of_one_sees_each():
+    config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=3)
+    model, params, ids = SequenceClassifier(config), tiny.random_params(config), np.ones((2, 5), np.int32)
+    seen = []
+
+    def record(next_fun, args, kwargs, context):
+        seen.append(type(context.module).__name__)
+        return next_fun(*args, **kwargs)
+
+    def apply(params):
+        with nn.intercept_methods(record):
+            return model.apply({"params": params}, ids)
+
+    logits = apply(params)
+    assert seen.count("Layer") == 3
+    seen.clear()
+    np.testing.assert_allclose(jax.jit(apply)(params), logits, rtol=1e-5)
+    assert seen.count("Layer") == 2  # the last one computes the first token alone

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from pats_jax.models.layers import LAYOUTS, SEPARATE, STACKED
+from pats_jax.models.layers import LAYOUTS, SEPARATE, STACKED, traced_once
 from pats_jax.models.seq2seq_config import Seq2SeqConfig
 from pats_jax.train_state import IGNORED
 
@@ -236,10 +236,10 @@ class LayerStack(nn.Module):
         return apply(variables, key, hidden, constants)
 
     def _separate(self, hidden, constants, keys, deterministic):
-        @jax.jit  # all layers are traced once
         def run(hidden, constants, variables, key):
             return self._layer(hidden, constants, variables, key, deterministic)
 
+        run = traced_once(run, hidden)
         for number in range(self.count):
             hidden = run(hidden, constants, self._own(number), None if keys is None else keys[number])
         return hidden
@@ -259,10 +259,10 @@ class LayerStack(nn.Module):
         layer, key = self.make_layer(parent=None), self.make_rng("params")
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.count))
 
-        @jax.jit  # all layers are traced once
         def draw(key, hidden, constants):
             return layer.init(key, hidden, *constants, deterministic=True)["params"]
 
+        draw = traced_once(draw, hidden)
         drawn = [draw(key, hidden, constants) for key in keys]
         trees = {str(number): tree for number, tree in enumerate(drawn)}
         if self.form.layers == STACKED:

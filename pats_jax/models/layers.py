@@ -177,6 +177,22 @@ class _LayerInputs(NamedTuple):
     numbers: Array | None
 
 
+def traced_once(
+    run: Callable[..., Any], hidden: Array, static_argnums: int | tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """A function that runs a layer, so that calls for alike layers share their trace.
+
+    XLA inlines the calls, so what is compiled is the same. Outside of a trace the function is as it was: there an
+    interceptor may want the values of each layer.
+
+    Args:
+      run: the function.
+      hidden: what the first layer gets, by which a trace is known.
+      static_argnums: as for `jax.jit`.
+    """
+    return jax.jit(run, static_argnums=static_argnums) if isinstance(hidden, jax.core.Tracer) else run
+
+
 class LayerStack(nn.Module):
     """All layers: a subtree of parameters for each, "0", "1", ..., or one subtree with a leading axis of layers.
 
@@ -266,10 +282,10 @@ class LayerStack(nn.Module):
         return {} if self.kinds is None else {"kind": self.kinds[number]}
 
     def _separate(self, apply, hidden, own, places, first_token_only):
-        @functools.partial(jax.jit, static_argnums=(0, 1))  # layers of a kind are traced once
         def run(kind, only_first, *inputs):
             return apply(*inputs, kind=dict(kind), only_first=only_first)
 
+        run = traced_once(run, hidden, static_argnums=(0, 1))
         states = [hidden]
         for index in places:
             variables = {name: tree.get(str(index), {}) for name, tree in self.variables.items()}
@@ -332,11 +348,11 @@ class LayerStack(nn.Module):
         numbers = range(self.config.num_hidden_layers)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(numbers)))
 
-        @functools.partial(jax.jit, static_argnums=0)  # layers of a kind are traced once
         def draw(kind, key, *inputs):
             options = {"deterministic": True, "first_token_only": False, **dict(kind)}
             return layer.init(key, *inputs, **options)["params"]
 
+        draw = traced_once(draw, hidden, static_argnums=0)
         drawn = [draw(tuple(self._kind(n).items()), keys[n], hidden, *constants) for n in numbers]
         trees = {str(index): tree for index, tree in enumerate(drawn)}
         if self.form.layers == STACKED:
