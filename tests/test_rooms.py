@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,13 @@ def test_few_rooms():
     entries = {path.name for path in ROOT.iterdir()} - {"__init__.pyi", "py.typed", "__pycache__", *aliases}
     assert len(entries) <= 20, sorted(entries)
     assert {name.removesuffix(".py") for name in entries} == {"__init__", *ORDER}
+
+
+def test_the_map_shows_every_room():
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = page.partition("## Where things are")[2].partition("\n## ")[0]
+    own = {name.rstrip("/").removesuffix(".py") for name in re.findall(r"`(\w+(?:/|\.py))`", shown)}
+    assert {*ORDER, *ALIASES} - {"__main__"} <= own
 
 
 def test_the_reader_of_imports_sees_every_kind():

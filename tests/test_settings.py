@@ -290,6 +290,24 @@ def test_flags_and_settings_are_two_ways_to_write_the_same(kind):
         assert flags.parse(flags.as_flags(given), "x", kind) == given
 
 
+def test_only_given_flags_are_parsed_unless_one_is_not_known(monkeypatch):
+    read, parse_all = [], flags.parse_flags
+
+    def record(kind, **options):
+        read.append(flags.vars_of(kind()).keys())
+        return parse_all(kind, **options)
+
+    monkeypatch.setattr(flags, "parse_flags", record)
+    words = ["--seed", "7", "--no_do_train", "--task_name=cola", "--model_name_or_path", "m", "--output_dir", "o"]
+    found = flags.parse(words, "x", Settings)
+    assert read.pop() == {"seed", "do_train", "task_name", "model_name_or_path", "output_dir"}
+    with pytest.raises(SystemExit):
+        flags.parse([*words, "--sed", "7"], "x", Settings)
+    assert read.pop() == Settings.all_entries().keys()  # to say which one may be meant
+    monkeypatch.setattr(flags, "_known", lambda given, kind: None)
+    assert flags.parse(words, "x", Settings) == found
+
+
 # methods and adapters
 
 

@@ -146,6 +146,15 @@ def test_scores_of_confusion_matrices_are_those_of_the_metrics(task):
         assert found["confusion"] == rows
 
 
+def test_fewer_rows_have_the_proportions_of_all(tmp_path):
+    model = str(tiny.save_checkpoint(tmp_path / "model"))
+    every, fewer = (data.load_groups("builtin", model, ["sst2"], train_rows=rows) for rows in (None, 100))
+    (every, fewer) = (found["short"].tasks["sst2"] for found in (every, fewer))
+    assert len(fewer.train) == len(fewer.train_labels) == 100 < len(every.train)
+    assert np.mean(fewer.train_labels) == pytest.approx(np.mean(every.train_labels), abs=0.01)
+    assert len(fewer.dev) == len(every.dev)
+
+
 def test_scores_of_regression_are_correlations():
     rng = np.random.default_rng(0)
     labels, logits = rng.random(30).astype(np.float32), rng.normal(size=(30, 1)).astype(np.float32)
