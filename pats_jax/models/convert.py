@@ -6,10 +6,14 @@ Everything here works on names and NumPy arrays; files are read in ``weights.py`
 """
 
 import re
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from pats_jax.errors import InputError, shown
 from pats_jax.models.config import HEAD_PARTS, EncoderConfig
@@ -159,6 +163,12 @@ def match(
         raise incomplete(listing(missing), config, source)
     surplus = [name for canonical, name in unused.items() if not _is_known_surplus(canonical, config)]
     return Matched(sources, new, surplus)
+
+
+def shapes_of(module: nn.Module, *inputs: Any, **named_inputs: Any) -> Mapping[ParameterPath, tuple[int, ...]]:
+    """The shape of every parameter of a module by its path; computes nothing."""
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **named_inputs))["params"]
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten_dict(tree).items()})
 
 
 def check_shapes(parameters: Mapping[ParameterPath, Any], shapes: Mapping[ParameterPath, tuple[int, ...]]) -> None:

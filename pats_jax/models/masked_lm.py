@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -118,12 +118,10 @@ def _masked_lm(config: EncoderConfig, source: str) -> MaskedLanguageModel:
 
 def _parameter_shapes(
     masked_lm: MaskedLanguageModel, config: EncoderConfig
-) -> dict[convert.ParameterPath, tuple[int, ...]]:
+) -> Mapping[convert.ParameterPath, tuple[int, ...]]:
     """The shape of each of the head's parameters by its path; computes nothing."""
     hidden, words = jnp.zeros((1, config.hidden_size)), jnp.zeros((1, config.embedding_size))
-    head = masked_lm.head(config)
-    tree = jax.eval_shape(lambda: head.init(jax.random.key(0), hidden, words))["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
+    return convert.shapes_of(masked_lm.head(config), hidden, words)
 
 
 def _check_tied(

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import shutil
-import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -366,9 +365,7 @@ def _with_dropout(
 @functools.lru_cache(maxsize=8)
 def _parameter_shapes(config: EncoderConfig) -> Mapping[convert.ParameterPath, tuple[int, ...]]:
     """The shape of every parameter of a classifier by its path; computes nothing."""
-    model = SequenceClassifier(config)
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten_dict(tree).items()})
+    return convert.shapes_of(SequenceClassifier(config), jnp.zeros((1, 1), jnp.int32))
 
 
 def _host() -> jax.Device | None:

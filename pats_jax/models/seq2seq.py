@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,8 @@ def _model(config: T5Config | BartConfig, has_logits_bias: bool = False, **optio
 def _parameter_shapes(config: Seq2SeqConfig) -> Mapping[ParameterPath, tuple[int, ...]]:
     """The shape of every parameter by its path, without the bias of BART's logits; computes nothing."""
     assert isinstance(config, T5Config | BartConfig)
-    model, ids = _model(config), jnp.zeros((1, 1), jnp.int32)
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), ids, labels=ids))["params"]
-    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten_dict(tree).items()})
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return convert.shapes_of(_model(config), ids, labels=ids)
 
 
 def _by_own_name(files: Mapping[str, Path], config: Seq2SeqConfig, source: str) -> dict[str, str]:
