@@ -300,7 +300,9 @@ def test_the_report_finds_the_gain_that_was_planted(tmp_path):
     assert summary["methods"]["constant"]["p_holm"] > 0.05
     assert summary["methods"]["reversed"]["pooled"]["mean"] < -1.5
     assert summary["default"] == {"noise_scale": 0.1, "why": "it gains"}
-    assert summary["against_constant"][0]["pooled"]["mean"] == pytest.approx(2, abs=0.2)
+    against = {one["method"]: (one["noise_scale"], one["pooled"]["mean"]) for one in summary["against_controls"]}
+    assert against["constant"] == (0.1, pytest.approx(2, abs=0.2))
+    assert against["reversed"] == (0.1, pytest.approx(4, abs=0.2)) and len(against) == 2
     plain = summary["concentration"]["mrpc"]["plain"]
     assert plain["gini"]["rho"] == pytest.approx(1) and plain["entropy"]["rho"] == pytest.approx(-1)
     assert plain["gini"]["n"] == 20 and "top_10_percent_share" not in plain
@@ -325,10 +327,11 @@ def test_other_parts_have_tables_of_their_own(tmp_path):
         assert summary["concentration"][task]["all"]["gini"]["n"] == 60
 
     others, forms, methods = (summary["parts"][name]["methods"] for name in "bcd")
-    assert others["pats"]["pooled"]["counts"] == {"stsb": 10, "trec": 10}
+    assert others["pats"]["pooled"]["counts"] == {"stsb": 20, "trec": 20}  # one scale: nothing was chosen
     assert others["pats"]["pooled"]["mean"] == pytest.approx(2, abs=0.2)
     assert forms["not-annealed"]["noise_scale"] == 0.01 and forms["not-annealed"]["pooled"]["mean"] > 2.5
-    assert methods["lnsr"]["pooled"]["counts"] == {"mrpc": 20, "rte": 20}  # nothing was chosen
+    assert forms["not-annealed"]["pooled"]["counts"] == {"mrpc": 10, "rte": 10}
+    assert methods["lnsr"]["pooled"]["counts"] == {"mrpc": 20, "rte": 20}
     assert methods["lnsr"]["pooled"]["mean"] == pytest.approx(-2, abs=0.2)
     every = [one for part in (summary, *summary["parts"].values()) for one in part["methods"].values()]
     assert [one["p_holm"] for one in every] == list(

@@ -1,7 +1,7 @@
 """What the study found: paired differences to plain fine-tuning, corrected tests, a figure, a table in Markdown.
 
-Each method's noise scale is chosen on the first half of the seeds, by its mean difference to plain over all tasks, and
-reported on the other half. Differences are in points: hundredths of the task's main metric.
+The noise scale of a method with several is chosen on the first half of the seeds, by its mean difference to plain over
+all tasks, and reported on the other half. Differences are in points: hundredths of the task's main metric.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pats_jax.errors import InputError
 Scores = dict[tuple[str, float], dict[str, dict[int, float]]]  # (method, scale) -> task -> seed -> score
 
 HARMLESS = -0.5  # points: a setting whose interval lies above it does no harm
+CONTROLS = ("constant", "reversed", "perturbed")  # of PATS, at its scales
 FIGURES = ("gini", "entropy", "top_10_percent_share")
 
 
@@ -82,7 +83,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
       ``tasks``; ``seeds`` for the choice and the report; ``rates``: task -> learning rate; ``plain``: task -> mean and
       sd; ``settings``: every setting over all seeds; ``methods``: method -> its chosen setting on the seeds of the
-      report, with ``p_holm``; ``against_constant``: PATS less the constant control at each scale; ``default``: see
+      report, with ``p_holm``; ``against_controls``: PATS less each control at each scale; ``default``: see
       `default_scale`; ``concentration``: see `correlations`; ``diverged``: how many trainings did. These are of the
       first part; ``parts``, if there are trainings of others, has name -> ``tasks``, ``plain``, ``settings`` and
       ``methods`` of each. Holm's correction is over the methods of all parts.
@@ -96,17 +97,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         tasks = ", ".join(grid.PARTS[first].tasks)
         raise InputError(f"no training of plain fine-tuning on {tasks} is finished; there is nothing to compare with")
     _add_holm([one for part in parts.values() for one in part["methods"].values()])
-    of_first = of_part(table, first)
-    both = sorted({scale for method, scale in of_first if method == "pats" and ("constant", scale) in of_first})
     found = {
         "tasks": own["tasks"],
         "seeds": {"choice": choice, "report": rest},
         "rates": {record["task"]: record["learning_rate"] for record in records if record["seed"] in choice},
         **{name: own[name] for name in ("plain", "settings", "methods")},
-        "against_constant": [
-            {"noise_scale": scale, **_compared(of_first, ("pats", scale), ("constant", scale), [*choice, *rest])}
-            for scale in both
-        ],
+        "against_controls": list(_against_controls(of_part(table, first), [*choice, *rest])),
         "default": default_scale(own["settings"], own["methods"].get("pats")),
         "concentration": correlations(records),
         "diverged": sum(record["diverged"] for record in records),
@@ -130,6 +126,14 @@ def _of_part(table, name, choice, rest):
         ],
         "methods": _chosen(table, grid.PARTS[name].arms, choice, rest),
     }
+
+
+def _against_controls(table, seeds):
+    """PATS against each control, at each scale that both were trained at."""
+    for control in CONTROLS:
+        for scale in sorted(scale for method, scale in table if method == control and ("pats", scale) in table):
+            compared = _compared(table, ("pats", scale), (control, scale), seeds)
+            yield {"method": control, "noise_scale": scale, **compared}
 
 
 def _add_holm(methods):
@@ -161,7 +165,7 @@ def _compared(table, setting, base, seeds):
 def _chosen(table, names, choice, rest):
     """Method -> the scale with the best mean on the seeds of the choice, and its differences on the others.
 
-    A method without a noise scale has nothing to choose: its differences are over all seeds.
+    A method with one setting has nothing to choose: its differences are over all seeds.
     """
     methods, plain = {}, (grid.PLAIN, 0.0)
     for method in names:
@@ -171,7 +175,7 @@ def _chosen(table, names, choice, rest):
         if means:
             best = max(means, key=lambda scale: means[scale])
             methods[method] = {"noise_scale": best, "on_choice": means[best]}
-            seeds = rest if grid.ARMS[method].is_noisy else [*choice, *rest]
+            seeds = rest if len(means) > 1 else [*choice, *rest]
             methods[method] |= _compared(table, (method, best), plain, seeds)
     return {name: one for name, one in methods.items() if one["pooled"]["mean"] is not None}
 
@@ -220,11 +224,11 @@ _PLAIN_HEAD = ("task", "learning rate", "seeds", "plain, mean", "sd")
 
 def as_markdown(summary: dict[str, Any]) -> str:
     """The report as a page of tables."""
-    tasks = summary["tasks"]
+    tasks, row = summary["tasks"], _setting_row(summary["tasks"])
     choice, rest = (len(summary["seeds"][part]) for part in ("choice", "report"))
     lines = [
-        f"Differences to plain fine-tuning in points, with 95 % intervals. The noise scale of each method is chosen on "
-        f"{choice} seeds and reported on {rest} others.",
+        f"Differences to plain fine-tuning in points, with 95 % intervals. The noise scale of a method with several is "
+        f"chosen on {choice} seeds and reported on {rest} others.",
         "",
         *_rows(_PLAIN_HEAD, _plain_rows(summary, summary)),
         "",
@@ -232,11 +236,11 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "",
         "Every setting, over all seeds:",
         "",
-        *_rows(("method", "noise scale", *tasks, "all tasks", "p"), map(_setting_row(tasks), summary["settings"])),
+        *_rows(("method", "noise scale", *tasks, "all tasks", "p"), map(row, summary["settings"])),
         "",
-        "PATS less the constant control of the same energy, over all seeds:",
+        "PATS less each control, over all seeds:",
         "",
-        *_rows(("noise scale", *tasks, "all tasks", "p"), map(_contrast_row(tasks), summary["against_constant"])),
+        *_rows(("control", "noise scale", *tasks, "all tasks", "p"), map(row, summary["against_controls"])),
         "",
         "Concentration of sensitivity at the end and score, Spearman's correlation over runs (p):",
         "",
@@ -283,13 +287,10 @@ def _method_rows(part):
 
 
 def _setting_row(tasks):
-    return lambda one: (one["method"], *_contrast_row(tasks)(one))
-
-
-def _contrast_row(tasks):
     def row(one):
         p_value = one["pooled"]["p_value"]
-        return f"{one['noise_scale']:g}", *_cells(one, tasks), "" if p_value is None else _p_value(p_value, 4)
+        setting = one["method"], f"{one['noise_scale']:g}"
+        return *setting, *_cells(one, tasks), "" if p_value is None else _p_value(p_value, 4)
 
     return row
 
