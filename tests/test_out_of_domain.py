@@ -94,8 +94,8 @@ def test_the_draw_is_a_function_of_the_seed_and_fair():
 @pytest.mark.parametrize(
     "labels, rows, message",
     [
-        (np.arange(9) % 3, 10, "low_resource 10: there are only 9 training rows"),
-        (np.arange(9) % 3, 2, "low_resource 2: fewer than the 3 labels of the training data"),
+        (np.arange(9) % 3, 10, "cannot draw 10 training rows: there are only 9"),
+        (np.arange(9) % 3, 2, "cannot draw 2 training rows: there are 3 labels"),
     ],
 )
 def test_draws_that_cannot_be_made(labels, rows, message):

@@ -34,12 +34,12 @@ def stratified_rows(labels: np.ndarray, rows: int, seed: int) -> np.ndarray:
       [3, 1, 1]
     """
     if rows > len(labels):
-        raise InputError(f"low_resource {rows}: there are only {len(labels)} training rows")
+        raise InputError(f"cannot draw {rows} training rows: there are only {len(labels)}")
     if np.issubdtype(labels.dtype, np.floating):
         labels = _quantiles(labels, min(QUANTILES, rows))
     classes, counts = np.unique(labels, return_counts=True)
     if rows < len(classes):
-        raise InputError(f"low_resource {rows}: fewer than the {len(classes)} labels of the training data")
+        raise InputError(f"cannot draw {rows} training rows: there are {len(classes)} labels")
     # Seed sequences with a spawn key share no numbers with those of the batches' order, which have none.
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     chosen = [
