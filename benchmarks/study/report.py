@@ -224,7 +224,7 @@ _PLAIN_HEAD = ("task", "learning rate", "seeds", "plain, mean", "sd")
 
 def as_markdown(summary: dict[str, Any]) -> str:
     """The report as a page of tables."""
-    tasks, row = summary["tasks"], _setting_row(summary["tasks"])
+    tasks = summary["tasks"]
     choice, rest = (len(summary["seeds"][part]) for part in ("choice", "report"))
     lines = [
         f"Differences to plain fine-tuning in points, with 95 % intervals. The noise scale of a method with several is "
@@ -232,15 +232,11 @@ def as_markdown(summary: dict[str, Any]) -> str:
         "",
         *_rows(_PLAIN_HEAD, _plain_rows(summary, summary)),
         "",
-        *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(summary)),
-        "",
-        "Every setting, over all seeds:",
-        "",
-        *_rows(("method", "noise scale", *tasks, "all tasks", "p"), map(row, summary["settings"])),
+        *_method_lines(summary),
         "",
         "PATS less each control, over all seeds:",
         "",
-        *_rows(("control", "noise scale", *tasks, "all tasks", "p"), map(row, summary["against_controls"])),
+        *_setting_lines("control", tasks, summary["against_controls"]),
         "",
         "Concentration of sensitivity at the end and score, Spearman's correlation over runs (p):",
         "",
@@ -262,12 +258,26 @@ def _lines_of_part(title, part, summary):
     if not any(one["noise_scale"] for one in part["settings"]):
         yield f"{title}, over all seeds, as no setting is chosen. Holm's correction is over the methods of all tables."
         rows = ((method, *cells) for method, _, *cells in _method_rows(part))
-        yield from ("", *_rows(("method", *tasks, "all tasks", "p", "p, Holm"), rows))
+        yield from ("", *_rows(("method", *_columns(tasks), "p", "p, Holm"), rows))
         return
     yield f"{title}, chosen and reported as above. Holm's correction is over the methods of all tables."
-    yield from ("", *_rows(("method", "noise scale", *tasks, "all tasks", "p", "p, Holm"), _method_rows(part)), "")
-    rows = map(_setting_row(tasks), part["settings"])
-    yield from ("Every setting, over all seeds:", "", *_rows(("method", "noise scale", *tasks, "all tasks", "p"), rows))
+    yield from ("", *_method_lines(part))
+
+
+def _method_lines(part):
+    """The table of methods and, if a noise scale was chosen, that of every setting."""
+    tasks = part["tasks"]
+    yield from _rows(("method", "noise scale", *_columns(tasks), "p", "p, Holm"), _method_rows(part))
+    if len(part["settings"]) > len(part["methods"]):
+        yield from ("", "Every setting, over all seeds:", "", *_setting_lines("method", tasks, part["settings"]))
+
+
+def _setting_lines(name, tasks, settings):
+    return _rows((name, "noise scale", *_columns(tasks), "p"), (_setting_row(one, tasks) for one in settings))
+
+
+def _columns(tasks):
+    return [*tasks, "all tasks"] if len(tasks) > 1 else tasks
 
 
 def _rows(head, rows):
@@ -286,13 +296,10 @@ def _method_rows(part):
         yield method, f"{one['noise_scale']:g}", *_cells(one, part["tasks"]), *pair
 
 
-def _setting_row(tasks):
-    def row(one):
-        p_value = one["pooled"]["p_value"]
-        setting = one["method"], f"{one['noise_scale']:g}"
-        return *setting, *_cells(one, tasks), "" if p_value is None else _p_value(p_value, 4)
-
-    return row
+def _setting_row(one, tasks):
+    p_value = one["pooled"]["p_value"]
+    setting = one["method"], f"{one['noise_scale']:g}"
+    return *setting, *_cells(one, tasks), "" if p_value is None else _p_value(p_value, 4)
 
 
 def _p_value(value, digits):
@@ -301,7 +308,8 @@ def _p_value(value, digits):
 
 
 def _cells(one, tasks):
-    return [_difference(part) for part in (*(one["tasks"].get(task) for task in tasks), one["pooled"])]
+    by_column = {**one["tasks"], "all tasks": one["pooled"]}
+    return [_difference(by_column.get(column)) for column in _columns(tasks)]
 
 
 def _difference(found):
