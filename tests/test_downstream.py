@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 import tiny
+from gym_runs import GRID, QUICK, RATES, arguments, quick_settings, records, refused, run
 from safetensors.numpy import load_file, save_file
 
 from pats_jax import models
@@ -25,24 +25,11 @@ from pats_jax.data import load_gym
 from pats_jax.errors import InputError, Preempted
 from pats_jax.models import peft
 from pats_jax.priming import downstream, few_shot_tuning, option_scoring, upstream
-from pats_jax.priming.gym_settings import GymSettings
 from pats_jax.priming.upstream_settings import PrimingSettings
 from pats_jax.programs import cli
 from pats_jax.run import folder_lock, run_folder
 from pats_jax.run.folder_lock import FolderLock
 from pats_jax.training import metrics
-
-RATES = {"full": 2e-3, "lora": 2e-2, "bitfit": 1e-2}
-QUICK = {
-    "max_seq_length": 16,
-    "max_steps": 3,
-    "eval_steps": 1,
-    "warmup_ratio": 0.0,
-    "per_device_train_batch_size": 6,  # all training rows: their order does not matter
-    "per_device_eval_batch_size": 5,
-    "lora_rank": 2,
-}
-GRID = tuple(f"{kind}={rate}" for kind, rate in RATES.items())
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +59,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(home):
-    return GymSettings(
-        model_name_or_path=str(home / "model"),
-        data_dir=str(home / "gym"),
-        partition=str(home / "partition.json"),
-        kinds=("lora",),
-        grid=GRID,
-        compilation_cache_dir=str(home / "compiled"),
-        **QUICK,
-    )
-
-
-def run(base, folder, **changes):
-    settings = dataclasses.replace(base, output_dir=str(folder), **changes)
-    downstream.run(settings, ["--some", "flags"], rich.console.Console(quiet=True))
-    return records(folder)
-
-
-def records(folder):
-    """Start, task and sample -> record without the time it took."""
-    found = {}
-    for path in sorted((folder / "tunings").glob("*/*.json")):
-        record = json.loads(path.read_text())
-        assert record.pop("seconds") > 0
-        found[path.parent.name, record["task"], record["sample"]] = record
-    return found
+    return quick_settings(home)
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +314,20 @@ def test_pats_is_an_optimizer_here_too(base, tmp_path, monkeypatch, best_params,
     assert not np.array_equal(noisy, plain)
 
 
+def test_a_rate_that_diverges_loses(base, whole, tmp_path):
+    """It ends where the loss is not finite, and the others' tuning is what it is without it."""
+    rates, one = (1e30, RATES["lora"]), {"tasks": ("manners",)}
+    both = run(base, tmp_path / "both", grid=(f"lora={rates[0]},{rates[1]}",), **one)
+    for key, record in both.items():
+        alone = records(whole)[key]
+        assert record["diverged"] == [1e30] and alone["diverged"] == []
+        if alone["step"] > 0:
+            assert record["learning_rate"] == rates[1]
+        assert {k: record[k] for k in ("dev", "test")} == {k: alone[k] for k in ("dev", "test")}
+    (record,) = run(base, tmp_path / "alone", grid=("lora=1e30",), samples=(13,), **one).values()
+    assert record["step"] == 0 and record["curve"]["step"] == [0]
+
+
 # what is kept, and what goes on
 
 
@@ -365,24 +342,6 @@ def test_a_process_of_many_makes_its_tunings_only(base, whole, tmp_path, monkeyp
     assert {f"{start}/{task}-{seed}" for start, task, seed in made} == set(names)
     assert all(record == records(whole)[key] for key, record in made.items())
     assert not (folder / "report").exists()
-
-
-@pytest.mark.parametrize("executor", ["local", "dask"])
-def test_tunings_are_dealt_out(executor, base, tmp_path, monkeypatch):
-    """Each to one job; on a cluster a job's tunings are of one start, which is loaded once."""
-    monkeypatch.setattr(downstream, "_TUNINGS_OF_A_JOB", 3)
-    settings = dataclasses.replace(base, kinds=("full", "lora"), executor=executor, output_dir=str(tmp_path), jobs=5)
-    tasks = [load_gym(base.data.data_dir)[name] for name in tiny.PARTITION["test"]]
-    starts = downstream.find_starts(settings, tiny.PARTITION["test"])
-    tunings = [one for start in starts for one in downstream.tunings_of(settings, start, tasks, tmp_path)]
-    jobs = downstream.jobs_of(settings, ["--some", "flags"], tunings)
-    names = [job.stdin.splitlines() for job in jobs]
-    assert sorted(sum(names, [])) == sorted(tuning.name for tuning in tunings) and len(tunings) == 8
-    assert [len(part) for part in names] == ([2, 2, 2, 1, 1] if executor == "local" else [3, 1, 3, 1])
-    for job, part in zip(jobs, names, strict=True):
-        assert job.results == tuple(str(tmp_path / "tunings" / f"{name}.json") for name in part)
-        assert job.arguments[-2:] == ("--some", "flags")
-        assert executor == "local" or len({name.split("/")[0] for name in part}) == 1
 
 
 def test_a_finished_tuning_is_never_made_again(base, whole, tmp_path, monkeypatch):
@@ -442,18 +401,6 @@ def test_ctrl_c_keeps_what_is_finished(base, whole, tmp_path, monkeypatch):
     assert found == {key: one for key, one in records(whole).items() if key[:2] == ("direct-lora", "manners")}
 
 
-def arguments(base, **changes):
-    given = {name: value for name, value in base.flat().items() if value != GymSettings.all_entries()[name].default}
-    return ["gym", *tiny.flags(**with_read(given, changes))]
-
-
-def with_read(given, changes):
-    """Settings with changes, without those of kinds that are no longer tuned."""
-    if "kinds" in changes and "lora" not in changes["kinds"]:
-        given = {name: value for name, value in given.items() if name != "lora_rank"}
-    return given | changes
-
-
 @pytest.mark.slow  # one of the processes is above, what starts them in test_workers.py
 def test_many_processes(base, whole, home, tmp_path):
     """Two at once make what one makes, by the numbers up to rounding; one that fails is named with its reason."""
@@ -467,41 +414,6 @@ def test_many_processes(base, whole, home, tmp_path):
     assert found.keys() == {("direct-lora", "manners", seed) for seed in tiny.SEEDS}
     assert {record["test"] for record in found.values()} <= {number / 12 for number in range(13)}
     assert all((tmp_path / "gym" / f"job{number}.log").exists() for number in (1, 2))
-
-
-def test_a_job_that_fails_is_named(base, tmp_path, monkeypatch):
-    """The others are told to end and do so with a code of their own; it is not their fault."""
-    script = tmp_path / "job"
-    script.write_text(
-        f"#!{sys.executable}\nimport sys, time\n"
-        "if 'manners-13' not in sys.stdin.read():\n    sys.exit('pats-jax: error: it burns')\ntime.sleep(60)\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    with pytest.raises(InputError, match=r"job2\.log: it burns"):
-        run(base, tmp_path / "gym", jobs=2)
-
-
-@pytest.mark.parametrize("name", ["tunings", "tunings/direct-lora", "report"])
-def test_a_planted_link_is_not_followed(name, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(downstream, "Tuner", None)
-    (tmp_path / "elsewhere").mkdir()
-    folder = tmp_path / "gym"
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=f"a link leads out of {folder}"):
-        run(base, folder)
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def test_a_report_that_no_gym_wrote_is_not_written_over(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(downstream, "Tuner", None)
-    folder = tmp_path / "gym"
-    (folder / "report").mkdir(parents=True)
-    (folder / "report" / "report.html").write_text("mine")
-    with pytest.raises(InputError, match="contains report, which no gym wrote"):
-        run(base, folder)
-    assert [path.name for path in folder.iterdir()] == ["report"]
 
 
 # the starts
@@ -567,51 +479,7 @@ def primed(home, tmp_path):
     return copy
 
 
-# what is refused
-
-
-def refused(base, tmp_path, capsys, **changes):
-    error = tiny.refused(capsys, *arguments(base, **({"output_dir": tmp_path / "gym"} | changes)))
-    assert not (tmp_path / "gym").exists()
-    return error
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"output_dir": None}, "--output_dir is missing"),
-        ({"tasks": ("manners", "voice")}, "--tasks voice: not among the target tasks manners, choice"),
-        ({"samples": (7,)}, "manners: no sample of seed 7; there are 13, 21"),
-        ({"share": "1/2"}, "--share: use --jobs on one machine, and --executor dask"),
-        ({"executor": "dask"}, "--executor dask: set --scheduler"),
-        *(({"grid": (grid,)}, f"--grid {grid}: write KIND") for grid in ("lora", "lora=", "nose=1", "lora=1,-1")),
-        ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
-        ({"max_steps": -1}, "--max_steps -1: must be at least 1"),
-        ({"jobs": 0}, "--jobs 0: must be at least 1"),
-        ({"max_test_rows": 0}, "--max_test_rows 0: must be at least 1"),
-        ({"kinds": ("lora", "lora")}, "--kinds lora lora: list at least one kind, each only once"),
-        ({"kinds": ("adalora",), "adalora_tfinal": 3, "max_steps": 3}, "adalora_tfinal 3: leave none of 3 steps"),
-        ({"method": "r-drop"}, "--method r-drop: works only with pats-jax glue"),
-        ({"method": "sam"}, "--method sam: works only with pats-jax glue"),
-        ({"method": "noisytune"}, "--method noisytune: works only with pats-jax glue"),
-        ({"overwrite": True}, "--overwrite: not needed"),
-        ({"resume": True}, "--resume: not needed"),
-        ({"peft": "lora"}, "--peft: use --kinds"),
-        ({"learning_rate": 1e-3}, "--learning_rate: use --grid"),
-        ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps: each step takes one batch"),
-        ({"early_stopping_patience": 2}, "--early_stopping_patience: a tuning runs all its steps"),
-        ({"direct": None, "no_direct": True}, "nothing is left to tune; set --primed"),
-    ],
-)
-def test_wrong_settings(base, tmp_path, capsys, changes, message):
-    assert message in refused(base, tmp_path, capsys, **changes)
-
-
-def test_a_task_on_two_lists(base, tmp_path, capsys):
-    path = tmp_path / "partition.json"
-    path.write_text(json.dumps(tiny.PARTITION | {"dev": ["manners"]}, indent=1))
-    error = refused(base, tmp_path, capsys, partition=path)
-    assert error.startswith(f"{path}:") and "the task manners is listed in 'dev' and in 'test'" in error
+# which primed folders are refused
 
 
 def test_wrong_primed_folders(base, home, tmp_path, capsys, primed):
@@ -649,20 +517,6 @@ def test_modules_of_another_base_model(base, home, tmp_path, primed):
         run(base, tmp_path / "gym", primed=(str(folder),), direct=False)
 
 
-def test_a_rate_that_diverges_loses(base, whole, tmp_path):
-    """It ends where the loss is not finite, and the others' tuning is what it is without it."""
-    rates, one = (1e30, RATES["lora"]), {"tasks": ("manners",)}
-    both = run(base, tmp_path / "both", grid=(f"lora={rates[0]},{rates[1]}",), **one)
-    for key, record in both.items():
-        alone = records(whole)[key]
-        assert record["diverged"] == [1e30] and alone["diverged"] == []
-        if alone["step"] > 0:
-            assert record["learning_rate"] == rates[1]
-        assert {k: record[k] for k in ("dev", "test")} == {k: alone[k] for k in ("dev", "test")}
-    (record,) = run(base, tmp_path / "alone", grid=("lora=1e30",), samples=(13,), **one).values()
-    assert record["step"] == 0 and record["curve"]["step"] == [0]
-
-
 def test_another_run_of_a_stage_does_not_mix(base, home, tmp_path, primed):
     """Whether it has the same folder or not; the same run at another place may go on."""
     folder, one = primed("pe"), {"tasks": ("manners",), "samples": (13,), "direct": False}
@@ -674,14 +528,3 @@ def test_another_run_of_a_stage_does_not_mix(base, home, tmp_path, primed):
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(InputError, match=r"--primed: .*manners-13.json started from another run of that stage; use"):
         run(base, tmp_path / "gym", primed=(str(folder),), **one)
-
-
-def test_a_folder_of_a_version_with_fewer_settings_goes_on(tmp_path):
-    settings = GymSettings(output_dir=str(tmp_path))
-    downstream.open_folder(tmp_path, settings, ())
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved.pop("ignore_mismatched_sizes") is False and saved.pop("shots") == GymSettings.defaults()["shots"]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    downstream.open_folder(tmp_path, settings, ())
-    with pytest.raises(InputError, match="ignore_mismatched_sizes was False and is True"):
-        downstream.open_folder(tmp_path, dataclasses.replace(settings, ignore_mismatched_sizes=True), ())

@@ -12,9 +12,10 @@ import pats_jax
 from benchmarks.goals import ROOT
 from benchmarks.report import RESULTS
 from benchmarks.study import __main__ as study, data, grid, report, run
-from pats_jax import methods, metrics
+from pats_jax import methods
 from pats_jax.data import batches
 from pats_jax.methods import METHODS
+from pats_jax.training import metrics
 
 TASK_METRICS = {
     "cola": "matthews_correlation",

@@ -21,7 +21,6 @@ from pats_jax.errors import InputError
 Scores = dict[tuple[str, float], dict[str, dict[int, float]]]  # (method, scale) -> task -> seed -> score
 
 HARMLESS = -0.5  # points: a setting whose interval lies above it does no harm
-CONTROLS = ("constant", "reversed", "perturbed")  # of PATS, at its scales
 FIGURES = ("gini", "entropy", "top_10_percent_share")
 
 
@@ -129,8 +128,8 @@ def _of_part(table, name, choice, rest):
 
 
 def _against_controls(table, seeds):
-    """PATS against each control, at each scale that both were trained at."""
-    for control in CONTROLS:
+    """PATS against each other arm of the first part, at each scale that both were trained at."""
+    for control in (name for name in grid.PARTS["a"].arms if name != "pats"):
         for scale in sorted(scale for method, scale in table if method == control and ("pats", scale) in table):
             compared = _compared(table, ("pats", scale), (control, scale), seeds)
             yield {"method": control, "noise_scale": scale, **compared}

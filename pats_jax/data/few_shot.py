@@ -87,7 +87,7 @@ class FewShotTask:
 
     @property
     def metric(self) -> str:
-        """The name of the task's metric in ``pats_jax.metrics``, which takes option indices.
+        """The name of the task's metric in ``pats_jax.training.metrics``, which takes option indices.
 
         If each row has its own options, indices are not classes, and only accuracy makes sense. (CrossFit uses the F1
         over the texts of the answers for one such task, codah.)
@@ -149,7 +149,7 @@ class FewShotTask:
 
 
 def task_metric(name: str) -> str:
-    """The metric of a task's option indices, by its name in ``pats_jax.metrics``.
+    """The metric of a task's option indices, by its name in ``pats_jax.training.metrics``.
 
     It is that by which CrossFit scores the task, if that is Matthews correlation or macro F1, else accuracy.
 

@@ -34,7 +34,7 @@ class Task:
       hub_texts: the same columns in ``nyu-mll/glue``.
       tsv_label: column of the label in the labelled TSV files.
       labels: names of the classes in the order of their indices; None for regression.
-      metrics: names of functions in ``pats_jax.metrics``.
+      metrics: names of functions in ``pats_jax.training.metrics``.
       prediction_files: test split -> file that the GLUE server reads.
       test_rows: test split -> rows of GLUE's test set, which the server counts; the built-in data has fewer.
       files: split -> names its TSV file in ``folder`` may have, the distribution's own first.
