@@ -285,6 +285,7 @@ def test_optimizer_measures_against_the_bytes(checkpoint, monkeypatch):
     assert goals.growth({"measured": results.measured}) == [growth]
 
 
+@pytest.mark.slow
 def test_memory_counts_state_and_temporaries(checkpoint):
     subject = memory.Memory(
         cases=(f"{checkpoint}:8x8",),
@@ -384,6 +385,7 @@ def test_torch_subject_runs(checkpoint):
     assert set(results.ratios) == {f"{checkpoint} 8x8 finetune"} and "torch" in results.versions
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_text_to_text_against_torch():
     """Both sides train and generate; what is generated has the length that is asked for."""
@@ -394,6 +396,7 @@ def test_text_to_text_against_torch():
     assert results.measured["compile step stacked"]["seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_long_texts_against_torch(tmp_path):
     """The losses that are timed are the same."""

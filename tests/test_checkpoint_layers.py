@@ -83,7 +83,7 @@ def restored(folder, state):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(OPTIMIZERS)]
 )
-@pytest.mark.parametrize("layers", ["separate", "stacked"])
+@pytest.mark.parametrize("layers", ["separate", pytest.param("stacked", marks=pytest.mark.slow)])
 def test_training_goes_on_in_the_other_layout(tmp_path, name, layers, target):
     """As if it had been in that layout from the start; noise, masks and chosen entries are the same."""
     tx, other = OPTIMIZERS[name](), "stacked" if layers == "separate" else "separate"

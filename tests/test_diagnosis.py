@@ -193,6 +193,7 @@ def test_a_run_examines_the_model_that_it_saves(folder):
     )
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_evaluation_are_used_again_only_for_its_model(folder, tmp_path, monkeypatch):
     """One pass over the validation data an evaluation; one more where the model kept is that of an earlier step."""
     from pats_jax.training.evaluation import Predictor

@@ -175,7 +175,9 @@ def test_damaged_checkpoints_are_refused(family, tmp_path):
         models.from_pretrained(tmp_path)
 
 
-@every_kind_of_layer
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "bert" else pytest.mark.slow) for name in FAMILIES]
+)  # gradients of the others are torch's by their own tests
 def test_every_parameter_learns(family):
     """Each has a gradient but those that nothing reads, and key biases, which softmax does not see."""
     config, still = config_of(family), set()
@@ -279,11 +281,14 @@ ADAPTERS = {
     "prefix": peft.PrefixConfig(length=3),
 }
 NO_BIASES = ("modernbert",)
-LORA_OR_SLOW = [pytest.param(kind, marks=() if kind == "lora" else pytest.mark.slow) for kind in ADAPTERS]
+CASES = [
+    pytest.param(family, kind, marks=() if (family, kind) == ("bert", "lora") else pytest.mark.slow)
+    for family in FAMILIES
+    for kind in ADAPTERS
+]
 
 
-@every_kind_of_layer
-@pytest.mark.parametrize("kind", LORA_OR_SLOW)
+@pytest.mark.parametrize("family, kind", CASES)  # with PEFT, `make parity` compares LoRA of each family
 def test_adapters(family, kind, tmp_path):
     """All of an adapter learns; both layouts compute the same; saved and loaded it is the same."""
     model, params, batch = model_of(family), params_of(family), batch_of(family)

@@ -475,7 +475,7 @@ def test_bitfit_leaves_all_but_biases_and_head_as_they_were(base, tmp_path):
             assert np.array_equal(tensor, before[name]) == (not name.endswith("bias")), name
 
 
-@pytest.mark.parametrize("method", ["child-d", "dps-mix+pats"])
+@pytest.mark.parametrize("method", ["child-d", pytest.param("dps-mix+pats", marks=pytest.mark.slow)])
 def test_methods_that_need_the_data_or_the_forward_pass(base, tmp_path, method):
     changes = {"method": method, "num_train_epochs": 8, "train_batch_size": 8}
     changes |= {"update_ratio": 0.25, "num_devices": 8} if "dps" in method else {}
@@ -488,7 +488,9 @@ WEIGHTS = {"r3f": 1.0, "r_drop": 2.0, "smart": 1.0, "lnsr": 0.5}
 
 
 @pytest.mark.parametrize(
-    "names", [("r_drop", "lnsr"), pytest.param(tuple(WEIGHTS), marks=pytest.mark.slow)], ids=" ".join
+    "names",
+    [pytest.param(names, marks=pytest.mark.slow) for names in (("r_drop", "lnsr"), tuple(WEIGHTS))],
+    ids=" ".join,
 )
 def test_objectives_are_added_to_the_loss_and_logged(base, tmp_path, names):
     method = "+".join(["pats", *names]).replace("_", "-")

@@ -164,6 +164,7 @@ def test_a_run_shows_itself(tmp_path):
     assert replacing.foreign(tmp_path / "run") is None
 
 
+@pytest.mark.slow
 def test_off_the_cpu_norms_are_those_of_logged_steps(tmp_path, monkeypatch):
     """Every step is logged, so both ways log the same norms; only the second measures none inside the step."""
     found = {}

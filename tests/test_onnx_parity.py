@@ -16,7 +16,7 @@ pytestmark = pytest.mark.parity
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "serving.md"
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_onnx_has_our_probabilities(rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tiny.save_checkpoint(pathlib.Path("runs/mrpc/model"), num_labels=3)

@@ -122,9 +122,9 @@ def one_device(request):
 
 
 def with_every_runner():
-    """Both optimizers with each; AdamW, whose bounds are looser, and micro-batches under pmap in `make slow`."""
+    """Both optimizers with each; AdamW, whose bounds are looser, and micro-batches in `make slow`."""
     for optimizer, name in itertools.product(OPTIMIZERS, list(RUNNERS)[1:]):
-        is_quick = optimizer == "SGD" and name != "pmap, micro-batches"
+        is_quick = optimizer == "SGD" and "micro-batches" not in name
         yield pytest.param(optimizer, name, marks=() if is_quick else pytest.mark.slow)
 
 

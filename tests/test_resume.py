@@ -413,6 +413,7 @@ def test_a_run_resumed_from_damaged_checkpoints_is_the_uninterrupted_one(base, w
         assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line_and_the_last_checkpoint_is_whole(base, whole_here, cut_short):
     """No file may grow beyond what a checkpoint needs; to the program that is a disk that has no more room."""
     folder = cut_short

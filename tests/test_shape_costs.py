@@ -86,6 +86,7 @@ def chosen(folder):
     return json.loads((folder / "config.json").read_text())["length_buckets"]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_number_that_it_chose_whatever_the_rates_are_when_it_is_resumed(base, tmp_path, monkeypatch):
     """Two lengths; one of them when compiling is dear, two when it is free."""
     run, plans = tmp_path / "run", []

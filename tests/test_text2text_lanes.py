@@ -263,6 +263,7 @@ def reported(trained, tmp_path):
     return tmp_path, runs, out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_grid(reported, home):
     root, runs, said = reported
     found = json.loads((root / "comparison.json").read_text())
@@ -279,6 +280,7 @@ def test_the_report_of_a_grid(reported, home):
         compare.run(["--methods", "pats", "--tasks", "rte", "--seeds", "1", "--output_dir", str(root)], None)
 
 
+@pytest.mark.slow
 def test_bleu_is_a_share_like_the_other_scores(reported):
     root, runs, _ = reported
     for run in runs:

@@ -24,13 +24,16 @@ LABELS = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["classes", *(pytest.param(kind, marks=pytest.mark.slow) for kind in LABELS if kind != "classes")]
+    "model, kind",
+    [("tiny", "classes"), *(pytest.param(MINILM, kind, marks=pytest.mark.slow) for kind in LABELS)],
 )
-def test_probabilities_of_a_trained_minilm_are_those_of_transformers(kind, tmp_path, capsys):
+def test_probabilities_of_a_trained_model_are_those_of_transformers(model, kind, tmp_path, capsys):
+    if model == "tiny":
+        model = tiny.save_checkpoint(tmp_path / "start")
     with open(tmp_path / "own.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *zip(TEXTS, LABELS[kind], strict=True)])
     (tmp_path / "new.txt").write_text("".join(f"{text}\n" for text in NEW))
-    flags = {"model_name_or_path": MINILM, "train_file": tmp_path / "own.csv", "output_dir": tmp_path / "run"}
+    flags = {"model_name_or_path": model, "train_file": tmp_path / "own.csv", "output_dir": tmp_path / "run"}
     flags |= {"max_steps": 3, "per_device_train_batch_size": 8, "max_seq_length": 32, "num_devices": 1}
     cli.main(["train", *tiny.flags(**flags)])
     capsys.readouterr()

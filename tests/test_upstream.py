@@ -149,6 +149,7 @@ def tensors_of(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_pair_head_is_trained_with_its_pooler_and_saved(one_shape, tmp_path):
     base = one_shape
     run(base, tmp_path / "plm", head="pair", max_steps=2)
