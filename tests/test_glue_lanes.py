@@ -228,6 +228,19 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(base, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_side_by_side_they_are_as_in_turns(base, trained, tmp_path, monkeypatch):
+    """As on an accelerator; interrupted and resumed."""
+    monkeypatch.setattr(lane_sets, "take_turns", lambda *_: False)
+    interrupt(settings_of(base, tmp_path), tmp_path, 7)
+    in_lanes(settings_of(base, tmp_path), tmp_path / "lanes" / "set1")
+    for number in (0, 1):
+        ours, theirs = tmp_path / f"run{number}", trained[0] / f"run{number}"
+        close(lines(ours), lines(theirs))
+        close(results(ours), results(theirs))
+        assert_same_weights(weights(ours), weights(theirs))
+
+
+@pytest.mark.slow
 def test_a_set_of_which_some_runs_are_finished_goes_on(base, trained, tmp_path, monkeypatch):
     """Killed while it wrote the folders: the lanes of finished runs are trained once more, and nothing is written."""
     real = lane_sets.Group._finish

@@ -95,22 +95,24 @@ def alone(home, data, run, steps, boundaries=BOUNDARIES, make_optimizer=methods.
 
 def assert_close(params, of_run, lane, atol=2e-4):
     """Key biases are left out: their gradient is zero in exact arithmetic, and Adam magnifies rounding there."""
-    of_lanes = jax.tree_util.tree_leaves_with_path(params)
-    for (path, ours), theirs in zip(of_lanes, jax.tree.leaves(of_run), strict=True):
+    of_lane = jax.tree_util.tree_leaves_with_path(lanes.lane_of(params, lane))
+    for (path, ours), theirs in zip(of_lane, jax.tree.leaves(of_run), strict=True):
         if not train_state.parameter_name(path).endswith("self.key.bias"):
-            np.testing.assert_allclose(ours[lane], theirs, rtol=0, atol=atol, err_msg=str(path))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=str(path))
 
 
 @pytest.mark.slow  # test_glue_lanes.py has a run of two methods
 @pytest.mark.parametrize(
-    "layers, boundaries, hidden_dropout",
+    "layers, boundaries, hidden_dropout, in_turns",
     [
-        ("separate", BOUNDARIES[-1:], 0.0),
-        ("separate", BOUNDARIES, 0.1),
-        ("stacked", BOUNDARIES, 0.1),
+        ("separate", BOUNDARIES[-1:], 0.0, False),
+        ("separate", BOUNDARIES, 0.1, False),
+        ("separate", BOUNDARIES, 0.1, True),
+        ("stacked", BOUNDARIES, 0.1, False),
+        ("stacked", BOUNDARIES, 0.1, True),
     ],
 )
-def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropout, monkeypatch):
+def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropout, in_turns, monkeypatch):
     monkeypatch.setitem(RATES, "hidden_dropout", hidden_dropout)
     shared = dict(method="pats+r-drop")
     runs = [
@@ -119,11 +121,12 @@ def test_a_lane_is_the_run_alone(home, dataset, layers, boundaries, hidden_dropo
         settings(home, seed=3, noise_scale=0.1, response="constant", r_drop_alpha=3.0, **shared),
     ]
     responses = ("linear", "reversed", "constant")
-    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, layers=layers, boundaries=boundaries, responses=responses)
+    of_set = {"layers": layers, "boundaries": boundaries, "responses": responses, "in_turns": in_turns}
+    trained = in_lanes(home, dataset, runs, 15, eval_steps=7, **of_set)
     ended = trained.state.params
     if layers == "stacked":
-        ended = jax.vmap(lambda params: unstack_layers(params, 1))(ended)
-    assert jax.tree.structure(lanes.lane_of(trained.state.params, 1)) == jax.tree.structure(trained.state.params)
+        each = [unstack_layers(lanes.lane_of(ended, lane), 1) for lane in range(3)]
+        ended = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     assert sorted(trained.logits) == [7, 14, 15] and not trained.diverged.any()
     for lane, run in enumerate(runs):
         params, losses, logits = alone(home, dataset, run, 15, boundaries)
@@ -206,8 +209,8 @@ def test_frozen_parameters_are_shared(home, dataset):
     for lane, run in enumerate(runs):
         model, params, _ = load(home, run.seed)
         trainable = methods.trainable_mask(run.methods, params)
-        trained, _ = train_state.trees.partition(trainable, params)
-        tx = methods.make_optimizer(run.optimizer, run.methods, 4, trained, seed=run.seed)
+        moving, _ = train_state.trees.partition(trainable, params)
+        tx = methods.make_optimizer(run.optimizer, run.methods, 4, moving, seed=run.seed)
         state = train_state.TrainState.create(
             apply_fn=model.apply, params=params, tx=tx, key=run.seed, trainable=trainable
         )
@@ -227,17 +230,19 @@ def test_noise_of_scale_0_is_no_noise(home, dataset):
 
 
 @pytest.mark.slow
-def test_a_diverging_lane_is_frozen_and_reported(home, dataset):
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_diverging_lane_is_frozen_and_reported(home, dataset, in_turns):
     def trained(rate):
         runs = [settings(home, seed=seed, method="pats", noise_scale=0.01) for seed in range(8)]
         runs[2] = dataclasses.replace(runs[2], learning_rate=rate)
-        return in_lanes(home, dataset, runs, 45)
+        return in_lanes(home, dataset, runs, 45, in_turns=in_turns)
 
     good, bad = trained(1e-4), trained(1e3)
     assert not good.diverged.any() and bad.diverged.tolist() == [lane == 2 for lane in range(8)]
     others = np.arange(8) != 2
-    for a, b in zip(jax.tree.leaves(good.state), jax.tree.leaves(bad.state), strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[others], np.asarray(b)[others])
+    for lane in np.flatnonzero(others):
+        pair = (jax.tree.leaves(lanes.lane_of(ended.state, int(lane))) for ended in (good, bad))
+        assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.state.params))
     skipped = bad.metrics["skipped"][:, 2]
     sixth = np.flatnonzero(skipped)[5]

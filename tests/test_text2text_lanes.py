@@ -15,7 +15,7 @@ from pats_jax.comparison import compare, first_guess, run_sets
 from pats_jax.comparison.arms import Arm
 from pats_jax.comparison.seed_statistics import FinishedRun, Run
 from pats_jax.errors import InputError
-from pats_jax.programs import text2text, text2text_lanes
+from pats_jax.programs import lane_sets, text2text, text2text_lanes
 from pats_jax.run import flags, run_folder
 from pats_jax.run.machine import Devices
 from pats_jax.run.text2text_settings import Text2TextSettings
@@ -127,6 +127,17 @@ def test_a_set_that_is_interrupted_goes_on_bit_for_bit(home, trained, tmp_path):
         ours, theirs = weights(ours), weights(theirs)
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert (tmp_path / "run2.log").read_text().splitlines()[-1] == (trained / "run2.log").read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_side_by_side_they_are_as_in_turns(home, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(lane_sets, "take_turns", lambda *_: False)
+    in_lanes(settings_of(home, tmp_path), tmp_path / "lanes" / "set1", text2text_lanes)
+    for number in (0, 1):
+        ours, theirs = tmp_path / f"run{number}", trained / f"run{number}"
+        close(lines(ours), lines(theirs))
+        assert_same_weights(weights(ours), weights(theirs))
+        assert tables(ours) == tables(theirs)
 
 
 @pytest.mark.slow

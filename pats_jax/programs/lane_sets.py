@@ -395,6 +395,7 @@ class Group(Generic[Tuning]):
             mesh=mesh,
             adapter=settings.adapter,
             loss_fn=self._shared.loss_fn,
+            in_turns=take_turns(self._devices[0], mesh),
         )
 
     def _measures(self, settings, sources):
@@ -495,6 +496,11 @@ def check_own_layers(program: lanes.LaneProgram, params: Any, own: Any) -> None:
     for path in flatten_dict(own):
         if frozen.get(path) is not None:
             raise InputError(f"{'.'.join(path)}: new, so drawn by seed, but not trained; set --lanes 1")
+
+
+def take_turns(device: jax.Device, mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether lanes take turns on a device, which is best where one lane keeps it busy."""
+    return mesh is None and device.platform == "cpu"
 
 
 def _lanes_and_mesh(runs: int, devices: np.ndarray) -> tuple[int, jax.sharding.Mesh | None]:

@@ -163,7 +163,8 @@ class SetHooks(LaneHooks):
             self._evaluators[0].compile_ahead()
 
     def describe(self, state):
-        found = jax.device_get(self._training.compiled.figures(state, *self._training.placed))
+        figures = self._training.compiled.figures(state, *self._training.placed)
+        found = {name: np.asarray(values) for name, values in jax.device_get(figures).items()}
         noisy = found.pop("noisy_parameters", None)
         if noisy is not None:
             found["noise_share"] = noisy / self._training.num_parameters

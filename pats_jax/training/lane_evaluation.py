@@ -114,7 +114,8 @@ class LaneModels:
 
     def params(self, lane: int) -> Any:
         """All parameters of a lane, on the runner's device."""
-        return self._runner.place(trees.combine(_lane_of(self._params, lane), self._frozen))
+        own = (lane_of if self._compiled.program.in_turns else _lane_of)(self._params, lane)
+        return self._runner.place(trees.combine(own, self._frozen))
 
     def compile_ahead(self, programs: Callable[[Any], list[Callable[[], None]]]) -> None:
         """Starts to compile the programs that ``programs(shapes)`` gives for the shapes of `params`."""
