@@ -41,6 +41,17 @@ def test_any_values_against_the_definitions():
     assert figures["top_10_percent_share"] == pytest.approx(np.sort(values)[-22:].sum() / values.sum(), rel=1e-6)
 
 
+def test_many_values():
+    """The Gini coefficient is twice the area between the Lorenz curve and the diagonal."""
+    values = np.float32(np.exp(np.random.default_rng(4).normal(-14, 2, size=150_001)))
+    values[:70_000] = 0
+    figures, exact = concentration.concentration(values), np.sort(values.astype(np.float64))
+    lorenz = np.append(0, np.cumsum(exact)) / exact.sum()
+    assert figures["gini"] == pytest.approx(1 - 2 * np.trapezoid(lorenz, dx=1 / exact.size), rel=1e-9)
+    assert figures["entropy"] == pytest.approx(scipy.stats.entropy(exact, base=exact.size), rel=1e-9)
+    assert figures["top_10_percent_share"] == pytest.approx(1 - lorenz[-15_002], rel=1e-9)
+
+
 def test_zeros_count_as_equal():
     assert concentration.concentration(np.zeros(20)) == concentration.concentration(np.ones(20))
 
@@ -57,7 +68,7 @@ def test_shares_by_power_of_ten():
     values = 10 ** np.random.default_rng(3).normal(-6, 1, size=1000)
     values[:100] = 0
     values[100:150] = 1e-30  # below all bins: in the first one
-    shares = concentration.log10_histogram(values.astype(np.float32))
+    shares = concentration.log10_histogram(np.sort(values.astype(np.float32)))
     edges = np.array(concentration.HISTOGRAM_EDGES)
     assert len(shares) == len(edges) - 1 and sum(shares) == pytest.approx(0.9) and shares[0] == 0.05
     for low, high, share in zip(edges[1:-1], edges[2:], shares[1:], strict=True):

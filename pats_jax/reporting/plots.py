@@ -67,19 +67,24 @@ def plot_sensitivity(path: pathlib.Path, before: np.ndarray, after: np.ndarray) 
 
     Args:
       path: the PNG file to write.
-      before: (n,) sensitivities before training.
-      after: (n,) sensitivities after training.
+      before: (n,) sensitivities before training, sorted.
+      after: (n,) sensitivities after training, sorted.
     """
     figure, axes = _figure("Distribution of sensitivity", "sensitivity |θ·g|", "share of parameters")
-    positive = np.concatenate([before[before > 0], after[after > 0]])
-    if positive.size:
-        low, high = np.log10(np.quantile(positive, 1e-4)), np.log10(positive.max())
-        edges = np.logspace(low, max(high, low + 1e-6), 80)
-        for values, color, name in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
-            zeros = np.mean(values == 0)
-            weights = np.full(values.size, 1 / values.size)
-            label = f"{name} training" + (f" ({zeros:.1%} zero)" if zeros else "")
-            axes.hist(np.clip(values, edges[0], edges[-1]), edges, weights=weights, color=color, alpha=0.6, label=label)
+    zeros = [int(np.searchsorted(values, 0, "right")) for values in (before, after)]
+    positive = [values[number:] for values, number in zip((before, after), zeros, strict=True)]
+    total = sum(values.size for values in positive)
+    if total:
+        smallest = total // 10_000  # so many are below the axis
+        low = np.sort(np.concatenate([values[: smallest + 1] for values in positive]))[smallest]
+        high = max(values[-1] for values in positive if values.size)
+        edges = np.logspace(np.log10(low), max(np.log10(high), np.log10(low) + 1e-6), 80)
+        shown = ((before, zeros[0], _BEFORE, "before"), (after, zeros[1], _AFTER, "after"))
+        for values, zero, color, name in shown:
+            places = np.concatenate([[0], np.searchsorted(values, edges[1:-1]), [values.size]])
+            label = f"{name} training" + (f" ({zero / values.size:.1%} zero)" if zero else "")
+            shares = np.diff(places) / values.size
+            axes.hist(edges[:-1], edges, weights=shares, color=color, alpha=0.6, label=label)
         axes.legend()
     axes.set_xscale("log")
     _save(figure, path)

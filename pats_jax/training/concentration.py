@@ -14,6 +14,7 @@ import numpy as np
 
 from pats_jax.train_state import Batch, LossFn, parameter_name
 
+_BLOCK = 2**16
 HISTOGRAM_EDGES = tuple(quarter / 4 for quarter in range(-80, 17))  # log10, from -20 to 4
 
 
@@ -67,16 +68,20 @@ def concentration(values: np.ndarray) -> dict[str, float]:
       log p) / log(n) with p the shares: 1 if all are equal, 0 if one holds everything; and ``top_10_percent_share``,
       the share of the largest tenth (rounded up) in the sum. If all values are 0, they count as equal.
     """
-    ordered = np.sort(np.asarray(values, np.float64).ravel())
-    count, total = ordered.size, ordered.sum()
+    ordered = np.sort(np.ravel(values))
+    count, total = ordered.size, float(ordered.sum(dtype=np.float64))
     if total == 0:
         ordered, total = np.ones(count), float(count)
-    share = ordered / total
-    positive = share[share > 0]
+    ranked, entropy = 0.0, 0.0
+    for start in range(0, count, _BLOCK):  # whole, arrays of float64 would take most of the time to make
+        share = ordered[start : start + _BLOCK] / np.float64(total)
+        ranked += float(np.arange(start + 1.0, start + 1.0 + share.size) @ share)
+        positive = share[np.searchsorted(share, 0, "right") :]
+        entropy -= float(positive @ np.log(positive))
     return {
-        "gini": float(2 * np.arange(1, count + 1) @ share / count - (count + 1) / count),
-        "entropy": float(-(positive @ np.log(positive)) / np.log(count)) if count > 1 else 1.0,
-        "top_10_percent_share": float(share[-max(1, -(-count // 10)) :].sum()),
+        "gini": 2 * ranked / count - (count + 1) / count,
+        "entropy": entropy / float(np.log(count)) if count > 1 else 1.0,
+        "top_10_percent_share": float(ordered[-max(1, -(-count // 10)) :].sum(dtype=np.float64)) / total,
     }
 
 
@@ -86,28 +91,27 @@ def by_tensor(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     return {"all": concentration(np.concatenate(list(tensors.values()))), **figures}
 
 
-def log10_histogram(values: np.ndarray) -> list[float]:
+def log10_histogram(ordered: np.ndarray) -> list[float]:
     """The share of non-negative values in every bin between the powers of ten `HISTOGRAM_EDGES`.
 
     The bins are the same for all runs, so histograms can be averaged; the outermost bins include all values beyond.
     Zeros are in no bin: their share is 1 minus the sum of the others.
 
     Args:
-      values: (n,), n >= 1.
+      ordered: (n,), n >= 1, sorted.
 
     Examples:
       >>> shares = log10_histogram(np.array([0.0, 1e-3, 1.1e-3, 1.0]))
       >>> [(HISTOGRAM_EDGES[i], share) for i, share in enumerate(shares) if share]
       [(-3.0, 0.5), (0.0, 0.25)]
     """
-    values = np.asarray(values, np.float64).ravel()
-    logs = np.clip(np.log10(values[values > 0]), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
-    counts, _ = np.histogram(logs, HISTOGRAM_EDGES)
-    return (counts / values.size).tolist()
+    inner = np.searchsorted(ordered, 10.0 ** np.array(HISTOGRAM_EDGES[1:-1]))
+    places = np.concatenate([[np.searchsorted(ordered, 0, "right")], inner, [ordered.size]])
+    return (np.diff(places) / ordered.size).tolist()
 
 
 def log10_histograms(before: np.ndarray, after: np.ndarray) -> dict[str, list[float]]:
-    """`log10_histogram` of the values before and after training, (n,) each, with its ``edges``."""
+    """`log10_histogram` of the sorted values before and after training, (n,) each, with its ``edges``."""
     shares = {"before": log10_histogram(before), "after": log10_histogram(after)}
     return {"edges": list(HISTOGRAM_EDGES), **shares}
 

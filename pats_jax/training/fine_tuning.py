@@ -292,12 +292,9 @@ def first_of_each(numbered: Iterator[tuple[Any, Callable[[], Any]]], kinds: int)
 def measure_concentration(
     measure: Callable[[Any], dict[str, np.ndarray]], start: Any, end: Any
 ) -> tuple[JsonObject, list[np.ndarray]]:
-    """How concentrated sensitivity is before and after training, for results.json, and its values in both."""
-    before, after = measure(start), measure(end)
-    everything = [np.concatenate(list(tensors.values())) for tensors in (before, after)]
-    found = {
-        "before": concentration.by_tensor(before),
-        "after": concentration.by_tensor(after),
-        "log10_histogram": concentration.log10_histograms(*everything),
-    }
-    return found, everything
+    """How concentrated sensitivity is before and after training, for results.json, and its values in both, sorted."""
+    both = measure(start), measure(end)
+    everything = [np.sort(np.concatenate(list(tensors.values()))) for tensors in both]
+    before, after = map(concentration.by_tensor, both)
+    histograms = concentration.log10_histograms(*everything)
+    return {"before": before, "after": after, "log10_histogram": histograms}, everything
