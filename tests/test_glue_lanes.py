@@ -161,6 +161,26 @@ def test_a_small_table_of_ones_own_has_the_batch_of_a_run_alone(base, tmp_path):
     assert_same_weights(weights(tmp_path / "run0"), weights(tmp_path / "alone"))
 
 
+@pytest.mark.slow
+def test_texts_with_several_labels_in_lanes(base, tmp_path):
+    texts, _ = tiny.sentences(24, 0)
+    labels = [str([name for name in ("warm", "calm", "rude") if name in text]) for text in texts]
+    rows = zip(texts, labels, strict=True)
+    table = tiny.write_table(tmp_path / "own.tsv", ("text", "label"), *rows)
+    own = base.replace(
+        task_name=None, data_dir=None, train_file=str(table), validation_file=str(table), do_predict=False
+    )
+    lane, alone = (settings_of(own, tmp_path / kind, OWN[:2]) for kind in ("lanes", "alone"))
+    in_lanes(lane, tmp_path / "set")
+    for number, run in enumerate(alone):
+        glue.run(run)
+        ours, theirs = (tmp_path / kind / f"run{number}" for kind in ("lanes", "alone"))
+        assert results(ours)["final"]["metrics"].keys() >= {"micro_f1", "macro_f1"}
+        close(lines(ours), lines(theirs))
+        close(results(ours), results(theirs))
+        assert_same_weights(weights(ours), weights(theirs))
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_in_lanes_is_the_run_alone(base, trained, tmp_path, number, monkeypatch):
     home, rows_in_lanes = trained
@@ -435,4 +455,7 @@ def test_a_set_in_the_other_layout_of_layers_is_refused(base, tmp_path):
     runs = [{"task": "sst2", "method": "pats", "seed": 3}]
     (folder / "lanes.json").write_text(json.dumps({"runs": runs, "lanes": 3, "layers": "stacked"}))
     with pytest.raises(InputError, match="begun with --layers stacked; set that"):
+        in_lanes(settings_of(base, tmp_path), folder)
+    (folder / "lanes.json").write_text(json.dumps({"runs": runs, "lanes": 3, "layers": "separate"}))
+    with pytest.raises(InputError, match=f"begun on other devices, or by an earlier version; .* delete {folder} to "):
         in_lanes(settings_of(base, tmp_path), folder)

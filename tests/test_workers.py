@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -13,7 +14,10 @@ import sys
 import time
 
 import pytest
+import rich.console
+import tiny
 
+from pats_jax.comparison import compare
 from pats_jax.errors import InputError
 from pats_jax.run import folder_lock, workers
 from pats_jax.run.folder_lock import FolderLock
@@ -300,6 +304,37 @@ def test_a_killed_worker_costs_a_retry_and_no_result(tmp_path, cluster):
     assert 0 < saved < 60 and (lost, saved) in begun, "it resumes"
     assert sorted(begun) == sorted([(one.name, 0) for one in jobs] + [(lost, saved)]), "and nothing is repeated"
     assert run(home, jobs, settings) == {one.name: Ended(0, 0.0) for one in jobs} and notes(home) == lines
+
+
+@on_cluster
+def test_sets_of_runs_are_trained_by_workers(tmp_path, cluster, monkeypatch):
+    """A grid of two methods in lanes, a set for each worker."""
+    settings, start_worker, _ = cluster
+    monkeypatch.setenv("XLA_FLAGS", tiny.flags_for_one_device())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        start_worker()
+    root = tmp_path / "grid"
+    flags = {
+        **{"methods": ("finetune", "pats"), "seeds": ("1", "2"), "tasks": "sst2", "output_dir": root},
+        **{"model_name_or_path": tiny.save_checkpoint(tmp_path / "model")},
+        **{"data_dir": tiny.write_sst2(tmp_path / "data")},
+        **{
+            "max_seq_length": 16,
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "executor": "dask",
+            "scheduler": settings.scheduler,
+        },
+    }
+    out = io.StringIO()
+    compare.run(tiny.flags(**flags), rich.console.Console(file=out, width=200))
+    found = json.loads((root / "comparison.json").read_text())
+    assert {len(one["scores"]) for one in found["tasks"]["sst2"]["methods"].values()} == {2}
+    assert sorted(path.name for path in (root / "lanes").iterdir()) == ["set1.log", "set2.log"]
+    again = io.StringIO()
+    compare.run(tiny.flags(**flags), rich.console.Console(file=again, width=200))
+    assert "4 of 4 runs are already finished" in again.getvalue()
 
 
 @on_cluster

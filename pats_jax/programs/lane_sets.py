@@ -316,14 +316,23 @@ class Group(Generic[Tuning]):
             found = files.read_record(path, LaneSetFile)
             if found["layers"] != layers:
                 raise InputError(f"{path}: the runs were begun with --layers {found['layers']}; set that")
+            if found.get("in_turns", False) != self._take_turns(found["lanes"]):
+                raise InputError(
+                    f"{path}: the runs were begun on other devices, or by an earlier version; resume there, or delete "
+                    f"{self._folder} to begin them again"
+                )
             return found["lanes"]
         most = len(self._runs)
         fitting = self._fitting(most) if asked_lanes is None else asked_lanes
         asked_lanes = min(fitting, self._fitting_on_host(fitting))
         files.make_folder(self._folder)
-        runs = [run.place for run in self._runs]
-        files.write_json(path, LaneSetFile(runs=runs, lanes=min(asked_lanes, most), layers=layers))
-        return min(asked_lanes, most)
+        number = min(asked_lanes, most)
+        runs, in_turns = [run.place for run in self._runs], self._take_turns(number)
+        files.write_json(path, LaneSetFile(runs=runs, lanes=number, layers=layers, in_turns=in_turns))
+        return number
+
+    def _take_turns(self, number):
+        return take_turns(self._devices[0], _lanes_and_mesh(number, self._devices)[1])
 
     def _fitting(self, most):
         """The number of lanes that fit into the devices' memory, by XLA's own figures."""

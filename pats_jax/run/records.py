@@ -248,11 +248,15 @@ class GridRun(TypedDict):
 
 
 class LaneSetFile(TypedDict):
-    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed."""
+    """lanes/NAME/lanes.json: a set of runs in lanes that was begun, and what stays as it is when it is resumed.
+
+    Without ``in_turns``, its lanes do not take turns.
+    """
 
     runs: list[GridRun]
     lanes: Annotated[int, annotated_types.Interval(ge=1, le=100_000)]
     layers: Literal["auto", "separate", "stacked"]
+    in_turns: NotRequired[bool]
 
 
 class GridFile(TypedDict):
