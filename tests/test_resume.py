@@ -446,7 +446,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
         with pytest.raises(InputError, match=r"(model|loss\.png): cannot be written \(No space left on device\)"):
             run(base, tmp_path / "run", save_steps=0)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "checkpoints" in names and names <= {"config.json", "metrics.jsonl", "checkpoints", "model"}
+    assert "checkpoints" in names and names <= {"config.json", "metrics.jsonl", "checkpoints", "model", "diagnosis"}
     assert replacing.foreign(tmp_path / "run") is None
     caplog.set_level("INFO")
     run(base, tmp_path / "run", resume=True)
