@@ -158,6 +158,11 @@ class StoredKey:
         return jax.eval_shape(wrap, self.words) if isinstance(self.words, jax.ShapeDtypeStruct) else wrap(self.words)
 
 
+def is_stored_key(x: Any) -> bool:
+    """Whether a node of a tree is a `StoredKey`, for ``is_leaf``."""
+    return isinstance(x, StoredKey)
+
+
 def key_to_data(key: jax.Array) -> tuple[jax.Array, str]:
     """Splits a typed key into its words and the name of its kind, to store it in a file.
 

@@ -288,7 +288,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family, kind", CASES)  # with PEFT, `make parity` compares LoRA of each family
+@pytest.mark.parametrize("family, kind", CASES)  # `make parity` compares LoRA of each kind of layer with PEFT's
 def test_adapters(family, kind, tmp_path):
     """All of an adapter learns; both layouts compute the same; saved and loaded it is the same."""
     model, params, batch = model_of(family), params_of(family), batch_of(family)

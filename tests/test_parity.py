@@ -30,8 +30,11 @@ def load_in_torch(folder):
     return model.eval()
 
 
-# The other kinds differ from these in a setting; the tests of the families compare most of them with stored answers.
-QUICK = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
+# The others differ from these in an activation, or `make test` compares them, or their attention, with stored answers.
+QUICK = (
+    *("bert", "roberta", "distilbert", "electra", "electra-base", "mpnet", "modernbert", "modernbert-global"),
+    *("deberta-v2", "deberta-v3", "deberta-c2p", "deberta-p2c", "deberta-plain"),
+)
 
 
 @pytest.mark.parametrize(

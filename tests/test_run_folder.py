@@ -113,6 +113,24 @@ def test_plots_show_the_values(tmp_path):
         assert colours(tmp_path / name) > 200, name
 
 
+def test_bars_of_sensitivity_are_shares_of_all_parameters(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    rng = np.random.default_rng(0)
+    both = [np.sort(np.append(np.zeros(zeros), rng.lognormal(size=30_000))) for zeros in (0, 2_000)]
+    plots.plot_sensitivity(tmp_path / "x.png", *both)
+    (axes,) = figures[0].axes
+    low = np.quantile(np.concatenate([values[values > 0] for values in both]), 1e-4, method="higher")
+    edges = np.logspace(np.log10(low), np.log10(max(values[-1] for values in both)), 80)
+    for values, bars in zip(both, axes.containers, strict=True):
+        expected, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        np.testing.assert_allclose([bar.get_height() for bar in bars], expected / values.size, atol=1e-9)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "before training",
+        "after training (6.2% zero)",
+    ]
+
+
 @pytest.mark.parametrize(
     "before, after", [(np.zeros(4), np.zeros(4)), (np.ones(4), np.ones(4)), (np.zeros(1), np.ones(1))]
 )

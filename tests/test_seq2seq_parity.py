@@ -147,7 +147,7 @@ def made(tmp_path_factory):
 
 
 def cases():
-    """Every ninth case belongs to the quick tests, which has greedy search and beams of every kind of model."""
+    """The quick tests have every ninth case: greedy search once, and beams with every kind of model."""
     for number, case in enumerate(grid()):
         marks = pytest.mark.slow if number % 9 else ()
         yield pytest.param(number, id="-".join(map(str, case.values())), marks=marks)

@@ -21,11 +21,13 @@ from pats_jax.run.journal import Journal
 from pats_jax.run.run_start import Start
 from pats_jax.run.training_run import TrainingFacts
 from pats_jax.training import lane_loop, shape_costs
+from pats_jax.training.by_lane import lane_of
 from pats_jax.training.checkpoints import Checkpoints
+from pats_jax.training.compiled_lanes import CompiledLanes
 from pats_jax.training.fine_tuning import first_of_each
 from pats_jax.training.lane_evaluation import LaneEvaluator, OfLanes
 from pats_jax.training.lane_loop import Counts, LaneHooks, LanesProgress
-from pats_jax.training.lanes import Arrays, CompiledLanes, LaneProgram, LaneState, lane_of
+from pats_jax.training.lane_program import Arrays, LaneProgram, LaneState
 from pats_jax.training.loop import Rhythm
 from pats_jax.training.preemption import Preemption
 from pats_jax.training.profiling import seconds_since_process_start

@@ -315,7 +315,7 @@ class Checkpoints:
         """The state in a verified checkpoint."""
         wanted, kinds = _take_apart(state)
         present = {name: x for name, x in wanted.items() if x.size}
-        other = None if record.layers == layers_of(state) else OtherLayout(state, present, _is_stored_key)
+        other = None if record.layers == layers_of(state) else OtherLayout(state, present, random.is_stored_key)
         self._check_structure(step, present, other, kinds, record)
         _check_room_for_files()
         if other is None:
@@ -491,13 +491,13 @@ def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
 
     The project's own states hold keys as `random.StoredKey`. Typed keys in Optax's states are replaced by their words.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_stored_key)
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=random.is_stored_key)
     arrays, kinds = {}, {}
     for path, leaf in leaves:
         name = parameter_name(path)
         if name in arrays:
             raise ValueError("two leaves of the state have the same path")
-        if _is_stored_key(leaf):
+        if random.is_stored_key(leaf):
             arrays[name], kinds[name] = leaf.words, str(leaf.kind)
         elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             arrays[name], kinds[name] = random.key_to_data(leaf)
@@ -508,20 +508,16 @@ def _take_apart(state: Any) -> tuple[Arrays, dict[str, str]]:
 
 def _put_together(state: State, arrays: Arrays) -> State:
     """Puts the arrays of `_take_apart` into a state of the same structure."""
-    leaves, tree = jax.tree.flatten(state, is_leaf=_is_stored_key)
+    leaves, tree = jax.tree.flatten(state, is_leaf=random.is_stored_key)
 
     def same_kind(leaf, array):
-        if _is_stored_key(leaf):
+        if random.is_stored_key(leaf):
             return dataclasses.replace(leaf, words=array)
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return random.key_from_data(array, random.key_to_data(leaf)[1])
         return array
 
     return jax.tree.unflatten(tree, map(same_kind, leaves, arrays.values()))
-
-
-def _is_stored_key(x):
-    return isinstance(x, random.StoredKey)
 
 
 @jax.jit

@@ -9,8 +9,10 @@ import numpy as np
 
 from pats_jax import trees
 from pats_jax.train_state import Batch
+from pats_jax.training.by_lane import lane_of
+from pats_jax.training.compiled_lanes import CompiledLanes
 from pats_jax.training.evaluation import Predictor
-from pats_jax.training.lanes import CompiledLanes, in_order, lane_of
+from pats_jax.training.lanes import in_order
 from pats_jax.training.runners import MeshRunner
 from pats_jax.training.text_evaluation import TextWriter
 
@@ -114,8 +116,7 @@ class LaneModels:
 
     def params(self, lane: int) -> Any:
         """All parameters of a lane, on the runner's device."""
-        own = (lane_of if self._compiled.program.in_turns else _lane_of)(self._params, lane)
-        return self._runner.place(trees.combine(own, self._frozen))
+        return self._runner.place(trees.combine(lane_of(self._params, lane), self._frozen))
 
     def compile_ahead(self, programs: Callable[[Any], list[Callable[[], None]]]) -> None:
         """Starts to compile the programs that ``programs(shapes)`` gives for the shapes of `params`."""
@@ -125,9 +126,6 @@ class LaneModels:
         shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
         for compile_it in programs(shapes):
             self._compiled.compile_other(compile_it)
-
-
-_lane_of = jax.jit(lane_of)
 
 
 @dataclasses.dataclass(frozen=True)
